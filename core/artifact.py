@@ -1,0 +1,210 @@
+"""Artifacts: folders that are published whole or not at all, and verified by their manifest.
+
+    artifacts/<model>/.cuantiza.lock      marks the folder as ours; one stage at a time holds it
+    artifacts/<model>/<recipe>/manifest.json and the files that it lists
+    artifacts/<model>/.tmp-*              work in progress; swept by the next holder of the lock
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+from core.errors import UserError
+
+SCHEMA = "cuantiza/artifact/1"
+MODEL = "model.onnx"
+MANIFEST = "manifest.json"
+LOCK = ".cuantiza.lock"
+_ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class File:
+    """A file of an artifact: its size in bytes and the sha256 of its content, in hex."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What an artifact is and what it was made from. Holds no measurement that a rerun could change.
+
+    `inputs` names everything that the bytes depend on; equal inputs mean that nothing has to be rebuilt.
+    `details` is the stage's own account (parity, what was quantized, what stays in floating point).
+    """
+
+    name: str
+    model: str
+    recipe: dict
+    inputs: dict
+    parent: str | None
+    calibration: str | None
+    files: dict[str, File]
+    versions: dict[str, str]
+    details: dict
+    schema: str = SCHEMA
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A published folder and its manifest."""
+
+    path: Path
+    manifest: Manifest
+
+    @property
+    def model(self) -> Path:
+        return self.path / MODEL
+
+    @property
+    def digest(self) -> str:
+        """sha256 over the names and hashes of the files: the identity of the content."""
+        return digest({name: file.sha256 for name, file in self.manifest.files.items()})
+
+
+def digest(value: object) -> str:
+    """sha256 in hex of `value` as canonical JSON."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def sha256_file(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@functools.cache
+def code_digest(*packages: str) -> str:
+    """sha256 of the source of `packages` of this repository: a changed line of code is a changed input."""
+    files = sorted(file for package in packages for file in (_ROOT / package).glob("*.py"))
+    return digest({str(file.relative_to(_ROOT)): sha256_file(file) for file in files})
+
+
+def versions(*distributions: str) -> dict[str, str]:
+    """Installed versions of `distributions` and of Python."""
+    return {"python": ".".join(map(str, sys.version_info[:3]))} | {name: version(name) for name in distributions}
+
+
+def open_artifact(path: Path) -> Artifact:
+    """Read and verify a published artifact.
+
+    Raises UserError where the manifest is missing or broken, or a file's size or sha256 differs.
+    """
+    manifest_path = path / MANIFEST
+    try:
+        fields = json.loads(manifest_path.read_text(encoding="utf-8"))
+        files = {name: File(**file) for name, file in fields.pop("files").items()}
+        manifest = Manifest(**fields, files=files)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no {MANIFEST}, so not a whole artifact; run `make export quantize`") from None
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{manifest_path}: broken manifest ({error}); delete the folder and run make again") from None
+    if manifest.schema != SCHEMA:
+        raise UserError(f"{manifest_path}: schema {manifest.schema!r} is not {SCHEMA!r}; delete the folder and run make again")
+    for name, file in files.items():
+        if Path(name).name != name:
+            raise UserError(f"{manifest_path}: file name {name!r} leaves the folder; delete the folder and run make again")
+        target = path / name
+        if not target.is_file() or target.stat().st_size != file.bytes or sha256_file(target) != file.sha256:
+            raise UserError(f"{target}: missing or changed since it was published; run make again to rebuild it")
+    return Artifact(path, manifest)
+
+
+def rebuild_reason(path: Path, inputs: dict) -> str | None:
+    """Why the artifact at `path` has to be built, in a few words; None where it is whole and up to date."""
+    if not path.exists():
+        return "new"
+    try:
+        built = open_artifact(path).manifest.inputs
+    except UserError as error:
+        return str(error).split(";")[0]
+    changed = sorted(key for key in inputs.keys() | built.keys() if inputs.get(key) != built.get(key))
+    return f"changed: {', '.join(changed)}" if changed else None
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold `folder` (created where missing) for one stage, and sweep what a killed stage left there.
+
+    The lock is the kernel's and dies with its process. Raises UserError where `folder` holds files
+    that no stage of ours has put there.
+    """
+    from filelock import FileLock, Timeout
+
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder}: is a file; choose another output folder (OUT=)")
+    if folder.is_dir() and not (folder / LOCK).exists() and any(folder.iterdir()):
+        raise UserError(f"{folder}: holds files that are not ours; move them away or choose another output folder (OUT=)")
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        print(f"waiting for another run to finish with {folder}", file=sys.stderr)
+        lock.acquire()
+    try:
+        for leftover in folder.glob(".tmp-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def staging(target: Path) -> Iterator[Path]:
+    """A temporary folder beside `target`: whatever is left in it at the end goes."""
+    folder = Path(tempfile.mkdtemp(prefix=".tmp-", dir=target.parent))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def replace(source: Path, target: Path) -> None:
+    """Put folder `source` in the place of `target` by renaming, after everything in it has reached the disk.
+
+    A kill between the two renames leaves no `target`; no moment shows a mixture.
+    """
+    for file in source.iterdir():
+        _fsync(file)
+    _fsync(source)
+    if target.exists():
+        old = Path(tempfile.mkdtemp(prefix=".tmp-", dir=target.parent))
+        target.rename(old / "old")
+        source.rename(target)
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        source.rename(target)
+    _fsync(target.parent)
+
+
+def publish(work: Path, target: Path, *, name: str, model: str, recipe: dict, inputs: dict, parent: str | None,
+            calibration: str | None, versions: dict[str, str], details: dict) -> Artifact:
+    """Write the manifest of the files in `work` and publish them as `target`."""
+    files = {file.name: File(file.stat().st_size, sha256_file(file)) for file in sorted(work.iterdir())}
+    manifest = Manifest(name, model, recipe, inputs, parent, calibration, files, versions, details)
+    text = json.dumps(dataclasses.asdict(manifest), indent=1, ensure_ascii=False, sort_keys=True)
+    (work / MANIFEST).write_text(text + "\n", encoding="utf-8")
+    os.chmod(work, 0o755)
+    replace(work, target)
+    return Artifact(target, manifest)
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,109 @@
+"""ONNX files: read with checks, written without holding the model twice."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import BinaryIO
+
+import onnx
+import onnx_ir as ir
+from google.protobuf.message import DecodeError
+
+from core.errors import UserError
+
+DATA = "model.onnx.data"
+# A protobuf message is limited to 2 GiB; the graph itself and the framing need a little of it.
+INLINE_LIMIT_BYTES = 2**31 - 2**24
+# Field numbers of onnx.proto3.
+_MODEL_GRAPH, _GRAPH_INITIALIZER, _TENSOR_RAW_DATA = 7, 5, 9
+
+
+def load(path: Path) -> ir.Model:
+    """Read an ONNX file; its weights stay where they are (external ones are memory-mapped).
+
+    Raises UserError where the file is corrupt, or its external data is missing, too short, or outside
+    its folder.
+    """
+    try:
+        proto = onnx.load(path, load_external_data=False)
+        _check_external_data(proto, path)
+        model = ir.from_proto(proto)
+    except FileNotFoundError:
+        raise UserError(f"{path}: does not exist") from None
+    except (DecodeError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{path}: is no readable ONNX file ({type(error).__name__}); export it anew") from None
+    if not model.graph.outputs:
+        raise UserError(f"{path}: is no readable ONNX file (it has no outputs); export it anew")
+    ir.external_data.set_base_dir(model.graph, path.parent)
+    return model
+
+
+def check(path: Path) -> None:
+    """Refuse a corrupt file and external data outside its folder. Raises UserError as `load` does."""
+    load(path)
+
+
+def _check_external_data(proto: onnx.ModelProto, path: Path) -> None:
+    folder = path.parent.resolve()
+    for tensor in onnx.external_data_helper._get_all_tensors(proto):
+        if not onnx.external_data_helper.uses_external_data(tensor):
+            continue
+        info = onnx.external_data_helper.ExternalDataInfo(tensor)
+        file = (folder / info.location).resolve()
+        if not info.location or folder not in file.parents:
+            raise UserError(f"{path}: the data of {tensor.name!r} points to {info.location!r}, outside its folder; refused")
+        if not file.is_file() or file.stat().st_size < (info.offset or 0) + (info.length or 0):
+            raise UserError(f"{file}: the data of {tensor.name!r} is missing or cut short; copy it whole beside {path.name}")
+
+
+def save(model: ir.Model, folder: Path) -> None:
+    """Write `model` as folder/model.onnx, with its weights in model.onnx.data where they exceed 2 GB.
+
+    Weights are evaluated and written one at a time: serializing through one protobuf message would hold
+    every weight twice (1.0 GB for GPT-2 small, measured). Only the framing of the three enclosing messages
+    is written here, by the protobuf encoding (protobuf.dev/programming-guides/encoding); every message
+    inside is the library's.
+    """
+    weights = {name: value.const_value for name, value in model.graph.initializers.items()}
+    if sum(tensor.nbytes for tensor in weights.values()) > INLINE_LIMIT_BYTES:
+        ir.save(model, folder / "model.onnx", external_data=DATA)
+        return
+    skeleton = ir.to_proto(_without_weights(model, weights))
+    graph = skeleton.graph.SerializeToString(deterministic=True)
+    skeleton.ClearField("graph")
+    heads = {name: onnx.TensorProto(name=name, dims=tensor.shape.numpy(), data_type=tensor.dtype.value).SerializeToString()
+             for name, tensor in weights.items()}
+    lengths = {name: len(heads[name]) + len(_frame(_TENSOR_RAW_DATA, tensor.nbytes)) + tensor.nbytes for name, tensor in weights.items()}
+    total = len(graph) + sum(len(_frame(_GRAPH_INITIALIZER, length)) + length for length in lengths.values())
+    with open(folder / "model.onnx", "wb") as file:
+        file.write(skeleton.SerializeToString(deterministic=True))
+        file.write(_frame(_MODEL_GRAPH, total) + graph)
+        for name, tensor in weights.items():
+            file.write(_frame(_GRAPH_INITIALIZER, lengths[name]) + heads[name])
+            _write_raw(file, tensor)
+
+
+def _without_weights(model: ir.Model, weights: dict) -> ir.Model:
+    """A copy of the graph that shares no initializer with `model`."""
+    copy = model.clone()
+    for name in weights:
+        copy.graph.initializers.pop(name)
+    return copy
+
+
+def _write_raw(file: BinaryIO, tensor: ir.TensorProtocol) -> None:
+    data = tensor.tobytes()
+    if len(data) != tensor.nbytes:
+        raise ValueError(f"{tensor.name}: {len(data)} bytes where its type and shape say {tensor.nbytes}")
+    file.write(_frame(_TENSOR_RAW_DATA, len(data)))
+    file.write(data)
+
+
+def _frame(field: int, length: int) -> bytes:
+    """Tag of a length-delimited field, and the length as a varint."""
+    out = bytearray([field << 3 | 2])
+    while length > 0x7F:
+        out.append(length & 0x7F | 0x80)
+        length >>= 7
+    out.append(length)
+    return bytes(out)

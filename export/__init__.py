@@ -1,0 +1,1 @@
+"""Checkpoint -> fp32 artifact."""

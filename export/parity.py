@@ -1,0 +1,91 @@
+"""Parity: the logits of the exported graph in ONNX Runtime against PyTorch's, on real Spanish text."""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from core.errors import UserError
+from core.runtime import Runtime
+from core.tokenizer import load_tokenizer, start_token
+
+ATOL, RTOL = 1e-4, 1e-5
+TOKENS = 96
+
+TEXT = """\
+Al caer la tarde, el ferry dejó en el muelle a una docena de viajeros con las maletas mojadas. Ninguno
+conocía la isla, y todos preguntaban lo mismo: «¿Dónde queda la pensión de doña Eulalia?». El guardián del
+faro, que había bajado por pan, les señaló una casa amarilla junto a la higuera. ¡Qué alivio encontrar la
+lumbre encendida! Mientras se secaban los abrigos, la dueña contó que en 1987 un temporal había cortado la
+luz durante nueve días, y que desde entonces guardaba velas, galletas y una baraja en cada habitación. Nadie
+se acostó temprano. Afuera, el viento seguía buscando una rendija por la que entrar.
+"""
+
+
+@dataclass(frozen=True)
+class Parity:
+    """Largest |difference| of logits by case; all within `atol` + `rtol` · |PyTorch's logit|."""
+
+    whole: float
+    cached: float
+    padded_batch: float
+    atol: float = ATOL
+    rtol: float = RTOL
+
+
+def check_parity(checkpoint: Path, work: Path, positions: int) -> Parity:
+    """Compare `work`/model.onnx with the PyTorch model of `checkpoint`, on windows of at most `positions` tokens.
+
+    Three cases: a text whole, the same text token by token through the cache, and a batch of 3 texts of
+    different lengths with padding on the left (whole). Raises UserError beyond the tolerance.
+    """
+    ids = load_tokenizer(work).encode(" ".join(TEXT.split()), add_special_tokens=False).ids
+    row = np.asarray([start_token(work), *ids][: min(TOKENS, positions)], np.int64)[None]                   # [1, T]
+    lengths = [row.shape[1], max(1, row.shape[1] // 2), max(1, row.shape[1] // 5)]
+    mask = np.stack([np.arange(row.shape[1]) >= row.shape[1] - length for length in lengths]).astype(np.int64)
+    batch = np.stack([np.concatenate([np.zeros(row.shape[1] - n, np.int64), row[0, :n]]) for n in lengths]) * mask
+
+    # PyTorch first and alone: the two need not be in memory together.
+    whole, padded = _pytorch_logits(checkpoint, [(row, np.ones_like(row)), (batch, mask)])
+    gc.collect()
+    runtime = Runtime(work / "model.onnx")
+    past, steps = runtime.empty_past(1), []
+    for token in row[0]:
+        logits, past = runtime.extend(token[None, None], past)
+        steps.append(logits)
+    real = mask.astype(bool)
+    cases = {
+        "whole": (runtime.forward(row), whole),
+        "cached": (np.concatenate(steps, axis=1), whole),
+        "padded_batch": (runtime.forward(batch, mask)[real], padded[real]),
+    }
+    for name, (ours, theirs) in cases.items():
+        if not np.allclose(ours, theirs, rtol=RTOL, atol=ATOL):
+            raise UserError(f"{checkpoint}: the exported graph differs from PyTorch by {np.abs(ours - theirs).max():.2g} ({name}), "
+                            f"beyond {ATOL} + {RTOL} of the logit; not published, please report it with the config.json")
+    return Parity(**{name: float(f"{np.abs(ours - theirs).max():.2g}") for name, (ours, theirs) in cases.items()})
+
+
+def _pytorch_logits(checkpoint: Path, batches: list[tuple[np.ndarray, np.ndarray]]) -> list[np.ndarray]:
+    """Logits [B, T, V] of PyTorch, in fp32, for each (ids [B, T], mask [B, T])."""
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, attn_implementation="eager",
+                                                     local_files_only=True, trust_remote_code=False).eval()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"{checkpoint}: transformers cannot load it ({error}); nothing to compare the graph with") from None
+    logits = []
+    with torch.inference_mode():
+        for ids, mask in batches:
+            positions = np.maximum(mask.cumsum(axis=1) - 1, 0)
+            inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+            logits.append(model(**{name: torch.from_numpy(array) for name, array in inputs.items()}).logits.numpy())
+    return logits

@@ -1,0 +1,9 @@
+"""Fix the split of a folder of .txt documents: `python tools/corpus_index.py corpus/es`."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from core.corpus import write_index
+
+write_index(Path(sys.argv[1]))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import gc
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from core.errors import UserError
+from core.process import isolated
 from core.runtime import Runtime
 from core.tokenizer import load_tokenizer, start_token
 
@@ -48,20 +48,11 @@ def check_parity(checkpoint: Path, work: Path, positions: int) -> Parity:
     mask = np.stack([np.arange(row.shape[1]) >= row.shape[1] - length for length in lengths]).astype(np.int64)
     batch = np.stack([np.concatenate([np.zeros(row.shape[1] - n, np.int64), row[0, :n]]) for n in lengths]) * mask
 
-    # PyTorch first and alone: the two need not be in memory together.
-    whole, padded = _pytorch_logits(checkpoint, [(row, np.ones_like(row)), (batch, mask)])
-    gc.collect()
-    runtime = Runtime(work / "model.onnx")
-    past, steps = runtime.empty_past(1), []
-    for token in row[0]:
-        logits, past = runtime.extend(token[None, None], past)
-        steps.append(logits)
+    # Each in a process of its own: the two models need not be in memory together.
+    whole, padded = isolated(_pytorch_logits, checkpoint, row, batch, mask)
+    our_whole, our_cached, our_padded = isolated(_onnx_logits, work / "model.onnx", row, batch, mask)
     real = mask.astype(bool)
-    cases = {
-        "whole": (runtime.forward(row), whole),
-        "cached": (np.concatenate(steps, axis=1), whole),
-        "padded_batch": (runtime.forward(batch, mask)[real], padded[real]),
-    }
+    cases = {"whole": (our_whole, whole), "cached": (our_cached, whole), "padded_batch": (our_padded[real], padded[real])}
     for name, (ours, theirs) in cases.items():
         if not np.allclose(ours, theirs, rtol=RTOL, atol=ATOL):
             raise UserError(f"{checkpoint}: the exported graph differs from PyTorch by {np.abs(ours - theirs).max():.2g} ({name}), "
@@ -69,8 +60,18 @@ def check_parity(checkpoint: Path, work: Path, positions: int) -> Parity:
     return Parity(**{name: float(f"{np.abs(ours - theirs).max():.2g}") for name, (ours, theirs) in cases.items()})
 
 
-def _pytorch_logits(checkpoint: Path, batches: list[tuple[np.ndarray, np.ndarray]]) -> list[np.ndarray]:
-    """Logits [B, T, V] of PyTorch, in fp32, for each (ids [B, T], mask [B, T])."""
+def _onnx_logits(model: Path, row: np.ndarray, batch: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Logits of ONNX Runtime: of row [1, T] whole, of row token by token through the cache, of batch [3, T]."""
+    runtime = Runtime(model)
+    past, steps = runtime.empty_past(1), []
+    for token in row[0]:
+        logits, past = runtime.extend(token[None, None], past)
+        steps.append(logits)
+    return runtime.forward(row), np.concatenate(steps, axis=1), runtime.forward(batch, mask)
+
+
+def _pytorch_logits(checkpoint: Path, row: np.ndarray, batch: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Logits of PyTorch, in fp32: of row [1, T] and of batch [3, T] with its padding mask."""
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
@@ -82,10 +83,11 @@ def _pytorch_logits(checkpoint: Path, batches: list[tuple[np.ndarray, np.ndarray
                                                      local_files_only=True, trust_remote_code=False).eval()
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"{checkpoint}: transformers cannot load it ({error}); nothing to compare the graph with") from None
-    logits = []
-    with torch.inference_mode():
-        for ids, mask in batches:
-            positions = np.maximum(mask.cumsum(axis=1) - 1, 0)
-            inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
-            logits.append(model(**{name: torch.from_numpy(array) for name, array in inputs.items()}).logits.numpy())
-    return logits
+
+    def logits(ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        positions = np.maximum(mask.cumsum(axis=1) - 1, 0)
+        inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+        with torch.inference_mode():
+            return model(**{name: torch.from_numpy(array) for name, array in inputs.items()}).logits.numpy()
+
+    return logits(row, np.ones_like(row)), logits(batch, mask)

@@ -1,0 +1,81 @@
+"""Work in a process of its own: its memory goes back to the system, and its death is one clear line here."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import signal
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+from core.errors import UserError
+
+_context = multiprocessing.get_context("spawn")
+
+
+class Remote:
+    """An object that `factory(*args)` makes and keeps in a child process; `call` runs its methods there.
+
+    The child ends with the `with` block, and with this process. Raises UserError where the child raises one,
+    or is killed (by the kernel, where memory runs out).
+    """
+
+    def __init__(self, factory: Callable, *args: Any) -> None:
+        self._label = f"{factory.__qualname__}({', '.join(map(str, args))})"
+        self._here, there = _context.Pipe()
+        self._process = _context.Process(target=_serve, args=(there, factory, args), daemon=True)
+        self._process.start()
+        there.close()
+        self._receive()
+
+    def call(self, method: str, *args: Any) -> Any:
+        """The result of the object's `method(*args)`."""
+        self._here.send((method, args))
+        return self._receive()
+
+    def _receive(self) -> Any:
+        try:
+            value, error = self._here.recv()
+        except (EOFError, ConnectionResetError):
+            self._process.join()
+            raise UserError(f"{self._label}: its process died with exit code {self._process.exitcode}; "
+                            "-9 is most often a lack of memory") from None
+        if error is not None:
+            raise error
+        return value
+
+    def __enter__(self) -> Remote:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.terminate()
+        self._process.join()
+        self._here.close()
+
+
+class _Call:
+    """A function as an object with one method."""
+
+    def __init__(self, function: Callable) -> None:
+        self.run = function
+
+
+def isolated(function: Callable, *args: Any) -> Any:
+    """`function(*args)`, run in a process that ends with it. Raises UserError as `Remote` does."""
+    with Remote(_Call, function) as remote:
+        return remote.call("run", *args)
+
+
+def _serve(there: Connection, factory: Callable, args: tuple) -> None:
+    # A Ctrl-C reaches the whole group: the parent unwinds and ends this process.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
+        try:
+            served = factory(*args)
+            there.send((None, None))
+            while True:
+                method, arguments = there.recv()
+                there.send((getattr(served, method)(*arguments), None))
+        except UserError as error:
+            there.send((None, error))

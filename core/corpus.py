@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 from collections.abc import Iterator
@@ -61,6 +62,19 @@ def load_splits(source: Source) -> tuple[Split, Split]:
         calibration = [text for text in documents if text in chosen]
         test = [text for text in documents if text not in chosen]
     return Split("calibration", tuple(calibration)), Split("test", tuple(test))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options that name a corpus to a stage's command line."""
+    parser.add_argument("--corpus", default="corpus/es", help="file or folder of .txt, .jsonl or .parquet, or hub dataset id")
+    parser.add_argument("--corpus-config", help="configuration of a hub dataset")
+    parser.add_argument("--corpus-split", default="train", help="split of a hub dataset (default train)")
+    parser.add_argument("--corpus-column", default="text", help="column of the text in .jsonl, .parquet and hub datasets (default text)")
+
+
+def source_of(args: argparse.Namespace) -> Source:
+    """The corpus that the options of `add_arguments` name."""
+    return Source(args.corpus, args.corpus_config, args.corpus_split, args.corpus_column)
 
 
 def write_index(folder: Path) -> None:

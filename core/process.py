@@ -21,8 +21,8 @@ class Remote:
     or is killed (by the kernel, where memory runs out).
     """
 
-    def __init__(self, factory: Callable, *args: Any) -> None:
-        self._label = f"{factory.__qualname__}({', '.join(map(str, args))})"
+    def __init__(self, factory: Callable, *args: Any, label: str | None = None) -> None:
+        self._label = label or f"{factory.__name__}({', '.join(map(str, args))})"
         self._here, there = _context.Pipe()
         self._process = _context.Process(target=_serve, args=(there, factory, args), daemon=True)
         self._process.start()
@@ -63,7 +63,7 @@ class _Call:
 
 def isolated(function: Callable, *args: Any) -> Any:
     """`function(*args)`, run in a process that ends with it. Raises UserError as `Remote` does."""
-    with Remote(_Call, function) as remote:
+    with Remote(_Call, function, label=function.__name__) as remote:
         return remote.call("run", *args)
 
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
 
 from core.errors import UserError
-
-_KV = ("key", "value")
-
 
 def default_threads() -> int:
     """Processors that this process may run on."""
@@ -25,34 +23,25 @@ class Runtime:
     Raises UserError where ONNX Runtime refuses the file or its inputs and outputs are not the contract's.
     """
 
-    def __init__(self, model: Path, threads: int | None = None) -> None:
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads or default_threads()
-        options.inter_op_num_threads = 1
-        options.log_severity_level = 3
-        # Worker threads that spin on after a run slow every other session down.
-        options.add_session_config_entry("session.force_spinning_stop", "1")
-        try:
-            self.session = ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # ONNX Runtime's exceptions share no base class
-            raise UserError(f"{model}: ONNX Runtime {ort.__version__} cannot load it ({str(error).splitlines()[0]})") from None
+    def __init__(self, model: Path, threads: int | None = None, outputs: Sequence[str] | None = None) -> None:
+        """`outputs` replaces the contract's, for a graph that shows something else of the same model."""
+        self.session = _open(model, threads or default_threads())
         inputs = {item.name: item.shape for item in self.session.get_inputs()}
-        outputs = [item.name for item in self.session.get_outputs()]
+        found = {*inputs, *(item.name for item in self.session.get_outputs())}
         self.layers = sum(name.startswith("past_key_values.") for name in inputs) // 2
-        self._past = [f"past_key_values.{layer}.{kv}" for layer in range(self.layers) for kv in _KV]
-        self._present = [name.replace("past_key_values", "present") for name in self._past]
-        wanted = {"input_ids", "attention_mask", *self._past, "logits", *self._present}
-        if missing := sorted(wanted - {*inputs, *outputs}) or not self.layers and ["past_key_values.0.key"]:
-            raise UserError(f"{model}: has no {', '.join(missing)}; only graphs with the inputs and outputs of the README's contract are measured")
+        self._past = [f"past_key_values.{layer}.{kv}" for layer in range(max(self.layers, 1)) for kv in ("key", "value")]
+        self._outputs = outputs or ["logits", *(name.replace("past_key_values", "present") for name in self._past)]
+        wanted = {"input_ids", "attention_mask", *self._past, *self._outputs}
+        if missing := sorted(wanted - found):
+            raise UserError(f"{model}: has no {', '.join(missing[:3])}; only graphs with the inputs and outputs of the README's contract are measured")
         if unknown := sorted(inputs.keys() - wanted - {"position_ids"}):
-            raise UserError(f"{model}: asks for {', '.join(unknown)}, which the README's contract does not know")
+            raise UserError(f"{model}: asks for {', '.join(unknown[:3])}, which the README's contract does not know")
         self._takes_positions = "position_ids" in inputs
         _, self.heads, _, self.head_dim = inputs[self._past[0]]
 
     def forward(self, ids: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
         """Logits float32 [B, T, V] of token ids [B, T] without a past; `mask` [B, T] is 0 on padding."""
-        feeds = self._feeds(ids, mask, self.empty_past(len(ids)))
-        return self.session.run_with_ort_values(["logits"], feeds)[0].numpy()
+        return self.run(ids, mask)[0].numpy()
 
     def extend(self, ids: np.ndarray, past: list[ort.OrtValue], mask: np.ndarray | None = None) -> tuple[np.ndarray, list[ort.OrtValue]]:
         """Logits [B, T, V] of token ids [B, T] behind `past`, and the past that includes them.
@@ -60,8 +49,12 @@ class Runtime:
         `past` holds L × (key, value), each [B, H, P, d]; `mask` [B, P+T] is 0 on padding. Neither the
         past nor the new one passes through NumPy.
         """
-        outputs = self.session.run_with_ort_values(["logits", *self._present], self._feeds(ids, mask, past))
-        return outputs[0].numpy(), outputs[1:]
+        logits, *present = self.run(ids, mask, past)
+        return logits.numpy(), present
+
+    def run(self, ids: np.ndarray, mask: np.ndarray | None = None, past: list[ort.OrtValue] | None = None) -> list[ort.OrtValue]:
+        """All outputs for token ids [B, T] behind `past` (none where not given), in their order."""
+        return self.session.run_with_ort_values(self._outputs, self._feeds(ids, mask, past or self.empty_past(len(ids))))
 
     def empty_past(self, batch: int) -> list[ort.OrtValue]:
         """A past of no tokens: L × (key, value), each [B, H, 0, d]."""
@@ -79,3 +72,16 @@ class Runtime:
             feeds["position_ids"] = np.maximum(mask.cumsum(axis=1) - 1, 0)[:, before:]
         values = {name: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array, np.int64)) for name, array in feeds.items()}
         return values | dict(zip(self._past, past, strict=True))
+
+
+def _open(model: Path, threads: int) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    # Worker threads that spin on after a run slow every other session down.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    try:
+        return ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime's exceptions share no base class
+        raise UserError(f"{model}: ONNX Runtime {ort.__version__} cannot load it ({str(error).splitlines()[0]})") from None

@@ -1,4 +1,4 @@
-"""The tokenizer of a checkpoint or artifact: its tokenizer.json and the token that starts a text."""
+"""How text becomes input of the model in a folder: its tokenizer, its start token, its longest sequence."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from core.errors import UserError
+
+_POSITIONS = ("n_positions", "max_position_embeddings", "n_ctx", "seq_length")
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
@@ -28,8 +30,27 @@ def encode(tokenizer: Tokenizer, documents: tuple[str, ...]) -> list[list[int]]:
 
 def start_token(folder: Path) -> int:
     """The id that stands before a text: the configuration's bos, else its eos (GPT-2 has one for both)."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = _config(folder)
     for key in ("bos_token_id", "eos_token_id"):
         if isinstance(config.get(key), int):
             return config[key]
     raise UserError(f"{folder / 'config.json'}: has neither bos_token_id nor eos_token_id; add the id of the token that starts a text")
+
+
+def max_positions(folder: Path) -> int:
+    """The longest sequence that the model takes, in tokens: 1024 where its config.json names none."""
+    config = _config(folder)
+    return next((config[key] for key in _POSITIONS if isinstance(config.get(key), int)), 1024)
+
+
+def _config(folder: Path) -> dict:
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{folder}: has no config.json; put the model's own beside its ONNX file") from None
+    except ValueError as error:
+        raise UserError(f"{path}: is no JSON ({error})") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: is no JSON object")
+    return config

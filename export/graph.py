@@ -25,6 +25,8 @@ OPSETS = range(18, min(onnx.defs.onnx_opset_version(), 24) + 1)
 DEFAULT_OPSET = 21
 # Added to the scores of positions that may not be seen: exp() of it is 0, and a row that sees nothing stays finite.
 MASKED = -1e30
+# The name of P+T as symbolic shape inference computes it from the others.
+TOTAL = "past_sequence_length + sequence_length"
 
 
 def build(config: GPT2Config, weights: dict[str, Weight], opset: int, folder: Path) -> ir.Model:
@@ -58,7 +60,7 @@ def build(config: GPT2Config, weights: dict[str, Weight], opset: int, folder: Pa
         return op.LayerNormalization(x, scale, bias, axis=-1, epsilon=config.layer_norm_epsilon, _name=name)
 
     input_ids = builder.input("input_ids", DataType.INT64, ["batch_size", "sequence_length"])
-    attention_mask = builder.input("attention_mask", DataType.INT64, ["batch_size", "total_sequence_length"])
+    attention_mask = builder.input("attention_mask", DataType.INT64, ["batch_size", TOTAL])
     position_ids = builder.input("position_ids", DataType.INT64, ["batch_size", "sequence_length"])
     cache = ["batch_size", config.n_head, "past_sequence_length", config.head_dim]
     past = [[builder.input(f"past_key_values.{layer}.{kv}", DataType.FLOAT, cache) for kv in ("key", "value")]
@@ -97,7 +99,7 @@ def build(config: GPT2Config, weights: dict[str, Weight], opset: int, folder: Pa
     logits.shape = ir.Shape(["batch_size", "sequence_length", vocabulary])
     builder.add_output(logits, "logits")
     for index, value in enumerate(present):
-        value.shape = ir.Shape(["batch_size", config.n_head, "total_sequence_length", config.head_dim])
+        value.shape = ir.Shape(["batch_size", config.n_head, TOTAL, config.head_dim])
         builder.add_output(value, f"present.{index // 2}.{('key', 'value')[index % 2]}")
     for node in graph:
         node.metadata_props.clear()

@@ -1,0 +1,44 @@
+"""Dynamic int8: each row of activations finds its own scale as it comes.
+
+A row is one position of one sequence, so its result depends neither on its neighbours in the batch nor on
+whether it was computed whole or through the cache, and one massive activation coarsens its own row alone.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from quantize.rewrite import Weights, clean, constant, quantize_embeddings, replace_node
+from quantize.sites import Embedding, Projection, find_projections
+
+# u8 with zero point 128 rather than s8: the same integers, and the pair that x86 kernels are fast for.
+ZERO_POINT = np.uint8(128)
+
+
+def quantize_dynamic(model: ir.Model) -> tuple[list[Projection], list[Embedding]]:
+    """Rewrite `model` in place, in standard operators; returns what was quantized."""
+    graph, weights = model.graph, Weights(model.graph)
+    embeddings = quantize_embeddings(graph, weights)
+    projections = find_projections(graph)
+    for projection in projections:
+        _rewrite(graph, weights, projection)
+    clean(model)
+    return projections, embeddings
+
+
+def _rewrite(graph: ir.Graph, weights: Weights, projection: Projection) -> None:
+    """x [.., K] · W [K, N]  ->  (u8(x / s) − 128) · s8(W) · s · scale(W), with s = max|x| / 127 per row."""
+    tape = ir.tape.Tape()
+    zero_point = constant(graph, "u8_zero_point", ZERO_POINT)
+    largest = tape.op("ReduceMax", [tape.op("Abs", [projection.x]), constant(graph, "axis_last", np.array([-1], np.int64))])
+    scale = tape.op("Mul", [largest, constant(graph, "one_over_127", np.float32(1 / 127))])
+    # A row of zeros has no scale; any positive one keeps it zero.
+    scale = tape.op("Max", [scale, constant(graph, "smallest_scale", np.finfo(np.float32).tiny)])                # [.., 1]
+    quantized = tape.op("QuantizeLinear", [tape.op("Div", [projection.x, scale]), constant(graph, "scale_one", np.float32(1)), zero_point])
+    weight, weight_scale = weights.get_columns(tape, projection)
+    product = tape.op("Cast", [tape.op("MatMulInteger", [quantized, weight, zero_point])], {"to": ir.DataType.FLOAT})
+    result = tape.op("Mul", [tape.op("Mul", [product, scale]), weight_scale])                                    # [.., N]
+    if projection.bias is not None:
+        result = tape.op("Add", [result, projection.bias])
+    replace_node(graph, projection.node, tape, result)

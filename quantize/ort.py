@@ -1,0 +1,68 @@
+"""ONNX Runtime's own quantization tools on the same fp32 artifact: rows to beat, and for those who want exactly that.
+
+Both follow its documentation for transformers: the transformer optimizer (once the package onnxruntime-tools,
+now onnxruntime.transformers), then quant_pre_process, then quantize_dynamic or quantize_static.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_dynamic, quantize_static
+from onnxruntime.quantization.shape_inference import quant_pre_process
+from onnxruntime.transformers.optimizer import optimize_model
+
+from core import onnx_file
+from core.progress import track
+
+
+def ort_dynamic(model: Path, work: Path) -> None:
+    """Write work/model.onnx: weights QInt8 per tensor, a dynamic u8 scale per tensor."""
+    quantize_dynamic(_prepare(model, work), work / "quantized.onnx", weight_type=QuantType.QInt8)
+    _finish(work)
+
+
+def ort_static(model: Path, work: Path, windows: np.ndarray) -> None:
+    """Write work/model.onnx: QDQ with min-max ranges over windows int64 [n, T]; activations u8, weights s8."""
+    prepared = _prepare(model, work)
+    reader = _Windows(prepared, windows)
+    quantize_static(prepared, work / "quantized.onnx", reader, activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8)
+    _finish(work)
+
+
+def _prepare(model: Path, work: Path) -> Path:
+    logging.getLogger().setLevel(logging.ERROR)  # the tools log every node that they pass over, as a warning
+    config = json.loads((model.parent / "config.json").read_text(encoding="utf-8"))
+    optimized = optimize_model(str(model), "gpt2", num_heads=config.get("n_head", 0), hidden_size=config.get("n_embd", 0), opt_level=0)
+    optimized.save_model_to_file(str(work / "optimized.onnx"))
+    prepared = work / "prepared.onnx"
+    quant_pre_process(work / "optimized.onnx", prepared)
+    return prepared
+
+
+def _finish(work: Path) -> None:
+    """Save what the tools wrote as ours is saved, and remove their intermediate files."""
+    model = onnx_file.load(work / "quantized.onnx")
+    onnx_file.save(model, work)
+    for leftover in ("optimized.onnx", "prepared.onnx", "quantized.onnx"):
+        (work / leftover).unlink()
+
+
+class _Windows(CalibrationDataReader):
+    """Feeds for quantize_static: full windows without a past."""
+
+    def __init__(self, model: Path, windows: np.ndarray) -> None:
+        inputs = onnx_file.load(model).graph.inputs
+        self._past = {value.name: np.zeros([1, value.shape[1], 0, value.shape[3]], np.float32) for value in inputs if value.name.startswith("past_")}
+        self._windows: Iterator[np.ndarray] = track(windows, "calibrate", len(windows))
+
+    def get_next(self) -> dict[str, np.ndarray] | None:
+        window = next(self._windows, None)
+        if window is None:
+            return None
+        ids = window[None]
+        return {"input_ids": ids, "attention_mask": np.ones_like(ids), "position_ids": np.arange(ids.shape[1])[None], **self._past}

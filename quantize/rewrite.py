@@ -1,0 +1,75 @@
+"""The parts of a rewrite that both int8 recipes share: weights stored once, embeddings, and replacing a node."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes.common import NameFixPass, RemoveUnusedNodesPass
+
+from quantize.int8 import quantize_weight
+from quantize.sites import Embedding, Projection, find_embeddings
+
+
+class Weights:
+    """Quantized matrices of a graph: each is stored once, however many nodes read it."""
+
+    def __init__(self, graph: ir.Graph) -> None:
+        self._graph = graph
+        self._stored: dict[tuple[str, int], tuple[ir.Value, ir.Value]] = {}
+
+    def get(self, weight: ir.Value, axis: int) -> tuple[ir.Value, ir.Value]:
+        """(int8 matrix, as it was stored; float32 scales [channels]) of `weight`, a scale per index of `axis`."""
+        key = (weight.name, axis)
+        if key not in self._stored:
+            quantized, scale = quantize_weight(weight.const_value.numpy(), axis)
+            suffix = "" if not any(name == weight.name for name, _ in self._stored) else f"_{axis}"
+            self._stored[key] = (constant(self._graph, f"{weight.name}_int8{suffix}", quantized),
+                                 constant(self._graph, f"{weight.name}_scale{suffix}", scale))
+        return self._stored[key]
+
+    def get_columns(self, tape: ir.tape.Tape, projection: Projection) -> tuple[ir.Value, ir.Value]:
+        """(int8 matrix [K, N], scales [N]); a matrix stored as [N, K] is turned by a Transpose, folded at load."""
+        weight, scale = self.get(projection.weight, projection.channel_axis)
+        if projection.channel_axis == 0:
+            weight = tape.op("Transpose", [weight], {"perm": [1, 0]})
+        return weight, scale
+
+
+def constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
+    """An initializer of `graph`, made where there is none of that name."""
+    if name not in graph.initializers:
+        tensor = ir.tensor(array, name=name)
+        graph.register_initializer(ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor))
+    return graph.initializers[name]
+
+
+def replace_node(graph: ir.Graph, node: ir.Node, tape: ir.tape.Tape, result: ir.Value) -> None:
+    """Put the nodes of `tape` in the place of `node`; `result` takes over its output, name and all."""
+    output = node.outputs[0]
+    graph.insert_before(node, tape.nodes)
+    name, result.shape, result.type = output.name, output.shape, output.type
+    ir.convenience.replace_all_uses_with(output, result, replace_graph_outputs=True)
+    graph.remove(node, safe=True)
+    result.name = name
+    for new in tape.nodes:
+        new.name = f"{node.name}.{new.op_type}" if node.name else None
+
+
+def quantize_embeddings(graph: ir.Graph, weights: Weights) -> list[Embedding]:
+    """Look up int8 rows and their scales instead of floating-point rows: Gather -> Cast -> Mul."""
+    embeddings = find_embeddings(graph)
+    last = constant(graph, "axis_last", np.array([-1], np.int64))
+    for embedding in embeddings:
+        tape = ir.tape.Tape()
+        table, scale = weights.get(embedding.table, 0)
+        ids = embedding.node.inputs[1]
+        rows = tape.op("Cast", [tape.op("Gather", [table, ids])], {"to": ir.DataType.FLOAT})
+        row_scale = tape.op("Unsqueeze", [tape.op("Gather", [scale, ids]), last])
+        replace_node(graph, embedding.node, tape, tape.op("Mul", [rows, row_scale]))
+    return embeddings
+
+
+def clean(model: ir.Model) -> None:
+    """Drop nodes and weights that nothing reads any more, and give what is new a name."""
+    RemoveUnusedNodesPass()(model)
+    NameFixPass()(model)

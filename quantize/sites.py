@@ -1,0 +1,98 @@
+"""Where a graph can be quantized: products with a constant weight, and look-ups in a table.
+
+`MatMul` and `Gemm` alike, whether the weight is stored as [K, N] or, for a head tied to the embedding, as
+[N, K] behind a `Transpose`: a graph that another exporter wrote is quantized as completely as ours.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+_REASONS = {
+    "LayerNormalization": "normalizes in floating point; its cost and size are negligible",
+    "Softmax": "exponentials span more orders of magnitude than 8 bits",
+    "MatMul": "attention products: both sides are activations, and are cheap at these lengths",
+    "Gelu": "elementwise: reads the products' floating-point result",
+    "Add": "residual stream, biases and mask: sums that int8 would round again at every layer",
+    "Mul": "scales of scores and of dequantization",
+    "Gemm": "has an alpha or beta other than 1, or no constant weight",
+    "Gather": "not a floating-point table",
+}
+
+
+@dataclass(frozen=True)
+class Projection:
+    """`node` computes x · W (+ bias). `channel_axis` is the axis of output channels in `weight` as it is stored."""
+
+    node: ir.Node
+    x: ir.Value
+    weight: ir.Value
+    channel_axis: int
+    bias: ir.Value | None
+
+    @property
+    def name(self) -> str:
+        return self.node.name or self.node.outputs[0].name
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """`node` looks rows up in `table` [V, D]."""
+
+    node: ir.Node
+    table: ir.Value
+
+    @property
+    def name(self) -> str:
+        return self.node.name or self.node.outputs[0].name
+
+
+def find_projections(graph: ir.Graph) -> list[Projection]:
+    """Every MatMul and Gemm of an activation with a constant floating-point matrix, in graph order."""
+    found = (_projection(node) for node in graph)
+    return [projection for projection in found if projection is not None]
+
+
+def find_embeddings(graph: ir.Graph) -> list[Embedding]:
+    """Every Gather of rows of a constant floating-point matrix, in graph order."""
+    return [Embedding(node, node.inputs[0]) for node in graph
+            if node.op_type == "Gather" and _axis(node) == 0 and _is_matrix(node.inputs[0])]
+
+
+def left_in_float(graph: ir.Graph) -> list[dict]:
+    """Operators and weight matrices of a quantized graph that still compute in floating point, with the reason."""
+    counts = Counter(node.op_type for node in graph if node.op_type in _REASONS and node.outputs[0].dtype in (ir.DataType.FLOAT, None))
+    kept: list[dict] = [{"operator": name, "count": count, "reason": _REASONS[name]} for name, count in sorted(counts.items())]
+    for name, value in graph.initializers.items():
+        if _is_matrix(value) and value.uses():
+            kept.append({"weight": name, "shape": list(value.shape.numpy()), "reason": "no product or look-up that can be quantized reads it"})
+    return kept
+
+
+def _projection(node: ir.Node) -> Projection | None:
+    if node.domain or node.op_type not in ("MatMul", "Gemm") or len(node.inputs) < 2:
+        return None
+    x, weight = node.inputs[0], node.inputs[1]
+    channel_axis, bias = 1, None
+    if node.op_type == "Gemm":
+        if node.attributes.get_float("alpha", 1.0) != 1.0 or node.attributes.get_float("beta", 1.0) != 1.0 or node.attributes.get_int("transA", 0):
+            return None
+        channel_axis -= node.attributes.get_int("transB", 0)
+        bias = node.inputs[2] if len(node.inputs) > 2 else None
+    producer = weight.producer()
+    if producer is not None and producer.op_type == "Transpose" and list(producer.attributes.get_ints("perm", [1, 0])) == [1, 0]:
+        weight, channel_axis = producer.inputs[0], 1 - channel_axis
+    if not _is_matrix(weight) or _is_matrix(x):
+        return None
+    return Projection(node, x, weight, channel_axis, bias)
+
+
+def _axis(node: ir.Node) -> int:
+    return node.attributes.get_int("axis", 0)
+
+
+def _is_matrix(value: ir.Value | None) -> bool:
+    return value is not None and value.is_initializer() and value.dtype == ir.DataType.FLOAT and len(value.shape) == 2

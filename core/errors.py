@@ -9,6 +9,13 @@ import sys
 from collections.abc import Callable
 
 
+# How a user mends what the operating system refuses, by error number.
+_DISK_FULL = dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space")
+_FORBIDDEN = dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "check its permissions")
+_NO_SUCH_PLACE = dict.fromkeys((errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP), "choose another path")
+MENDS = _DISK_FULL | _FORBIDDEN | _NO_SUCH_PLACE
+
+
 class UserError(Exception):
     """Bad input: the message is one line that names the file or option, what is wrong, how to mend it."""
 
@@ -20,7 +27,7 @@ def _one_line(error: BaseException) -> str:
 def run(main: Callable[[], int]) -> None:
     """Run a stage's `main` and exit: bad input is one line and status 2, never a traceback.
 
-    A full disk and an unreadable or unwritable path are the user's to mend as well (status 2).
+    A full disk and a path that cannot be read or written are the user's to mend as well (status 2).
     SIGINT exits 130 and SIGTERM 143, both through `finally`, so that temporary folders are removed.
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
@@ -35,11 +42,10 @@ def run(main: Callable[[], int]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 1
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS):
+        if error.errno not in MENDS:
             raise
         where = f"{error.filename}: " if error.filename else ""
-        mend = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "check its permissions"
-        status = _fail(f"{where}{error.strerror.lower()}; {mend} and run the command again (nothing was published)")
+        status = _fail(f"{where}{error.strerror.lower()}; {MENDS[error.errno]} and run the command again (nothing was published)")
     sys.exit(status)
 
 

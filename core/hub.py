@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from core.errors import UserError
+from core.errors import MENDS, UserError
 
 # In order of preference: the first group that a repository has is the one that is read. Nothing else is
 # downloaded; beside these, GPT-2 repositories carry another gigabyte of TensorFlow and Flax weights.
@@ -55,8 +55,12 @@ def resolve_model(spec: str) -> Model:
         return Model(model_name(spec), path)
     match = _HUB_ID.fullmatch(spec)
     if path.exists() or match is None or spec.startswith("."):
-        raise UserError(f"MODEL={spec}: is neither a folder nor a hub id such as datificate/gpt2-small-spanish or owner/name@revision")
+        raise _no_model(spec)
     return Model(model_name(spec), _download(spec, match["repo"], match["revision"]))
+
+
+def _no_model(spec: str) -> UserError:
+    return UserError(f"MODEL={spec}: is neither a folder nor a hub id such as datificate/gpt2-small-spanish or owner/name@revision")
 
 
 def _download(spec: str, repo: str, revision: str | None) -> Path:
@@ -66,6 +70,7 @@ def _download(spec: str, repo: str, revision: str | None) -> Path:
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
+        HFValidationError,
         LocalEntryNotFoundError,
         OfflineModeIsEnabled,
         RepositoryNotFoundError,
@@ -80,6 +85,8 @@ def _download(spec: str, repo: str, revision: str | None) -> Path:
                             "convert it with transformers' save_pretrained first")
         patterns = [*weights, *(name for name in (*CONFIGS, *TOKENIZER) if name in names)]
         return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
+    except HFValidationError:
+        raise _no_model(spec) from None
     except GatedRepoError:
         raise UserError(f"MODEL={spec}: is gated; accept its terms on the hub and run `hf auth login`") from None
     except RevisionNotFoundError:
@@ -87,12 +94,26 @@ def _download(spec: str, repo: str, revision: str | None) -> Path:
     except RepositoryNotFoundError:
         raise UserError(f"MODEL={spec}: is neither a folder here nor a repository on the hub; check its spelling") from None
     except (OfflineModeIsEnabled, LocalEntryNotFoundError, HfHubHTTPError, http.HTTPError, OSError) as error:
-        offline = error
-    try:
-        folder = Path(snapshot_download(repo, revision=revision, local_files_only=True))
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled):
-        raise UserError(f"MODEL={spec}: is not in the local cache, and the hub does not answer ({type(offline).__name__}); "
-                        "check the network, or download it elsewhere and give its folder") from None
-    if not weight_files({file.name for file in folder.iterdir()}):
-        raise UserError(f"MODEL={spec}: its weights are not whole in the local cache, and the hub does not answer; try again with a network")
+        if getattr(error, "errno", None) in MENDS:  # the disk's fault, not the network's
+            raise
+        reason = "HF_HUB_OFFLINE is set" if isinstance(error, OfflineModeIsEnabled) else f"the hub does not answer ({type(error.__cause__ or error).__name__})"
+    folder = _cached(repo, revision)
+    if folder is None:
+        raise UserError(f"MODEL={spec}: is not whole in the local cache, and {reason}; check the network, or download it elsewhere and give its folder")
     return folder
+
+
+def _cached(repo: str, revision: str | None) -> Path | None:
+    """Folder in the hub's cache where an earlier run downloaded all that it wanted of `repo`; None where there is none."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        for group in WEIGHTS:
+            # Fails where the repository is known to have a file of these that is not here.
+            folder = Path(snapshot_download(repo, revision=revision, allow_patterns=[*group, *CONFIGS, *TOKENIZER], local_files_only=True))
+            if (folder / group[0]).is_file():
+                return folder
+    except LocalEntryNotFoundError:
+        pass
+    return None

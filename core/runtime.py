@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,11 +9,7 @@ import numpy as np
 import onnxruntime as ort
 
 from core.errors import UserError
-
-def default_threads() -> int:
-    """Processors that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
+from core.threads import default_threads
 
 class Runtime:
     """A session over `model` (an ONNX file of the contract in the README).

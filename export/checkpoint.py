@@ -6,6 +6,7 @@ import json
 import math
 import pickle
 import struct
+import warnings
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -99,7 +100,9 @@ def _read_bin(path: Path) -> dict[str, Weight]:
 
     mapped = zipfile.is_zipfile(path)
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about the protocol of the pickle, which is no concern of the user's
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         reason = next((line for line in str(error).splitlines() if "Unsupported" in line or "not an allowed" in line), "")
         if not reason:
@@ -120,6 +123,8 @@ def _read_bin(path: Path) -> dict[str, Weight]:
 def check_finite(name: str, array: np.ndarray, folder: Path) -> np.ndarray:
     """`array` itself. Raises UserError where it holds NaN or infinities."""
     # A sum over float64 is not finite where any element is not, without a mask as large as the weights.
-    if not math.isfinite(float(array.sum(dtype=np.float64))):
+    with np.errstate(invalid="ignore"):
+        total = float(array.sum(dtype=np.float64))
+    if not math.isfinite(total):
         raise UserError(f"{folder}: {name} holds NaN or infinities; the checkpoint is damaged or its training diverged")
     return array

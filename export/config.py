@@ -71,11 +71,15 @@ def parse_config(fields: dict, path: Path) -> GPT2Config:
         raise UserError(f"{path}: activation_function {activation!r} is none of {', '.join(ACTIVATIONS)}")
     if flag("add_cross_attention", False):
         raise UserError(f"{path}: add_cross_attention is true; only GPT-2 without an encoder is exported")
+    vocabulary = number("vocab_size", default=50257)
+    start = next((fields[key] for key in ("bos_token_id", "eos_token_id") if fields.get(key) is not None), None)
+    if not isinstance(start, int) or not 0 <= start < vocabulary:
+        raise UserError(f"{path}: bos_token_id (else eos_token_id) is {start!r} where the token that starts a text, below {vocabulary}, is needed")
     epsilon = fields.get("layer_norm_epsilon", 1e-5)
     if not isinstance(epsilon, float) or not 0 < epsilon < 1:
         raise UserError(f"{path}: layer_norm_epsilon is {epsilon!r} where a small positive number is needed")
     return GPT2Config(
-        vocab_size=number("vocab_size", default=50257),
+        vocab_size=vocabulary,
         n_positions=number("n_positions", "n_ctx", default=1024),
         n_embd=width,
         n_layer=number("n_layer", "num_hidden_layers", default=12),

@@ -39,7 +39,7 @@ def write_configs(fields: dict, checkpoint: Path, work: Path) -> None:
 
 
 def _convert(checkpoint: Path, work: Path):
-    """Have transformers write both tokenizer files, and read the result."""
+    """Have transformers write the tokenizer files that `checkpoint` lacks, and read tokenizer.json."""
     if not any((checkpoint / name).is_file() for name in ("tokenizer.json", "vocab.json")):
         raise UserError(f"{checkpoint}: has no tokenizer ({', '.join(TOKENIZER)}); take the files of the original checkpoint")
     if not (checkpoint / "tokenizer.json").is_file() and not (checkpoint / "merges.txt").is_file():
@@ -50,13 +50,24 @@ def _convert(checkpoint: Path, work: Path):
         AutoTokenizer.from_pretrained(checkpoint, local_files_only=True, trust_remote_code=False).save_pretrained(work)
     except Exception as error:  # whatever the Rust library and transformers raise over a broken file
         raise UserError(f"{checkpoint}: its tokenizer files are broken ({error}); take those of the original checkpoint") from None
+    if not (checkpoint / "tokenizer.json").is_file():
+        _check_merges(work / "tokenizer.json", checkpoint)
     config = work / "tokenizer_config.json"
     fields = {key: value for key, value in _read_json(config).items() if key not in ("is_local", "local_files_only")}
     for file in work.iterdir():
         if file.name in TOKENIZER and file.name != "tokenizer.json":
             file.unlink()
     _write_json(config, fields)
-    return load_tokenizer(work)
+    # transformers 5 rebuilds GPT-2's from the vocabulary and merges alone, without the file's own normalizer and splitting.
+    return load_tokenizer(checkpoint if (checkpoint / "tokenizer.json").is_file() else work)
+
+
+def _check_merges(tokenizer: Path, checkpoint: Path) -> None:
+    """Every token but the 256 bytes and a few special ones comes of a merge: fewer of them split text into letters."""
+    model = _read_json(tokenizer)["model"]
+    if len(model["vocab"]) - len(model["merges"]) > 2 * 256:
+        raise UserError(f"{checkpoint / 'merges.txt'}: has {len(model['merges'])} merges for the {len(model['vocab'])} tokens of vocab.json; "
+                        "it is cut short, take the file of the original checkpoint")
 
 
 def _read_json(path: Path) -> dict:

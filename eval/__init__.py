@@ -1,0 +1,1 @@
+"""Artifacts -> measurements -> report."""

@@ -1,0 +1,32 @@
+"""The machine and the software that a report was made on."""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+
+from core.artifact import versions
+
+
+def machine(threads: int) -> dict:
+    """CPU by name, its logical processors, memory in bytes, operating system, and the threads that were used."""
+    return {"cpu": cpu_name(), "processors": os.cpu_count(), "threads": threads, "memory_bytes": _memory_bytes(), "system": platform.platform()}
+
+
+def software() -> dict[str, str]:
+    return versions("onnxruntime", "onnx", "numpy", "tokenizers", "torch", "transformers")
+
+
+def cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        fields = dict(line.split(":", 1) for line in cpuinfo.read_text().splitlines() if ":" in line)
+        for key, value in fields.items():
+            if key.strip() in ("model name", "Model"):
+                return value.strip()
+    return platform.processor() or platform.machine()
+
+
+def _memory_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -102,21 +102,30 @@ def _sha256(text: str) -> str:
 
 
 def _indexed(folder: Path) -> tuple[list[str], list[str]]:
+    anew = f"write it anew with `python tools/corpus_index.py {folder}`"
     try:
         entries = json.loads((folder / INDEX).read_text(encoding="utf-8"))["documents"]
-        wanted = [(entry["file"], entry["split"], entry["sha256"]) for entry in entries]
+        wanted = [(Path(entry["file"]).name, str(entry["split"]), entry["sha256"]) for entry in entries]
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder / INDEX}: broken index ({error}); write it anew with `python tools/corpus_index.py {folder}`") from None
+        raise UserError(f"{folder / INDEX}: broken index ({error}); {anew}") from None
     sides: dict[str, list[str]] = {"calibration": [], "test": []}
     for name, side, sha256 in wanted:
-        file = folder / Path(name).name
+        file = folder / name
         if not file.is_file() or hashlib.sha256(file.read_bytes()).hexdigest() != sha256 or side not in sides:
-            raise UserError(f"{file}: is not what {INDEX} says; write it anew with `python tools/corpus_index.py {folder}`")
+            raise UserError(f"{file}: is not what {INDEX} says; {anew}")
         sides[side].append(_read_text(file).strip())
+    if unlisted := sorted({file.name for file in folder.glob("*.txt")} - {name for name, *_ in wanted}):
+        raise UserError(f"{folder / unlisted[0]}: is not in {INDEX}; {anew}")
+    if not all(sides.values()):
+        raise UserError(f"{folder / INDEX}: names no documents for calibration or none for test; {anew}")
+    if set(sides["calibration"]) & set(sides["test"]):
+        raise UserError(f"{folder / INDEX}: has the same text on both sides; delete one copy and {anew}")
     return sides["calibration"], sides["test"]
 
 
 def _documents(source: Source) -> Iterator[str]:
+    if not source.spec:
+        raise UserError("CORPUS= is empty; give a file, a folder or a hub dataset id")
     path = Path(source.spec)
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.suffix in _SUFFIXES and file.is_file())
@@ -136,7 +145,7 @@ def _documents(source: Source) -> Iterator[str]:
 
 def _read_text(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8")
+        return file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{file}: is not UTF-8 (byte {error.start}); convert it, for example with `iconv -f latin1 -t utf8`") from None
 
@@ -153,12 +162,14 @@ def _read_txt(file: Path, _column: str) -> Iterator[str]:
 
 
 def _read_jsonl(file: Path, column: str) -> Iterator[str]:
-    for number, line in enumerate(_read_text(file).splitlines(), 1):
+    # Not splitlines(): JSON may hold Unicode's other line ends as they are.
+    for number, line in enumerate(_read_text(file).split("\n"), 1):
         if not line.strip():
             continue
         try:
             text = json.loads(line)[column]
-        except (ValueError, KeyError, TypeError, RecursionError):
+            text.encode()  # half a surrogate pair is no text
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             text = None
         if not isinstance(text, str):
             raise UserError(f"{file}: line {number} is no JSON object with a text in {column!r}; name its column with CORPUS_COLUMN=")
@@ -187,7 +198,7 @@ def _hub_documents(source: Source) -> Iterator[str]:
 
     try:
         table = datasets.load_dataset(source.spec, source.config, split=source.split)
-    except (datasets.exceptions.DatasetsError, FileNotFoundError, ConnectionError, ValueError) as error:
+    except (datasets.exceptions.DatasetsError, FileNotFoundError, ConnectionError, ValueError, RuntimeError) as error:
         raise UserError(f"CORPUS={source.spec}: is neither a file or folder here nor a dataset that the hub gives "
                         f"(config {source.config}, split {source.split}): {error}") from None
     if source.column not in table.column_names:

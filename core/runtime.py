@@ -38,6 +38,10 @@ class Runtime:
         """Logits float32 [B, T, V] of token ids [B, T] without a past; `mask` [B, T] is 0 on padding."""
         return self.run(ids, mask)[0].numpy()
 
+    def logits(self, ids: np.ndarray) -> np.ndarray:
+        """Logits float32 [T, V] of one sequence of token ids [T]."""
+        return self.forward(ids[None])[0]
+
     def extend(self, ids: np.ndarray, past: list[ort.OrtValue], mask: np.ndarray | None = None) -> tuple[np.ndarray, list[ort.OrtValue]]:
         """Logits [B, T, V] of token ids [B, T] behind `past`, and the past that includes them.
 

@@ -25,15 +25,16 @@ def main() -> int:
     parser.add_argument("--recipes", nargs="+", default=["fp32", "int8-dynamic", "int8-static"], metavar="NAME", help="artifacts to measure; the first is the baseline")
     parser.add_argument("--onnx", nargs="*", type=Path, default=[], metavar="PATH", help="further ONNX files, or folders with a model.onnx, of the same contract")
     parser.add_argument("--without-torch", action="store_true", help="leave out the PyTorch rows")
-    parser.add_argument("--tokens", type=int, default=32768, help="score whole documents until this many tokens (default 32768)")
+    parser.add_argument("--tokens", type=int, default=16384, help="score whole documents until this many tokens (default 16384)")
+    parser.add_argument("--window", type=int, default=512, help="longest context of a scored token, in tokens (default 512)")
     parser.add_argument("--rounds", type=int, default=3, help="interleaved rounds of latency (default 3)")
     parser.add_argument("--threads", type=int, default=default_threads(), help="threads of every runtime (default: all processors)")
     parser.add_argument("--output", type=Path, default=Path("reports"), help="folder of the reports")
     add_arguments(parser)
     args = parser.parse_args()
-    for option in ("tokens", "rounds", "threads"):
-        if getattr(args, option) < 1:
-            raise UserError(f"--{option} {getattr(args, option)}: give a number from 1 on")
+    for option, least in (("tokens", 2), ("window", 2), ("rounds", 1), ("threads", 1)):
+        if getattr(args, option) < least:
+            raise UserError(f"--{option} {getattr(args, option)}: give a number from {least} on")
     name = model_name(args.model)
     with artifact.locked(args.artifacts / name), artifact.locked(args.output / name):
         _evaluate(args, args.artifacts / name, args.output / name)
@@ -77,6 +78,7 @@ def _inputs(args: argparse.Namespace, published: list[artifact.Artifact], test: 
         "torch": not args.without_torch,
         "corpus": test.sha256,
         "tokens": args.tokens,
+        "window": args.window,
         "rounds": args.rounds,
         "machine": machine(args.threads),
         "code": artifact.code_digest("core", "eval"),
@@ -101,7 +103,7 @@ def _measure(args: argparse.Namespace, subjects: list[Subject], baseline: Path, 
     names = [subject.name for subject in subjects]
     if clash := next((name for name in names if names.count(name) > 1), None):
         raise UserError(f"--onnx: two artifacts are called {clash!r}; rename one of the files")
-    task = make_task(baseline, test, args.tokens)
+    task = make_task(baseline, test, args.tokens, args.window)
     quality = measure_quality(subjects, task, args.threads)
     latency = measure_latency(subjects, task.real_tokens(task.longest), task.longest, args.rounds, args.threads)
     rows = []
@@ -116,7 +118,7 @@ def _measure(args: argparse.Namespace, subjects: list[Subject], baseline: Path, 
         "schema": SCHEMA,
         "model": baseline.parent.name,
         "corpus": {"source": args.corpus, "split": test.name, "sha256": test.sha256, "documents": len(task.documents), "bytes": task.size.bytes,
-                   "words": task.size.words, "window_tokens": task.longest},
+                   "words": task.size.words, "window_tokens": task.window},
         "machine": inputs["machine"], "versions": inputs["versions"], "rounds": args.rounds, "inputs": inputs,
         "artifacts": rows,
     }

@@ -6,7 +6,6 @@ An engine has `runtime` (forward, extend, empty_past: see core/runtime.py), `loa
 from __future__ import annotations
 
 import resource
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +17,8 @@ import numpy as np
 from core import onnx_file
 from core.runtime import Runtime
 
-WARM_UP, PREFILL_SAMPLES, DECODE_SAMPLES = 1, 5, 15
+# Of each shape in each round: one run to warm up, then samples until there are enough, or until the time is up.
+PREFILL_SAMPLES, DECODE_SAMPLES, LEAST_SAMPLES, BUDGET_NS = 5, 20, 2, 1_000_000_000
 
 
 @dataclass(frozen=True)
@@ -79,9 +79,15 @@ class Engine:
 
 
 def peak_rss_bytes() -> int:
-    """Largest resident set that this process had."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    """Largest resident set that this process had.
+
+    Linux's getrusage carries the parent's peak over into a child, so its own status file is read there.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def _maker(subject: Subject, threads: int) -> Callable[[], Any]:
@@ -94,11 +100,10 @@ def _maker(subject: Subject, threads: int) -> Callable[[], Any]:
     return lambda: TorchRuntime(subject.path, threads, quantized=subject.kind == "torch-dynamic")
 
 
-def _time(run: Callable[[], object], count: int) -> list[int]:
-    for _ in range(WARM_UP):
-        run()
-    samples = []
-    for _ in range(count):
+def _time(run: Callable[[], object], most: int) -> list[int]:
+    run()
+    samples: list[int] = []
+    while len(samples) < LEAST_SAMPLES or (len(samples) < most and sum(samples) < BUDGET_NS):
         start = time.perf_counter_ns()
         run()
         samples.append(time.perf_counter_ns() - start)

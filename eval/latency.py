@@ -47,7 +47,7 @@ def _fields(rounds: list[dict], baseline: list[dict]) -> dict:
 
 
 def _shape(key: str, shape: int, rounds: list[dict], baseline: list[dict], phase: str, tokens: int) -> dict:
-    """One shape over all rounds. `samples_ns` keeps the rounds in order, `samples_per_round` at a time."""
+    """One shape over all rounds. `samples_ns` holds one round after the other, `samples_per_round` of each."""
     samples = [sample for run in rounds for sample in run[phase][shape]]
     speedups = [median(base[phase][shape]) / median(run[phase][shape]) for base, run in zip(baseline, rounds, strict=True)]
     p50 = float(np.quantile(samples, 0.5))
@@ -57,6 +57,6 @@ def _shape(key: str, shape: int, rounds: list[dict], baseline: list[dict], phase
         "p90_ms": float(np.quantile(samples, 0.9)) / 1e6,
         "tokens_per_second": tokens / p50 * 1e9,
         "speedup": median(speedups), "speedup_min": min(speedups), "speedup_max": max(speedups),
-        "samples_per_round": len(rounds[0][phase][shape]),
+        "samples_per_round": [len(run[phase][shape]) for run in rounds],
         "samples_ns": samples,
     }

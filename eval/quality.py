@@ -15,40 +15,40 @@ from core.progress import track
 from core.runtime import Runtime
 from core.tokenizer import encode, load_tokenizer, max_positions, start_token
 from eval.engines import Engine, Subject
-from eval.score import Scores, score, score_pair
+from eval.score import Logits, Scores, score, score_pair
 from eval.statistics import TextSize, perplexity, quality, text_size
 from eval.windows import Window, halves, rolling
 
 PROMPT = "Me gusta mucho el futbol"
 CONTINUATION_TOKENS = 32
-LLAMA_WINDOW = 512
 
 
 @dataclass(frozen=True)
 class Task:
-    """The test text as tokens: what every subject is scored on."""
+    """The test text as tokens: what every subject is scored on, in windows of at most `window` tokens."""
 
     tokenizer: Tokenizer
     documents: list[list[int]]
     size: TextSize
     start: int
     longest: int
+    window: int
     stream: np.ndarray
 
     @property
     def rolling(self) -> list[Window]:
-        return list(rolling(self.documents, self.start, self.longest))
+        return list(rolling(self.documents, self.start, self.window))
 
     @property
     def halves(self) -> list[Window]:
-        return list(halves(self.stream, min(LLAMA_WINDOW, self.longest)))
+        return list(halves(self.stream, self.window))
 
     def real_tokens(self, count: int) -> np.ndarray:
         """`count` tokens of the text, repeated where it is shorter."""
         return np.resize(self.stream, count)
 
 
-def make_task(folder: Path, test: Split, tokens: int) -> Task:
+def make_task(folder: Path, test: Split, tokens: int, window: int) -> Task:
     """Tokenize whole documents of `test`, until `tokens` tokens are reached, by the tokenizer of `folder`.
 
     Raises UserError where less than 2 tokens come of it.
@@ -62,8 +62,9 @@ def make_task(folder: Path, test: Split, tokens: int) -> Task:
             break
     if sum(map(len, documents)) < 2:
         raise UserError("CORPUS=: its test split has less than 2 tokens; give more text")
+    longest = max_positions(folder)
     stream = np.asarray(tokenizer.encode("\n\n".join(taken), add_special_tokens=False).ids, np.int64)
-    return Task(tokenizer, documents, text_size(tuple(taken)), start_token(folder), max_positions(folder), stream)
+    return Task(tokenizer, documents, text_size(tuple(taken)), start_token(folder), longest, min(window, longest), stream)
 
 
 def measure_quality(subjects: list[Subject], task: Task, threads: int) -> dict[str, dict]:
@@ -77,22 +78,22 @@ def measure_quality(subjects: list[Subject], task: Task, threads: int) -> dict[s
     rows: dict[str, dict] = {}
     for subject in others:
         with Remote(Engine, subject, threads, label=subject.name) as remote:
-            windows = task.rolling
-            reference, scores = score_pair(track(windows, f"quality   {subject.name}", len(windows)), lambda ids: baseline.forward(ids[None])[0],
-                                           lambda ids, remote=remote: remote.call("logits", ids))
-            rows[subject.name] = (quality(scores, task.size, reference) | _halves(task, lambda ids, remote=remote: remote.call("logits", ids))
-                                  | {"continuation": _continue(remote, task)} | remote.call("describe"))
+            windows = track(task.rolling, f"quality   {subject.name}", len(task.rolling))
+            reference, scores = score_pair(windows, baseline.logits, lambda ids, remote=remote: remote.call("logits", ids))
+            rows[subject.name] = quality(scores, task.size, reference)
+            # What PyTorch gives by another protocol too would cost more time than it tells.
+            rows[subject.name] |= _halves(task, lambda ids, remote=remote: remote.call("logits", ids)) if subject.kind == "onnx" else {"llama_cpp": None}
+            rows[subject.name] |= {"continuation": _continue(remote, task)} | remote.call("describe")
     if reference is None:
-        windows = task.rolling
-        reference = score(track(windows, f"quality   {first.name}", len(windows)), lambda ids: baseline.forward(ids[None])[0])
-    own = quality(reference, task.size, None) | _halves(task, lambda ids: baseline.forward(ids[None])[0])
+        reference = score(track(task.rolling, f"quality   {first.name}", len(task.rolling)), baseline.logits)
+    own = quality(reference, task.size, None) | _halves(task, baseline.logits)
     del baseline
     with Remote(Engine, first, threads, label=first.name) as remote:
         own["continuation"] = _continue(remote, task)
     return {first.name: own} | rows
 
 
-def _halves(task: Task, logits) -> dict:
+def _halves(task: Task, logits: Logits) -> dict:
     """Perplexity by llama.cpp's protocol; None where the text is shorter than one window."""
     windows = task.halves
     if not windows:

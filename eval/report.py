@@ -81,7 +81,7 @@ def markdown(report: dict) -> str:
     lines += ["", "## Other protocols", "", _protocols_note(report), "", "| artifact | llama.cpp perplexity | word perplexity | byte perplexity |", "|---|---:|---:|---:|"]
     for row in rows:
         llama = row["llama_cpp"]
-        lines.append(f"| {row['name']} | {_plus_minus(llama['perplexity'], llama['perplexity_stderr'], 2) if llama else 'text too short'} "
+        lines.append(f"| {row['name']} | {_plus_minus(llama['perplexity'], llama['perplexity_stderr'], 2) if llama else '—'} "
                      f"| {row['word_perplexity']:.2f} | {row['byte_perplexity']:.4f} |")
     lines += ["", "## Latency", "", "Milliseconds, p50 / p90; batch of 1.", ""]
     shapes = [("prefill", "tokens", item["tokens"]) for item in rows[0]["prefill"]] + [("decode", "position", item["position"]) for item in rows[0]["decode"]]

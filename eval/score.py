@@ -39,33 +39,40 @@ def score_pair(windows: Iterable[Window], baseline: Logits, model: Logits) -> tu
     rows = []
     for window in windows:
         count = len(window.targets)
-        reference, candidate = baseline(window.inputs)[-count:], model(window.inputs)[-count:]
-        rows.append((np.full(count, window.document), nll(reference, window.targets), nll(candidate, window.targets),
-                     kl_divergence(reference, candidate), reference.argmax(axis=1) == candidate.argmax(axis=1)))
+        compared = compare(baseline(window.inputs)[-count:], model(window.inputs)[-count:], window.targets)
+        rows.append((np.full(count, window.document), *compared))
     document, base, nats, kl, same = map(np.concatenate, zip(*rows, strict=True))
     return Scores(document, base), Scores(document, nats, kl, same)
 
 
 def nll(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
     """−ln p(target) in nats, float64 [n], of logits float32 [n, V] and targets [n]. Uniform logits give ln V."""
-    return np.concatenate([-_log_softmax(logits[at])[np.arange(len(targets[at])), targets[at]] for at in _chunks(len(targets))])
+    return np.concatenate([_pick(log_softmax(logits[at]), targets[at]) for at in _chunks(len(targets))])
 
 
-def kl_divergence(reference: np.ndarray, candidate: np.ndarray) -> np.ndarray:
-    """KL(p ‖ q) = Σ p (ln p − ln q) in nats, float64 [n], of logits [n, V] of p and of q."""
-    values = []
-    for at in _chunks(len(reference)):
-        log_p, log_q = _log_softmax(reference[at]), _log_softmax(candidate[at])
-        values.append((np.exp(log_p) * (log_p - log_q)).sum(axis=1, dtype=np.float64))
-    # Rounding can leave a distribution a few 1e-9 below its least possible distance to itself.
-    return np.maximum(np.concatenate(values), 0.0)
+def compare(reference: np.ndarray, candidate: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, ...]:
+    """(nll of the reference, nll of the candidate, KL, same top token), each [n], of logits [n, V] and targets [n].
+
+    KL(p ‖ q) = Σ p (ln p − ln q) in nats, of the reference's distribution p and the candidate's q.
+    """
+    parts = []
+    for at in _chunks(len(targets)):
+        log_p, log_q = log_softmax(reference[at]), log_softmax(candidate[at])
+        kl = (np.exp(log_p) * (log_p - log_q)).sum(axis=1, dtype=np.float64)
+        # Rounding can leave two equal distributions a few 1e-9 below their least possible distance.
+        parts.append((_pick(log_p, targets[at]), _pick(log_q, targets[at]), np.maximum(kl, 0.0), log_p.argmax(axis=1) == log_q.argmax(axis=1)))
+    return tuple(map(np.concatenate, zip(*parts, strict=True)))
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """ln of the distribution over the last axis: float32 in and out; the normalizer is summed in float64."""
+    shifted = logits - logits.max(axis=1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True, dtype=np.float64)).astype(np.float32)
+
+
+def _pick(log_p: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    return -log_p[np.arange(len(targets)), targets].astype(np.float64)
 
 
 def _chunks(count: int) -> list[slice]:
     return [slice(start, start + _ROWS) for start in range(0, count, _ROWS)]
-
-
-def _log_softmax(logits: np.ndarray) -> np.ndarray:
-    """float32 in, float32 out; the normalizer is summed in float64."""
-    shifted = logits - logits.max(axis=1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True, dtype=np.float64)).astype(np.float32)

@@ -73,8 +73,7 @@ def test_whole_pipeline(hub: Hub, in_bin: Files, export: Callable[..., Result], 
     first = export(REPOSITORY)
     assert first.status == 0, first.stderr
     assert "parity" in first.stderr
-    target = tmp_path / "artifacts" / "datificate--gpt2-small-spanish" / "fp32"
-    artifact = open_artifact(target)
+    artifact = open_artifact(tmp_path / "artifacts" / "datificate--gpt2-small-spanish" / "fp32")
     assert artifact.manifest.model == "datificate--gpt2-small-spanish"
     assert hub.transferred() == in_bin.keys() - UNUSED.keys()
     hub.requests.clear()
@@ -94,11 +93,6 @@ def test_whole_pipeline(hub: Hub, in_bin: Files, export: Callable[..., Result], 
 
     unreachable = export(REPOSITORY, HF_ENDPOINT="http://127.0.0.1:9")
     assert unreachable.status == 0 and "up to date" in unreachable.stderr, unreachable.stderr
-    # The cache alone is enough for a whole export.
-    shutil.rmtree(target)
-    rebuilt = export(REPOSITORY, HF_HUB_OFFLINE="1")
-    assert rebuilt.status == 0, rebuilt.stderr
-    assert open_artifact(target).digest == artifact.digest
 
 
 def test_revision(hub: Hub, in_bin: Files, tiny_folder: Path, resolve: Callable[..., Result]) -> None:
@@ -156,7 +150,7 @@ def test_cut_transfer_goes_on(hub: Hub, in_bin: Files, resolve: Callable[..., Re
     result = resolve(REPOSITORY)
     assert result.status == 0, result.stderr
     assert (Path(result.stdout.strip()) / "pytorch_model.bin").read_bytes() == weights
-    ranges = [asked for method, path, _, asked in hub.requests if method == "GET" and path.startswith("/cdn/")]
+    ranges = [asked for method, path, _, asked in hub.requests if method == "GET" and path.startswith("/cdn/") and path.endswith(".bin")]
     assert ranges == [None, "bytes=10485760-"]  # the client writes by 10 MiB
 
 

@@ -2,6 +2,10 @@
 
 A row is one position of one sequence, so its result depends neither on its neighbours in the batch nor on
 whether it was computed whole or through the cache, and one massive activation coarsens its own row alone.
+
+Scales are rounded to half precision. A kernel for one position and one for many differ in the last bit of a
+float; a scale that carries that bit on would push values over the edge of a rounding, in every layer more.
+Measured on es-mini, cached against whole: the mean |Δ logit| falls from 0.02 to 0.0002, and quality is the same.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ from quantize.sites import Embedding, Projection, find_projections
 
 # u8 with zero point 128 rather than s8: the same integers, and the pair that x86 kernels are fast for.
 ZERO_POINT = np.uint8(128)
+SCALE_MIN, SCALE_MAX = np.float32(np.finfo(np.float16).tiny), np.float32(np.finfo(np.float16).max)
 
 
 def quantize_dynamic(model: ir.Model) -> tuple[list[Projection], list[Embedding]]:
@@ -28,13 +33,14 @@ def quantize_dynamic(model: ir.Model) -> tuple[list[Projection], list[Embedding]
 
 
 def _rewrite(graph: ir.Graph, weights: Weights, projection: Projection) -> None:
-    """x [.., K] · W [K, N]  ->  (u8(x / s) − 128) · s8(W) · s · scale(W), with s = max|x| / 127 per row."""
+    """x [.., K] · W [K, N]  ->  (u8(x / s) − 128) · s8(W) · s · scale(W), with s ≈ max|x| / 127 per row."""
     tape = ir.tape.Tape()
     zero_point = constant(graph, "u8_zero_point", ZERO_POINT)
     largest = tape.op("ReduceMax", [tape.op("Abs", [projection.x]), constant(graph, "axis_last", np.array([-1], np.int64))])
     scale = tape.op("Mul", [largest, constant(graph, "one_over_127", np.float32(1 / 127))])
-    # A row of zeros has no scale; any positive one keeps it zero.
-    scale = tape.op("Max", [scale, constant(graph, "smallest_scale", np.finfo(np.float32).tiny)])                # [.., 1]
+    # A row of zeros has no scale; any positive one keeps it zero. The ends are those of half precision.
+    scale = tape.op("Clip", [scale, constant(graph, "scale_min", SCALE_MIN), constant(graph, "scale_max", SCALE_MAX)])      # [.., 1]
+    scale = tape.op("Cast", [tape.op("Cast", [scale], {"to": ir.DataType.FLOAT16})], {"to": ir.DataType.FLOAT})
     quantized = tape.op("QuantizeLinear", [tape.op("Div", [projection.x, scale]), constant(graph, "scale_one", np.float32(1)), zero_point])
     weight, weight_scale = weights.get_columns(tape, projection)
     product = tape.op("Cast", [tape.op("MatMulInteger", [quantized, weight, zero_point])], {"to": ir.DataType.FLOAT})

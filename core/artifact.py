@@ -144,9 +144,9 @@ def locked(folder: Path) -> Iterator[None]:
     from filelock import FileLock, Timeout
 
     if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder}: is a file; choose another output folder (OUT=)")
+        raise UserError(f"{folder}: is a file; choose another output folder (OUT=, REPORTS=)")
     if folder.is_dir() and not (folder / LOCK).exists() and any(folder.iterdir()):
-        raise UserError(f"{folder}: holds files that are not ours; move them away or choose another output folder (OUT=)")
+        raise UserError(f"{folder}: holds files that are not ours; move them away or choose another output folder (OUT=, REPORTS=)")
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / LOCK)
     try:

@@ -20,7 +20,7 @@ DECODE = (32, 128, 512)
 
 def shapes(longest: int) -> tuple[list[int], list[int]]:
     """(prefill lengths, decode positions) that fit a model of `longest` positions; the last one is its last position."""
-    return [n for n in PREFILL if n <= longest], sorted({*(p for p in DECODE if p < longest), longest - 1} - {0})
+    return [n for n in PREFILL if n <= longest] or [longest], sorted({*(p for p in DECODE if p < longest), longest - 1} - {0})
 
 
 def measure_latency(subjects: list[Subject], ids: np.ndarray, longest: int, rounds: int, threads: int) -> dict[str, dict]:

@@ -8,7 +8,6 @@ import signal
 import sys
 from collections.abc import Callable
 
-
 # How a user mends what the operating system refuses, by error number.
 _DISK_FULL = dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space")
 _FORBIDDEN = dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "check its permissions")

@@ -96,10 +96,12 @@ def _download(spec: str, repo: str, revision: str | None) -> Path:
     except (OfflineModeIsEnabled, LocalEntryNotFoundError, HfHubHTTPError, http.HTTPError, OSError) as error:
         if getattr(error, "errno", None) in MENDS:  # the disk's fault, not the network's
             raise
-        reason = "HF_HUB_OFFLINE is set" if isinstance(error, OfflineModeIsEnabled) else f"the hub does not answer ({type(error.__cause__ or error).__name__})"
+        cause = type(error.__cause__ or error).__name__
+        reason = "HF_HUB_OFFLINE is set" if isinstance(error, OfflineModeIsEnabled) else f"the hub does not answer ({cause})"
     folder = _cached(repo, revision)
     if folder is None:
-        raise UserError(f"MODEL={spec}: is not whole in the local cache, and {reason}; check the network, or download it elsewhere and give its folder")
+        raise UserError(f"MODEL={spec}: is not whole in the local cache, and {reason}; "
+                        "check the network, or download it elsewhere and give its folder")
     return folder
 
 

@@ -7,7 +7,7 @@ import multiprocessing
 import signal
 from collections.abc import Callable
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, NoReturn
 
 from core.errors import UserError
 
@@ -27,23 +27,33 @@ class Remote:
         self._process = _context.Process(target=_serve, args=(there, factory, args), daemon=True)
         self._process.start()
         there.close()
-        self._receive()
+        self.result()
 
     def call(self, method: str, *args: Any) -> Any:
         """The result of the object's `method(*args)`."""
-        self._here.send((method, args))
-        return self._receive()
+        self.start(method, *args)
+        return self.result()
 
-    def _receive(self) -> Any:
+    def start(self, method: str, *args: Any) -> None:
+        """Begin `method(*args)` and go on here; `result` waits for it."""
+        try:
+            self._here.send((method, args))
+        except (BrokenPipeError, ConnectionResetError):
+            self._died()
+
+    def result(self) -> Any:
+        """What the method that was started last returned."""
         try:
             value, error = self._here.recv()
         except (EOFError, ConnectionResetError):
-            self._process.join()
-            raise UserError(f"{self._label}: its process died with exit code {self._process.exitcode}; "
-                            "-9 is most often a lack of memory") from None
+            self._died()
         if error is not None:
             raise error
         return value
+
+    def _died(self) -> NoReturn:
+        self._process.join()
+        raise UserError(f"{self._label}: its process died with exit code {self._process.exitcode}; -9 is most often a lack of memory") from None
 
     def __enter__(self) -> Remote:
         return self

@@ -11,7 +11,7 @@ from core.artifact import versions
 
 def machine(threads: int) -> dict:
     """CPU by name, its logical processors, memory in bytes, operating system, and the threads that were used."""
-    return {"cpu": cpu_name(), "processors": os.cpu_count(), "threads": threads, "memory_bytes": _memory_bytes(), "system": platform.platform()}
+    return {"cpu": cpu_name(), "processors": os.cpu_count(), "threads": threads, "memory_bytes": memory_bytes(), "system": platform.platform()}
 
 
 def software() -> dict[str, str]:
@@ -28,5 +28,6 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def _memory_bytes() -> int:
+def memory_bytes() -> int:
+    """The machine's memory."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

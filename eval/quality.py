@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +16,9 @@ from core.progress import track
 from core.runtime import Runtime
 from core.tokenizer import encode, load_tokenizer, max_positions, start_token
 from eval.engines import Engine, Subject
-from eval.score import Logits, Scores, score, score_pair
+from eval.machine import memory_bytes
+from eval.score import Logits, score, score_together
+from eval.size import weight_bytes
 from eval.statistics import TextSize, perplexity, quality, text_size
 from eval.windows import Window, halves, rolling
 
@@ -68,39 +71,61 @@ def make_task(folder: Path, test: Split, tokens: int, window: int) -> Task:
 
 
 def measure_quality(subjects: list[Subject], task: Task, threads: int) -> dict[str, dict]:
-    """The quality fields of every subject's row; the first is the baseline, and is scored along with each other one.
+    """The quality fields of every subject's row; the first is the baseline, and is scored along with the others.
 
-    Baseline and subject are in memory two at a time, the subject in a process of its own.
+    The baseline is in memory here and every other subject in a process of its own, as many at once as
+    `_groups` allows. They work on a window at the same time, and its logits are gone before the next.
     """
     first, *others = subjects
     baseline = Runtime(first.path, threads)
-    reference: Scores | None = None
-    rows: dict[str, dict] = {}
-    for subject in others:
-        with Remote(Engine, subject, threads, label=subject.name) as remote:
-            windows = track(task.rolling, f"quality   {subject.name}", len(task.rolling))
-            reference, scores = score_pair(windows, baseline.logits, lambda ids, remote=remote: remote.call("logits", ids))
-            rows[subject.name] = quality(scores, task.size, reference)
-            # What PyTorch gives by another protocol too would cost more time than it tells.
-            rows[subject.name] |= _halves(task, lambda ids, remote=remote: remote.call("logits", ids)) if subject.kind == "onnx" else {"llama_cpp": None}
-            rows[subject.name] |= {"continuation": _continue(remote, task)} | remote.call("describe")
-    if reference is None:
-        reference = score(track(task.rolling, f"quality   {first.name}", len(task.rolling)), baseline.logits)
-    own = quality(reference, task.size, None) | _halves(task, baseline.logits)
+    rows: dict[str, dict] = {first.name: {}}
+    for group in _groups(others):
+        with ExitStack() as stack:
+            remotes = [stack.enter_context(Remote(Engine, subject, threads, label=subject.name)) for subject in group]
+            windows = track(task.rolling, "quality   " + " ".join(subject.name for subject in group or [first]), len(task.rolling))
+            scores = score_together(windows, _while_others_work(remotes, baseline.logits), lambda _, remotes=remotes: [r.result() for r in remotes], len(group))
+            rows[first.name] = quality(scores[0], task.size, None)
+            for subject, remote, own in zip(group, remotes, scores[1:], strict=True):
+                logits = lambda ids, remote=remote: remote.call("logits", ids)  # noqa: E731
+                rows[subject.name] = quality(own, task.size, scores[0]) | {
+                    # What PyTorch gives by another protocol too would cost more time than it tells.
+                    "llama_cpp": _halves(task, logits) if subject.kind == "onnx" else None,
+                    "continuation": _continue(remote, task), **remote.call("describe")}
+    rows[first.name] |= {"llama_cpp": _halves(task, baseline.logits)}
     del baseline
     with Remote(Engine, first, threads, label=first.name) as remote:
-        own["continuation"] = _continue(remote, task)
-    return {first.name: own} | rows
+        rows[first.name]["continuation"] = _continue(remote, task)
+    return rows
 
 
-def _halves(task: Task, logits: Logits) -> dict:
+def _groups(subjects: list[Subject]) -> list[list[Subject]]:
+    """Subjects that are loaded at once: as long as their files make up an eighth of the machine's memory, one at least."""
+    groups: list[list[Subject]] = [[]]
+    room = memory_bytes() / 8
+    for subject in subjects:
+        if groups[-1] and sum(map(weight_bytes, groups[-1])) + weight_bytes(subject) > room:
+            groups.append([])
+        groups[-1].append(subject)
+    return groups
+
+
+def _while_others_work(remotes: list[Remote], baseline: Logits) -> Logits:
+    """The baseline's logits, computed while every remote computes its own."""
+    def logits(ids: np.ndarray) -> np.ndarray:
+        for remote in remotes:
+            remote.start("logits", ids)
+        return baseline(ids)
+    return logits
+
+
+def _halves(task: Task, logits: Logits) -> dict | None:
     """Perplexity by llama.cpp's protocol; None where the text is shorter than one window."""
     windows = task.halves
     if not windows:
-        return {"llama_cpp": None}
+        return None
     estimate = perplexity(score(windows, logits))
-    return {"llama_cpp": {"perplexity": estimate.value, "perplexity_stderr": estimate.stderr, "windows": len(windows),
-                          "window_tokens": len(windows[0].inputs) + 1, "tokens_scored": sum(len(window.targets) for window in windows)}}
+    return {"perplexity": estimate.value, "perplexity_stderr": estimate.stderr, "windows": len(windows),
+            "window_tokens": task.window, "tokens_scored": sum(len(window.targets) for window in windows)}
 
 
 def _continue(remote: Remote, task: Task) -> str:

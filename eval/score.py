@@ -9,7 +9,7 @@ import numpy as np
 
 from eval.windows import Window
 
-_ROWS = 64  # positions at a time: temporaries stay in the cache and do not grow with the window
+_CHUNK = 2**18  # logits at a time: temporaries stay in the processor's cache, whatever the vocabulary
 
 
 @dataclass(frozen=True)
@@ -30,49 +30,50 @@ Logits = Callable[[np.ndarray], np.ndarray]  # token ids int64 [T] -> logits flo
 
 def score(windows: Iterable[Window], model: Logits) -> Scores:
     """Negative log-likelihood of every target of `windows`."""
-    pairs = [(np.full(len(w.targets), w.document), nll(model(w.inputs)[-len(w.targets) :], w.targets)) for w in windows]
-    return Scores(*map(np.concatenate, zip(*pairs, strict=True)))
+    return score_together(windows, model, lambda ids: [], 0)[0]
 
 
-def score_pair(windows: Iterable[Window], baseline: Logits, model: Logits) -> tuple[Scores, Scores]:
-    """Scores of the baseline and of the model, window by window, so that no logits are kept."""
-    rows = []
+def score_together(windows: Iterable[Window], baseline: Logits, others: Callable[[np.ndarray], list[np.ndarray]], count: int) -> list[Scores]:
+    """Scores of the baseline and of the `count` models behind `others`, window by window, so that no logits are kept."""
+    documents: list[np.ndarray] = []
+    columns: list[list[tuple[np.ndarray, ...]]] = [[] for _ in range(1 + count)]
     for window in windows:
-        count = len(window.targets)
-        compared = compare(baseline(window.inputs)[-count:], model(window.inputs)[-count:], window.targets)
-        rows.append((np.full(count, window.document), *compared))
-    document, base, nats, kl, same = map(np.concatenate, zip(*rows, strict=True))
-    return Scores(document, base), Scores(document, nats, kl, same)
+        n = len(window.targets)
+        documents.append(np.full(n, window.document))
+        logits = [array[-n:] for array in (baseline(window.inputs), *others(window.inputs))]
+        for column, values in zip(columns, compare(logits[0], logits[1:], window.targets), strict=True):
+            column.append(values)
+    document = np.concatenate(documents)
+    return [Scores(document, *map(np.concatenate, zip(*column, strict=True))) for column in columns]
 
 
-def nll(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """−ln p(target) in nats, float64 [n], of logits float32 [n, V] and targets [n]. Uniform logits give ln V."""
-    return np.concatenate([_pick(log_softmax(logits[at]), targets[at]) for at in _chunks(len(targets))])
+def compare(reference: np.ndarray, candidates: list[np.ndarray], targets: np.ndarray) -> list[tuple[np.ndarray, ...]]:
+    """(nll [n],) of the reference, then (nll, KL, same top token), each [n], of every candidate; logits are [n, V].
 
-
-def compare(reference: np.ndarray, candidate: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, ...]:
-    """(nll of the reference, nll of the candidate, KL, same top token), each [n], of logits [n, V] and targets [n].
-
-    KL(p ‖ q) = Σ p (ln p − ln q) in nats, of the reference's distribution p and the candidate's q.
+    nll is −ln p(target) in nats: uniform logits give ln V. KL(p ‖ q) = Σ p (ln p − ln q) in nats, of the
+    reference's distribution p and the candidate's q.
     """
-    parts = []
-    for at in _chunks(len(targets)):
-        log_p, log_q = log_softmax(reference[at]), log_softmax(candidate[at])
-        kl = (np.exp(log_p) * (log_p - log_q)).sum(axis=1, dtype=np.float64)
-        # Rounding can leave two equal distributions a few 1e-9 below their least possible distance.
-        parts.append((_pick(log_p, targets[at]), _pick(log_q, targets[at]), np.maximum(kl, 0.0), log_p.argmax(axis=1) == log_q.argmax(axis=1)))
-    return tuple(map(np.concatenate, zip(*parts, strict=True)))
+    parts: list[list[tuple[np.ndarray, ...]]] = [[] for _ in range(1 + len(candidates))]
+    rows = max(1, _CHUNK // reference.shape[1])
+    for start in range(0, len(targets), rows):
+        at = slice(start, start + rows)
+        log_p = log_softmax(reference[at])
+        p, top = np.exp(log_p), log_p.argmax(axis=1)
+        parts[0].append((_pick(log_p, targets[at]),))
+        for part, candidate in zip(parts[1:], candidates, strict=True):
+            log_q = log_softmax(candidate[at])
+            kl = np.einsum("nv,nv->n", p, log_p - log_q).astype(np.float64)
+            # Rounding can leave two equal distributions a few 1e-9 below their least possible distance.
+            part.append((_pick(log_q, targets[at]), np.maximum(kl, 0.0), log_q.argmax(axis=1) == top))
+    return [tuple(map(np.concatenate, zip(*part, strict=True))) for part in parts]
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """ln of the distribution over the last axis: float32 in and out; the normalizer is summed in float64."""
+    """ln of the distribution over the last axis, float32 in and out."""
     shifted = logits - logits.max(axis=1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True, dtype=np.float64)).astype(np.float32)
+    shifted -= np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    return shifted
 
 
 def _pick(log_p: np.ndarray, targets: np.ndarray) -> np.ndarray:
     return -log_p[np.arange(len(targets)), targets].astype(np.float64)
-
-
-def _chunks(count: int) -> list[slice]:
-    return [slice(start, start + _ROWS) for start in range(0, count, _ROWS)]

@@ -107,7 +107,8 @@ def _read_bin(path: Path) -> dict[str, Weight]:
         reason = next((line for line in str(error).splitlines() if "Unsupported" in line or "not an allowed" in line), "")
         if not reason:
             raise UserError(f"{path}: is cut short or no PyTorch file; download it again") from None
-        raise UserError(f"{path}: holds more than tensors and was refused unexecuted ({reason.strip()}); ask its author for a model.safetensors") from None
+        raise UserError(f"{path}: holds more than tensors and was refused unexecuted ({reason.strip()}); "
+                        "ask its author for a model.safetensors") from None
     except (RuntimeError, ValueError, EOFError, KeyError, OSError, AttributeError, TypeError, IndexError):
         raise UserError(f"{path}: is cut short or no PyTorch file; download it again") from None
     if not isinstance(state, dict):

@@ -21,13 +21,18 @@ from onnxscript.version_converter import ConvertVersionPass
 from core import artifact, onnx_file
 from core.errors import UserError
 from core.hub import weight_files
+from export.checkpoint import check_finite, read_weights
 
-# Each ran end to end, parity included, with optimum-onnx 0.1.0; bloom's graph takes no position_ids.
-MODEL_TYPES = ("gpt2","gpt_neo","gptj","gpt_neox","llama","mistral","qwen2","phi","codegen","opt","bloom","qwen3","phi3","gemma","granite","smollm3","stablelm","olmo","olmo2","gpt_bigcode","gemma2","gemma3_text","mpt","falcon","helium","glm","cohere","nemotron","arcee")
+# Each ran end to end, parity included, with optimum-onnx 0.1.0.
+MODEL_TYPES = ("arcee", "bloom", "codegen", "cohere", "falcon", "gemma", "gemma2", "gemma3_text", "glm", "gpt2", "gpt_bigcode", "gpt_neo",
+               "gpt_neox", "gptj", "granite", "helium", "llama", "mistral", "mpt", "nemotron", "olmo", "olmo2", "opt", "phi", "phi3",
+               "qwen2", "qwen3", "smollm3", "stablelm")
 # The last opset that torch's TorchScript exporter writes, which is the one that optimum uses.
 _LAST_OPSET = 20
 # Rotary embeddings that change with the length of the text: tracing fixes them at the length of the example.
-_LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
+_LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope", "su")
+# The types of layer that have a rotary embedding each.
+_GEMMA3_LAYERS = ("full_attention", "sliding_attention")
 _POSITIONS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len")
 # Where config.json names none: the smallest that transformers takes for any of MODEL_TYPES.
 _DEFAULT_POSITIONS = 1024
@@ -42,13 +47,14 @@ main_export(sys.argv[1], output=sys.argv[2], task="text-generation-with-past", o
 def export_optimum(checkpoint: Path, fields: dict, work: Path, opset: int) -> None:
     """Export the model of `checkpoint`, whose config.json is `fields`, to `work`/model.onnx.
 
-    Inputs   input_ids [B, T], attention_mask [B, P+T], position_ids [B, T] (not for bloom, which counts the mask),
-             past_key_values.{l}.key|value [B, H, P, d]
+    Inputs   input_ids [B, T], attention_mask [B, P+T], position_ids [B, T], past_key_values.{l}.key|value [B, H, P, d]
     Outputs  logits [B, T, V], present.{l}.key|value [B, H, P+T, d]
 
-    H is the number of key and value heads, fewer than the model's heads where these share them. Weights that
-    occur twice are stored once, as they are or transposed. Raises UserError where the model type is not in
-    MODEL_TYPES, the second environment is missing, or the export fails or does not keep the contract.
+    H is the number of key and value heads, fewer than the model's heads where these share them. The graphs of
+    bloom, gemma, gemma2, gemma3_text, mpt and nemotron take no position_ids: only distances matter to them, and
+    core/runtime.py does without. Weights that occur twice are stored once, as they are or transposed.
+    Raises UserError where the model type is not in MODEL_TYPES, the second environment is missing, the weights
+    are damaged, or the export fails or does not keep the contract.
     """
     config = _legacy_config(fields, checkpoint / "config.json")
     python = _interpreter()
@@ -94,6 +100,9 @@ def _legacy_config(fields: dict, path: Path) -> dict:
     # Code in the repository is never run: what is left of its name could only confuse.
     config = {key: value for key, value in fields.items() if key not in ("auto_map", "rope_parameters")}
     rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
+    if kind == "gemma3_text" and isinstance(rope, dict) and [*map(type, map(rope.get, _GEMMA3_LAYERS))] == [dict, dict]:
+        rope, local = map(rope.get, _GEMMA3_LAYERS)
+        config |= {"rope_local_base_freq": local["rope_theta"]} if "rope_theta" in local else {}
     if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
         raise UserError(f"{path}: has a rotary embedding for each type of layer, which transformers 4.57 does not read; choose another model")
     rope_type = rope.get("rope_type", rope.get("type", "default"))
@@ -114,10 +123,10 @@ def _prepare(checkpoint: Path, config: dict, folder: Path) -> None:
     """A folder with `config` and links to the weights, and nothing else that optimum would load."""
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    names = weight_files({file.name for file in checkpoint.iterdir()})
-    if not names:
-        raise UserError(f"{checkpoint}: has no model.safetensors and no pytorch_model.bin; save the model with transformers' save_pretrained")
-    for name in names:
+    # Damaged files get a clear line here; transformers would start from random weights or give NaN.
+    for name, weight in read_weights(checkpoint).items():
+        check_finite(name, weight.read(), checkpoint)
+    for name in weight_files({file.name for file in checkpoint.iterdir()}):
         (folder / name).symlink_to((checkpoint / name).resolve())
 
 

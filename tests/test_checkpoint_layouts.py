@@ -54,7 +54,7 @@ def write_2020(folder: Path, model, zipped: bool) -> None:
     torch.save(state_of_2020(model), folder / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
     copy_tokenizer(folder, ("vocab.json", "merges.txt"))
     write_json(folder / "tokenizer_config.json", {"model_max_length": 128})
-    write_json(folder / "special_tokens_map.json", {key: "<|endoftext|>" for key in ("bos_token", "eos_token", "unk_token")})
+    write_json(folder / "special_tokens_map.json", dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>"))
     (folder / "tf_model.h5").write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(64))
     (folder / "flax_model.msgpack").write_bytes(bytes(64))
 

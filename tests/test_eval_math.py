@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from eval.score import compare, nll, score, score_pair
+from eval.score import compare, score, score_together
 from eval.statistics import TextSize, mean_per_token, perplexity, quality, text_size
 from eval.windows import halves, rolling
 
@@ -52,20 +52,20 @@ def test_nll_is_the_cross_entropy_of_pytorch():
     logits = np.random.default_rng(0).standard_normal((150, 999)).astype(np.float32) * 20
     targets = np.arange(150) * 6
     theirs = torch.nn.functional.cross_entropy(torch.from_numpy(logits), torch.from_numpy(targets), reduction="none").numpy()
-    assert np.allclose(nll(logits, targets), theirs, rtol=1e-5, atol=1e-5)
+    assert np.allclose(compare(logits, [], targets)[0][0], theirs, rtol=1e-5, atol=1e-5)
 
 
 def test_kl_of_two_known_distributions():
     p, q = np.array([0.5, 0.25, 0.25]), np.array([0.25, 0.25, 0.5])
     logits = [np.log(x, dtype=np.float64).astype(np.float32)[None] for x in (p, q)]
-    base, other, kl, same = compare(*logits, np.array([2]))
+    (base,), (other, kl, same) = compare(logits[0], logits[1:], np.array([2]))
     assert kl[0] == pytest.approx((p * np.log(p / q)).sum(), rel=1e-6)
     assert (base[0], other[0], same[0]) == (pytest.approx(math.log(4)), pytest.approx(math.log(2)), False)
 
 
 def test_a_model_against_itself_differs_by_nothing():
     model = lambda ids: np.random.default_rng(int(ids.sum())).standard_normal((len(ids), 50)).astype(np.float32)  # noqa: E731
-    base, same = score_pair(rolling([[1, 2, 3], [4, 5, 6, 7]], 0, 3), model, model)
+    base, same = score_together(rolling([[1, 2, 3], [4, 5, 6, 7]], 0, 3), model, lambda ids: [model(ids)], 1)
     row = quality(same, TextSize(30, 7), base)
     assert row["delta_ln_ppl"] == row["delta_ln_ppl_stderr"] == row["kl_divergence"] == row["kl_divergence_p99"] == 0
     assert row["top1_agreement"] == 1 and row["perplexity"] == perplexity(base).value

@@ -108,7 +108,8 @@ def test_fewer_layers_than_weights(folder: Path, refused: Callable[..., str]) ->
 
 @pytest.mark.xfail(strict=True, reason="export/graph.py takes the table where transformers 5 takes the head; parity refuses, but cannot say why")
 @pytest.mark.parametrize("tied", [True, None], ids=["tied", "unsaid"])
-def test_head_of_its_own_in_a_tied_model(make_gpt2: Callable[..., Path], export_here: Callable[..., Result], tmp_path: Path, tied: bool | None) -> None:
+def test_head_of_its_own_in_a_tied_model(make_gpt2: Callable[..., Path], export_here: Callable[..., Result], tmp_path: Path,
+                                         tied: bool | None) -> None:
     """transformers 4 tied such a head to the table, transformers 5 does not: either choice or a clear refusal."""
     folder = make_gpt2("head", tie_word_embeddings=False)
     edit_config(folder, tie_word_embeddings=tied)
@@ -260,16 +261,14 @@ def test_pickle_that_runs_code(folder: Path, refused: Callable[..., str], tmp_pa
     state = {"transformer.wte.weight": torch.ones(8192, 32), "bomb": Bomb(marker)}
     if zipped is None:
         (folder / "model.safetensors").unlink()
-        with open(folder / "pytorch_model.bin", "wb") as file:
-            pickle.dump({"bomb": Bomb(marker)}, file, protocol)
+        (folder / "pytorch_model.bin").write_bytes(pickle.dumps({"bomb": Bomb(marker)}, protocol))
     else:
         (folder / "model.safetensors").unlink()
         torch.save(state, folder / "pytorch_model.bin", _use_new_zipfile_serialization=zipped, pickle_protocol=protocol)
     fragments = ["pytorch_model.bin"] if zipped is None else ["pytorch_model.bin", "unexecuted", "model.safetensors"]
     refused(*fragments)
     assert not marker.exists()
-    with open(folder / "pytorch_model.bin", "rb") as file:
-        assert b"executed" in file.read()
+    assert b"executed" in (folder / "pytorch_model.bin").read_bytes()
 
 
 def test_pickle_that_runs_code_as_a_user_meets_it(folder: Path, tmp_path: Path) -> None:
@@ -325,7 +324,8 @@ def test_broken_tokenizer(folder: Path, refused: Callable[..., str], name: str, 
 
 
 @pytest.mark.parametrize("layout", ["tokenizer.json", "vocab.json"])
-def test_tokenizer_larger_than_the_vocabulary(export_here: Callable[..., Result], make_gpt2: Callable[..., Path], tmp_path: Path, layout: str) -> None:
+def test_tokenizer_larger_than_the_vocabulary(export_here: Callable[..., Result], make_gpt2: Callable[..., Path], tmp_path: Path,
+                                              layout: str) -> None:
     folder = make_gpt2("small", vocab_size=8191)
     if layout == "vocab.json":
         (folder / "tokenizer.json").unlink()

@@ -49,6 +49,7 @@ test: $(ready)
 
 lint: $(ready)
 	@$(run) ruff check .
+	@$(run) ruff format --check .
 
 clean:
 	rm -rf artifacts reports .pytest_cache .ruff_cache

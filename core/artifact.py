@@ -1,8 +1,8 @@
 """Artifacts: folders that are published whole or not at all, and verified by their manifest.
 
-    artifacts/<model>/.cuantiza.lock      marks the folder as ours; one stage at a time holds it
-    artifacts/<model>/<recipe>/manifest.json and the files that it lists
-    artifacts/<model>/.tmp-*              work in progress; swept by the next holder of the lock
+artifacts/<model>/.cuantiza.lock      marks the folder as ours; one stage at a time holds it
+artifacts/<model>/<recipe>/manifest.json and the files that it lists
+artifacts/<model>/.tmp-*              work in progress; swept by the next holder of the lock
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def digest(value: object) -> str:
 
 
 def sha256_file(path: Path) -> str:
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -107,15 +107,21 @@ def open_artifact(path: Path) -> Artifact:
         fields = json.loads(manifest_path.read_text(encoding="utf-8"))
         files = {name: File(**file) for name, file in fields.pop("files").items()}
         manifest = Manifest(**fields, files=files)
+        if not isinstance(manifest.inputs, dict):
+            raise TypeError("its inputs are no object")
     except FileNotFoundError:
         raise UserError(f"{path}: no {MANIFEST}, so not a whole artifact; run `make export quantize`") from None
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{manifest_path}: broken manifest ({error}); delete the folder and run make again") from None
     if manifest.schema != SCHEMA:
-        raise UserError(f"{manifest_path}: schema {manifest.schema!r} is not {SCHEMA!r}; delete the folder and run make again")
+        raise UserError(
+            f"{manifest_path}: schema {manifest.schema!r} is not {SCHEMA!r}; delete the folder and run make again"
+        )
     for name, file in files.items():
         if Path(name).name != name:
-            raise UserError(f"{manifest_path}: file name {name!r} leaves the folder; delete the folder and run make again")
+            raise UserError(
+                f"{manifest_path}: file name {name!r} leaves the folder; delete the folder and run make again"
+            )
         target = path / name
         if not target.is_file() or target.stat().st_size != file.bytes or sha256_file(target) != file.sha256:
             raise UserError(f"{target}: missing or changed since it was published; run make again to rebuild it")
@@ -146,7 +152,9 @@ def locked(folder: Path) -> Iterator[None]:
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: is a file; choose another output folder (OUT=, REPORTS=)")
     if folder.is_dir() and not (folder / LOCK).exists() and any(folder.iterdir()):
-        raise UserError(f"{folder}: holds files that are not ours; move them away or choose another output folder (OUT=, REPORTS=)")
+        raise UserError(
+            f"{folder}: holds files that are not ours; move them away or choose another output folder (OUT=, REPORTS=)"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / LOCK)
     try:
@@ -156,7 +164,7 @@ def locked(folder: Path) -> Iterator[None]:
         lock.acquire()
     try:
         for leftover in folder.glob(".tmp-*"):
-            shutil.rmtree(leftover, ignore_errors=True)
+            shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink()
         yield
     finally:
         lock.release()
@@ -190,14 +198,25 @@ def replace(source: Path, target: Path) -> None:
     _fsync(target.parent)
 
 
-def publish(work: Path, target: Path, *, name: str, model: str, recipe: dict, inputs: dict, parent: str | None,
-            calibration: str | None, versions: dict[str, str], details: dict) -> Artifact:
+def publish(
+    work: Path,
+    target: Path,
+    *,
+    name: str,
+    model: str,
+    recipe: dict,
+    inputs: dict,
+    parent: str | None,
+    calibration: str | None,
+    versions: dict[str, str],
+    details: dict,
+) -> Artifact:
     """Write the manifest of the files in `work` and publish them as `target`."""
     files = {file.name: File(file.stat().st_size, sha256_file(file)) for file in sorted(work.iterdir())}
     manifest = Manifest(name, model, recipe, inputs, parent, calibration, files, versions, details)
     text = json.dumps(dataclasses.asdict(manifest), indent=1, ensure_ascii=False, sort_keys=True)
     (work / MANIFEST).write_text(text + "\n", encoding="utf-8")
-    os.chmod(work, 0o755)
+    work.chmod(0o755)
     replace(work, target)
     return Artifact(target, manifest)
 

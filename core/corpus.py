@@ -55,8 +55,10 @@ def load_splits(source: Source) -> tuple[Split, Split]:
     else:
         documents = list(dict.fromkeys(text for text in map(str.strip, _documents(source)) if text))
         if len(documents) < 2:
-            raise UserError(f"CORPUS={source.spec}: has {len(documents)} non-empty documents where calibration and test need one each; "
-                            f"add files, or lines {SEPARATOR} between documents")
+            raise UserError(
+                f"CORPUS={source.spec}: has {len(documents)} non-empty documents where calibration and test need one each; "
+                f"add files, or lines {SEPARATOR} between documents"
+            )
         ranked = sorted(documents, key=_sha256)
         chosen = set(ranked[: max(1, len(ranked) // 3)])
         calibration = [text for text in documents if text in chosen]
@@ -66,10 +68,14 @@ def load_splits(source: Source) -> tuple[Split, Split]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options that name a corpus to a stage's command line."""
-    parser.add_argument("--corpus", default="corpus/es", help="file or folder of .txt, .jsonl or .parquet, or hub dataset id")
+    parser.add_argument(
+        "--corpus", default="corpus/es", help="file or folder of .txt, .jsonl or .parquet, or hub dataset id"
+    )
     parser.add_argument("--corpus-config", help="configuration of a hub dataset")
     parser.add_argument("--corpus-split", default="train", help="split of a hub dataset (default train)")
-    parser.add_argument("--corpus-column", default="text", help="column of the text in .jsonl, .parquet and hub datasets (default text)")
+    parser.add_argument(
+        "--corpus-column", default="text", help="column of the text in .jsonl, .parquet and hub datasets (default text)"
+    )
 
 
 def source_of(args: argparse.Namespace) -> Source:
@@ -80,9 +86,15 @@ def source_of(args: argparse.Namespace) -> Source:
 def write_index(folder: Path) -> None:
     """Fix the split of the `.txt` documents in `folder`: every third one, in the order of names, calibrates."""
     files = sorted(folder.glob("*.txt"))
-    documents = [{"file": file.name, "split": "calibration" if number % 3 == 1 else "test",
-                  "words": len(file.read_text(encoding="utf-8").split()),
-                  "sha256": hashlib.sha256(file.read_bytes()).hexdigest()} for number, file in enumerate(files)]
+    documents = [
+        {
+            "file": file.name,
+            "split": "calibration" if number % 3 == 1 else "test",
+            "words": len(file.read_text(encoding="utf-8").split()),
+            "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
+        }
+        for number, file in enumerate(files)
+    ]
     (folder / INDEX).write_text(json.dumps({"documents": documents}, indent=1) + "\n", encoding="utf-8")
 
 
@@ -147,7 +159,9 @@ def _read_text(file: Path) -> str:
     try:
         return file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"{file}: is not UTF-8 (byte {error.start}); convert it, for example with `iconv -f latin1 -t utf8`") from None
+        raise UserError(
+            f"{file}: is not UTF-8 (byte {error.start}); convert it, for example with `iconv -f latin1 -t utf8`"
+        ) from None
 
 
 def _read_txt(file: Path, _column: str) -> Iterator[str]:
@@ -172,7 +186,9 @@ def _read_jsonl(file: Path, column: str) -> Iterator[str]:
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             text = None
         if not isinstance(text, str):
-            raise UserError(f"{file}: line {number} is no JSON object with a text in {column!r}; name its column with CORPUS_COLUMN=")
+            raise UserError(
+                f"{file}: line {number} is no JSON object with a text in {column!r}; name its column with CORPUS_COLUMN="
+            )
         yield text
 
 
@@ -183,11 +199,15 @@ def _read_parquet(file: Path, column: str) -> Iterator[str]:
     try:
         with pyarrow.parquet.ParquetFile(file) as table:
             if column not in table.schema_arrow.names:
-                raise UserError(f"{file}: has no column {column!r} but {', '.join(table.schema_arrow.names)}; name one with CORPUS_COLUMN=")
+                raise UserError(
+                    f"{file}: has no column {column!r} but {', '.join(table.schema_arrow.names)}; name one with CORPUS_COLUMN="
+                )
             for batch in table.iter_batches(columns=[column]):
                 for text in batch.column(0).to_pylist():
                     if not isinstance(text, str):
-                        raise UserError(f"{file}: column {column!r} holds {type(text).__name__}, not text; name another with CORPUS_COLUMN=")
+                        raise UserError(
+                            f"{file}: column {column!r} holds {type(text).__name__}, not text; name another with CORPUS_COLUMN="
+                        )
                     yield text
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{file}: cannot be read as Parquet ({error})") from None
@@ -199,11 +219,17 @@ def _hub_documents(source: Source) -> Iterator[str]:
     try:
         table = datasets.load_dataset(source.spec, source.config, split=source.split)
     except (datasets.exceptions.DatasetsError, FileNotFoundError, ConnectionError, ValueError, RuntimeError) as error:
-        raise UserError(f"CORPUS={source.spec}: is neither a file or folder here nor a dataset that the hub gives "
-                        f"(config {source.config}, split {source.split}): {error}") from None
+        raise UserError(
+            f"CORPUS={source.spec}: is neither a file or folder here nor a dataset that the hub gives "
+            f"(config {source.config}, split {source.split}): {error}"
+        ) from None
     if source.column not in table.column_names:
-        raise UserError(f"CORPUS={source.spec}: has no column {source.column!r} but {', '.join(table.column_names)}; name one with CORPUS_COLUMN=")
+        raise UserError(
+            f"CORPUS={source.spec}: has no column {source.column!r} but {', '.join(table.column_names)}; name one with CORPUS_COLUMN="
+        )
     for text in table[source.column]:
         if not isinstance(text, str):
-            raise UserError(f"CORPUS={source.spec}: column {source.column!r} holds {type(text).__name__}, not text; name another with CORPUS_COLUMN=")
+            raise UserError(
+                f"CORPUS={source.spec}: column {source.column!r} holds {type(text).__name__}, not text; name another with CORPUS_COLUMN="
+            )
         yield text

@@ -11,7 +11,9 @@ from collections.abc import Callable
 # How a user mends what the operating system refuses, by error number.
 _DISK_FULL = dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space")
 _FORBIDDEN = dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "check its permissions")
-_NO_SUCH_PLACE = dict.fromkeys((errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP), "choose another path")
+_NO_SUCH_PLACE = dict.fromkeys(
+    (errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP), "choose another path"
+)
 MENDS = _DISK_FULL | _FORBIDDEN | _NO_SUCH_PLACE
 
 
@@ -44,7 +46,9 @@ def run(main: Callable[[], int]) -> None:
         if error.errno not in MENDS:
             raise
         where = f"{error.filename}: " if error.filename else ""
-        status = _fail(f"{where}{error.strerror.lower()}; {MENDS[error.errno]} and run the command again (nothing was published)")
+        status = _fail(
+            f"{where}{error.strerror.lower()}; {MENDS[error.errno]} and run the command again (nothing was published)"
+        )
     sys.exit(status)
 
 

@@ -18,7 +18,14 @@ WEIGHTS = (
     ("pytorch_model.bin.index.json", "pytorch_model-*-of-*.bin"),
 )
 CONFIGS = ("config.json", "generation_config.json")
-TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt")
+TOKENIZER = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+)
 _HUB_ID = re.compile(r"(?P<repo>[\w.-]+(/[\w.-]+)?)(@(?P<revision>[\w./-]+))?")
 
 
@@ -60,7 +67,9 @@ def resolve_model(spec: str) -> Model:
 
 
 def _no_model(spec: str) -> UserError:
-    return UserError(f"MODEL={spec}: is neither a folder nor a hub id such as datificate/gpt2-small-spanish or owner/name@revision")
+    return UserError(
+        f"MODEL={spec}: is neither a folder nor a hub id such as datificate/gpt2-small-spanish or owner/name@revision"
+    )
 
 
 def _download(spec: str, repo: str, revision: str | None) -> Path:
@@ -81,8 +90,10 @@ def _download(spec: str, repo: str, revision: str | None) -> Path:
         names = {file.rfilename for file in HfApi().model_info(repo, revision=revision).siblings}
         weights = weight_files(names)
         if not weights:
-            raise UserError(f"MODEL={spec}: has no safetensors and no pytorch_model.bin (TensorFlow and Flax weights are not read); "
-                            "convert it with transformers' save_pretrained first")
+            raise UserError(
+                f"MODEL={spec}: has no safetensors and no pytorch_model.bin (TensorFlow and Flax weights are not read); "
+                "convert it with transformers' save_pretrained first"
+            )
         patterns = [*weights, *(name for name in (*CONFIGS, *TOKENIZER) if name in names)]
         return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
     except HFValidationError:
@@ -92,16 +103,22 @@ def _download(spec: str, repo: str, revision: str | None) -> Path:
     except RevisionNotFoundError:
         raise UserError(f"MODEL={spec}: has no such revision; check what follows the @") from None
     except RepositoryNotFoundError:
-        raise UserError(f"MODEL={spec}: is neither a folder here nor a repository on the hub; check its spelling") from None
+        raise UserError(
+            f"MODEL={spec}: is neither a folder here nor a repository on the hub; check its spelling"
+        ) from None
     except (OfflineModeIsEnabled, LocalEntryNotFoundError, HfHubHTTPError, http.HTTPError, OSError) as error:
         if getattr(error, "errno", None) in MENDS:  # the disk's fault, not the network's
             raise
         cause = type(error.__cause__ or error).__name__
-        reason = "HF_HUB_OFFLINE is set" if isinstance(error, OfflineModeIsEnabled) else f"the hub does not answer ({cause})"
+        reason = (
+            "HF_HUB_OFFLINE is set" if isinstance(error, OfflineModeIsEnabled) else f"the hub does not answer ({cause})"
+        )
     folder = _cached(repo, revision)
     if folder is None:
-        raise UserError(f"MODEL={spec}: is not whole in the local cache, and {reason}; "
-                        "check the network, or download it elsewhere and give its folder")
+        raise UserError(
+            f"MODEL={spec}: is not whole in the local cache, and {reason}; "
+            "check the network, or download it elsewhere and give its folder"
+        )
     return folder
 
 
@@ -113,7 +130,11 @@ def _cached(repo: str, revision: str | None) -> Path | None:
     try:
         for group in WEIGHTS:
             # Fails where the repository is known to have a file of these that is not here.
-            folder = Path(snapshot_download(repo, revision=revision, allow_patterns=[*group, *CONFIGS, *TOKENIZER], local_files_only=True))
+            folder = Path(
+                snapshot_download(
+                    repo, revision=revision, allow_patterns=[*group, *CONFIGS, *TOKENIZER], local_files_only=True
+                )
+            )
             if (folder / group[0]).is_file():
                 return folder
     except LocalEntryNotFoundError:

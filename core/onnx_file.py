@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import BinaryIO
 
@@ -30,7 +31,7 @@ def load(path: Path) -> ir.Model:
         model = ir.from_proto(proto)
     except FileNotFoundError:
         raise UserError(f"{path}: does not exist") from None
-    except (DecodeError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (DecodeError, ir.serde.SerdeError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{path}: is no readable ONNX file ({type(error).__name__}); export it anew") from None
     if not model.graph.outputs:
         raise UserError(f"{path}: is no readable ONNX file (it has no outputs); export it anew")
@@ -51,9 +52,18 @@ def _check_external_data(proto: onnx.ModelProto, path: Path) -> None:
         info = onnx.external_data_helper.ExternalDataInfo(tensor)
         file = (folder / info.location).resolve()
         if not info.location or folder not in file.parents:
-            raise UserError(f"{path}: the data of {tensor.name!r} points to {info.location!r}, outside its folder; refused")
-        if not file.is_file() or file.stat().st_size < (info.offset or 0) + (info.length or 0):
-            raise UserError(f"{file}: the data of {tensor.name!r} is missing or cut short; copy it whole beside {path.name}")
+            raise UserError(
+                f"{path}: the data of {tensor.name!r} points to {info.location!r}, outside its folder; refused"
+            )
+        needed = math.ceil(math.prod(tensor.dims) * ir.DataType(tensor.data_type).bitwidth / 8)
+        if info.length not in (None, needed):
+            raise UserError(
+                f"{path}: {tensor.name!r} names {info.length} bytes of data where its type and shape need {needed}; export it anew"
+            )
+        if not file.is_file() or file.stat().st_size < (info.offset or 0) + needed:
+            raise UserError(
+                f"{file}: the data of {tensor.name!r} is missing or cut short; copy it whole beside {path.name}"
+            )
 
 
 def save(model: ir.Model, folder: Path) -> None:
@@ -71,11 +81,16 @@ def save(model: ir.Model, folder: Path) -> None:
     skeleton = ir.to_proto(_without_weights(model, weights))
     graph = skeleton.graph.SerializeToString(deterministic=True)
     skeleton.ClearField("graph")
-    heads = {name: onnx.TensorProto(name=name, dims=tensor.shape.numpy(), data_type=tensor.dtype.value).SerializeToString()
-             for name, tensor in weights.items()}
-    lengths = {name: len(heads[name]) + len(_frame(_TENSOR_RAW_DATA, tensor.nbytes)) + tensor.nbytes for name, tensor in weights.items()}
+    heads = {
+        name: onnx.TensorProto(name=name, dims=tensor.shape.numpy(), data_type=tensor.dtype.value).SerializeToString()
+        for name, tensor in weights.items()
+    }
+    lengths = {
+        name: len(heads[name]) + len(_frame(_TENSOR_RAW_DATA, tensor.nbytes)) + tensor.nbytes
+        for name, tensor in weights.items()
+    }
     total = len(graph) + sum(len(_frame(_GRAPH_INITIALIZER, length)) + length for length in lengths.values())
-    with open(folder / "model.onnx", "wb") as file:
+    with (folder / "model.onnx").open("wb") as file:
         file.write(skeleton.SerializeToString(deterministic=True))
         file.write(_frame(_MODEL_GRAPH, total) + graph)
         for name, tensor in weights.items():

@@ -53,7 +53,9 @@ class Remote:
 
     def _died(self) -> NoReturn:
         self._process.join()
-        raise UserError(f"{self._label}: its process died with exit code {self._process.exitcode}; -9 is most often a lack of memory") from None
+        raise UserError(
+            f"{self._label}: its process died with exit code {self._process.exitcode}; -9 is most often a lack of memory"
+        ) from None
 
     def __enter__(self) -> Remote:
         return self

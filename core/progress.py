@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
-
 from typing import TypeVar
 
 from rich.console import Console
@@ -18,7 +17,13 @@ def track(items: Iterable[T], label: str, total: int) -> Iterator[T]:
     """Yield `items`, showing how far `label` has come of `total`."""
     start = time.monotonic()
     if _console.is_terminal:
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
         with Progress(*columns, console=_console, transient=True) as progress:
             yield from progress.track(items, total=total, description=label)
     else:

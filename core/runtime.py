@@ -11,6 +11,7 @@ import onnxruntime as ort
 from core.errors import UserError
 from core.threads import default_threads
 
+
 class Runtime:
     """A session over `model` (an ONNX file of the contract in the README).
 
@@ -24,11 +25,15 @@ class Runtime:
         inputs = {item.name: item.shape for item in self.session.get_inputs()}
         found = {*inputs, *(item.name for item in self.session.get_outputs())}
         self.layers = sum(name.startswith("past_key_values.") for name in inputs) // 2
-        self._past = [f"past_key_values.{layer}.{kv}" for layer in range(max(self.layers, 1)) for kv in ("key", "value")]
+        self._past = [
+            f"past_key_values.{layer}.{kv}" for layer in range(max(self.layers, 1)) for kv in ("key", "value")
+        ]
         self._outputs = outputs or ["logits", *(name.replace("past_key_values", "present") for name in self._past)]
         wanted = {"input_ids", "attention_mask", *self._past, *self._outputs}
         if missing := sorted(wanted - found):
-            raise UserError(f"{model}: has no {', '.join(missing[:3])}; only graphs with the inputs and outputs of the README's contract are measured")
+            raise UserError(
+                f"{model}: has no {', '.join(missing[:3])}; only graphs with the inputs and outputs of the README's contract are measured"
+            )
         if unknown := sorted(inputs.keys() - wanted - {"position_ids"}):
             raise UserError(f"{model}: asks for {', '.join(unknown[:3])}, which the README's contract does not know")
         self._takes_positions = "position_ids" in inputs
@@ -42,7 +47,9 @@ class Runtime:
         """Logits float32 [T, V] of one sequence of token ids [T]."""
         return self.forward(ids[None])[0]
 
-    def extend(self, ids: np.ndarray, past: list[ort.OrtValue], mask: np.ndarray | None = None) -> tuple[np.ndarray, list[ort.OrtValue]]:
+    def extend(
+        self, ids: np.ndarray, past: list[ort.OrtValue], mask: np.ndarray | None = None
+    ) -> tuple[np.ndarray, list[ort.OrtValue]]:
         """Logits [B, T, V] of token ids [B, T] behind `past`, and the past that includes them.
 
         `past` holds L × (key, value), each [B, H, P, d]; `mask` [B, P+T] is 0 on padding. Neither the
@@ -51,9 +58,13 @@ class Runtime:
         logits, *present = self.run(ids, mask, past)
         return logits.numpy(), present
 
-    def run(self, ids: np.ndarray, mask: np.ndarray | None = None, past: list[ort.OrtValue] | None = None) -> list[ort.OrtValue]:
+    def run(
+        self, ids: np.ndarray, mask: np.ndarray | None = None, past: list[ort.OrtValue] | None = None
+    ) -> list[ort.OrtValue]:
         """All outputs for token ids [B, T] behind `past` (none where not given), in their order."""
-        return self.session.run_with_ort_values(self._outputs, self._feeds(ids, mask, past or self.empty_past(len(ids))))
+        return self.session.run_with_ort_values(
+            self._outputs, self._feeds(ids, mask, past or self.empty_past(len(ids)))
+        )
 
     def empty_past(self, batch: int) -> list[ort.OrtValue]:
         """A past of no tokens: L × (key, value), each [B, H, 0, d]."""
@@ -69,7 +80,10 @@ class Runtime:
         if self._takes_positions:
             # Padding stands on the left or in the past: a token's position counts the real ones before it.
             feeds["position_ids"] = np.maximum(mask.cumsum(axis=1) - 1, 0)[:, before:]
-        values = {name: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array, np.int64)) for name, array in feeds.items()}
+        values = {
+            name: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array, np.int64))
+            for name, array in feeds.items()
+        }
         return values | dict(zip(self._past, past, strict=True))
 
 
@@ -83,4 +97,6 @@ def _open(model: Path, threads: int) -> ort.InferenceSession:
     try:
         return ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime's exceptions share no base class
-        raise UserError(f"{model}: ONNX Runtime {ort.__version__} cannot load it ({str(error).splitlines()[0]})") from None
+        raise UserError(
+            f"{model}: ONNX Runtime {ort.__version__} cannot load it ({str(error).splitlines()[0]})"
+        ) from None

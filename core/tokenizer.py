@@ -34,7 +34,9 @@ def start_token(folder: Path) -> int:
     for key in ("bos_token_id", "eos_token_id"):
         if isinstance(config.get(key), int):
             return config[key]
-    raise UserError(f"{folder / 'config.json'}: has neither bos_token_id nor eos_token_id; add the id of the token that starts a text")
+    raise UserError(
+        f"{folder / 'config.json'}: has neither bos_token_id nor eos_token_id; add the id of the token that starts a text"
+    )
 
 
 def max_positions(folder: Path) -> int:

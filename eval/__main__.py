@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from pathlib import Path
 
 from core import artifact
@@ -20,15 +19,38 @@ JSON, MARKDOWN = "report.json", "report.md"
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m eval", description=__doc__)
-    parser.add_argument("--model", default="models/es-mini", help="the model that was exported: folder or hub id (also the PyTorch rows)")
+    parser.add_argument(
+        "--model",
+        default="models/es-mini",
+        help="the model that was exported: folder or hub id (also the PyTorch rows)",
+    )
     parser.add_argument("--artifacts", type=Path, default=Path("artifacts"), help="folder of the artifacts")
-    parser.add_argument("--recipes", nargs="+", default=["fp32", "int8-dynamic", "int8-static"], metavar="NAME", help="artifacts to measure; the first is the baseline")
-    parser.add_argument("--onnx", nargs="*", type=Path, default=[], metavar="PATH", help="further ONNX files, or folders with a model.onnx, of the same contract")
+    parser.add_argument(
+        "--recipes",
+        nargs="+",
+        default=["fp32", "int8-dynamic", "int8-static"],
+        metavar="NAME",
+        help="artifacts to measure; the first is the baseline",
+    )
+    parser.add_argument(
+        "--onnx",
+        nargs="*",
+        type=Path,
+        default=[],
+        metavar="PATH",
+        help="further ONNX files, or folders with a model.onnx, of the same contract",
+    )
     parser.add_argument("--without-torch", action="store_true", help="leave out the PyTorch rows")
-    parser.add_argument("--tokens", type=int, default=16384, help="score whole documents until this many tokens (default 16384)")
-    parser.add_argument("--window", type=int, default=512, help="longest context of a scored token, in tokens (default 512)")
+    parser.add_argument(
+        "--tokens", type=int, default=16384, help="score whole documents until this many tokens (default 16384)"
+    )
+    parser.add_argument(
+        "--window", type=int, default=512, help="longest context of a scored token, in tokens (default 512)"
+    )
     parser.add_argument("--rounds", type=int, default=3, help="interleaved rounds of latency (default 3)")
-    parser.add_argument("--threads", type=int, default=default_threads(), help="threads of every runtime (default: all processors)")
+    parser.add_argument(
+        "--threads", type=int, default=default_threads(), help="threads of every runtime (default: all processors)"
+    )
     parser.add_argument("--output", type=Path, default=Path("reports"), help="folder of the reports")
     add_arguments(parser)
     args = parser.parse_args()
@@ -43,7 +65,9 @@ def main() -> int:
 
 def _evaluate(args: argparse.Namespace, artifacts: Path, output: Path) -> None:
     published = [artifact.open_artifact(artifacts / recipe) for recipe in dict.fromkeys(args.recipes)]
-    subjects = [Subject(item.manifest.name, "onnx", item.model) for item in published] + [_foreign(path) for path in args.onnx]
+    subjects = [Subject(item.manifest.name, "onnx", item.model) for item in published] + [
+        _foreign(path) for path in args.onnx
+    ]
     test = load_splits(source_of(args))[1]
     inputs = _inputs(args, published, test)
     if _up_to_date(output, inputs):
@@ -117,9 +141,19 @@ def _measure(args: argparse.Namespace, subjects: list[Subject], baseline: Path, 
     return {
         "schema": SCHEMA,
         "model": baseline.parent.name,
-        "corpus": {"source": args.corpus, "split": test.name, "sha256": test.sha256, "documents": len(task.documents), "bytes": task.size.bytes,
-                   "words": task.size.words, "window_tokens": task.window},
-        "machine": inputs["machine"], "versions": inputs["versions"], "rounds": args.rounds, "inputs": inputs,
+        "corpus": {
+            "source": args.corpus,
+            "split": test.name,
+            "sha256": test.sha256,
+            "documents": len(task.documents),
+            "bytes": task.size.bytes,
+            "words": task.size.words,
+            "window_tokens": task.window,
+        },
+        "machine": inputs["machine"],
+        "versions": inputs["versions"],
+        "rounds": args.rounds,
+        "inputs": inputs,
         "artifacts": rows,
     }
 
@@ -133,7 +167,7 @@ def _publish(report: dict, output: Path) -> None:
         report["markdown_sha256"] = artifact.sha256_file(work / MARKDOWN)
         (work / JSON).write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         for name in (MARKDOWN, JSON):
-            os.replace(work / name, output / name)
+            (work / name).replace(output / name)
 
 
 if __name__ == "__main__":

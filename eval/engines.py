@@ -59,6 +59,7 @@ class Engine:
         Batch of 1, real tokens `ids` [N]. A prefill of n tokens gives all n logits and the cache; a decode
         at position p feeds one token behind a cache of p. Tokenizing and sampling are not timed.
         """
+
         def prefill_once(count: int) -> None:
             self._runtime.extend(ids[None, :count], self._runtime.empty_past(1))
 

@@ -20,10 +20,14 @@ DECODE = (32, 128, 512)
 
 def shapes(longest: int) -> tuple[list[int], list[int]]:
     """(prefill lengths, decode positions) that fit a model of `longest` positions; the last one is its last position."""
-    return [n for n in PREFILL if n <= longest] or [longest], sorted({*(p for p in DECODE if p < longest), longest - 1} - {0})
+    return [n for n in PREFILL if n <= longest] or [longest], sorted(
+        {*(p for p in DECODE if p < longest), longest - 1} - {0}
+    )
 
 
-def measure_latency(subjects: list[Subject], ids: np.ndarray, longest: int, rounds: int, threads: int) -> dict[str, dict]:
+def measure_latency(
+    subjects: list[Subject], ids: np.ndarray, longest: int, rounds: int, threads: int
+) -> dict[str, dict]:
     """The latency fields of every subject's row (docs/report.md); the first subject is the baseline of the ratios."""
     prefill, decode = shapes(longest)
     runs: dict[str, list[dict]] = {subject.name: [] for subject in subjects}
@@ -49,14 +53,18 @@ def _fields(rounds: list[dict], baseline: list[dict]) -> dict:
 def _shape(key: str, shape: int, rounds: list[dict], baseline: list[dict], phase: str, tokens: int) -> dict:
     """One shape over all rounds. `samples_ns` holds one round after the other, `samples_per_round` of each."""
     samples = [sample for run in rounds for sample in run[phase][shape]]
-    speedups = [median(base[phase][shape]) / median(run[phase][shape]) for base, run in zip(baseline, rounds, strict=True)]
+    speedups = [
+        median(base[phase][shape]) / median(run[phase][shape]) for base, run in zip(baseline, rounds, strict=True)
+    ]
     p50 = float(np.quantile(samples, 0.5))
     return {
         key: shape,
         "p50_ms": p50 / 1e6,
         "p90_ms": float(np.quantile(samples, 0.9)) / 1e6,
         "tokens_per_second": tokens / p50 * 1e9,
-        "speedup": median(speedups), "speedup_min": min(speedups), "speedup_max": max(speedups),
+        "speedup": median(speedups),
+        "speedup_min": min(speedups),
+        "speedup_max": max(speedups),
         "samples_per_round": [len(run[phase][shape]) for run in rounds],
         "samples_ns": samples,
     }

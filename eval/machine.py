@@ -11,7 +11,13 @@ from core.artifact import versions
 
 def machine(threads: int) -> dict:
     """CPU by name, its logical processors, memory in bytes, operating system, and the threads that were used."""
-    return {"cpu": cpu_name(), "processors": os.cpu_count(), "threads": threads, "memory_bytes": memory_bytes(), "system": platform.platform()}
+    return {
+        "cpu": cpu_name(),
+        "processors": os.cpu_count(),
+        "threads": threads,
+        "memory_bytes": memory_bytes(),
+        "system": platform.platform(),
+    }
 
 
 def software() -> dict[str, str]:

@@ -67,7 +67,9 @@ def make_task(folder: Path, test: Split, tokens: int, window: int) -> Task:
         raise UserError("CORPUS=: its test split has less than 2 tokens; give more text")
     longest = max_positions(folder)
     stream = np.asarray(tokenizer.encode("\n\n".join(taken), add_special_tokens=False).ids, np.int64)
-    return Task(tokenizer, documents, text_size(tuple(taken)), start_token(folder), longest, min(window, longest), stream)
+    return Task(
+        tokenizer, documents, text_size(tuple(taken)), start_token(folder), longest, min(window, longest), stream
+    )
 
 
 def measure_quality(subjects: list[Subject], task: Task, threads: int) -> dict[str, dict]:
@@ -82,15 +84,24 @@ def measure_quality(subjects: list[Subject], task: Task, threads: int) -> dict[s
     for group in _groups(others):
         with ExitStack() as stack:
             remotes = [stack.enter_context(Remote(Engine, subject, threads, label=subject.name)) for subject in group]
-            windows = track(task.rolling, "quality   " + " ".join(subject.name for subject in group or [first]), len(task.rolling))
-            scores = score_together(windows, _while_others_work(remotes, baseline.logits), lambda _, remotes=remotes: [r.result() for r in remotes], len(group))
+            windows = track(
+                task.rolling, "quality   " + " ".join(subject.name for subject in group or [first]), len(task.rolling)
+            )
+            scores = score_together(
+                windows,
+                _while_others_work(remotes, baseline.logits),
+                lambda _, remotes=remotes: [r.result() for r in remotes],
+                len(group),
+            )
             rows[first.name] = quality(scores[0], task.size, None)
             for subject, remote, own in zip(group, remotes, scores[1:], strict=True):
                 logits = lambda ids, remote=remote: remote.call("logits", ids)  # noqa: E731
                 rows[subject.name] = quality(own, task.size, scores[0]) | {
                     # What PyTorch gives by another protocol too would cost more time than it tells.
                     "llama_cpp": _halves(task, logits) if subject.kind == "onnx" else None,
-                    "continuation": _continue(remote, task), **remote.call("describe")}
+                    "continuation": _continue(remote, task),
+                    **remote.call("describe"),
+                }
     rows[first.name] |= {"llama_cpp": _halves(task, baseline.logits)}
     del baseline
     with Remote(Engine, first, threads, label=first.name) as remote:
@@ -111,10 +122,12 @@ def _groups(subjects: list[Subject]) -> list[list[Subject]]:
 
 def _while_others_work(remotes: list[Remote], baseline: Logits) -> Logits:
     """The baseline's logits, computed while every remote computes its own."""
+
     def logits(ids: np.ndarray) -> np.ndarray:
         for remote in remotes:
             remote.start("logits", ids)
         return baseline(ids)
+
     return logits
 
 
@@ -124,8 +137,13 @@ def _halves(task: Task, logits: Logits) -> dict | None:
     if not windows:
         return None
     estimate = perplexity(score(windows, logits))
-    return {"perplexity": estimate.value, "perplexity_stderr": estimate.stderr, "windows": len(windows),
-            "window_tokens": task.window, "tokens_scored": sum(len(window.targets) for window in windows)}
+    return {
+        "perplexity": estimate.value,
+        "perplexity_stderr": estimate.stderr,
+        "windows": len(windows),
+        "window_tokens": task.window,
+        "tokens_scored": sum(len(window.targets) for window in windows),
+    }
 
 
 def _continue(remote: Remote, task: Task) -> str:

@@ -42,6 +42,7 @@ def _columns(report: dict) -> list[Column]:
         def show(row: dict) -> str:
             shape = _shape(row, phase, key, at)
             return f"{shape['p50_ms']:.2f} ({shape['speedup']:.2f} ×)"
+
         return show
 
     return [
@@ -49,7 +50,10 @@ def _columns(report: dict) -> list[Column]:
         Column("MB", _megabytes),
         Column("× fp32", lambda row: f"{row['bytes'] / first['bytes']:.3f}"),
         Column("perplexity", lambda row: _plus_minus(row["perplexity"], row["perplexity_stderr"], 2)),
-        Column("Δ ln ppl", lambda row: "baseline" if row is first else _plus_minus(row["delta_ln_ppl"], row["delta_ln_ppl_stderr"], 4)),
+        Column(
+            "Δ ln ppl",
+            lambda row: "baseline" if row is first else _plus_minus(row["delta_ln_ppl"], row["delta_ln_ppl_stderr"], 4),
+        ),
         Column("KL, nats", lambda row: "" if row is first else f"{row['kl_divergence']:.5f}"),
         Column("same top", lambda row: "" if row is first else f"{100 * row['top1_agreement']:.1f} %"),
         Column("bits/byte", lambda row: f"{row['bits_per_byte']:.4f}"),
@@ -74,26 +78,59 @@ def print_table(report: dict) -> None:
 
 def markdown(report: dict) -> str:
     columns, rows = _columns(report), report["artifacts"]
-    lines = [f"# {_headline(report)}", "", _footnote(report), "",
-             "| " + " | ".join(column.title for column in columns) + " |",
-             "|---|" + "---:|" * (len(columns) - 1)]
+    lines = [
+        f"# {_headline(report)}",
+        "",
+        _footnote(report),
+        "",
+        "| " + " | ".join(column.title for column in columns) + " |",
+        "|---|" + "---:|" * (len(columns) - 1),
+    ]
     lines += ["| " + " | ".join(column.show(row) for column in columns) + " |" for row in rows]
-    lines += ["", "## Other protocols", "", _protocols_note(report), "", "| artifact | llama.cpp perplexity | word perplexity | byte perplexity |", "|---|---:|---:|---:|"]
+    lines += [
+        "",
+        "## Other protocols",
+        "",
+        _protocols_note(report),
+        "",
+        "| artifact | llama.cpp perplexity | word perplexity | byte perplexity |",
+        "|---|---:|---:|---:|",
+    ]
     for row in rows:
         llama = row["llama_cpp"]
-        lines.append(f"| {row['name']} | {_plus_minus(llama['perplexity'], llama['perplexity_stderr'], 2) if llama else '—'} "
-                     f"| {row['word_perplexity']:.2f} | {row['byte_perplexity']:.4f} |")
+        lines.append(
+            f"| {row['name']} | {_plus_minus(llama['perplexity'], llama['perplexity_stderr'], 2) if llama else '—'} "
+            f"| {row['word_perplexity']:.2f} | {row['byte_perplexity']:.4f} |"
+        )
     lines += ["", "## Latency", "", "Milliseconds, p50 / p90; batch of 1.", ""]
-    shapes = [("prefill", "tokens", item["tokens"]) for item in rows[0]["prefill"]] + [("decode", "position", item["position"]) for item in rows[0]["decode"]]
-    lines += ["| artifact | " + " | ".join(f"{phase} {'@' if phase == 'decode' else ''}{at}" for phase, _, at in shapes) + " |", "|---|" + "---:|" * len(shapes)]
+    shapes = [("prefill", "tokens", item["tokens"]) for item in rows[0]["prefill"]] + [
+        ("decode", "position", item["position"]) for item in rows[0]["decode"]
+    ]
+    lines += [
+        "| artifact | "
+        + " | ".join(f"{phase} {'@' if phase == 'decode' else ''}{at}" for phase, _, at in shapes)
+        + " |",
+        "|---|" + "---:|" * len(shapes),
+    ]
     for row in rows:
         cells = [next(item for item in row[phase] if item[key] == at) for phase, key, at in shapes]
-        lines.append(f"| {row['name']} | " + " | ".join(f"{cell['p50_ms']:.2f} / {cell['p90_ms']:.2f}" for cell in cells) + " |")
-    lines += ["", f"## «{PROMPT}», continued", "", "Greedy; the same tokens in every row mean the same argmax at every step.", ""]
+        lines.append(
+            f"| {row['name']} | " + " | ".join(f"{cell['p50_ms']:.2f} / {cell['p90_ms']:.2f}" for cell in cells) + " |"
+        )
+    lines += [
+        "",
+        f"## «{PROMPT}», continued",
+        "",
+        "Greedy; the same tokens in every row mean the same argmax at every step.",
+        "",
+    ]
     lines += [f"- **{row['name']}**: {PROMPT}{row['continuation']}".replace("\n", " ") for row in rows]
     for row in rows:
         if "modules_quantized" in row:
-            lines += ["", f"`{row['name']}`: PyTorch quantized {row['modules_quantized']} of {row['modules_with_weights']} modules with weights."]
+            lines += [
+                "",
+                f"`{row['name']}`: PyTorch quantized {row['modules_quantized']} of {row['modules_with_weights']} modules with weights.",
+            ]
     return "\n".join(lines) + "\n"
 
 
@@ -103,17 +140,23 @@ def _headline(report: dict) -> str:
 
 def _footnote(report: dict) -> str:
     machine = report["machine"]
-    return (f"{machine['cpu']}, {machine['threads']} threads, onnxruntime {report['versions']['onnxruntime']}, {report['rounds']} interleaved rounds; "
-            f"times are p50, in brackets the speed-up over {report['artifacts'][0]['name']} (median of rounds); "
-            "± is one standard error over documents; Δ and KL are paired with the baseline.")
+    return (
+        f"{machine['cpu']}, {machine['threads']} threads, onnxruntime {report['versions']['onnxruntime']}, {report['rounds']} interleaved rounds; "
+        f"times are p50, in brackets the speed-up over {report['artifacts'][0]['name']} (median of rounds); "
+        "± is one standard error over documents; Δ and KL are paired with the baseline."
+    )
 
 
 def _protocols_note(report: dict) -> str:
     first, corpus = report["artifacts"][0], report["corpus"]
     llama = first["llama_cpp"]
-    note = (f"The table above follows lm-evaluation-harness: {corpus['documents']} documents, each behind one start token, windows of at most "
-            f"{corpus['window_tokens']} tokens, every token scored once, a last window extended to the left; words are split at white space.")
+    note = (
+        f"The table above follows lm-evaluation-harness: {corpus['documents']} documents, each behind one start token, windows of at most "
+        f"{corpus['window_tokens']} tokens, every token scored once, a last window extended to the left; words are split at white space."
+    )
     if llama:
-        note += (f" llama.cpp: the documents joined by an empty line, {llama['windows']} disjoint windows of {llama['window_tokens']} tokens without a start token, "
-                 f"{llama['tokens_scored']} tokens scored, the second half of each window.")
+        note += (
+            f" llama.cpp: the documents joined by an empty line, {llama['windows']} disjoint windows of {llama['window_tokens']} tokens without a start token, "
+            f"{llama['tokens_scored']} tokens scored, the second half of each window."
+        )
     return note

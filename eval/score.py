@@ -33,7 +33,9 @@ def score(windows: Iterable[Window], model: Logits) -> Scores:
     return score_together(windows, model, lambda ids: [], 0)[0]
 
 
-def score_together(windows: Iterable[Window], baseline: Logits, others: Callable[[np.ndarray], list[np.ndarray]], count: int) -> list[Scores]:
+def score_together(
+    windows: Iterable[Window], baseline: Logits, others: Callable[[np.ndarray], list[np.ndarray]], count: int
+) -> list[Scores]:
     """Scores of the baseline and of the `count` models behind `others`, window by window, so that no logits are kept."""
     documents: list[np.ndarray] = []
     columns: list[list[tuple[np.ndarray, ...]]] = [[] for _ in range(1 + count)]

@@ -14,8 +14,11 @@ COMPANIONS = ("config.json", "generation_config.json", "tokenizer.json", "tokeni
 def onnx_bytes(model: Path) -> dict:
     """{bytes: all that inference needs, model_bytes: the ONNX file and its external data}."""
     proto = onnx.load(model, load_external_data=False)
-    names = {onnx.external_data_helper.ExternalDataInfo(tensor).location for tensor in onnx.external_data_helper._get_all_tensors(proto)
-             if onnx.external_data_helper.uses_external_data(tensor)}
+    names = {
+        onnx.external_data_helper.ExternalDataInfo(tensor).location
+        for tensor in onnx.external_data_helper._get_all_tensors(proto)
+        if onnx.external_data_helper.uses_external_data(tensor)
+    }
     weights = sum((model.parent / name).stat().st_size for name in names) + model.stat().st_size
     return {"bytes": weights + companion_bytes(model.parent), "model_bytes": weights}
 
@@ -23,7 +26,9 @@ def onnx_bytes(model: Path) -> dict:
 def weight_bytes(subject: Subject) -> int:
     """Bytes of everything that stands beside a subject's weights, themselves included: how much loading it may take."""
     folder = subject.path.parent if subject.path.is_file() else subject.path
-    return sum(file.stat().st_size for file in folder.iterdir() if file.suffix in (".onnx", ".data", ".bin", ".safetensors"))
+    return sum(
+        file.stat().st_size for file in folder.iterdir() if file.suffix in (".onnx", ".data", ".bin", ".safetensors")
+    )
 
 
 def companion_bytes(folder: Path) -> int:

@@ -28,7 +28,9 @@ class TextSize:
 
 
 def text_size(documents: tuple[str, ...]) -> TextSize:
-    return TextSize(sum(len(text.encode()) for text in documents), sum(len(re.split(r"\s+", text)) for text in documents))
+    return TextSize(
+        sum(len(text.encode()) for text in documents), sum(len(re.split(r"\s+", text)) for text in documents)
+    )
 
 
 def mean_per_token(values: np.ndarray, document: np.ndarray) -> Estimate:
@@ -64,18 +66,27 @@ def quality(scores: Scores, size: TextSize, baseline: Scores | None) -> dict:
         "bits_per_byte": total / math.log(2) / size.bytes,
         "word_perplexity": math.exp(min(total / size.words, 700)),
         "byte_perplexity": math.exp(min(total / size.bytes, 700)),
-        "delta_ln_ppl": 0.0, "delta_ln_ppl_stderr": 0.0,
-        "kl_divergence": 0.0, "kl_divergence_stderr": 0.0, "kl_divergence_p50": 0.0, "kl_divergence_p99": 0.0,
-        "top1_agreement": 1.0, "top1_agreement_stderr": 0.0,
+        "delta_ln_ppl": 0.0,
+        "delta_ln_ppl_stderr": 0.0,
+        "kl_divergence": 0.0,
+        "kl_divergence_stderr": 0.0,
+        "kl_divergence_p50": 0.0,
+        "kl_divergence_p99": 0.0,
+        "top1_agreement": 1.0,
+        "top1_agreement_stderr": 0.0,
     }
     if baseline is not None:
         delta = mean_per_token(scores.nll - baseline.nll, scores.document)
         kl = mean_per_token(scores.kl, scores.document)
         top = mean_per_token(scores.same_top.astype(float), scores.document)
         fields |= {
-            "delta_ln_ppl": delta.value, "delta_ln_ppl_stderr": delta.stderr,
-            "kl_divergence": kl.value, "kl_divergence_stderr": kl.stderr,
-            "kl_divergence_p50": float(np.quantile(scores.kl, 0.5)), "kl_divergence_p99": float(np.quantile(scores.kl, 0.99)),
-            "top1_agreement": top.value, "top1_agreement_stderr": top.stderr,
+            "delta_ln_ppl": delta.value,
+            "delta_ln_ppl_stderr": delta.stderr,
+            "kl_divergence": kl.value,
+            "kl_divergence_stderr": kl.stderr,
+            "kl_divergence_p50": float(np.quantile(scores.kl, 0.5)),
+            "kl_divergence_p99": float(np.quantile(scores.kl, 0.99)),
+            "top1_agreement": top.value,
+            "top1_agreement_stderr": top.stderr,
         }
     return fields

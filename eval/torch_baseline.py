@@ -23,13 +23,19 @@ class TorchRuntime:
         logging.set_verbosity_error()
         logging.disable_progress_bar()
         try:
-            self._model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, local_files_only=True, trust_remote_code=False).eval()
+            self._model = AutoModelForCausalLM.from_pretrained(
+                checkpoint, dtype=torch.float32, local_files_only=True, trust_remote_code=False
+            ).eval()
         except (OSError, ValueError, RuntimeError) as error:
-            raise UserError(f"{checkpoint}: transformers cannot load it ({error}); leave the PyTorch rows out with EVAL=--without-torch") from None
+            raise UserError(
+                f"{checkpoint}: transformers cannot load it ({error}); leave the PyTorch rows out with EVAL=--without-torch"
+            ) from None
         if quantized:
             warnings.filterwarnings("ignore", category=DeprecationWarning)
             warnings.filterwarnings("ignore", category=UserWarning)
-            torch.quantization.quantize_dynamic(self._model, {torch.nn.Linear, torch.nn.LayerNorm}, dtype=torch.qint8, inplace=True)
+            torch.quantization.quantize_dynamic(
+                self._model, {torch.nn.Linear, torch.nn.LayerNorm}, dtype=torch.qint8, inplace=True
+            )
 
     def forward(self, ids: np.ndarray) -> np.ndarray:
         """Logits float32 [B, T, V] of token ids [B, T]."""

@@ -19,7 +19,12 @@ EXPORTERS = ("graph", "optimum")
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m export", description=__doc__)
     parser.add_argument("--model", default="models/es-mini", help="folder, or hub id with an optional @revision")
-    parser.add_argument("--exporter", choices=EXPORTERS, default="graph", help="graph: GPT-2, authored here; optimum: other causal language models")
+    parser.add_argument(
+        "--exporter",
+        choices=EXPORTERS,
+        default="graph",
+        help="graph: GPT-2, authored here; optimum: other causal language models",
+    )
     parser.add_argument("--opset", type=int, default=21, help="ONNX operator set, 18 to 24 (default 21)")
     parser.add_argument("--output", type=Path, default=Path("artifacts"), help="folder of the artifacts")
     args = parser.parse_args()
@@ -42,9 +47,12 @@ def main() -> int:
 def _inputs(checkpoint: Path, exporter: str, opset: int) -> dict:
     """All that the bytes of the artifact depend on."""
     names = [*CONFIGS, *TOKENIZER, *weight_files({file.name for file in checkpoint.iterdir()})]
+    pins = Path(__file__).parent.parent / "pins" / "optimum.txt"
     return {
-        "checkpoint": artifact.digest({name: artifact.sha256_file(checkpoint / name) for name in names if (checkpoint / name).is_file()}),
-        "exporter": exporter,
+        "checkpoint": artifact.digest(
+            {name: artifact.sha256_file(checkpoint / name) for name in names if (checkpoint / name).is_file()}
+        ),
+        "exporter": exporter if exporter == "graph" else f"{exporter} {artifact.sha256_file(pins)}",
         "opset": opset,
         "code": artifact.code_digest("core", "export"),
         "versions": artifact.versions("onnx-ir", "onnxscript", "tokenizers", "transformers"),
@@ -71,7 +79,9 @@ def _export(model: Model, target: Path, exporter: str, opset: int, inputs: dict)
             export_optimum(model.folder, fields, work, opset)
         else:
             if fields.get("model_type", "gpt2") != "gpt2":
-                raise UserError(f"{path}: is a {fields['model_type']!r}, and only gpt2 is authored here; --exporter optimum (EXPORTER=optimum) exports other models")
+                raise UserError(
+                    f"{path}: is a {fields['model_type']!r}, and only gpt2 is authored here; --exporter optimum (EXPORTER=optimum) exports other models"
+                )
             config = parse_config(fields, path)
             positions = config.n_positions
             write_tokenizer(model.folder, work, config.vocab_size)
@@ -81,11 +91,21 @@ def _export(model: Model, target: Path, exporter: str, opset: int, inputs: dict)
             gc.collect()  # the graph is full of cycles, and holds a checkpoint in torch's legacy format whole
         write_configs(fields, model.folder, work)
         parity = check_parity(model.folder, work, positions)
-        report(f"parity    max |Δ logit| {parity.whole:.1e} whole, {parity.cached:.1e} cached, {parity.padded_batch:.1e} padded batch")
+        report(
+            f"parity    max |Δ logit| {parity.whole:.1e} whole, {parity.cached:.1e} cached, {parity.padded_batch:.1e} padded batch"
+        )
         artifact.publish(
-            work, target, name=NAME, model=model.name, recipe={"type": "fp32", "exporter": exporter, "opset": opset}, inputs=inputs,
-            parent=None, calibration=None, versions=artifact.versions("onnx", "onnx-ir", "onnxscript", "onnxruntime", "torch", "transformers"),
-            details={"parity": dataclasses.asdict(parity)})
+            work,
+            target,
+            name=NAME,
+            model=model.name,
+            recipe={"type": "fp32", "exporter": exporter, "opset": opset},
+            inputs=inputs,
+            parent=None,
+            calibration=None,
+            versions=artifact.versions("onnx", "onnx-ir", "onnxscript", "onnxruntime", "torch", "transformers"),
+            details={"parity": dataclasses.asdict(parity)},
+        )
 
 
 if __name__ == "__main__":

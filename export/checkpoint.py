@@ -42,7 +42,9 @@ def read_weights(folder: Path) -> dict[str, Weight]:
     if not names:
         found = [file.name for file in folder.iterdir() if file.suffix in (".h5", ".msgpack", ".ot")]
         kind = f" but {', '.join(sorted(found))}, which are not read" if found else ""
-        raise UserError(f"{folder}: has no model.safetensors and no pytorch_model.bin{kind}; save the model with transformers' save_pretrained")
+        raise UserError(
+            f"{folder}: has no model.safetensors and no pytorch_model.bin{kind}; save the model with transformers' save_pretrained"
+        )
     _check_index(folder, names)
     weights: dict[str, Weight] = {}
     for name in names:
@@ -78,10 +80,14 @@ def _read_safetensors(path: Path) -> dict[str, Weight]:
             pass
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: is cut short or no safetensors file ({error}); download it again") from None
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
         header = json.loads(file.read(length))
-    data = np.memmap(path, np.uint8, mode="r", offset=8 + length) if path.stat().st_size > 8 + length else np.empty(0, np.uint8)
+    data = (
+        np.memmap(path, np.uint8, mode="r", offset=8 + length)
+        if path.stat().st_size > 8 + length
+        else np.empty(0, np.uint8)
+    )
 
     def reader(begin: int, end: int, dtype: type, shape: tuple[int, ...]) -> Callable[[], np.ndarray]:
         return lambda: data[begin:end].view(dtype).reshape(shape).astype(np.float32, copy=False)
@@ -104,21 +110,30 @@ def _read_bin(path: Path) -> dict[str, Weight]:
             warnings.simplefilter("ignore")  # about the protocol of the pickle, which is no concern of the user's
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
-        reason = next((line for line in str(error).splitlines() if "Unsupported" in line or "not an allowed" in line), "")
+        reason = next(
+            (line for line in str(error).splitlines() if "Unsupported" in line or "not an allowed" in line), ""
+        )
         if not reason:
             raise UserError(f"{path}: is cut short or no PyTorch file; download it again") from None
-        raise UserError(f"{path}: holds more than tensors and was refused unexecuted ({reason.strip()}); "
-                        "ask its author for a model.safetensors") from None
+        raise UserError(
+            f"{path}: holds more than tensors and was refused unexecuted ({reason.strip()}); "
+            "ask its author for a model.safetensors"
+        ) from None
     except (RuntimeError, ValueError, EOFError, KeyError, OSError, AttributeError, TypeError, IndexError):
         raise UserError(f"{path}: is cut short or no PyTorch file; download it again") from None
     if not isinstance(state, dict):
-        raise UserError(f"{path}: holds a {type(state).__name__}, not a dictionary of tensors; save the model with transformers' save_pretrained")
+        raise UserError(
+            f"{path}: holds a {type(state).__name__}, not a dictionary of tensors; save the model with transformers' save_pretrained"
+        )
 
     def reader(tensor: torch.Tensor) -> Callable[[], np.ndarray]:
         return lambda: tensor.to(torch.float32).contiguous().numpy()
 
-    return {name: Weight(tuple(tensor.shape), reader(tensor)) for name, tensor in state.items()
-            if isinstance(name, str) and isinstance(tensor, torch.Tensor) and tensor.is_floating_point()}
+    return {
+        name: Weight(tuple(tensor.shape), reader(tensor))
+        for name, tensor in state.items()
+        if isinstance(name, str) and isinstance(tensor, torch.Tensor) and tensor.is_floating_point()
+    }
 
 
 def check_finite(name: str, array: np.ndarray, folder: Path) -> np.ndarray:

@@ -51,6 +51,7 @@ def parse_config(fields: dict, path: Path) -> GPT2Config:
 
     Raises UserError where a field has another type or a value that no GPT2LMHeadModel has.
     """
+
     def number(*keys: str, default: int | None = None) -> int:
         value = next((fields[key] for key in keys if fields.get(key) is not None), default)
         if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**31:
@@ -74,7 +75,9 @@ def parse_config(fields: dict, path: Path) -> GPT2Config:
     vocabulary = number("vocab_size", default=50257)
     start = next((fields[key] for key in ("bos_token_id", "eos_token_id") if fields.get(key) is not None), None)
     if not isinstance(start, int) or not 0 <= start < vocabulary:
-        raise UserError(f"{path}: bos_token_id (else eos_token_id) is {start!r} where the token that starts a text, below {vocabulary}, is needed")
+        raise UserError(
+            f"{path}: bos_token_id (else eos_token_id) is {start!r} where the token that starts a text, below {vocabulary}, is needed"
+        )
     epsilon = fields.get("layer_norm_epsilon", 1e-5)
     if not isinstance(epsilon, float) or not 0 < epsilon < 1:
         raise UserError(f"{path}: layer_norm_epsilon is {epsilon!r} where a small positive number is needed")

@@ -46,8 +46,12 @@ def build(config: GPT2Config, weights: dict[str, Weight], opset: int, folder: Pa
         source = weights[name]
         if source.shape != shape:
             raise UserError(f"{folder}: {name} is {list(source.shape)} where config.json says {list(shape)}")
-        tensor = ir.LazyTensor(lambda: ir.tensor(np.ascontiguousarray(check_finite(name, source.read(), folder))),
-                               DataType.FLOAT, ir.Shape(shape), name=name)
+        tensor = ir.LazyTensor(
+            lambda: ir.tensor(np.ascontiguousarray(check_finite(name, source.read(), folder))),
+            DataType.FLOAT,
+            ir.Shape(shape),
+            name=name,
+        )
         return builder.initializer(tensor, name)
 
     def linear(x: ir.Value, name: str, inputs: int, outputs: int) -> ir.Value:
@@ -59,33 +63,42 @@ def build(config: GPT2Config, weights: dict[str, Weight], opset: int, folder: Pa
         scale, bias = weight(f"{name}.weight", width), weight(f"{name}.bias", width)
         return op.LayerNormalization(x, scale, bias, axis=-1, epsilon=config.layer_norm_epsilon, _name=name)
 
+    if beyond := next(
+        (name for name in weights if name.startswith("h.") and int(name.split(".")[1]) >= config.n_layer), None
+    ):
+        raise UserError(
+            f"{folder}: has a weight {beyond} where config.json says n_layer {config.n_layer}; take the config.json of the same checkpoint"
+        )
+
     input_ids = builder.input("input_ids", DataType.INT64, ["batch_size", "sequence_length"])
     attention_mask = builder.input("attention_mask", DataType.INT64, ["batch_size", TOTAL])
     position_ids = builder.input("position_ids", DataType.INT64, ["batch_size", "sequence_length"])
     cache = ["batch_size", config.n_head, "past_sequence_length", config.head_dim]
-    past = [[builder.input(f"past_key_values.{layer}.{kv}", DataType.FLOAT, cache) for kv in ("key", "value")]
-            for layer in range(config.n_layer)]
+    past = [
+        [builder.input(f"past_key_values.{layer}.{kv}", DataType.FLOAT, cache) for kv in ("key", "value")]
+        for layer in range(config.n_layer)
+    ]
     present: list[ir.Value] = []
 
     wte = weight("wte.weight", vocabulary, width)
     wpe = weight("wpe.weight", config.n_positions, width)
-    x = op.Add(op.Gather(wte, input_ids, _name="wte"), op.Gather(wpe, position_ids, _name="wpe"))           # [B, T, D]
-    visible = _visible(op, input_ids, attention_mask)                                                       # [B, 1, T, P+T]
+    x = op.Add(op.Gather(wte, input_ids, _name="wte"), op.Gather(wpe, position_ids, _name="wpe"))  # [B, T, D]
+    visible = _visible(op, input_ids, attention_mask)  # [B, 1, T, P+T]
 
     for layer in range(config.n_layer):
         block = f"h.{layer}"
         h = layer_norm(x, f"{block}.ln_1")
-        qkv = linear(h, f"{block}.attn.c_attn", width, 3 * width)                                           # [B, T, 3D]
+        qkv = linear(h, f"{block}.attn.c_attn", width, 3 * width)  # [B, T, 3D]
         q, k, v = (_split_heads(op, part, config) for part in op.Split(qkv, axis=-1, num_outputs=3, _outputs=3))
-        k = op.Concat(past[layer][0], k, axis=2)                                                            # [B, H, P+T, d]
+        k = op.Concat(past[layer][0], k, axis=2)  # [B, H, P+T, d]
         v = op.Concat(past[layer][1], v, axis=2)
         present += [k, v]
-        scores = op.MatMul(q, op.Transpose(k, perm=[0, 1, 3, 2]), _name=f"{block}.attn.scores")             # [B, H, T, P+T]
+        scores = op.MatMul(q, op.Transpose(k, perm=[0, 1, 3, 2]), _name=f"{block}.attn.scores")  # [B, H, T, P+T]
         if (scale := _attention_scale(config, layer)) != 1.0:
             scores = op.Mul(scores, scale)
         attention = op.Softmax(op.Add(scores, visible), axis=-1, _name=f"{block}.attn.softmax")
-        context = op.MatMul(attention, v, _name=f"{block}.attn.context")                                    # [B, H, T, d]
-        context = op.Reshape(op.Transpose(context, perm=[0, 2, 1, 3]), [0, 0, width])                       # [B, T, D]
+        context = op.MatMul(attention, v, _name=f"{block}.attn.context")  # [B, H, T, d]
+        context = op.Reshape(op.Transpose(context, perm=[0, 2, 1, 3]), [0, 0, width])  # [B, T, D]
         x = op.Add(x, linear(context, f"{block}.attn.c_proj", width, width))
         h = layer_norm(x, f"{block}.ln_2")
         h = _activation(op, linear(h, f"{block}.mlp.c_fc", width, config.n_inner), config.activation_function, opset)
@@ -93,8 +106,8 @@ def build(config: GPT2Config, weights: dict[str, Weight], opset: int, folder: Pa
 
     x = layer_norm(x, "ln_f")
     # One table serves both ends of a tied model; runtimes fold the transpose of a constant at load.
-    head = wte if config.tie_word_embeddings else weight("lm_head.weight", vocabulary, width)
-    logits = op.MatMul(x, op.Transpose(head, perm=[1, 0]), _name="lm_head")                                 # [B, T, V]
+    head = wte if _is_tied(config, weights) else weight("lm_head.weight", vocabulary, width)
+    logits = op.MatMul(x, op.Transpose(head, perm=[1, 0]), _name="lm_head")  # [B, T, V]
 
     logits.shape = ir.Shape(["batch_size", "sequence_length", vocabulary])
     builder.add_output(logits, "logits")
@@ -107,14 +120,22 @@ def build(config: GPT2Config, weights: dict[str, Weight], opset: int, folder: Pa
     return ir.Model(graph, ir_version=ir_version, producer_name="cuantiza")
 
 
+def _is_tied(config: GPT2Config, weights: dict[str, Weight]) -> bool:
+    """Whether head and embedding are one: as config.json says where there is no head, else where they are equal."""
+    if "lm_head.weight" not in weights or "wte.weight" not in weights:
+        return config.tie_word_embeddings
+    head, table = weights["lm_head.weight"], weights["wte.weight"]
+    return head.shape == table.shape and np.array_equal(head.read(), table.read())
+
+
 def _visible(op: onnxscript.OpBuilder, input_ids: ir.Value, attention_mask: ir.Value) -> ir.Value:
     """0 where query t of T may see key s of P+T, else MASKED: s ≤ P + t, and s is no padding. [B, 1, T, P+T]"""
     total = op.Shape(attention_mask, start=1, end=2)
     count = op.Shape(input_ids, start=1, end=2)
-    keys = op.Range(0, op.Squeeze(total, [0]), 1)                                                           # [P+T]
-    queries = op.Slice(keys, op.Sub(total, count), total)                                                   # [T]: P .. P+T-1
-    causal = op.LessOrEqual(keys, op.Unsqueeze(queries, [1]))                                               # [T, P+T]
-    real = op.Cast(op.Unsqueeze(attention_mask, [1, 2]), to=DataType.BOOL)                                  # [B, 1, 1, P+T]
+    keys = op.Range(0, op.Squeeze(total, [0]), 1)  # [P+T]
+    queries = op.Slice(keys, op.Sub(total, count), total)  # [T]: P .. P+T-1
+    causal = op.LessOrEqual(keys, op.Unsqueeze(queries, [1]))  # [T, P+T]
+    real = op.Cast(op.Unsqueeze(attention_mask, [1, 2]), to=DataType.BOOL)  # [B, 1, 1, P+T]
     return op.Where(op.And(causal, real), 0.0, MASKED)
 
 

@@ -24,9 +24,37 @@ from core.hub import weight_files
 from export.checkpoint import check_finite, read_weights
 
 # Each ran end to end, parity included, with optimum-onnx 0.1.0.
-MODEL_TYPES = ("arcee", "bloom", "codegen", "cohere", "falcon", "gemma", "gemma2", "gemma3_text", "glm", "gpt2", "gpt_bigcode", "gpt_neo",
-               "gpt_neox", "gptj", "granite", "helium", "llama", "mistral", "mpt", "nemotron", "olmo", "olmo2", "opt", "phi", "phi3",
-               "qwen2", "qwen3", "smollm3", "stablelm")
+MODEL_TYPES = (
+    "arcee",
+    "bloom",
+    "codegen",
+    "cohere",
+    "falcon",
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "glm",
+    "gpt2",
+    "gpt_bigcode",
+    "gpt_neo",
+    "gpt_neox",
+    "gptj",
+    "granite",
+    "helium",
+    "llama",
+    "mistral",
+    "mpt",
+    "nemotron",
+    "olmo",
+    "olmo2",
+    "opt",
+    "phi",
+    "phi3",
+    "qwen2",
+    "qwen3",
+    "smollm3",
+    "stablelm",
+)
 # The last opset that torch's TorchScript exporter writes, which is the one that optimum uses.
 _LAST_OPSET = 20
 # Rotary embeddings that change with the length of the text: tracing fixes them at the length of the example.
@@ -84,7 +112,9 @@ def max_positions(fields: dict) -> int:
 def _interpreter() -> str:
     python = os.environ.get("OPTIMUM_PYTHON", ".venv-optimum/bin/python")
     if not os.access(python, os.X_OK):
-        raise UserError(f"OPTIMUM_PYTHON={python}: does not exist, and --exporter optimum runs in it; run `make optimum` first")
+        raise UserError(
+            f"OPTIMUM_PYTHON={python}: does not exist, and --exporter optimum runs in it; run `make optimum` first"
+        )
     return python
 
 
@@ -95,8 +125,10 @@ def _legacy_config(fields: dict, path: Path) -> dict:
     """
     kind = fields.get("model_type")
     if kind not in MODEL_TYPES:
-        raise UserError(f"{path}: model_type {kind!r} is none of those that optimum's exporter brings to the README's contract: "
-                        f"{', '.join(MODEL_TYPES)}; choose a model of these types")
+        raise UserError(
+            f"{path}: model_type {kind!r} is none of those that optimum's exporter brings to the README's contract: "
+            f"{', '.join(MODEL_TYPES)}; choose a model of these types"
+        )
     # Code in the repository is never run: what is left of its name could only confuse.
     config = {key: value for key, value in fields.items() if key not in ("auto_map", "rope_parameters")}
     rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
@@ -104,18 +136,24 @@ def _legacy_config(fields: dict, path: Path) -> dict:
         rope, local = map(rope.get, _GEMMA3_LAYERS)
         config |= {"rope_local_base_freq": local["rope_theta"]} if "rope_theta" in local else {}
     if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
-        raise UserError(f"{path}: has a rotary embedding for each type of layer, which transformers 4.57 does not read; choose another model")
+        raise UserError(
+            f"{path}: has a rotary embedding for each type of layer, which transformers 4.57 does not read; choose another model"
+        )
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type in _LENGTH_DEPENDENT_ROPE:
-        raise UserError(f"{path}: its rotary embedding ({rope_type}) changes with the length of the text, which an exported graph cannot; "
-                        "choose a model without")
+        raise UserError(
+            f"{path}: its rotary embedding ({rope_type}) changes with the length of the text, which an exported graph cannot; "
+            "choose a model without"
+        )
     if "rope_parameters" not in fields:
         return config
     # gpt_neox has names of its own for both.
     theta, part = ("rotary_emb_base", "rotary_pct") if kind == "gpt_neox" else ("rope_theta", "partial_rotary_factor")
     config |= {new: rope[old] for new, old in ((theta, "rope_theta"), (part, "partial_rotary_factor")) if old in rope}
     if rope_type != "default":
-        config["rope_scaling"] = {key: value for key, value in rope.items() if key not in ("rope_theta", "partial_rotary_factor")}
+        config["rope_scaling"] = {
+            key: value for key, value in rope.items() if key not in ("rope_theta", "partial_rotary_factor")
+        }
     return config
 
 
@@ -135,15 +173,23 @@ def _run(python: str, checkpoint: Path, prepared: Path, output: Path, opset: int
     # -I: neither this repository's packages nor the user's own can stand in for the environment's.
     command = [python, "-I", "-c", _EXPORT, str(prepared), str(output), str(opset)]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    done = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
+    done = subprocess.run(
+        command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace"
+    )
     if "No module named 'optimum" in done.stderr:
-        raise UserError(f"OPTIMUM_PYTHON={python}: has no optimum-onnx; run `make optimum`, or name the interpreter that has it")
+        raise UserError(
+            f"OPTIMUM_PYTHON={python}: has no optimum-onnx; run `make optimum`, or name the interpreter that has it"
+        )
     if done.returncode < 0:
-        raise UserError(f"{checkpoint}: optimum's exporter was killed by signal {-done.returncode}; 9 is most often a lack of memory")
+        raise UserError(
+            f"{checkpoint}: optimum's exporter was killed by signal {-done.returncode}; 9 is most often a lack of memory"
+        )
     if done.returncode or not (output / "model.onnx").is_file():
         said = [line.strip() for line in (done.stdout + done.stderr).splitlines() if line.strip()]
         reason = said[-1][:300] if said else f"status {done.returncode}"
-        raise UserError(f"{checkpoint}: optimum's exporter failed ({reason}); check that the weights belong to the config.json")
+        raise UserError(
+            f"{checkpoint}: optimum's exporter failed ({reason}); check that the weights belong to the config.json"
+        )
 
 
 def _name_weights(graph: ir.Graph) -> None:
@@ -213,15 +259,23 @@ def _set_interface(graph: ir.Graph, checkpoint: Path) -> None:
     wanted_inputs = ["input_ids", "attention_mask", *positions, *(f"past_key_values.{name}" for name in cache)]
     wanted_outputs = ["logits", *(f"present.{name}" for name in cache)]
     if not layers or (odd := sorted({*inputs} ^ {*wanted_inputs} | {*outputs} ^ {*wanted_outputs})):
-        raise UserError(f"{checkpoint}: optimum's export does not keep the README's contract ({', '.join(odd) if layers else 'no cache'}); "
-                        f"choose a model of another type: {', '.join(MODEL_TYPES)}")
-    axes = {"input_ids": ["batch_size", "sequence_length"], "attention_mask": ["batch_size", "total_sequence_length"],
-            "position_ids": ["batch_size", "sequence_length"], "logits": ["batch_size", "sequence_length", outputs["logits"].shape[2]]}
+        raise UserError(
+            f"{checkpoint}: optimum's export does not keep the README's contract ({', '.join(odd) if layers else 'no cache'}); "
+            f"choose a model of another type: {', '.join(MODEL_TYPES)}"
+        )
+    axes = {
+        "input_ids": ["batch_size", "sequence_length"],
+        "attention_mask": ["batch_size", "total_sequence_length"],
+        "position_ids": ["batch_size", "sequence_length"],
+        "logits": ["batch_size", "sequence_length", outputs["logits"].shape[2]],
+    }
     for name in cache:
         _, heads, _, width = inputs[f"past_key_values.{name}"].shape
         if not isinstance(heads, int) or not isinstance(width, int):
-            raise UserError(f"{checkpoint}: optimum's export leaves the shape of the cache open ([B, {heads}, P, {width}]); "
-                            f"choose a model of another type: {', '.join(MODEL_TYPES)}")
+            raise UserError(
+                f"{checkpoint}: optimum's export leaves the shape of the cache open ([B, {heads}, P, {width}]); "
+                f"choose a model of another type: {', '.join(MODEL_TYPES)}"
+            )
         axes[f"past_key_values.{name}"] = ["batch_size", heads, "past_sequence_length", width]
         axes[f"present.{name}"] = ["batch_size", heads, "total_sequence_length", width]
     for value in (*graph.inputs, *graph.outputs):

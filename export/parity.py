@@ -43,7 +43,7 @@ def check_parity(checkpoint: Path, work: Path, positions: int) -> Parity:
     different lengths with padding on the left (whole). Raises UserError beyond the tolerance.
     """
     ids = load_tokenizer(work).encode(" ".join(TEXT.split()), add_special_tokens=False).ids
-    row = np.asarray([start_token(work), *ids][: min(TOKENS, positions)], np.int64)[None]                   # [1, T]
+    row = np.asarray([start_token(work), *ids][: min(TOKENS, positions)], np.int64)[None]  # [1, T]
     lengths = [row.shape[1], max(1, row.shape[1] // 2), max(1, row.shape[1] // 5)]
     mask = np.stack([np.arange(row.shape[1]) >= row.shape[1] - length for length in lengths]).astype(np.int64)
     batch = np.stack([np.concatenate([np.zeros(row.shape[1] - n, np.int64), row[0, :n]]) for n in lengths]) * mask
@@ -52,11 +52,17 @@ def check_parity(checkpoint: Path, work: Path, positions: int) -> Parity:
     whole, padded = isolated(_pytorch_logits, checkpoint, row, batch, mask)
     our_whole, our_cached, our_padded = isolated(_onnx_logits, work / "model.onnx", row, batch, mask)
     real = mask.astype(bool)
-    cases = {"whole": (our_whole, whole), "cached": (our_cached, whole), "padded_batch": (our_padded[real], padded[real])}
+    cases = {
+        "whole": (our_whole, whole),
+        "cached": (our_cached, whole),
+        "padded_batch": (our_padded[real], padded[real]),
+    }
     for name, (ours, theirs) in cases.items():
         if not np.allclose(ours, theirs, rtol=RTOL, atol=ATOL):
-            raise UserError(f"{checkpoint}: the exported graph differs from PyTorch by {np.abs(ours - theirs).max():.2g} ({name}), "
-                            f"beyond {ATOL} + {RTOL} of the logit; not published, please report it with the config.json")
+            raise UserError(
+                f"{checkpoint}: the exported graph differs from PyTorch by {np.abs(ours - theirs).max():.2g} ({name}), "
+                f"beyond {ATOL} + {RTOL} of the logit; not published, please report it with the config.json"
+            )
     return Parity(**{name: float(f"{np.abs(ours - theirs).max():.2g}") for name, (ours, theirs) in cases.items()})
 
 
@@ -70,7 +76,9 @@ def _onnx_logits(model: Path, row: np.ndarray, batch: np.ndarray, mask: np.ndarr
     return runtime.forward(row), np.concatenate(steps, axis=1), runtime.forward(batch, mask)
 
 
-def _pytorch_logits(checkpoint: Path, row: np.ndarray, batch: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _pytorch_logits(
+    checkpoint: Path, row: np.ndarray, batch: np.ndarray, mask: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """Logits of PyTorch, in fp32: of row [1, T] and of batch [3, T] with its padding mask."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -79,10 +87,13 @@ def _pytorch_logits(checkpoint: Path, row: np.ndarray, batch: np.ndarray, mask: 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, attn_implementation="eager",
-                                                     local_files_only=True, trust_remote_code=False).eval()
+        model = AutoModelForCausalLM.from_pretrained(
+            checkpoint, dtype=torch.float32, attn_implementation="eager", local_files_only=True, trust_remote_code=False
+        ).eval()
     except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"{checkpoint}: transformers cannot load it ({error}); nothing to compare the graph with") from None
+        raise UserError(
+            f"{checkpoint}: transformers cannot load it ({error}); nothing to compare the graph with"
+        ) from None
 
     def logits(ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
         positions = np.maximum(mask.cumsum(axis=1) - 1, 0)

@@ -23,10 +23,14 @@ def write_tokenizer(checkpoint: Path, work: Path, vocabulary: int) -> None:
         tokenizer = _convert(checkpoint, work)
     largest = max(tokenizer.get_vocab().values(), default=-1)
     if largest < 0:
-        raise UserError(f"{checkpoint}: its tokenizer has no tokens; take the tokenizer files of the original checkpoint")
+        raise UserError(
+            f"{checkpoint}: its tokenizer has no tokens; take the tokenizer files of the original checkpoint"
+        )
     if largest >= vocabulary:
-        raise UserError(f"{checkpoint}: its tokenizer gives ids up to {largest}, but the model's vocabulary ends at {vocabulary - 1}; "
-                        "take the tokenizer that the model was trained with")
+        raise UserError(
+            f"{checkpoint}: its tokenizer gives ids up to {largest}, but the model's vocabulary ends at {vocabulary - 1}; "
+            "take the tokenizer that the model was trained with"
+        )
     (work / "tokenizer.json").write_text(tokenizer.to_str(pretty=False), encoding="utf-8")
 
 
@@ -35,13 +39,17 @@ def write_configs(fields: dict, checkpoint: Path, work: Path) -> None:
     _write_json(work / "config.json", fields)
     given = checkpoint / "generation_config.json"
     made = {key: fields[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if fields.get(key) is not None}
-    _write_json(work / "generation_config.json", _read_json(given) if given.is_file() else {"_from_model_config": True, **made})
+    _write_json(
+        work / "generation_config.json", _read_json(given) if given.is_file() else {"_from_model_config": True, **made}
+    )
 
 
 def _convert(checkpoint: Path, work: Path):
     """Have transformers write the tokenizer files that `checkpoint` lacks, and read tokenizer.json."""
     if not any((checkpoint / name).is_file() for name in ("tokenizer.json", "vocab.json")):
-        raise UserError(f"{checkpoint}: has no tokenizer ({', '.join(TOKENIZER)}); take the files of the original checkpoint")
+        raise UserError(
+            f"{checkpoint}: has no tokenizer ({', '.join(TOKENIZER)}); take the files of the original checkpoint"
+        )
     if not (checkpoint / "tokenizer.json").is_file() and not (checkpoint / "merges.txt").is_file():
         raise UserError(f"{checkpoint}: has vocab.json but no merges.txt; take the files of the original checkpoint")
     from transformers import AutoTokenizer
@@ -49,7 +57,9 @@ def _convert(checkpoint: Path, work: Path):
     try:
         AutoTokenizer.from_pretrained(checkpoint, local_files_only=True, trust_remote_code=False).save_pretrained(work)
     except Exception as error:  # whatever the Rust library and transformers raise over a broken file
-        raise UserError(f"{checkpoint}: its tokenizer files are broken ({error}); take those of the original checkpoint") from None
+        raise UserError(
+            f"{checkpoint}: its tokenizer files are broken ({error}); take those of the original checkpoint"
+        ) from None
     if not (checkpoint / "tokenizer.json").is_file():
         _check_merges(work / "tokenizer.json", checkpoint)
     config = work / "tokenizer_config.json"
@@ -66,8 +76,10 @@ def _check_merges(tokenizer: Path, checkpoint: Path) -> None:
     """Every token but the 256 bytes and a few special ones comes of a merge: fewer of them split text into letters."""
     model = _read_json(tokenizer)["model"]
     if len(model["vocab"]) - len(model["merges"]) > 2 * 256:
-        raise UserError(f"{checkpoint / 'merges.txt'}: has {len(model['merges'])} merges for the {len(model['vocab'])} tokens of vocab.json; "
-                        "it is cut short, take the file of the original checkpoint")
+        raise UserError(
+            f"{checkpoint / 'merges.txt'}: has {len(model['merges'])} merges for the {len(model['vocab'])} tokens of vocab.json; "
+            "it is cut short, take the file of the original checkpoint"
+        )
 
 
 def _read_json(path: Path) -> dict:

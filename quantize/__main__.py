@@ -9,7 +9,7 @@ from pathlib import Path
 
 from core import artifact
 from core.artifact import Artifact
-from core.corpus import Source, Split, add_arguments, load_splits, source_of
+from core.corpus import Source, add_arguments, load_splits, source_of
 from core.errors import UserError, run
 from core.hub import model_name
 from core.progress import report
@@ -21,7 +21,9 @@ _COMPANIONS = ("config.json", "generation_config.json", "tokenizer.json", "token
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m quantize", description=__doc__)
     parser.add_argument("--model", default="models/es-mini", help="the model that was exported: folder or hub id")
-    parser.add_argument("--recipes", nargs="+", default=["int8-dynamic", "int8-static"], metavar="RECIPE", help=", ".join(RECIPES))
+    parser.add_argument(
+        "--recipes", nargs="+", default=["int8-dynamic", "int8-static"], metavar="RECIPE", help=", ".join(RECIPES)
+    )
     parser.add_argument("--output", type=Path, default=Path("artifacts"), help="folder of the artifacts")
     add_arguments(parser)
     args = parser.parse_args()
@@ -59,8 +61,18 @@ def quantize_one(parent: Artifact, target: Path, name: str, recipe: Recipe, sour
         details = isolated(apply, recipe, parent.path, work, calibration)
         for companion in _COMPANIONS:
             shutil.copyfile(parent.path / companion, work / companion)
-        artifact.publish(work, target, name=name, model=parent.manifest.model, recipe=inputs["recipe"], inputs=inputs, parent=parent.digest,
-                         calibration=inputs["calibration"], versions=inputs["versions"], details=details)
+        artifact.publish(
+            work,
+            target,
+            name=name,
+            model=parent.manifest.model,
+            recipe=inputs["recipe"],
+            inputs=inputs,
+            parent=parent.digest,
+            calibration=inputs["calibration"],
+            versions=inputs["versions"],
+            details=details,
+        )
     before, after = parent.model.stat().st_size, (target / artifact.MODEL).stat().st_size
     report(f"          {after / 1e6:.1f} MB, {after / before:.3f} × fp32")
 

@@ -21,7 +21,9 @@ def apply(recipe: Recipe, parent: Path, work: Path, split: Split | None) -> dict
     path = parent / artifact.MODEL
     settings = calibration_of(recipe)
     windows = calibration_windows(parent, split, settings) if settings else None
-    details: dict = {} if windows is None else {"calibration": {"windows": len(windows), "tokens_per_window": windows.shape[1]}}
+    details: dict = (
+        {} if windows is None else {"calibration": {"windows": len(windows), "tokens_per_window": windows.shape[1]}}
+    )
     match recipe:
         case OrtDynamic():
             ort_dynamic(path, work)
@@ -34,12 +36,16 @@ def apply(recipe: Recipe, parent: Path, work: Path, split: Split | None) -> dict
                 ranges = input_ranges(path, windows, observer)
             model = onnx_file.load(path)
             projections, embeddings = quantize_static(model, ranges)
-            details["ranges"] = {projection.name: dataclasses.asdict(ranges[projection.x.name]) for projection in projections}
+            details["ranges"] = {
+                projection.name: dataclasses.asdict(ranges[projection.x.name]) for projection in projections
+            }
         case DynamicInt8():
             model = onnx_file.load(path)
             projections, embeddings = quantize_dynamic(model)
     if not projections:
         raise UserError(f"{path}: has no product with a constant weight; nothing was quantized")
     onnx_file.save(model, work)
-    return details | {"quantized": {"projections": [p.name for p in projections], "embeddings": [e.name for e in embeddings]},
-                      "left_in_float": left_in_float(model.graph)}
+    return details | {
+        "quantized": {"projections": [p.name for p in projections], "embeddings": [e.name for e in embeddings]},
+        "left_in_float": left_in_float(model.graph),
+    }

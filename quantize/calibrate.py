@@ -40,8 +40,10 @@ def calibration_windows(folder: Path, split: Split, calibration: Calibration) ->
     tokens = stream(encode(load_tokenizer(folder), split.documents), start_token(folder))
     windows = full_windows(tokens, length)[: calibration.windows]
     if len(windows) < calibration.minimum:
-        raise UserError(f"CORPUS=: its calibration split has {len(tokens)} tokens, {len(windows)} windows of {length}; "
-                        f"static ranges need at least {calibration.minimum}: give more text")
+        raise UserError(
+            f"CORPUS=: its calibration split has {len(tokens)} tokens, {len(windows)} windows of {length}; "
+            f"static ranges need at least {calibration.minimum}: give more text"
+        )
     return windows
 
 
@@ -72,7 +74,11 @@ def _write_observer(path: Path, work: Path) -> list[str]:
         for operator, end in (("ReduceMin", "low"), ("ReduceMax", "high")):
             node = ir.node(operator, [value], {"keepdims": 0})
             graph.append(node)
-            node.outputs[0].name, node.outputs[0].type, node.outputs[0].shape = f"{value.name}:{end}", ir.TensorType(ir.DataType.FLOAT), ir.Shape([])
+            node.outputs[0].name, node.outputs[0].type, node.outputs[0].shape = (
+                f"{value.name}:{end}",
+                ir.TensorType(ir.DataType.FLOAT),
+                ir.Shape([]),
+            )
             graph.outputs.append(node.outputs[0])
     RemoveUnusedNodesPass()(model)
     onnx_file.save(model, work)

@@ -36,15 +36,22 @@ def _rewrite(graph: ir.Graph, weights: Weights, projection: Projection) -> None:
     """x [.., K] · W [K, N]  ->  (u8(x / s) − 128) · s8(W) · s · scale(W), with s ≈ max|x| / 127 per row."""
     tape = ir.tape.Tape()
     zero_point = constant(graph, "u8_zero_point", ZERO_POINT)
-    largest = tape.op("ReduceMax", [tape.op("Abs", [projection.x]), constant(graph, "axis_last", np.array([-1], np.int64))])
+    largest = tape.op(
+        "ReduceMax", [tape.op("Abs", [projection.x]), constant(graph, "axis_last", np.array([-1], np.int64))]
+    )
     scale = tape.op("Mul", [largest, constant(graph, "one_over_127", np.float32(1 / 127))])
     # A row of zeros has no scale; any positive one keeps it zero. The ends are those of half precision.
-    scale = tape.op("Clip", [scale, constant(graph, "scale_min", SCALE_MIN), constant(graph, "scale_max", SCALE_MAX)])      # [.., 1]
+    scale = tape.op(
+        "Clip", [scale, constant(graph, "scale_min", SCALE_MIN), constant(graph, "scale_max", SCALE_MAX)]
+    )  # [.., 1]
     scale = tape.op("Cast", [tape.op("Cast", [scale], {"to": ir.DataType.FLOAT16})], {"to": ir.DataType.FLOAT})
-    quantized = tape.op("QuantizeLinear", [tape.op("Div", [projection.x, scale]), constant(graph, "scale_one", np.float32(1)), zero_point])
+    quantized = tape.op(
+        "QuantizeLinear",
+        [tape.op("Div", [projection.x, scale]), constant(graph, "scale_one", np.float32(1)), zero_point],
+    )
     weight, weight_scale = weights.get_columns(tape, projection)
     product = tape.op("Cast", [tape.op("MatMulInteger", [quantized, weight, zero_point])], {"to": ir.DataType.FLOAT})
-    result = tape.op("Mul", [tape.op("Mul", [product, scale]), weight_scale])                                    # [.., N]
+    result = tape.op("Mul", [tape.op("Mul", [product, scale]), weight_scale])  # [.., N]
     if projection.bias is not None:
         result = tape.op("Add", [result, projection.bias])
     replace_node(graph, projection.node, tape, result)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,34 +23,41 @@ from core.progress import track
 
 def ort_dynamic(model: Path, work: Path) -> None:
     """Write work/model.onnx: weights QInt8 per tensor, a dynamic u8 scale per tensor."""
+    model, work = model.resolve(), work.resolve()
     quantize_dynamic(_prepare(model, work), work / "quantized.onnx", weight_type=QuantType.QInt8)
     _finish(work)
 
 
 def ort_static(model: Path, work: Path, windows: np.ndarray) -> None:
     """Write work/model.onnx: QDQ with min-max ranges over windows int64 [n, T]; activations u8, weights s8."""
+    model, work = model.resolve(), work.resolve()
     prepared = _prepare(model, work)
     reader = _Windows(prepared, windows)
-    quantize_static(prepared, work / "quantized.onnx", reader, activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8)
+    quantize_static(
+        prepared, work / "quantized.onnx", reader, activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8
+    )
     _finish(work)
 
 
 def _prepare(model: Path, work: Path) -> Path:
+    os.chdir(work)  # the tools leave temporary files in the working directory; this process is the recipe's own
     logging.getLogger().setLevel(logging.ERROR)  # the tools log every node that they pass over, as a warning
     config = json.loads((model.parent / "config.json").read_text(encoding="utf-8"))
-    optimized = optimize_model(str(model), "gpt2", num_heads=config.get("n_head", 0), hidden_size=config.get("n_embd", 0), opt_level=0)
+    optimized = optimize_model(
+        str(model), "gpt2", num_heads=config.get("n_head", 0), hidden_size=config.get("n_embd", 0), opt_level=0
+    )
     optimized.save_model_to_file(str(work / "optimized.onnx"))
-    prepared = work / "prepared.onnx"
-    quant_pre_process(work / "optimized.onnx", prepared)
-    return prepared
+    quant_pre_process(work / "optimized.onnx", work / "prepared.onnx")
+    return work / "prepared.onnx"
 
 
 def _finish(work: Path) -> None:
     """Save what the tools wrote as ours is saved, and remove their intermediate files."""
     model = onnx_file.load(work / "quantized.onnx")
     onnx_file.save(model, work)
-    for leftover in ("optimized.onnx", "prepared.onnx", "quantized.onnx"):
-        (work / leftover).unlink()
+    for leftover in work.iterdir():
+        if leftover.name not in ("model.onnx", onnx_file.DATA):
+            leftover.unlink()
 
 
 class _Windows(CalibrationDataReader):
@@ -57,7 +65,11 @@ class _Windows(CalibrationDataReader):
 
     def __init__(self, model: Path, windows: np.ndarray) -> None:
         inputs = onnx_file.load(model).graph.inputs
-        self._past = {value.name: np.zeros([1, value.shape[1], 0, value.shape[3]], np.float32) for value in inputs if value.name.startswith("past_")}
+        self._past = {
+            value.name: np.zeros([1, value.shape[1], 0, value.shape[3]], np.float32)
+            for value in inputs
+            if value.name.startswith("past_")
+        }
         self._windows: Iterator[np.ndarray] = track(windows, "calibrate", len(windows))
 
     def get_next(self) -> dict[str, np.ndarray] | None:
@@ -65,4 +77,9 @@ class _Windows(CalibrationDataReader):
         if window is None:
             return None
         ids = window[None]
-        return {"input_ids": ids, "attention_mask": np.ones_like(ids), "position_ids": np.arange(ids.shape[1])[None], **self._past}
+        return {
+            "input_ids": ids,
+            "attention_mask": np.ones_like(ids),
+            "position_ids": np.arange(ids.shape[1])[None],
+            **self._past,
+        }

@@ -23,8 +23,10 @@ class Weights:
         if key not in self._stored:
             quantized, scale = quantize_weight(weight.const_value.numpy(), axis)
             suffix = "" if not any(name == weight.name for name, _ in self._stored) else f"_{axis}"
-            self._stored[key] = (constant(self._graph, f"{weight.name}_int8{suffix}", quantized),
-                                 constant(self._graph, f"{weight.name}_scale{suffix}", scale))
+            self._stored[key] = (
+                constant(self._graph, f"{weight.name}_int8{suffix}", quantized),
+                constant(self._graph, f"{weight.name}_scale{suffix}", scale),
+            )
         return self._stored[key]
 
     def get_columns(self, tape: ir.tape.Tape, projection: Projection) -> tuple[ir.Value, ir.Value]:
@@ -39,7 +41,9 @@ def constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
     """An initializer of `graph`, made where there is none of that name."""
     if name not in graph.initializers:
         tensor = ir.tensor(array, name=name)
-        graph.register_initializer(ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor))
+        graph.register_initializer(
+            ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+        )
     return graph.initializers[name]
 
 

@@ -58,17 +58,32 @@ def find_projections(graph: ir.Graph) -> list[Projection]:
 
 def find_embeddings(graph: ir.Graph) -> list[Embedding]:
     """Every Gather of rows of a constant floating-point matrix, in graph order."""
-    return [Embedding(node, node.inputs[0]) for node in graph
-            if node.op_type == "Gather" and _axis(node) == 0 and _is_matrix(node.inputs[0])]
+    return [
+        Embedding(node, node.inputs[0])
+        for node in graph
+        if node.op_type == "Gather" and _axis(node) == 0 and _is_matrix(node.inputs[0])
+    ]
 
 
 def left_in_float(graph: ir.Graph) -> list[dict]:
     """Operators and weight matrices of a quantized graph that still compute in floating point, with the reason."""
-    counts = Counter(node.op_type for node in graph if node.op_type in _REASONS and node.outputs[0].dtype in (ir.DataType.FLOAT, None))
-    kept: list[dict] = [{"operator": name, "count": count, "reason": _REASONS[name]} for name, count in sorted(counts.items())]
+    counts = Counter(
+        node.op_type
+        for node in graph
+        if node.op_type in _REASONS and node.outputs[0].dtype in (ir.DataType.FLOAT, None)
+    )
+    kept: list[dict] = [
+        {"operator": name, "count": count, "reason": _REASONS[name]} for name, count in sorted(counts.items())
+    ]
     for name, value in graph.initializers.items():
         if _is_matrix(value) and value.uses():
-            kept.append({"weight": name, "shape": list(value.shape.numpy()), "reason": "no product or look-up that can be quantized reads it"})
+            kept.append(
+                {
+                    "weight": name,
+                    "shape": list(value.shape.numpy()),
+                    "reason": "no product or look-up that can be quantized reads it",
+                }
+            )
     return kept
 
 
@@ -78,12 +93,20 @@ def _projection(node: ir.Node) -> Projection | None:
     x, weight = node.inputs[0], node.inputs[1]
     channel_axis, bias = 1, None
     if node.op_type == "Gemm":
-        if node.attributes.get_float("alpha", 1.0) != 1.0 or node.attributes.get_float("beta", 1.0) != 1.0 or node.attributes.get_int("transA", 0):
+        if (
+            node.attributes.get_float("alpha", 1.0) != 1.0
+            or node.attributes.get_float("beta", 1.0) != 1.0
+            or node.attributes.get_int("transA", 0)
+        ):
             return None
         channel_axis -= node.attributes.get_int("transB", 0)
         bias = node.inputs[2] if len(node.inputs) > 2 else None
     producer = weight.producer()
-    if producer is not None and producer.op_type == "Transpose" and list(producer.attributes.get_ints("perm", [1, 0])) == [1, 0]:
+    if (
+        producer is not None
+        and producer.op_type == "Transpose"
+        and list(producer.attributes.get_ints("perm", [1, 0])) == [1, 0]
+    ):
         weight, channel_axis = producer.inputs[0], 1 - channel_axis
     if not _is_matrix(weight) or _is_matrix(x):
         return None

@@ -29,11 +29,14 @@ def _rewrite(graph: ir.Graph, weights: Weights, projection: Projection, measured
     """x [.., K] · W [K, N]  ->  DQ(Q(x)) · DQ(s8(W)), which runtimes turn into one integer product."""
     tape = ir.tape.Tape()
     scale, zero_point = activation_parameters(measured.low, measured.high)
-    parameters = [constant(graph, f"{projection.x.name}_scale", scale), constant(graph, f"{projection.x.name}_zero_point", zero_point)]
+    parameters = [
+        constant(graph, f"{projection.x.name}_scale", scale),
+        constant(graph, f"{projection.x.name}_zero_point", zero_point),
+    ]
     x = tape.op("DequantizeLinear", [tape.op("QuantizeLinear", [projection.x, *parameters]), *parameters])
     weight, weight_scale = weights.get_columns(tape, projection)
     zeros = constant(graph, f"zeros_{weight_scale.shape[0]}", np.zeros(weight_scale.shape[0], np.int8))
-    result = tape.op("MatMul", [x, tape.op("DequantizeLinear", [weight, weight_scale, zeros], {"axis": 1})])    # [.., N]
+    result = tape.op("MatMul", [x, tape.op("DequantizeLinear", [weight, weight_scale, zeros], {"axis": 1})])  # [.., N]
     if projection.bias is not None:
         result = tape.op("Add", [result, projection.bias])
     replace_node(graph, projection.node, tape, result)

@@ -40,8 +40,15 @@ class Result:
 
 def stage(*args: object, env: dict[str, str] | None = None, timeout: float = 300, **kwargs) -> Result:
     """`python -m args[0] args[1:]` from the repository root, as a process of its own."""
-    done = subprocess.run([sys.executable, "-m", *map(str, args)], cwd=ROOT, env={**os.environ, **(env or {})},
-                          capture_output=True, text=True, timeout=timeout, **kwargs)
+    done = subprocess.run(
+        [sys.executable, "-m", *map(str, args)],
+        cwd=ROOT,
+        env={**os.environ, **(env or {})},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        **kwargs,
+    )
     return Result(done.returncode, done.stdout, done.stderr)
 
 
@@ -58,7 +65,11 @@ def assert_user_error(result: Result, *fragments: str) -> str:
 
 def assert_nothing_published(output: Path) -> None:
     """No artifact and no work in progress anywhere below `output`."""
-    left = [path for path in output.rglob("*") if path.is_file() and path.name != ".cuantiza.lock"] if output.is_dir() else []
+    left = (
+        [path for path in output.rglob("*") if path.is_file() and path.name != ".cuantiza.lock"]
+        if output.is_dir()
+        else []
+    )
     assert not left, left
     assert not list(output.rglob(".tmp-*"))
 
@@ -71,7 +82,16 @@ def tiny_gpt2(seed: int = 0, **overrides: object):
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    fields = {"vocab_size": 8192, "n_positions": 128, "n_embd": 32, "n_layer": 2, "n_head": 2, "bos_token_id": 0, "eos_token_id": 0, **overrides}
+    fields = {
+        "vocab_size": 8192,
+        "n_positions": 128,
+        "n_embd": 32,
+        "n_layer": 2,
+        "n_head": 2,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        **overrides,
+    }
     torch.manual_seed(seed)
     model = GPT2LMHeadModel(GPT2Config(**fields)).eval()
     with torch.no_grad():
@@ -98,11 +118,13 @@ def es_mini() -> Path:
 @pytest.fixture
 def make_gpt2(tmp_path: Path) -> Callable[..., Path]:
     """`make_gpt2(name="tiny", **config)` writes a tiny checkpoint, as transformers saves it, and gives its folder."""
+
     def make(name: str = "tiny", **overrides: object) -> Path:
         folder = tmp_path / name
         tiny_gpt2(**overrides).save_pretrained(folder)
         copy_tokenizer(folder)
         return folder
+
     return make
 
 
@@ -137,17 +159,20 @@ def export_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) 
         finally:
             signal.signal(signal.SIGTERM, handler)
         return Result(end.value.code, *capsys.readouterr())
+
     return call
 
 
 @pytest.fixture
 def exported(export_here: Callable[..., Result], tmp_path: Path) -> Callable[..., Artifact]:
     """`exported(folder, *options)`: the verified fp32 artifact of `folder`; fails where the export does."""
+
     def call(folder: Path, *options: object) -> Artifact:
         output = tmp_path / "artifacts"
         result = export_here("--model", folder, "--output", output, *options)
         assert result.status == 0, result.stderr
         return open_artifact(output / folder.name / "fp32")
+
     return call
 
 
@@ -158,3 +183,22 @@ def es_mini_fp32(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     result = stage("export", "--output", output)
     assert result.status == 0, result.stderr
     return open_artifact(output / "es-mini" / "fp32")
+
+
+@pytest.fixture
+def folder(tiny_folder: Path, tmp_path: Path) -> Path:
+    """A good checkpoint, to be spoilt."""
+    return shutil.copytree(tiny_folder, tmp_path / "spoilt")
+
+
+@pytest.fixture
+def refused(export_here: Callable[..., Result], folder: Path, tmp_path: Path) -> Callable[..., str]:
+    """`refused(*fragments)`: the spoilt checkpoint gives that one line, and nothing is published."""
+
+    def call(*fragments: str, options: tuple[str, ...] = ()) -> str:
+        output = tmp_path / "artifacts"
+        line = assert_user_error(export_here("--model", folder, "--output", output, *options), *fragments)
+        assert_nothing_published(output)
+        return line
+
+    return call

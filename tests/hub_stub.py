@@ -41,8 +41,11 @@ class Hub:
 
     def transferred(self) -> set[str]:
         """Names of the files whose content was asked for."""
-        return {path.rsplit("/", 1)[1] for method, path, status, _ in self.requests
-                if method == "GET" and status in (200, 206) and ("/resolve/" in path or path.startswith("/cdn/"))}
+        return {
+            path.rsplit("/", 1)[1]
+            for method, path, status, _ in self.requests
+            if method == "GET" and status in (200, 206) and ("/resolve/" in path or path.startswith("/cdn/"))
+        }
 
     def commit(self, kind: str, repository: str, revision: str) -> tuple[str, Files] | None:
         """(commit hash, files) of a revision, which may be a commit hash itself."""
@@ -107,16 +110,34 @@ class _Handler(BaseHTTPRequestHandler):
         if action in ("tree", "paths-info"):
             entries = [self._entry(name, data) for name, data in files.items() if name.startswith(inside)]
             if action == "paths-info":
-                wanted = json.loads(self.body)["paths"] if self.body.startswith(b"{") else [unquote(p[6:]) for p in self.body.decode().split("&")]
+                wanted = (
+                    json.loads(self.body)["paths"]
+                    if self.body.startswith(b"{")
+                    else [unquote(p[6:]) for p in self.body.decode().split("&")]
+                )
                 entries = [entry for entry in entries if entry["path"] in wanted]
             elif inside and not entries:
                 self._answer(404, b'{"error": "no such path"}', {"X-Error-Code": "EntryNotFound"})
                 return
             self._json(entries)
             return
-        self._json({"_id": sha[:24], "id": repository, "modelId": repository, "sha": sha, "private": False, "gated": False, "disabled": False,
-                    "downloads": 0, "likes": 0, "tags": [], "lastModified": "2020-11-21T03:19:14.000Z", "createdAt": "2020-11-21T03:19:14.000Z",
-                    "siblings": [{"rfilename": name} for name in files]})
+        self._json(
+            {
+                "_id": sha[:24],
+                "id": repository,
+                "modelId": repository,
+                "sha": sha,
+                "private": False,
+                "gated": False,
+                "disabled": False,
+                "downloads": 0,
+                "likes": 0,
+                "tags": [],
+                "lastModified": "2020-11-21T03:19:14.000Z",
+                "createdAt": "2020-11-21T03:19:14.000Z",
+                "siblings": [{"rfilename": name} for name in files],
+            }
+        )
 
     def _entry(self, name: str, data: bytes) -> dict:
         entry = {"type": "file", "oid": hashlib.sha1(data).hexdigest(), "size": len(data), "path": name}
@@ -137,8 +158,17 @@ class _Handler(BaseHTTPRequestHandler):
         data = files[name]
         if len(data) > LFS_BYTES:
             etag = hashlib.sha256(data).hexdigest()
-            self._answer(302, b"", {"X-Repo-Commit": sha, "X-Linked-Etag": f'"{etag}"', "X-Linked-Size": str(len(data)), "ETag": '"of-the-pointer"',
-                                    "Location": f"{self.hub.cdn}/cdn/{kind}/{repository}/{sha}/{name}"})
+            self._answer(
+                302,
+                b"",
+                {
+                    "X-Repo-Commit": sha,
+                    "X-Linked-Etag": f'"{etag}"',
+                    "X-Linked-Size": str(len(data)),
+                    "ETag": '"of-the-pointer"',
+                    "Location": f"{self.hub.cdn}/cdn/{kind}/{repository}/{sha}/{name}",
+                },
+            )
         else:
             self._content(name, data, {"X-Repo-Commit": sha, "ETag": f'"{hashlib.sha1(data).hexdigest()}"'})
 
@@ -164,7 +194,9 @@ class _Handler(BaseHTTPRequestHandler):
     def _json(self, value: object) -> None:
         self._answer(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
 
-    def _answer(self, status: int, body: bytes, headers: dict[str, str] | None = None, length: int | None = None) -> None:
+    def _answer(
+        self, status: int, body: bytes, headers: dict[str, str] | None = None, length: int | None = None
+    ) -> None:
         self.hub.requests.append((self.command, unquote(self.path), status, self.headers.get("Range")))
         self.send_response(status)
         for name, value in {"Content-Length": str(len(body) if length is None else length), **(headers or {})}.items():

@@ -29,8 +29,18 @@ def build(target: Path, content: dict[str, bytes] = CONTENT, inputs: dict = INPU
     with staging(target) as work:
         for name, data in content.items():
             (work / name).write_bytes(data)
-        return publish(work, target, name=target.name, model="modelo-ñ", recipe={"type": "fp32"}, inputs=inputs, parent=None, calibration=None,
-                       versions={"python": "3"}, details={"parity": 1e-05})
+        return publish(
+            work,
+            target,
+            name=target.name,
+            model="modelo-ñ",
+            recipe={"type": "fp32"},
+            inputs=inputs,
+            parent=None,
+            calibration=None,
+            versions={"python": "3"},
+            details={"parity": 1e-05},
+        )
 
 
 def names(folder: Path) -> set[str]:
@@ -44,6 +54,7 @@ def built(tmp_path: Path) -> Path:
 
 # Publishing and verifying
 
+
 def test_round_trip(tmp_path: Path) -> None:
     target = tmp_path / "modelo" / "fp32"
     published = build(target)
@@ -51,7 +62,9 @@ def test_round_trip(tmp_path: Path) -> None:
     assert names(target) == CONTENT.keys() | {"manifest.json"} and names(target.parent) == {"fp32"}
     assert {name: (target / name).read_bytes() for name in CONTENT} == CONTENT
     assert published.model == target / "model.onnx"
-    assert {name: file.bytes for name, file in published.manifest.files.items()} == {name: len(data) for name, data in CONTENT.items()}
+    assert {name: file.bytes for name, file in published.manifest.files.items()} == {
+        name: len(data) for name, data in CONTENT.items()
+    }
     for name, file in published.manifest.files.items():
         told = subprocess.run(["sha256sum", target / name], capture_output=True, text=True, check=True).stdout
         assert told.split()[0] == file.sha256
@@ -109,14 +122,24 @@ def test_no_manifest(built: Path, tmp_path: Path) -> None:
     assert "no manifest.json" in rebuild_reason(built, INPUTS)
 
 
-@pytest.mark.parametrize("change", [
-    lambda fields: fields.pop("recipe"), lambda fields: fields.pop("files"),
-    lambda fields: fields.update(unknown=1), lambda fields: fields.update(files=[]),
-    lambda fields: fields.update(files={"model.onnx": 3}), lambda fields: fields["files"]["model.onnx"].pop("bytes"),
-    lambda fields: fields["files"]["model.onnx"].update(mode=7), lambda fields: fields.update(schema="cuantiza/artifact/2"),
-    lambda fields: fields["files"].update({"../secret": {"bytes": 6, "sha256": artifact.sha256_file(ROOT / "pyproject.toml")}}),
-    lambda fields: fields["files"]["model.onnx"].update(bytes="10240"), lambda fields: fields["files"]["model.onnx"].update(sha256=None),
-])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda fields: fields.pop("recipe"),
+        lambda fields: fields.pop("files"),
+        lambda fields: fields.update(unknown=1),
+        lambda fields: fields.update(files=[]),
+        lambda fields: fields.update(files={"model.onnx": 3}),
+        lambda fields: fields["files"]["model.onnx"].pop("bytes"),
+        lambda fields: fields["files"]["model.onnx"].update(mode=7),
+        lambda fields: fields.update(schema="cuantiza/artifact/2"),
+        lambda fields: fields["files"].update(
+            {"../secret": {"bytes": 6, "sha256": artifact.sha256_file(ROOT / "pyproject.toml")}}
+        ),
+        lambda fields: fields["files"]["model.onnx"].update(bytes="10240"),
+        lambda fields: fields["files"]["model.onnx"].update(sha256=None),
+    ],
+)
 def test_broken_manifest(built: Path, change: Callable[[dict], object]) -> None:
     path = built / "manifest.json"
     fields = json.loads(path.read_text(encoding="utf-8"))
@@ -136,12 +159,16 @@ def test_manifest_is_no_manifest(built: Path, content: bytes) -> None:
 
 # Reasons to rebuild
 
+
 def test_rebuild_reason(built: Path) -> None:
     assert rebuild_reason(built.parent / "int8", INPUTS) == "new"
     assert rebuild_reason(built, INPUTS) is None
     assert rebuild_reason(built, dict(reversed(INPUTS.items()))) is None
     assert rebuild_reason(built, INPUTS | {"opset": 20}) == "changed: opset"
-    assert rebuild_reason(built, INPUTS | {"versions": {"onnx-ir": "1.1"}, "checkpoint": "bad"}) == "changed: checkpoint, versions"
+    assert (
+        rebuild_reason(built, INPUTS | {"versions": {"onnx-ir": "1.1"}, "checkpoint": "bad"})
+        == "changed: checkpoint, versions"
+    )
     assert rebuild_reason(built, INPUTS | {"exporter": "graph"}) == "changed: exporter"
     assert rebuild_reason(built, {"opset": 21}) == "changed: checkpoint, versions"
 
@@ -179,6 +206,7 @@ def test_replace_leaves_the_old_or_none(built: Path, monkeypatch: pytest.MonkeyP
         if len(calls) == rename:
             raise KeyboardInterrupt
         return real(self, target)
+
     with monkeypatch.context() as patch:
         patch.setattr(Path, "rename", dying)
         with pytest.raises(KeyboardInterrupt):
@@ -215,8 +243,13 @@ def test_killed_while_replacing(tmp_path: Path) -> None:
     target.parent.mkdir()
     (target.parent / ".cuantiza.lock").touch()
     wholes = {build(tmp_path / name / "fp32", content).digest for name, content in (("old", CONTENT), ("new", NEW))}
-    with subprocess.Popen([sys.executable, "-c", PUBLISH_WITHOUT_END, target], cwd=ROOT, stdout=subprocess.PIPE, text=True,
-                          start_new_session=True) as parent:
+    with subprocess.Popen(
+        [sys.executable, "-c", PUBLISH_WITHOUT_END, target],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as parent:
         try:
             for number in range(25):
                 worker = int(parent.stdout.readline())
@@ -244,14 +277,22 @@ def test_staging_leaves_nothing(built: Path) -> None:
 
 # The lock
 
-HOLD = "import sys\nfrom pathlib import Path\nfrom core.artifact import locked\n" \
-       "with locked(Path(sys.argv[1])):\n    print('held', flush=True)\n    sys.stdin.readline()\n"
+HOLD = (
+    "import sys\nfrom pathlib import Path\nfrom core.artifact import locked\n"
+    "with locked(Path(sys.argv[1])):\n    print('held', flush=True)\n    sys.stdin.readline()\n"
+)
 
 
 def hold(folder: Path) -> subprocess.Popen:
     """A process of its own that takes the lock, says so, and keeps it until it is given a line."""
-    return subprocess.Popen([sys.executable, "-c", HOLD, folder], cwd=ROOT, text=True,
-                            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen(
+        [sys.executable, "-c", HOLD, folder],
+        cwd=ROOT,
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
 
 
 @pytest.mark.parametrize("end", ["released", "killed"])
@@ -321,8 +362,14 @@ def test_file_in_the_place_of_the_folder(tmp_path: Path) -> None:
 
 # Both, as users meet them
 
+
 def start_export(folder: Path, output: Path) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, "-m", "export", "--model", folder, "--output", output], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-m", "export", "--model", folder, "--output", output],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def test_two_exports_at_once(tiny_folder: Path, tmp_path: Path) -> None:
@@ -335,7 +382,9 @@ def test_two_exports_at_once(tiny_folder: Path, tmp_path: Path) -> None:
     open_artifact(output / "tiny" / "fp32")
 
 
-@pytest.mark.parametrize(("sign", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)], ids=["INT", "TERM", "KILL"])
+@pytest.mark.parametrize(
+    ("sign", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)], ids=["INT", "TERM", "KILL"]
+)
 def test_interrupted_export(tiny_folder: Path, tmp_path: Path, sign: signal.Signals, status: int) -> None:
     """Ended in the middle of its work: no artifact, nothing left behind (by a kill, until the next run), no traceback."""
     output = tmp_path / "artifacts"

@@ -25,11 +25,29 @@ from export.config import ACTIVATIONS
 CONTRACT_FILES = {"model.onnx", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
 # As in datificate/gpt2-small-spanish, written by transformers 2.x in 2020.
 CONFIG_2020 = {
-    "activation_function": "gelu_new", "architectures": ["GPT2LMHeadModel"], "attn_pdrop": 0.1, "bos_token_id": 0, "embd_pdrop": 0.1,
-    "eos_token_id": 0, "gradient_checkpointing": False, "initializer_range": 0.02, "layer_norm_epsilon": 1e-05, "model_type": "gpt2",
-    "n_ctx": 128, "n_embd": 32, "n_head": 2, "n_layer": 2, "n_positions": 128, "resid_pdrop": 0.1, "summary_activation": None,
-    "summary_first_dropout": 0.1, "summary_proj_to_labels": True, "summary_type": "cls_index", "summary_use_proj": True,
-    "task_specific_params": {"text-generation": {"do_sample": True, "max_length": 50}}, "vocab_size": 8192,
+    "activation_function": "gelu_new",
+    "architectures": ["GPT2LMHeadModel"],
+    "attn_pdrop": 0.1,
+    "bos_token_id": 0,
+    "embd_pdrop": 0.1,
+    "eos_token_id": 0,
+    "gradient_checkpointing": False,
+    "initializer_range": 0.02,
+    "layer_norm_epsilon": 1e-05,
+    "model_type": "gpt2",
+    "n_ctx": 128,
+    "n_embd": 32,
+    "n_head": 2,
+    "n_layer": 2,
+    "n_positions": 128,
+    "resid_pdrop": 0.1,
+    "summary_activation": None,
+    "summary_first_dropout": 0.1,
+    "summary_proj_to_labels": True,
+    "summary_type": "cls_index",
+    "summary_use_proj": True,
+    "task_specific_params": {"text-generation": {"do_sample": True, "max_length": 50}},
+    "vocab_size": 8192,
 }
 
 
@@ -44,7 +62,9 @@ def state_of_2020(model) -> dict[str, torch.Tensor]:
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     state["lm_head.weight"] = state["transformer.wte.weight"]
     for layer in range(model.config.n_layer):
-        state[f"transformer.h.{layer}.attn.bias"] = torch.ones(positions, positions, dtype=torch.uint8).tril().view(1, 1, positions, positions)
+        state[f"transformer.h.{layer}.attn.bias"] = (
+            torch.ones(positions, positions, dtype=torch.uint8).tril().view(1, 1, positions, positions)
+        )
         state[f"transformer.h.{layer}.attn.masked_bias"] = torch.tensor(-1e4)
     return state
 
@@ -54,7 +74,9 @@ def write_2020(folder: Path, model, zipped: bool) -> None:
     torch.save(state_of_2020(model), folder / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
     copy_tokenizer(folder, ("vocab.json", "merges.txt"))
     write_json(folder / "tokenizer_config.json", {"model_max_length": 128})
-    write_json(folder / "special_tokens_map.json", dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>"))
+    write_json(
+        folder / "special_tokens_map.json", dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
+    )
     (folder / "tf_model.h5").write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(64))
     (folder / "flax_model.msgpack").write_bytes(bytes(64))
 
@@ -134,7 +156,9 @@ def test_layout_of_2020_as_a_user_runs_it(tmp_path: Path) -> None:
 
 OWN_TOKENIZERS = {
     "as-trained": {},
-    "prefix-space": {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}},
+    "prefix-space": {
+        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
+    },
     "normalizer": {"normalizer": {"type": "NFC"}},
 }
 
@@ -183,7 +207,11 @@ def test_no_prefix(exported: Callable[..., Artifact], tmp_path: Path, kind: str)
     model, folder = tiny_gpt2(), tmp_path / f"bare-{kind}"
     copy_tokenizer(folder)
     model.config.save_pretrained(folder)
-    state = {name.removeprefix("transformer."): tensor.float() for name, tensor in state_of_2020(model).items() if name != "lm_head.weight"}
+    state = {
+        name.removeprefix("transformer."): tensor.float()
+        for name, tensor in state_of_2020(model).items()
+        if name != "lm_head.weight"
+    }
     if kind == "bin":
         torch.save(state, folder / "pytorch_model.bin")
     else:
@@ -200,7 +228,9 @@ def test_safetensors_is_preferred(exported: Callable[..., Artifact], tmp_path: P
 
 
 @pytest.mark.parametrize("kind", ["bin", "safetensors"])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=lambda dtype: str(dtype).removeprefix("torch."))
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, torch.bfloat16, torch.float32], ids=lambda dtype: str(dtype).removeprefix("torch.")
+)
 def test_dtypes(exported: Callable[..., Artifact], tmp_path: Path, dtype: torch.dtype, kind: str) -> None:
     """Half precision becomes exactly the float32 of its values."""
     model, folder = tiny_gpt2().to(dtype), tmp_path / "model"
@@ -269,7 +299,9 @@ def test_window_is_the_models_own(exported: Callable[..., Artifact], make_gpt2: 
 @pytest.mark.parametrize("opset", [18, 20, 21, 23])
 def test_opsets(exported: Callable[..., Artifact], make_gpt2: Callable[..., Path], opset: int) -> None:
     for activation in ("gelu_new", "gelu"):
-        artifact = exported(make_gpt2(f"opset-{activation.replace('_', '-')}", activation_function=activation), "--opset", opset)
+        artifact = exported(
+            make_gpt2(f"opset-{activation.replace('_', '-')}", activation_function=activation), "--opset", opset
+        )
         assert_contract(artifact)
         proto = onnx.load(artifact.model)
         assert [(entry.domain, entry.version) for entry in proto.opset_import] == [("", opset)]
@@ -282,11 +314,20 @@ def test_contract_of_the_embedded_model(es_mini_fp32: Artifact) -> None:
     graph = onnx.load(es_mini_fp32.model).graph
 
     def described(values) -> dict[str, tuple]:
-        return {value.name: (value.type.tensor_type.elem_type, [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim])
-                for value in values}
+        return {
+            value.name: (
+                value.type.tensor_type.elem_type,
+                [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim],
+            )
+            for value in values
+        }
 
     new, past, whole = "sequence_length", "past_sequence_length", "past_sequence_length + sequence_length"
-    wanted_inputs = {"input_ids": (7, ["batch_size", new]), "attention_mask": (7, ["batch_size", whole]), "position_ids": (7, ["batch_size", new])}
+    wanted_inputs = {
+        "input_ids": (7, ["batch_size", new]),
+        "attention_mask": (7, ["batch_size", whole]),
+        "position_ids": (7, ["batch_size", new]),
+    }
     wanted_outputs = {"logits": (1, ["batch_size", new, 8192])}
     for layer in range(6):
         for kv in ("key", "value"):

@@ -31,7 +31,9 @@ def sides(path: Path | str, **fields: str) -> tuple[tuple[str, ...], tuple[str, 
 
 
 def write_jsonl(path: Path, documents: list, column: str = "text") -> Path:
-    path.write_text("".join(json.dumps({column: text, "n": 1}, ensure_ascii=False) + "\n" for text in documents), encoding="utf-8")
+    path.write_text(
+        "".join(json.dumps({column: text, "n": 1}, ensure_ascii=False) + "\n" for text in documents), encoding="utf-8"
+    )
     return path
 
 
@@ -49,6 +51,7 @@ WRITERS = {".txt": write_txt, ".jsonl": write_jsonl, ".parquet": write_parquet}
 
 
 # The embedded corpus
+
 
 def test_embedded_corpus() -> None:
     calibration, test = sides(CORPUS)
@@ -77,6 +80,7 @@ def test_embedded_corpus_is_spanish_prose() -> None:
 
 # The split
 
+
 @pytest.mark.parametrize("suffix", WRITERS)
 def test_every_format_gives_the_same_split(tmp_path: Path, suffix: str) -> None:
     calibration, test = sides(WRITERS[suffix](tmp_path / f"corpus{suffix}", DOCUMENTS))
@@ -98,7 +102,9 @@ def test_duplicates_never_meet(tmp_path: Path, suffix: str) -> None:
 
 def test_order_of_documents_does_not_move_them(tmp_path: Path) -> None:
     shuffled = random.Random(0).sample(DOCUMENTS, len(DOCUMENTS))
-    first, second = (sides(write_jsonl(tmp_path / f"{n}.jsonl", texts)) for n, texts in enumerate((DOCUMENTS, shuffled)))
+    first, second = (
+        sides(write_jsonl(tmp_path / f"{n}.jsonl", texts)) for n, texts in enumerate((DOCUMENTS, shuffled))
+    )
     assert [set(side) for side in first] == [set(side) for side in second]
 
 
@@ -118,6 +124,7 @@ def test_identity_of_a_split() -> None:
 
 # Files
 
+
 def test_folder_of_mixed_files(tmp_path: Path) -> None:
     """All three formats, in folders below as well; other files are passed over."""
     (tmp_path / "below").mkdir()
@@ -130,7 +137,9 @@ def test_folder_of_mixed_files(tmp_path: Path) -> None:
 
 
 def test_separator_has_a_line_of_its_own(tmp_path: Path) -> None:
-    (tmp_path / "c.txt").write_text("uno\n dos\n  <|endoftext|>  \ntres <|endoftext|> tres\n<|endoftext|>\n<|endoftext|>\ncuatro", encoding="utf-8")
+    (tmp_path / "c.txt").write_text(
+        "uno\n dos\n  <|endoftext|>  \ntres <|endoftext|> tres\n<|endoftext|>\n<|endoftext|>\ncuatro", encoding="utf-8"
+    )
     calibration, test = sides(tmp_path / "c.txt")
     assert {*calibration, *test} == {"uno\n dos", "tres <|endoftext|> tres", "cuatro"}
 
@@ -151,14 +160,21 @@ def test_windows_files(tmp_path: Path) -> None:
     assert {text for side in sides(tmp_path / "b.jsonl") for text in side} == {"uno", "dos"}
 
 
-@pytest.mark.parametrize("kind", [pyarrow.large_string(), pyarrow.string_view(), pyarrow.dictionary(pyarrow.int32(), pyarrow.string())], ids=str)
+@pytest.mark.parametrize(
+    "kind",
+    [pyarrow.large_string(), pyarrow.string_view(), pyarrow.dictionary(pyarrow.int32(), pyarrow.string())],
+    ids=str,
+)
 def test_parquet_kinds_of_text(tmp_path: Path, kind: pyarrow.DataType) -> None:
     path = write_parquet(tmp_path / "c.parquet", pyarrow.array(DOCUMENTS).cast(kind), row_group_size=4)
     assert {text for side in sides(path) for text in side} == set(DOCUMENTS)
 
 
 def test_other_column(tmp_path: Path) -> None:
-    for path in (write_jsonl(tmp_path / "c.jsonl", DOCUMENTS, "cuerpo"), write_parquet(tmp_path / "c.parquet", DOCUMENTS, "cuerpo")):
+    for path in (
+        write_jsonl(tmp_path / "c.jsonl", DOCUMENTS, "cuerpo"),
+        write_parquet(tmp_path / "c.parquet", DOCUMENTS, "cuerpo"),
+    ):
         assert {text for side in sides(path, column="cuerpo") for text in side} == set(DOCUMENTS)
         with pytest.raises(UserError, match=r"CORPUS_COLUMN="):
             sides(path)
@@ -223,6 +239,7 @@ def test_folder_without_documents(tmp_path: Path) -> None:
 
 # index.json
 
+
 @pytest.fixture
 def indexed(tmp_path: Path) -> Path:
     """A folder of seven documents with its index."""
@@ -235,10 +252,15 @@ def indexed(tmp_path: Path) -> Path:
 
 
 def test_index_decides(indexed: Path) -> None:
-    assert sides(indexed) == (tuple(f"Texto número {n}." for n in (1, 4)), tuple(f"Texto número {n}." for n in (0, 2, 3, 5, 6)))
+    assert sides(indexed) == (
+        tuple(f"Texto número {n}." for n in (1, 4)),
+        tuple(f"Texto número {n}." for n in (0, 2, 3, 5, 6)),
+    )
     entries = json.loads((indexed / INDEX).read_text(encoding="utf-8"))["documents"]
     assert [entry["words"] for entry in entries] == [3] * 7
-    assert [entry["sha256"] for entry in entries] == [hashlib.sha256((indexed / entry["file"]).read_bytes()).hexdigest() for entry in entries]
+    assert [entry["sha256"] for entry in entries] == [
+        hashlib.sha256((indexed / entry["file"]).read_bytes()).hexdigest() for entry in entries
+    ]
 
 
 def test_index_tool(indexed: Path) -> None:
@@ -277,13 +299,22 @@ def test_same_text_on_both_sides(indexed: Path) -> None:
         sides(indexed)
 
 
-@pytest.mark.parametrize("change", [
-    lambda entries: entries[0].update(split="validation"), lambda entries: entries[0].update(split=["test"]),
-    lambda entries: entries[0].pop("sha256"),
-    lambda entries: entries[0].update(file=7), lambda entries: entries[0].update(file="../corpus.txt"), lambda entries: entries.append("8.txt"),
-    lambda entries: entries.clear(), lambda entries: [entry.update(split="test") for entry in entries],
-    lambda entries: [entry.update(split="calibration") for entry in entries], lambda entries: entries.append(entries[0] | {"split": "calibration"}),
-], ids=["side", "list", "no-hash", "number", "outside", "text", "none", "all-test", "all-calibration", "both"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda entries: entries[0].update(split="validation"),
+        lambda entries: entries[0].update(split=["test"]),
+        lambda entries: entries[0].pop("sha256"),
+        lambda entries: entries[0].update(file=7),
+        lambda entries: entries[0].update(file="../corpus.txt"),
+        lambda entries: entries.append("8.txt"),
+        lambda entries: entries.clear(),
+        lambda entries: [entry.update(split="test") for entry in entries],
+        lambda entries: [entry.update(split="calibration") for entry in entries],
+        lambda entries: entries.append(entries[0] | {"split": "calibration"}),
+    ],
+    ids=["side", "list", "no-hash", "number", "outside", "text", "none", "all-test", "all-calibration", "both"],
+)
 def test_broken_index(indexed: Path, change: Callable[[list], object]) -> None:
     index = json.loads((indexed / INDEX).read_text(encoding="utf-8"))
     change(index["documents"])
@@ -301,6 +332,7 @@ def test_index_is_no_index(indexed: Path, content: str) -> None:
 
 # Windows
 
+
 def test_stream() -> None:
     np.testing.assert_array_equal(stream([[5, 6], [], [7]], 0), [0, 5, 6, 0, 0, 7])
 
@@ -315,6 +347,7 @@ def test_full_windows(length: int) -> None:
 
 # Hub datasets
 
+
 @pytest.fixture
 def hub() -> Iterator[Hub]:
     with serving() as stub:
@@ -324,20 +357,35 @@ def hub() -> Iterator[Hub]:
 @pytest.fixture
 def load(hub: Hub, tmp_path: Path) -> Callable[..., Result]:
     """`load(spec, config=..., ...)` in a process of its own against the stub: prints the two sides as JSON."""
-    code = ("import json, sys; from core.errors import run; from core.corpus import Source, load_splits\n"
-            "run(lambda: print(json.dumps([split.documents for split in load_splits(Source(**json.loads(sys.argv[1])))])) or 0)")
+    code = (
+        "import json, sys; from core.errors import run; from core.corpus import Source, load_splits\n"
+        "run(lambda: print(json.dumps([split.documents for split in load_splits(Source(**json.loads(sys.argv[1])))])) or 0)"
+    )
 
     def call(spec: str, env: dict[str, str] | None = None, **fields: str) -> Result:
-        given = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0", "HF_TOKEN": ""} | (env or {})
-        done = subprocess.run([sys.executable, "-c", code, json.dumps({"spec": spec, **fields})], cwd=ROOT, env={**os.environ, **given},
-                              capture_output=True, text=True, timeout=120)
+        given = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0", "HF_TOKEN": ""} | (
+            env or {}
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code, json.dumps({"spec": spec, **fields})],
+            cwd=ROOT,
+            env={**os.environ, **given},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
         return Result(done.returncode, done.stdout, done.stderr)
+
     return call
 
 
 def test_hub_dataset(hub: Hub, load: Callable[..., Result], tmp_path: Path) -> None:
     """Downloaded, split as a file of the same documents is, and there again without a network."""
-    hub.add("owner/corpus", {"train.jsonl": write_jsonl(tmp_path / "c.jsonl", DOCUMENTS).read_bytes(), "README.md": b"# corpus"}, kind="datasets")
+    hub.add(
+        "owner/corpus",
+        {"train.jsonl": write_jsonl(tmp_path / "c.jsonl", DOCUMENTS).read_bytes(), "README.md": b"# corpus"},
+        kind="datasets",
+    )
     first = load("owner/corpus")
     assert first.status == 0, first.stderr
     assert json.loads(first.stdout) == [list(side) for side in sides(tmp_path / "c.jsonl")]
@@ -347,16 +395,26 @@ def test_hub_dataset(hub: Hub, load: Callable[..., Result], tmp_path: Path) -> N
 
 
 def test_hub_dataset_config_split_and_column(hub: Hub, load: Callable[..., Result], tmp_path: Path) -> None:
-    card = "---\nconfigs:\n- config_name: es\n  data_files:\n  - {split: train, path: es/train.parquet}\n" \
-           "  - {split: validation, path: es/val.parquet}\n- config_name: pt\n  data_files: pt.parquet\n---\n"
-    files = {name: write_parquet(tmp_path / "c.parquet", texts, "cuerpo").read_bytes()
-             for name, texts in (("es/train.parquet", ["a", "b", "c"]), ("es/val.parquet", DOCUMENTS), ("pt.parquet", ["d", "e"]))}
+    card = (
+        "---\nconfigs:\n- config_name: es\n  data_files:\n  - {split: train, path: es/train.parquet}\n"
+        "  - {split: validation, path: es/val.parquet}\n- config_name: pt\n  data_files: pt.parquet\n---\n"
+    )
+    files = {
+        name: write_parquet(tmp_path / "c.parquet", texts, "cuerpo").read_bytes()
+        for name, texts in (
+            ("es/train.parquet", ["a", "b", "c"]),
+            ("es/val.parquet", DOCUMENTS),
+            ("pt.parquet", ["d", "e"]),
+        )
+    }
     hub.add("owner/corpus", files | {"README.md": card.encode()}, kind="datasets")
     wanted = {"config": "es", "split": "validation", "column": "cuerpo"}
     result = load("owner/corpus", **wanted)
     assert result.status == 0, result.stderr
     assert {text for side in json.loads(result.stdout) for text in side} == set(DOCUMENTS)
-    assert_user_error(load("owner/corpus", **wanted | {"column": "text"}), "CORPUS=owner/corpus", "'text'", "cuerpo", "CORPUS_COLUMN=")
+    assert_user_error(
+        load("owner/corpus", **wanted | {"column": "text"}), "CORPUS=owner/corpus", "'text'", "cuerpo", "CORPUS_COLUMN="
+    )
     assert_user_error(load("owner/corpus", **wanted | {"column": "n"}), "CORPUS=owner/corpus", "'n'", "CORPUS_COLUMN=")
     assert_user_error(load("owner/corpus", **wanted | {"split": "dev"}), "CORPUS=owner/corpus", "dev")
     assert_user_error(load("owner/corpus", **wanted | {"config": "fr"}), "CORPUS=owner/corpus", "fr")
@@ -370,7 +428,9 @@ def test_no_such_dataset(load: Callable[..., Result]) -> None:
 
 def test_dataset_script_is_not_run(hub: Hub, load: Callable[..., Result], tmp_path: Path) -> None:
     marker = tmp_path / "executed"
-    hub.add("owner/script", {"script.py": f"open({str(marker)!r}, 'w')".encode(), "README.md": b"# script"}, kind="datasets")
+    hub.add(
+        "owner/script", {"script.py": f"open({str(marker)!r}, 'w')".encode(), "README.md": b"# script"}, kind="datasets"
+    )
     assert_user_error(load("owner/script"), "CORPUS=owner/script")
     assert not marker.exists()
 
@@ -380,7 +440,9 @@ def test_broken_file_in_a_dataset(hub: Hub, load: Callable[..., Result]) -> None
     assert_user_error(load("owner/broken"), "CORPUS=owner/broken")
 
 
-@pytest.mark.parametrize("spec", ["missing.txt", "./corpus/missing", "/no/such/folder", "", "owner/name/more", "corpus/es/*.txt"])
+@pytest.mark.parametrize(
+    "spec", ["missing.txt", "./corpus/missing", "/no/such/folder", "", "owner/name/more", "corpus/es/*.txt"]
+)
 def test_path_that_is_not_there(load: Callable[..., Result], spec: str) -> None:
     """A misspelt path is no dataset; the message says what was looked for."""
     assert_user_error(load(spec, env={"HF_HUB_OFFLINE": "1"}), f"CORPUS={spec}")

@@ -40,22 +40,46 @@ def report(artifacts, tmp_path_factory):
 
 
 def rows_of(output):
-    return {row["name"]: row for row in json.loads((output / "es-mini/report.json").read_text(encoding="utf-8"))["artifacts"]}
+    return {
+        row["name"]: row
+        for row in json.loads((output / "es-mini/report.json").read_text(encoding="utf-8"))["artifacts"]
+    }
 
 
 def test_report_has_a_row_for_every_subject_and_every_documented_field(report):
     output, printed = report
     rows = rows_of(output)
     assert list(rows) == ["fp32", "int8-dynamic", "int8-static", "torch-fp32", "torch-dynamic"]
-    documented = set(re.findall(r"^\| `artifacts\[\]\.(\w+)`", (ROOT / "docs/report.md").read_text(encoding="utf-8"), re.MULTILINE))
-    assert {"name", "bytes", "perplexity", "perplexity_stderr", "bits_per_byte", "delta_ln_ppl", "delta_ln_ppl_stderr", "kl_divergence", "top1_agreement",
-            "load_ms", "peak_rss_bytes", "prefill", "decode"} <= documented
+    documented = set(
+        re.findall(r"^\| `artifacts\[\]\.(\w+)`", (ROOT / "docs/report.md").read_text(encoding="utf-8"), re.MULTILINE)
+    )
+    assert {
+        "name",
+        "bytes",
+        "perplexity",
+        "perplexity_stderr",
+        "bits_per_byte",
+        "delta_ln_ppl",
+        "delta_ln_ppl_stderr",
+        "kl_divergence",
+        "top1_agreement",
+        "load_ms",
+        "peak_rss_bytes",
+        "prefill",
+        "decode",
+    } <= documented
     for row in rows.values():
-        assert set(row) - {"modules_with_weights", "modules_quantized"} == documented - {"modules_with_weights", "modules_quantized"}
+        assert set(row) - {"modules_with_weights", "modules_quantized"} == documented - {
+            "modules_with_weights",
+            "modules_quantized",
+        }
         assert [item["tokens"] for item in row["prefill"]] == [32, 128, 512]
         assert [item["position"] for item in row["decode"]] == [32, 128, 512, 1023]
         for shape in (*row["prefill"], *row["decode"]):
-            assert len(shape["samples_ns"]) == sum(shape["samples_per_round"]) >= 4 and len(shape["samples_per_round"]) == 2
+            assert (
+                len(shape["samples_ns"]) == sum(shape["samples_per_round"]) >= 4
+                and len(shape["samples_per_round"]) == 2
+            )
             assert shape["p50_ms"] == pytest.approx(np.median(shape["samples_ns"]) / 1e6)
     for name in rows:
         assert name in printed.stdout
@@ -75,14 +99,18 @@ def test_quality_is_what_it_should_be(report):
 
 def test_sizes_are_those_of_the_files(artifacts, report):
     for name in ("fp32", "int8-dynamic"):
-        files = {file.name: file.stat().st_size for file in (artifacts / name).iterdir() if file.name != "manifest.json"}
+        files = {
+            file.name: file.stat().st_size for file in (artifacts / name).iterdir() if file.name != "manifest.json"
+        }
         row = rows_of(report[0])[name]
         assert row["bytes"] == sum(files.values()) and row["model_bytes"] == files["model.onnx"]
 
 
 def test_the_course_quantizes_the_head_alone(report):
     row = rows_of(report[0])["torch-dynamic"]
-    assert row["modules_quantized"] == 1 and row["modules_with_weights"] == 2 + 6 * 6 + 1 + 1  # embeddings, 6 a layer, ln_f, head
+    assert (
+        row["modules_quantized"] == 1 and row["modules_with_weights"] == 2 + 6 * 6 + 1 + 1
+    )  # embeddings, 6 a layer, ln_f, head
 
 
 def test_a_second_run_measures_nothing(artifacts, report):
@@ -96,12 +124,30 @@ def test_a_second_run_measures_nothing(artifacts, report):
 def test_a_foreign_file_of_the_contract_is_measured_beside_ours(artifacts, tmp_path):
     shutil.copytree(artifacts / "int8-static", tmp_path / "theirs")
     (tmp_path / "theirs/manifest.json").unlink()
-    result = stage("eval", "--artifacts", artifacts.parent, "--output", tmp_path / "reports", "--without-torch", "--recipes", "fp32", "int8-static",
-                   "--onnx", tmp_path / "theirs", "--tokens", 300, "--rounds", 1)
+    result = stage(
+        "eval",
+        "--artifacts",
+        artifacts.parent,
+        "--output",
+        tmp_path / "reports",
+        "--without-torch",
+        "--recipes",
+        "fp32",
+        "int8-static",
+        "--onnx",
+        tmp_path / "theirs",
+        "--tokens",
+        300,
+        "--rounds",
+        1,
+    )
     assert result.status == 0, result.stderr
     rows = rows_of(tmp_path / "reports")
     assert list(rows) == ["fp32", "int8-static", "theirs"]
-    assert all(rows["theirs"][key] == rows["int8-static"][key] for key in ("perplexity", "kl_divergence", "top1_agreement", "bytes", "continuation"))
+    assert all(
+        rows["theirs"][key] == rows["int8-static"][key]
+        for key in ("perplexity", "kl_divergence", "top1_agreement", "bytes", "continuation")
+    )
 
 
 def test_nll_is_transformers_loss(artifacts):
@@ -122,7 +168,7 @@ def test_nll_is_transformers_loss(artifacts):
         rest = ids[0, 513:]
         if len(rest):
             with torch.inference_mode():
-                logits = model(ids[:, -513:-1]).logits[0, -len(rest):]
+                logits = model(ids[:, -513:-1]).logits[0, -len(rest) :]
             total += torch.nn.functional.cross_entropy(logits, rest, reduction="sum").item()
     assert row["perplexity"] == pytest.approx(np.exp(total / row["tokens_scored"]), rel=1e-4)
 
@@ -131,10 +177,17 @@ def test_greedy_continuation_is_transformers_generate(artifacts):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer, model = AutoTokenizer.from_pretrained(ES_MINI), AutoModelForCausalLM.from_pretrained(ES_MINI, dtype=torch.float32)
+    tokenizer, model = (
+        AutoTokenizer.from_pretrained(ES_MINI),
+        AutoModelForCausalLM.from_pretrained(ES_MINI, dtype=torch.float32),
+    )
     ids = [0, *tokenizer(PROMPT, add_special_tokens=False).input_ids]
-    seen = torch.ones((1, len(ids)), dtype=torch.long)  # the start token is the padding token too, and must not be masked
-    theirs = model.generate(torch.tensor([ids]), attention_mask=seen, max_new_tokens=16, do_sample=False, eos_token_id=None, pad_token_id=0)[0, len(ids):].tolist()
+    seen = torch.ones(
+        (1, len(ids)), dtype=torch.long
+    )  # the start token is the padding token too, and must not be masked
+    theirs = model.generate(
+        torch.tensor([ids]), attention_mask=seen, max_new_tokens=16, do_sample=False, eos_token_id=None, pad_token_id=0
+    )[0, len(ids) :].tolist()
     with Remote(Engine, Subject("fp32", "onnx", artifacts / "fp32/model.onnx"), 2) as remote:
         assert remote.call("continue_greedy", ids, 16) == theirs
 
@@ -159,7 +212,9 @@ def test_one_process_at_a_time_is_timed(artifacts, monkeypatch):
             return super().call(method, *args)
 
     monkeypatch.setattr(eval.latency, "Remote", Watched)
-    subjects = [Subject(name, "onnx", artifacts / name / "model.onnx") for name in ("fp32", "int8-dynamic", "int8-static")]
+    subjects = [
+        Subject(name, "onnx", artifacts / name / "model.onnx") for name in ("fp32", "int8-dynamic", "int8-static")
+    ]
     fields = measure_latency(subjects, np.arange(1024) % 100, 1024, 2, 1)
     assert open_at_once == [1] * 6
     assert [item["speedup"] for item in fields["fp32"]["prefill"]] == [1.0, 1.0, 1.0]
@@ -179,16 +234,31 @@ def test_sessions_do_not_spin(artifacts):
     assert (options.intra_op_num_threads, options.inter_op_num_threads) == (2, 1)
 
 
-@pytest.mark.parametrize("damage, fragments", [
-    (lambda path: path.write_bytes(b"garbage" * 100), ("no readable ONNX file",)),
-    (lambda path: path.write_bytes(path.read_bytes()[:100_000]), ("no readable ONNX file",)),
-    (lambda path: path.unlink(), ("neither an ONNX file nor a folder",)),
-])
+@pytest.mark.parametrize(
+    "damage, fragments",
+    [
+        (lambda path: path.write_bytes(b"garbage" * 100), ("no readable ONNX file",)),
+        (lambda path: path.write_bytes(path.read_bytes()[:100_000]), ("no readable ONNX file",)),
+        (lambda path: path.unlink(), ("neither an ONNX file nor a folder",)),
+    ],
+)
 def test_a_corrupt_foreign_file(artifacts, tmp_path, damage, fragments):
     shutil.copytree(artifacts / "int8-static", tmp_path / "theirs")
     damage(tmp_path / "theirs/model.onnx")
-    result = stage("eval", "--artifacts", artifacts.parent, "--output", tmp_path / "reports", "--without-torch", "--onnx", tmp_path / "theirs",
-                   "--tokens", 300, "--rounds", 1)
+    result = stage(
+        "eval",
+        "--artifacts",
+        artifacts.parent,
+        "--output",
+        tmp_path / "reports",
+        "--without-torch",
+        "--onnx",
+        tmp_path / "theirs",
+        "--tokens",
+        300,
+        "--rounds",
+        1,
+    )
     assert_user_error(result, "theirs", *fragments)
     assert not list(tmp_path.rglob("report.*")) and not list(tmp_path.rglob(".tmp-*"))
 
@@ -205,8 +275,20 @@ def test_external_data_outside_its_folder(artifacts, tmp_path, location):
     tensor.data_location = onnx.TensorProto.EXTERNAL
     tensor.external_data.add(key="location", value=location)
     (tmp_path / "theirs/model.onnx").write_bytes(proto.SerializeToString())
-    result = stage("eval", "--artifacts", artifacts.parent, "--output", tmp_path / "reports", "--without-torch", "--onnx", tmp_path / "theirs",
-                   "--tokens", 300, "--rounds", 1)
+    result = stage(
+        "eval",
+        "--artifacts",
+        artifacts.parent,
+        "--output",
+        tmp_path / "reports",
+        "--without-torch",
+        "--onnx",
+        tmp_path / "theirs",
+        "--tokens",
+        300,
+        "--rounds",
+        1,
+    )
     assert_user_error(result, "outside its folder")
 
 
@@ -216,23 +298,46 @@ def test_a_graph_of_another_contract(artifacts, tmp_path):
     x = ir.val("input_ids", ir.DataType.INT64, ["b", "t"])
     node = ir.node("Identity", [x])
     node.outputs[0].name, node.outputs[0].type, node.outputs[0].shape = "logits", x.type, x.shape
-    ir.save(ir.Model(ir.Graph([x], node.outputs, nodes=[node], opset_imports={"": 21}, name="g"), ir_version=10), tmp_path / "other.onnx")
-    result = stage("eval", "--artifacts", artifacts.parent, "--output", tmp_path / "reports", "--without-torch", "--onnx", tmp_path / "other.onnx",
-                   "--tokens", 300, "--rounds", 1)
+    ir.save(
+        ir.Model(ir.Graph([x], node.outputs, nodes=[node], opset_imports={"": 21}, name="g"), ir_version=10),
+        tmp_path / "other.onnx",
+    )
+    result = stage(
+        "eval",
+        "--artifacts",
+        artifacts.parent,
+        "--output",
+        tmp_path / "reports",
+        "--without-torch",
+        "--onnx",
+        tmp_path / "other.onnx",
+        "--tokens",
+        300,
+        "--rounds",
+        1,
+    )
     assert_user_error(result, "other.onnx", "contract")
 
 
-@pytest.mark.parametrize("options, fragments", [
-    (("--recipes", "fp32", "int7"), ("int7", "run `make export quantize`")),
-    (("--rounds", 0), ("--rounds 0",)),
-    (("--onnx", "nowhere"), ("nowhere",)),
-])
+@pytest.mark.parametrize(
+    "options, fragments",
+    [
+        (("--recipes", "fp32", "int7"), ("int7", "run `make export quantize`")),
+        (("--rounds", 0), ("--rounds 0",)),
+        (("--onnx", "nowhere"), ("nowhere",)),
+    ],
+)
 def test_bad_options(artifacts, tmp_path, options, fragments):
-    assert_user_error(stage("eval", "--artifacts", artifacts.parent, "--output", tmp_path / "reports", "--without-torch", *options), *fragments)
+    assert_user_error(
+        stage("eval", "--artifacts", artifacts.parent, "--output", tmp_path / "reports", "--without-torch", *options),
+        *fragments,
+    )
 
 
 def test_a_report_folder_that_is_not_ours(artifacts, tmp_path):
     (tmp_path / "es-mini").mkdir()
     (tmp_path / "es-mini/thesis.md").write_text("mine")
-    assert_user_error(stage("eval", "--artifacts", artifacts.parent, "--output", tmp_path, "--without-torch"), "not ours", "REPORTS=")
+    assert_user_error(
+        stage("eval", "--artifacts", artifacts.parent, "--output", tmp_path, "--without-torch"), "not ours", "REPORTS="
+    )
     assert (tmp_path / "es-mini/thesis.md").read_text() == "mine"

@@ -51,7 +51,9 @@ def test_nll_is_the_cross_entropy_of_pytorch():
 
     logits = np.random.default_rng(0).standard_normal((150, 999)).astype(np.float32) * 20
     targets = np.arange(150) * 6
-    theirs = torch.nn.functional.cross_entropy(torch.from_numpy(logits), torch.from_numpy(targets), reduction="none").numpy()
+    theirs = torch.nn.functional.cross_entropy(
+        torch.from_numpy(logits), torch.from_numpy(targets), reduction="none"
+    ).numpy()
     assert np.allclose(compare(logits, [], targets)[0][0], theirs, rtol=1e-5, atol=1e-5)
 
 
@@ -82,7 +84,12 @@ def test_standard_error_over_documents():
 def test_standard_error_is_the_bootstraps_where_lengths_differ():
     generator = np.random.default_rng(0)
     lengths = generator.integers(5, 60, 200)
-    values = np.concatenate([generator.normal(level, 1, length) for level, length in zip(generator.normal(4, 0.5, 200), lengths, strict=True)])
+    values = np.concatenate(
+        [
+            generator.normal(level, 1, length)
+            for level, length in zip(generator.normal(4, 0.5, 200), lengths, strict=True)
+        ]
+    )
     document = np.repeat(np.arange(200), lengths)
     sums = np.bincount(document, weights=values)
     draws = generator.integers(0, 200, (4000, 200))
@@ -96,4 +103,6 @@ def test_bits_per_byte_and_word_perplexity_follow_from_the_sum():
     scores = score(rolling([[1, 2], [3]], 0, 8), lambda ids: np.zeros((len(ids), 16), np.float32))
     row = quality(scores, size, None)
     assert row["bits_per_byte"] == pytest.approx(3 * 4 / size.bytes)
-    assert row["word_perplexity"] == pytest.approx(16 ** (3 / 4)) and row["byte_perplexity"] == pytest.approx(2 ** row["bits_per_byte"])
+    assert row["word_perplexity"] == pytest.approx(16 ** (3 / 4)) and row["byte_perplexity"] == pytest.approx(
+        2 ** row["bits_per_byte"]
+    )

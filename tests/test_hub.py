@@ -22,7 +22,12 @@ from core.errors import UserError
 from core.hub import model_name, resolve_model, weight_files
 
 REPOSITORY = "datificate/gpt2-small-spanish"
-UNUSED = {"tf_model.h5": bytes(200_000), "flax_model.msgpack": bytes(200_000), "README.md": b"# GPT2-small-spanish", ".gitattributes": b"*.bin"}
+UNUSED = {
+    "tf_model.h5": bytes(200_000),
+    "flax_model.msgpack": bytes(200_000),
+    "README.md": b"# GPT2-small-spanish",
+    ".gitattributes": b"*.bin",
+}
 
 
 @pytest.fixture
@@ -43,15 +48,23 @@ def in_bin(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Files
 
 @pytest.fixture
 def environment(hub: Hub, tmp_path: Path) -> dict[str, str]:
-    return {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_TOKEN": "",
-            "HF_HUB_ETAG_TIMEOUT": "2"}
+    return {
+        "HF_ENDPOINT": hub.url,
+        "HF_HOME": str(tmp_path / "hf"),
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_TOKEN": "",
+        "HF_HUB_ETAG_TIMEOUT": "2",
+    }
 
 
 @pytest.fixture
 def export(environment: dict[str, str], tmp_path: Path) -> Callable[..., Result]:
     """`export(spec, **environment)`: `python -m export --model spec` against the stub."""
+
     def call(spec: str, **changes: str) -> Result:
         return stage("export", "--model", spec, "--output", tmp_path / "artifacts", env=environment | changes)
+
     return call
 
 
@@ -61,9 +74,16 @@ def resolve(environment: dict[str, str]) -> Callable[..., Result]:
     code = "from core.errors import run; from core.hub import resolve_model; import sys; run(lambda: print(resolve_model(sys.argv[1]).folder) or 0)"
 
     def call(spec: str, **changes: str) -> Result:
-        done = subprocess.run([sys.executable, "-c", code, spec], cwd=ROOT, env={**os.environ, **environment, **changes},
-                              capture_output=True, text=True, timeout=120)
+        done = subprocess.run(
+            [sys.executable, "-c", code, spec],
+            cwd=ROOT,
+            env={**os.environ, **environment, **changes},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
         return Result(done.returncode, done.stdout, done.stderr)
+
     return call
 
 
@@ -150,30 +170,42 @@ def test_cut_transfer_goes_on(hub: Hub, in_bin: Files, resolve: Callable[..., Re
     result = resolve(REPOSITORY)
     assert result.status == 0, result.stderr
     assert (Path(result.stdout.strip()) / "pytorch_model.bin").read_bytes() == weights
-    ranges = [asked for method, path, _, asked in hub.requests if method == "GET" and path.startswith("/cdn/") and path.endswith(".bin")]
+    ranges = [
+        asked
+        for method, path, _, asked in hub.requests
+        if method == "GET" and path.startswith("/cdn/") and path.endswith(".bin")
+    ]
     assert ranges == [None, "bytes=10485760-"]  # the client writes by 10 MiB
 
 
-def test_interrupted_run_is_taken_up(hub: Hub, in_bin: Files, resolve: Callable[..., Result], export: Callable[..., Result], tmp_path: Path) -> None:
+def test_interrupted_run_is_taken_up(
+    hub: Hub, in_bin: Files, resolve: Callable[..., Result], export: Callable[..., Result], tmp_path: Path
+) -> None:
     """The hub goes away for good in the middle: one line, nothing published; half a checkpoint is never exported; later it works."""
     hub.add(REPOSITORY, in_bin)
     hub.cuts["pytorch_model.bin"] = -1
     result = export(REPOSITORY)
     assert_user_error(result, REPOSITORY, "network")
     assert_nothing_published(tmp_path / "artifacts")
-    assert_user_error(resolve(REPOSITORY, HF_HUB_OFFLINE="1"), REPOSITORY, "not whole in the local cache", "HF_HUB_OFFLINE")
+    assert_user_error(
+        resolve(REPOSITORY, HF_HUB_OFFLINE="1"), REPOSITORY, "not whole in the local cache", "HF_HUB_OFFLINE"
+    )
     hub.cuts.clear()
     hub.requests.clear()
     assert resolve(REPOSITORY).status == 0
     assert hub.transferred() == {"pytorch_model.bin"}
 
 
-def test_killed_run_is_taken_up(hub: Hub, in_bin: Files, environment: dict[str, str], resolve: Callable[..., Result]) -> None:
+def test_killed_run_is_taken_up(
+    hub: Hub, in_bin: Files, environment: dict[str, str], resolve: Callable[..., Result]
+) -> None:
     """A download that dies without a word leaves nothing that a later run, online or offline, takes for the whole."""
     hub.add(REPOSITORY, in_bin)
     hub.cuts["pytorch_model.bin"] = -1
     code = "import sys; from core.hub import resolve_model; resolve_model(sys.argv[1])"
-    child = subprocess.Popen([sys.executable, "-c", code, REPOSITORY], cwd=ROOT, env={**os.environ, **environment}, stderr=subprocess.DEVNULL)
+    child = subprocess.Popen(
+        [sys.executable, "-c", code, REPOSITORY], cwd=ROOT, env={**os.environ, **environment}, stderr=subprocess.DEVNULL
+    )
     deadline = time.monotonic() + 60
     while "pytorch_model.bin" not in hub.transferred() and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -226,7 +258,10 @@ def test_full_disk(hub: Hub, in_bin: Files, resolve: Callable[..., Result], tmp_
     """The cache lies on a disk that the weights do not fit on."""
     disk = tmp_path / "small"
     disk.mkdir()
-    if not shutil.which("mount") or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", disk], capture_output=True).returncode:
+    if (
+        not shutil.which("mount")
+        or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", disk], capture_output=True).returncode
+    ):
         pytest.skip("mounting a tmpfs takes root")
     try:
         hub.add(REPOSITORY, in_bin)
@@ -247,15 +282,30 @@ def test_local_folders_need_no_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         resolve_model("file")
 
 
-@pytest.mark.parametrize(("names", "wanted"), [
-    ({"model.safetensors", "pytorch_model.bin", "model-00001-of-00002.safetensors"}, ["model.safetensors"]),
-    ({"model.safetensors.index.json", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "pytorch_model.bin"},
-     ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json"]),
-    ({"pytorch_model.bin", "pytorch_model-00001-of-00001.bin", "training_args.bin", "optimizer.bin"}, ["pytorch_model.bin"]),
-    ({"pytorch_model.bin.index.json", "pytorch_model-00001-of-00001.bin", "scheduler.bin"},
-     ["pytorch_model-00001-of-00001.bin", "pytorch_model.bin.index.json"]),
-    ({"tf_model.h5", "adapter_model.safetensors", "onnx/model.safetensors"}, []),
-    (set(), []),
-])
+@pytest.mark.parametrize(
+    ("names", "wanted"),
+    [
+        ({"model.safetensors", "pytorch_model.bin", "model-00001-of-00002.safetensors"}, ["model.safetensors"]),
+        (
+            {
+                "model.safetensors.index.json",
+                "model-00001-of-00002.safetensors",
+                "model-00002-of-00002.safetensors",
+                "pytorch_model.bin",
+            },
+            ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json"],
+        ),
+        (
+            {"pytorch_model.bin", "pytorch_model-00001-of-00001.bin", "training_args.bin", "optimizer.bin"},
+            ["pytorch_model.bin"],
+        ),
+        (
+            {"pytorch_model.bin.index.json", "pytorch_model-00001-of-00001.bin", "scheduler.bin"},
+            ["pytorch_model-00001-of-00001.bin", "pytorch_model.bin.index.json"],
+        ),
+        ({"tf_model.h5", "adapter_model.safetensors", "onnx/model.safetensors"}, []),
+        (set(), []),
+    ],
+)
 def test_weight_files(names: set[str], wanted: list[str]) -> None:
     assert weight_files(names) == wanted

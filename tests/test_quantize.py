@@ -1,7 +1,6 @@
 """Int8 arithmetic, the rewritten graphs, and the quantize stage on the embedded model."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import onnx
@@ -44,7 +43,9 @@ def windows(artifacts):
 
 @pytest.mark.parametrize("axis", [0, 1])
 def test_a_weight_comes_back_within_half_a_scale(axis):
-    weight = np.random.default_rng(axis).standard_normal((5000, 7)).astype(np.float32) * 10 ** np.arange(-3.0, 4.0, dtype=np.float32)
+    weight = np.random.default_rng(axis).standard_normal((5000, 7)).astype(np.float32) * 10 ** np.arange(
+        -3.0, 4.0, dtype=np.float32
+    )
     quantized, scale = quantize_weight(weight, axis)
     spread = np.expand_dims(scale, 1 - axis)
     assert quantized.dtype == np.int8 and np.abs(quantized).max(axis=1 - axis).min() == 127
@@ -72,20 +73,34 @@ def test_everything_is_quantized_and_stored_once(artifacts, name):
     weights = model.graph.initializers.values()
     assert {node.domain for node in model.graph} == {""}
     assert not [value.name for value in weights if value.dtype == ir.DataType.FLOAT and len(value.shape) > 1]
-    assert [value.name for value in weights if value.dtype == ir.DataType.INT8 and list(value.shape) == [8192, 256]] == ["wte.weight_int8"]
+    assert [
+        value.name for value in weights if value.dtype == ir.DataType.INT8 and list(value.shape) == [8192, 256]
+    ] == ["wte.weight_int8"]
     assert (artifacts / name / "model.onnx").stat().st_size <= 0.27 * (artifacts / "fp32/model.onnx").stat().st_size
     onnx.checker.check_model(str(artifacts / name / "model.onnx"), full_check=True)
     details = open_artifact(artifacts / name).manifest.details
-    assert len(details["quantized"]["projections"]) == PROJECTIONS and details["quantized"]["embeddings"] == ["wte", "wpe"]
+    assert len(details["quantized"]["projections"]) == PROJECTIONS and details["quantized"]["embeddings"] == [
+        "wte",
+        "wpe",
+    ]
     kept = {item["operator"]: item["count"] for item in details["left_in_float"] if "operator" in item}
-    assert kept["LayerNormalization"] == 2 * LAYERS + 1 and kept["Softmax"] == LAYERS and all(item["reason"] for item in details["left_in_float"])
+    assert (
+        kept["LayerNormalization"] == 2 * LAYERS + 1
+        and kept["Softmax"] == LAYERS
+        and all(item["reason"] for item in details["left_in_float"])
+    )
 
 
 @pytest.mark.parametrize("name", OURS)
 def test_stored_weights_are_the_checkpoints(artifacts, name):
     before = onnx_file.load(artifacts / "fp32/model.onnx").graph.initializers
     after = onnx_file.load(artifacts / name / "model.onnx").graph.initializers
-    for weight, axis in (("wte.weight", 0), ("wpe.weight", 0), ("h.0.attn.c_attn.weight", 1), ("h.5.mlp.c_proj.weight", 1)):
+    for weight, axis in (
+        ("wte.weight", 0),
+        ("wpe.weight", 0),
+        ("h.0.attn.c_attn.weight", 1),
+        ("h.5.mlp.c_proj.weight", 1),
+    ):
         scale = np.expand_dims(after[f"{weight}_scale"].const_value.numpy(), 1 - axis)
         restored = after[f"{weight}_int8"].const_value.numpy() * scale
         assert (np.abs(restored - before[weight].const_value.numpy()) <= scale / 2 * (1 + 1e-5)).all()
@@ -130,11 +145,17 @@ def test_matmul_and_gemm_alike(operator, transposed, recipe, tmp_path):
     source, product = ir.val("x", ir.DataType.FLOAT, ["rows", 32]), ir.val("y", ir.DataType.FLOAT, ["rows", 16])
     nodes = []
     if operator == "Gemm":
-        nodes.append(ir.node("Gemm", [source, *constants], {"transB": int(transposed)}, outputs=[product], name="projection"))
+        nodes.append(
+            ir.node("Gemm", [source, *constants], {"transB": int(transposed)}, outputs=[product], name="projection")
+        )
     else:
         if transposed:
             nodes.append(ir.node("Transpose", [constants[0]], {"perm": [1, 0]}))
-        nodes.append(ir.node("MatMul", [source, nodes[0].outputs[0] if nodes else constants[0]], outputs=[product], name="projection"))
+        nodes.append(
+            ir.node(
+                "MatMul", [source, nodes[0].outputs[0] if nodes else constants[0]], outputs=[product], name="projection"
+            )
+        )
     graph = ir.Graph([source], [product], nodes=nodes, initializers=constants, opset_imports={"": 21}, name="one")
     model = ir.Model(graph, ir_version=10)
     if recipe == "int8-dynamic":
@@ -162,7 +183,10 @@ def test_calibration_windows_are_full_and_of_the_calibration_split(artifacts):
     decoded = load_tokenizer(artifacts / "fp32").decode(windows[0].tolist())
     assert split.documents[0][:200] in decoded
     observed = open_artifact(artifacts / "int8-static").manifest
-    assert observed.calibration == split.sha256 and observed.details["calibration"] == {"windows": 32, "tokens_per_window": 512}
+    assert observed.calibration == split.sha256 and observed.details["calibration"] == {
+        "windows": 32,
+        "tokens_per_window": 512,
+    }
 
 
 def test_ranges_hold_what_the_calibration_showed(artifacts):
@@ -171,7 +195,9 @@ def test_ranges_hold_what_the_calibration_showed(artifacts):
     get = lambda name: tables[name].const_value.numpy()  # noqa: E731
     windows = calibration_windows(artifacts / "fp32", load_splits(Source(str(CORPUS)))[0], Calibration())
     x = get("wte.weight")[windows] + get("wpe.weight")[: windows.shape[1]]
-    x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5) * get("h.0.ln_1.weight") + get("h.0.ln_1.bias")
+    x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5) * get("h.0.ln_1.weight") + get(
+        "h.0.ln_1.bias"
+    )
     measured = open_artifact(artifacts / "int8-static").manifest.details["ranges"]["h.0.attn.c_attn"]
     assert measured == {"low": pytest.approx(x.min(), rel=1e-4), "high": pytest.approx(x.max(), rel=1e-4)}
 
@@ -192,7 +218,13 @@ def test_ort_recipes_are_whole_and_say_what_they_are(artifacts):
     for name in ("ort-dynamic", "ort-static"):
         manifest = open_artifact(artifacts / name).manifest
         assert manifest.recipe["type"] == {"ort-dynamic": "OrtDynamic", "ort-static": "OrtStatic"}[name]
-        assert set(manifest.files) == {"config.json", "generation_config.json", "model.onnx", "tokenizer.json", "tokenizer_config.json"}
+        assert set(manifest.files) == {
+            "config.json",
+            "generation_config.json",
+            "model.onnx",
+            "tokenizer.json",
+            "tokenizer_config.json",
+        }
 
 
 def test_unknown_recipe(artifacts):
@@ -206,8 +238,13 @@ def test_no_export_before(tmp_path):
 def test_too_few_calibration_windows(artifacts, tmp_path):
     (tmp_path / "short.txt").write_text("Una frase corta.\n<|endoftext|>\nY otra.\n", encoding="utf-8")
     before = json.loads((artifacts / "int8-static/manifest.json").read_text())
-    assert_user_error(stage("quantize", "--output", artifacts.parent, "--recipes", "int8-static", "--corpus", tmp_path / "short.txt"), "at least 8")
-    assert json.loads((artifacts / "int8-static/manifest.json").read_text()) == before and not list(artifacts.glob(".tmp-*"))
+    assert_user_error(
+        stage("quantize", "--output", artifacts.parent, "--recipes", "int8-static", "--corpus", tmp_path / "short.txt"),
+        "at least 8",
+    )
+    assert json.loads((artifacts / "int8-static/manifest.json").read_text()) == before and not list(
+        artifacts.glob(".tmp-*")
+    )
 
 
 def test_a_damaged_parent_is_not_quantized(es_mini_fp32, tmp_path):
@@ -226,5 +263,3 @@ def test_a_damaged_parent_is_not_quantized(es_mini_fp32, tmp_path):
 
 def test_splits_know_their_content():
     assert Split("a", ("x", "y")).sha256 == Split("b", ("x", "y")).sha256 != Split("a", ("y", "x")).sha256
-
-

@@ -19,12 +19,15 @@ CPU_INDEX = os.environ.get("TORCH_INDEX", "https://download.pytorch.org/whl/cpu"
 
 
 def main() -> int:
-    if sys.version_info < (3, 11):
-        print(f"error: Python {platform.python_version()} is too old; give 3.11 or newer with PYTHON=python3.11", file=sys.stderr)
+    if sys.version_info < (3, 11):  # noqa: UP036 - this is where an older one is told
+        print(
+            f"error: Python {platform.python_version()} is too old; give 3.11 or newer with PYTHON=python3.11",
+            file=sys.stderr,
+        )
         return 2
     venv, pins = Path(sys.argv[1]), Path(sys.argv[2])
     venv.parent.mkdir(parents=True, exist_ok=True)
-    with open(venv.parent / f"{venv.name}.lock", "w") as lock:
+    with (venv.parent / f"{venv.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         stamp = venv / ".stamp"
         wanted = hashlib.sha256(pins.read_bytes()).hexdigest() + f" {sys.version_info.major}.{sys.version_info.minor}"
@@ -47,7 +50,9 @@ def install(venv: Path, pins: Path) -> None:
         # Where the CPU index cannot be reached, PyPI's build does the same, only larger.
         command = [*pip, "--retries", "1", "--no-deps", "--extra-index-url", CPU_INDEX, f"torch=={torch[1]}+cpu"]
         if subprocess.run(command, stderr=subprocess.DEVNULL).returncode:
-            print(f"no CPU build of torch {torch[1]} at {CPU_INDEX}; taking the one of the package index", file=sys.stderr)
+            print(
+                f"no CPU build of torch {torch[1]} at {CPU_INDEX}; taking the one of the package index", file=sys.stderr
+            )
     subprocess.run([*pip, "-r", pins], check=True)
 
 
@@ -55,6 +60,8 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except subprocess.CalledProcessError as error:
-        print(f"error: {Path(error.cmd[0]).name} could not install the packages (status {error.returncode}); run make again when the index answers",
-              file=sys.stderr)
+        print(
+            f"error: {Path(error.cmd[0]).name} could not install the packages (status {error.returncode}); run make again when the index answers",
+            file=sys.stderr,
+        )
         sys.exit(2)

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 
-from core import onnx_file
 from core.runtime import Runtime
 
 # Of each shape in each round: one run to warm up, then samples until there are enough, or until the time is up.
@@ -94,7 +93,6 @@ def peak_rss_bytes() -> int:
 def _maker(subject: Subject, threads: int) -> Callable[[], Any]:
     """How to load `subject`; everything that loading imports is imported before its time is taken."""
     if subject.kind == "onnx":
-        onnx_file.check(subject.path)
         return lambda: Runtime(subject.path, threads)
     from eval.torch_baseline import TorchRuntime
 

@@ -13,11 +13,10 @@ from core.corpus import Split
 from core.errors import UserError
 from core.process import Remote
 from core.progress import track
-from core.runtime import Runtime
 from core.tokenizer import encode, load_tokenizer, max_positions, start_token
 from eval.engines import Engine, Subject
 from eval.machine import memory_bytes
-from eval.score import Logits, score, score_together
+from eval.score import score
 from eval.size import weight_bytes
 from eval.statistics import TextSize, perplexity, quality, text_size
 from eval.windows import Window, halves, rolling
@@ -75,42 +74,25 @@ def make_task(folder: Path, test: Split, tokens: int, window: int) -> Task:
 def measure_quality(subjects: list[Subject], task: Task, threads: int) -> dict[str, dict]:
     """The quality fields of every subject's row; the first is the baseline, and is scored along with the others.
 
-    The baseline is in memory here and every other subject in a process of its own, as many at once as
-    `_groups` allows. They work on a window at the same time, and its logits are gone before the next.
+    Every subject has a process of its own; beside the baseline, as many are loaded at once as `_groups` allows.
     """
-    first, *others = subjects
-    baseline = Runtime(first.path, threads)
-    rows: dict[str, dict] = {first.name: {}}
-    for group in _groups(others):
-        with ExitStack() as stack:
-            remotes = [stack.enter_context(Remote(Engine, subject, threads, label=subject.name)) for subject in group]
-            windows = track(
-                task.rolling, "quality   " + " ".join(subject.name for subject in group or [first]), len(task.rolling)
-            )
-            scores = score_together(
-                windows,
-                _while_others_work(remotes, baseline.logits),
-                lambda _, remotes=remotes: [r.result() for r in remotes],
-                len(group),
-            )
-            rows[first.name] = quality(scores[0], task.size, None)
-            for subject, remote, own in zip(group, remotes, scores[1:], strict=True):
-                logits = lambda ids, remote=remote: remote.call("logits", ids)  # noqa: E731
-                rows[subject.name] = quality(own, task.size, scores[0]) | {
-                    # What PyTorch gives by another protocol too would cost more time than it tells.
-                    "llama_cpp": _halves(task, logits) if subject.kind == "onnx" else None,
-                    "continuation": _continue(remote, task),
-                    **remote.call("describe"),
-                }
-    rows[first.name] |= {"llama_cpp": _halves(task, baseline.logits)}
-    del baseline
-    with Remote(Engine, first, threads, label=first.name) as remote:
-        rows[first.name]["continuation"] = _continue(remote, task)
+    baseline, *others = subjects
+    rows: dict[str, dict] = {baseline.name: {}}
+    with Remote(Engine, baseline, threads, label=baseline.name) as first:
+        for group in _groups(others):
+            with ExitStack() as stack:
+                remotes = [stack.enter_context(Remote(Engine, item, threads, label=item.name)) for item in group]
+                label = "quality   " + " ".join(item.name for item in [baseline, *group])
+                scores = score(track(task.rolling, label, len(task.rolling)), [first, *remotes])
+                rows[baseline.name] = quality(scores[0], task.size, None)
+                for item, remote, own in zip(group, remotes, scores[1:], strict=True):
+                    rows[item.name] = quality(own, task.size, scores[0]) | _alone(item, remote, task)
+        rows[baseline.name] |= _alone(baseline, first, task)
     return rows
 
 
 def _groups(subjects: list[Subject]) -> list[list[Subject]]:
-    """Subjects that are loaded at once: as long as their files make up an eighth of the machine's memory, one at least."""
+    """Subjects that are loaded at once: an eighth of the machine's memory in files, but one at least."""
     groups: list[list[Subject]] = [[]]
     room = memory_bytes() / 8
     for subject in subjects:
@@ -120,23 +102,21 @@ def _groups(subjects: list[Subject]) -> list[list[Subject]]:
     return groups
 
 
-def _while_others_work(remotes: list[Remote], baseline: Logits) -> Logits:
-    """The baseline's logits, computed while every remote computes its own."""
+def _alone(subject: Subject, remote: Remote, task: Task) -> dict:
+    """What is measured of a subject without a baseline: llama.cpp's protocol, the seed prompt, its own account.
 
-    def logits(ids: np.ndarray) -> np.ndarray:
-        for remote in remotes:
-            remote.start("logits", ids)
-        return baseline(ids)
-
-    return logits
+    What PyTorch gives by another protocol too would cost more time than it tells.
+    """
+    llama_cpp = _halves(remote, task) if subject.kind == "onnx" else None
+    return {"llama_cpp": llama_cpp, "continuation": _continue(remote, task), **remote.call("describe")}
 
 
-def _halves(task: Task, logits: Logits) -> dict | None:
+def _halves(remote: Remote, task: Task) -> dict | None:
     """Perplexity by llama.cpp's protocol; None where the text is shorter than one window."""
     windows = task.halves
     if not windows:
         return None
-    estimate = perplexity(score(windows, logits))
+    estimate = perplexity(score(windows, [remote])[0])
     return {
         "perplexity": estimate.value,
         "perplexity_stderr": estimate.stderr,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain, pairwise
+from typing import Protocol
 
 import numpy as np
 
@@ -25,28 +27,38 @@ class Scores:
     same_top: np.ndarray | None = None
 
 
-Logits = Callable[[np.ndarray], np.ndarray]  # token ids int64 [T] -> logits float32 [T, V]
+class Deferred(Protocol):
+    """A model that works elsewhere: core.process.Remote over an Engine."""
+
+    def start(self, method: str, *args: object) -> None: ...
+
+    def result(self) -> np.ndarray: ...
 
 
-def score(windows: Iterable[Window], model: Logits) -> Scores:
-    """Negative log-likelihood of every target of `windows`."""
-    return score_together(windows, model, lambda ids: [], 0)[0]
+def score(windows: Iterable[Window], models: Sequence[Deferred]) -> list[Scores]:
+    """Scores of every model, the first being the baseline of the others, window by window: no logits are kept.
 
-
-def score_together(
-    windows: Iterable[Window], baseline: Logits, others: Callable[[np.ndarray], list[np.ndarray]], count: int
-) -> list[Scores]:
-    """Scores of the baseline and of the `count` models behind `others`, window by window, so that no logits are kept."""
+    All models work on a window at the same time, and on the next one while this one is scored.
+    """
     documents: list[np.ndarray] = []
-    columns: list[list[tuple[np.ndarray, ...]]] = [[] for _ in range(1 + count)]
-    for window in windows:
+    columns: list[list[tuple[np.ndarray, ...]]] = [[] for _ in models]
+    for window, following in pairwise(chain(windows, [None])):
+        if not documents:
+            _start(models, window)
         n = len(window.targets)
+        logits = [model.result()[-n:] for model in models]
+        if following is not None:
+            _start(models, following)
         documents.append(np.full(n, window.document))
-        logits = [array[-n:] for array in (baseline(window.inputs), *others(window.inputs))]
         for column, values in zip(columns, compare(logits[0], logits[1:], window.targets), strict=True):
             column.append(values)
     document = np.concatenate(documents)
     return [Scores(document, *map(np.concatenate, zip(*column, strict=True))) for column in columns]
+
+
+def _start(models: Sequence[Deferred], window: Window) -> None:
+    for model in models:
+        model.start("logits", window.inputs)
 
 
 def compare(reference: np.ndarray, candidates: list[np.ndarray], targets: np.ndarray) -> list[tuple[np.ndarray, ...]]:

@@ -5,9 +5,23 @@ import math
 import numpy as np
 import pytest
 
-from eval.score import compare, score, score_together
+from eval.score import compare, score
 from eval.statistics import TextSize, mean_per_token, perplexity, quality, text_size
 from eval.windows import halves, rolling
+
+
+class Here:
+    """A model in this process, behind the interface of one in another."""
+
+    def __init__(self, logits):
+        self._logits = logits
+
+    def start(self, method, ids):
+        assert method == "logits"
+        self._ids = ids
+
+    def result(self):
+        return self._logits(self._ids)
 
 
 @pytest.mark.parametrize("longest", [2, 3, 8, 100])
@@ -41,7 +55,8 @@ def test_halves_score_what_llama_cpp_scores():
 
 def test_uniform_logits_give_perplexity_v():
     vocabulary = 1234
-    scores = score(rolling([[1, 2, 3], [4, 5]], 0, 8), lambda ids: np.full((len(ids), vocabulary), 3.7, np.float32))
+    model = Here(lambda ids: np.full((len(ids), vocabulary), 3.7, np.float32))
+    (scores,) = score(rolling([[1, 2, 3], [4, 5]], 0, 8), [model])
     assert perplexity(scores).value == pytest.approx(vocabulary, rel=1e-6)
     assert perplexity(scores).stderr == pytest.approx(0, abs=1e-3)
 
@@ -67,7 +82,7 @@ def test_kl_of_two_known_distributions():
 
 def test_a_model_against_itself_differs_by_nothing():
     model = lambda ids: np.random.default_rng(int(ids.sum())).standard_normal((len(ids), 50)).astype(np.float32)  # noqa: E731
-    base, same = score_together(rolling([[1, 2, 3], [4, 5, 6, 7]], 0, 3), model, lambda ids: [model(ids)], 1)
+    base, same = score(rolling([[1, 2, 3], [4, 5, 6, 7]], 0, 3), [Here(model), Here(model)])
     row = quality(same, TextSize(30, 7), base)
     assert row["delta_ln_ppl"] == row["delta_ln_ppl_stderr"] == row["kl_divergence"] == row["kl_divergence_p99"] == 0
     assert row["top1_agreement"] == 1 and row["perplexity"] == perplexity(base).value
@@ -100,7 +115,7 @@ def test_standard_error_is_the_bootstraps_where_lengths_differ():
 def test_bits_per_byte_and_word_perplexity_follow_from_the_sum():
     size = text_size(("¡Qué año!", "dos palabras"))
     assert size == TextSize(bytes=len("¡Qué año!dos palabras".encode()), words=4)
-    scores = score(rolling([[1, 2], [3]], 0, 8), lambda ids: np.zeros((len(ids), 16), np.float32))
+    (scores,) = score(rolling([[1, 2], [3]], 0, 8), [Here(lambda ids: np.zeros((len(ids), 16), np.float32))])
     row = quality(scores, size, None)
     assert row["bits_per_byte"] == pytest.approx(3 * 4 / size.bytes)
     assert row["word_perplexity"] == pytest.approx(16 ** (3 / 4)) and row["byte_perplexity"] == pytest.approx(

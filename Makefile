@@ -1,6 +1,9 @@
 # make export quantize eval      the whole pipeline on the embedded model; sets itself up
 # make test                      the tests
 #
+# make optimum                   the second environment, for EXPORTER=optimum
+# make lint | clean              the linter | remove artifacts and reports
+#
 # MODEL=folder | owner/name[@revision]   CORPUS=file | folder | owner/name   RECIPES="int8-dynamic ort-static ..."
 
 PYTHON  ?= python3
@@ -52,4 +55,4 @@ lint: $(ready)
 	@$(run) ruff format --check .
 
 clean:
-	rm -rf artifacts reports .pytest_cache .ruff_cache
+	rm -rf "$(OUT)" "$(REPORTS)" .pytest_cache .ruff_cache

@@ -7,6 +7,7 @@ artifacts/<model>/.tmp-*              work in progress; swept by the next holder
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import functools
 import hashlib
@@ -27,6 +28,8 @@ SCHEMA = "cuantiza/artifact/1"
 MODEL = "model.onnx"
 MANIFEST = "manifest.json"
 LOCK = ".cuantiza.lock"
+# What an artifact holds beside its graph, manifest and external data.
+COMPANIONS = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
 _ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -86,10 +89,23 @@ def sha256_file(path: Path) -> str:
 
 
 @functools.cache
-def code_digest(*packages: str) -> str:
-    """sha256 of the source of `packages` of this repository: a changed line of code is a changed input."""
-    files = sorted(file for package in packages for file in (_ROOT / package).glob("*.py"))
-    return digest({str(file.relative_to(_ROOT)): sha256_file(file) for file in files})
+def code_digest(*modules: str) -> str:
+    """sha256 of the source of `modules` and of all that they import of this repository, such as "export.graph"."""
+    files: dict[str, str] = {}
+    waiting = list(modules)
+    while waiting:
+        name = waiting.pop()
+        path = _ROOT / (name.replace(".", "/") + ".py")
+        if name in files or not path.is_file():
+            continue
+        source = path.read_bytes()
+        files[name] = hashlib.sha256(source).hexdigest()
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                waiting += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+            elif isinstance(node, ast.Import):
+                waiting += [alias.name for alias in node.names]
+    return digest(files)
 
 
 def versions(*distributions: str) -> dict[str, str]:
@@ -105,18 +121,16 @@ def open_artifact(path: Path) -> Artifact:
     manifest_path = path / MANIFEST
     try:
         fields = json.loads(manifest_path.read_text(encoding="utf-8"))
+        if fields["schema"] != SCHEMA:
+            raise ValueError(f"schema {fields['schema']!r} is not {SCHEMA!r}")
         files = {name: File(**file) for name, file in fields.pop("files").items()}
         manifest = Manifest(**fields, files=files)
-        if not isinstance(manifest.inputs, dict):
-            raise TypeError("its inputs are no object")
+        if not isinstance(manifest.inputs, dict) or MODEL not in files:
+            raise ValueError(f"no inputs, or no {MODEL}")
     except FileNotFoundError:
         raise UserError(f"{path}: no {MANIFEST}, so not a whole artifact; run `make export quantize`") from None
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{manifest_path}: broken manifest ({error}); delete the folder and run make again") from None
-    if manifest.schema != SCHEMA:
-        raise UserError(
-            f"{manifest_path}: schema {manifest.schema!r} is not {SCHEMA!r}; delete the folder and run make again"
-        )
     for name, file in files.items():
         if Path(name).name != name:
             raise UserError(
@@ -151,7 +165,8 @@ def locked(folder: Path) -> Iterator[None]:
 
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: is a file; choose another output folder (OUT=, REPORTS=)")
-    if folder.is_dir() and not (folder / LOCK).exists() and any(folder.iterdir()):
+    names = os.listdir(folder) if folder.is_dir() else []  # noqa: PTH208 - one listing: another run may be starting here
+    if names and LOCK not in names:
         raise UserError(
             f"{folder}: holds files that are not ours; move them away or choose another output folder (OUT=, REPORTS=)"
         )

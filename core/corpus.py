@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import json
 from collections.abc import Iterator
@@ -41,6 +42,7 @@ class Split:
         return digest([_sha256(text) for text in self.documents])
 
 
+@functools.cache
 def load_splits(source: Source) -> tuple[Split, Split]:
     """(calibration, test) of `source`: a third of the documents calibrate, the rest test.
 

@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from core.artifact import digest, sha256_file
 from core.errors import MENDS, UserError
 
 # In order of preference: the first group that a repository has is the one that is read. Nothing else is
@@ -46,10 +47,20 @@ def weight_files(names: set[str]) -> list[str]:
 
 
 def model_name(spec: str) -> str:
-    """Folder name of the outputs for `spec`: without any access to disk beyond `spec` or to a network."""
-    if Path(spec).is_dir():
-        return Path(spec).resolve().name
-    return spec.replace("/", "--")
+    """Folder name of the outputs for `spec`: without any access to disk beyond `spec` or to a network.
+
+    Raises UserError where `spec` gives none.
+    """
+    name = Path(spec).resolve().name if Path(spec).is_dir() else spec.replace("/", "--")
+    if not spec or not name:
+        raise _no_model(spec)
+    return name
+
+
+def checkpoint_digest(folder: Path) -> str:
+    """sha256 over the files of `folder` that an export reads."""
+    names = [*CONFIGS, *TOKENIZER, *weight_files({file.name for file in folder.iterdir()})]
+    return digest({name: sha256_file(folder / name) for name in names if (folder / name).is_file()})
 
 
 def resolve_model(spec: str) -> Model:

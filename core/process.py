@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import os
 import signal
+import threading
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any, NoReturn
@@ -53,9 +55,9 @@ class Remote:
 
     def _died(self) -> NoReturn:
         self._process.join()
-        raise UserError(
-            f"{self._label}: its process died with exit code {self._process.exitcode}; -9 is most often a lack of memory"
-        ) from None
+        code = self._process.exitcode
+        why = ": most often a lack of memory" if code == -signal.SIGKILL else ""
+        raise UserError(f"{self._label}: its process died with exit code {code}{why}") from None
 
     def __enter__(self) -> Remote:
         return self
@@ -79,9 +81,16 @@ def isolated(function: Callable, *args: Any) -> Any:
         return remote.call("run", *args)
 
 
+def _end_with_parent() -> None:
+    """A parent that was killed outright can end nobody: its children see to it themselves."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
 def _serve(there: Connection, factory: Callable, args: tuple) -> None:
     # A Ctrl-C reaches the whole group: the parent unwinds and ends this process.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
         try:
             served = factory(*args)
@@ -89,5 +98,5 @@ def _serve(there: Connection, factory: Callable, args: tuple) -> None:
             while True:
                 method, arguments = there.recv()
                 there.send((getattr(served, method)(*arguments), None))
-        except UserError as error:
+        except (UserError, OSError) as error:  # what core.errors turns into one line
             there.send((None, error))

@@ -37,15 +37,18 @@ class Runtime:
         if unknown := sorted(inputs.keys() - wanted - {"position_ids"}):
             raise UserError(f"{model}: asks for {', '.join(unknown[:3])}, which the README's contract does not know")
         self._takes_positions = "position_ids" in inputs
+        for item in self.session.get_inputs():
+            if item.name in self._past and (
+                item.type != "tensor(float)" or [*map(type, item.shape[1::2])] != [int, int]
+            ):
+                raise UserError(
+                    f"{model}: {item.name} is {item.type} {item.shape} where the README's contract has float32 [B, heads, P, width]"
+                )
         _, self.heads, _, self.head_dim = inputs[self._past[0]]
 
     def forward(self, ids: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
         """Logits float32 [B, T, V] of token ids [B, T] without a past; `mask` [B, T] is 0 on padding."""
         return self.run(ids, mask)[0].numpy()
-
-    def logits(self, ids: np.ndarray) -> np.ndarray:
-        """Logits float32 [T, V] of one sequence of token ids [T]."""
-        return self.forward(ids[None])[0]
 
     def extend(
         self, ids: np.ndarray, past: list[ort.OrtValue], mask: np.ndarray | None = None

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 
 from core.errors import UserError
 
-_POSITIONS = ("n_positions", "max_position_embeddings", "n_ctx", "seq_length")
+_POSITIONS = ("n_positions", "max_position_embeddings", "n_ctx", "seq_length", "max_seq_len")
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
@@ -23,14 +23,21 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         raise UserError(f"{path}: is no tokenizer ({error})") from None
 
 
-def encode(tokenizer: Tokenizer, documents: tuple[str, ...]) -> list[list[int]]:
-    """Token ids of every document, without special tokens."""
-    return [encoding.ids for encoding in tokenizer.encode_batch(list(documents), add_special_tokens=False)]
+def encode(tokenizer: Tokenizer, documents: tuple[str, ...], enough: int | None = None) -> list[list[int]]:
+    """Token ids of every document, without special tokens; of no more documents than give `enough` tokens."""
+    encoded: list[list[int]] = []
+    count = 0
+    for text in documents:
+        if enough is not None and count >= enough:
+            break
+        encoded.append(tokenizer.encode(text, add_special_tokens=False).ids)
+        count += len(encoded[-1])
+    return encoded
 
 
 def start_token(folder: Path) -> int:
     """The id that stands before a text: the configuration's bos, else its eos (GPT-2 has one for both)."""
-    config = _config(folder)
+    config = read_config(folder)
     for key in ("bos_token_id", "eos_token_id"):
         if isinstance(config.get(key), int):
             return config[key]
@@ -39,13 +46,17 @@ def start_token(folder: Path) -> int:
     )
 
 
-def max_positions(folder: Path) -> int:
-    """The longest sequence that the model takes, in tokens: 1024 where its config.json names none."""
-    config = _config(folder)
-    return next((config[key] for key in _POSITIONS if isinstance(config.get(key), int)), 1024)
+def max_positions(config: dict) -> int:
+    """The longest sequence in tokens that the model of config.json's fields takes; 1024 where it names none.
+
+    That is the smallest that transformers takes for any model type that names none.
+    """
+    given = (config[key] for key in _POSITIONS if isinstance(config.get(key), int) and config[key] > 0)
+    return next(given, 1024)
 
 
-def _config(folder: Path) -> dict:
+def read_config(folder: Path) -> dict:
+    """config.json of an artifact or of a folder of another origin. Raises UserError where there is none."""
     path = folder / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))

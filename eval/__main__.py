@@ -9,10 +9,10 @@ from pathlib import Path
 from core import artifact
 from core.corpus import Split, add_arguments, load_splits, source_of
 from core.errors import UserError, run
-from core.hub import model_name, resolve_model
+from core.hub import checkpoint_digest, model_name, resolve_model
 from core.progress import report as say
 from core.threads import default_threads
-from eval.engines import Subject
+from eval.subject import Subject
 
 JSON, MARKDOWN = "report.json", "report.md"
 
@@ -58,6 +58,10 @@ def main() -> int:
         if getattr(args, option) < least:
             raise UserError(f"--{option} {getattr(args, option)}: give a number from {least} on")
     name = model_name(args.model)
+    if args.artifacts.resolve() == args.output.resolve():
+        raise UserError(f"--output {args.output}: is the folder of the artifacts; choose another one (REPORTS=)")
+    if not (args.artifacts / name).is_dir():
+        raise UserError(f"{args.artifacts / name}: is not there; run `make export quantize` first")
     with artifact.locked(args.artifacts / name), artifact.locked(args.output / name):
         _evaluate(args, args.artifacts / name, args.output / name)
     return 0
@@ -73,20 +77,23 @@ def _evaluate(args: argparse.Namespace, artifacts: Path, output: Path) -> None:
     if _up_to_date(output, inputs):
         say(f"eval      {output / MARKDOWN}: up to date")
     else:
-        # Imported here: a run that finds everything up to date has no need of them.
-        from core import onnx_file
-        from core.process import isolated
-
-        for path in args.onnx:
-            isolated(onnx_file.check, _foreign(path).path)
         if not args.without_torch:
-            folder = resolve_model(args.model).folder
+            folder = _same_checkpoint(args.model, published[0])
             subjects += [Subject("torch-fp32", "torch", folder), Subject("torch-dynamic", "torch-dynamic", folder)]
         _publish(_measure(args, subjects, artifacts / args.recipes[0], test, inputs), output)
         say(f"eval      {output / MARKDOWN}: written")
     from eval.report import print_table
 
     print_table(json.loads((output / JSON).read_text(encoding="utf-8")))
+
+
+def _same_checkpoint(spec: str, exported: artifact.Artifact) -> Path:
+    """Folder of the checkpoint for the PyTorch rows. Raises UserError where it is not the one that was exported."""
+    folder = resolve_model(spec).folder
+    made_from = exported.manifest.inputs.get("checkpoint")  # only an fp32 artifact knows
+    if made_from not in (None, checkpoint_digest(folder)):
+        raise UserError(f"MODEL={spec}: has changed since {exported.path} was exported; run `make export` again")
+    return folder
 
 
 def _foreign(path: Path) -> Subject:
@@ -98,20 +105,31 @@ def _foreign(path: Path) -> Subject:
     return Subject(path.stem if path.is_file() else path.name, "onnx", file)
 
 
+def _foreign_digest(path: Path) -> str:
+    """Of everything that inference with the files at `path` reads. Raises UserError where the ONNX file is not sound."""
+    from core import onnx_file
+    from core.process import isolated
+    from eval.size import inference_files
+
+    model = _foreign(path).path
+    isolated(onnx_file.check, model)
+    return artifact.digest([[file.name, artifact.sha256_file(file)] for file in inference_files(model)])
+
+
 def _inputs(args: argparse.Namespace, published: list[artifact.Artifact], test: Split) -> dict:
     """All that a report depends on, the machine and the settings of the measurement included."""
     from eval.machine import machine, software
 
     return {
-        "artifacts": {item.manifest.name: item.digest for item in published},
-        "onnx": {str(path): artifact.sha256_file(_foreign(path).path) for path in args.onnx},
+        "artifacts": [[item.manifest.name, item.digest] for item in published],  # in order: the first is the baseline
+        "onnx": [[str(path), _foreign_digest(path)] for path in args.onnx],
         "torch": not args.without_torch,
         "corpus": test.sha256,
         "tokens": args.tokens,
         "window": args.window,
         "rounds": args.rounds,
         "machine": machine(args.threads),
-        "code": artifact.code_digest("core", "eval"),
+        "code": artifact.code_digest("eval.__main__"),
         "versions": software(),
     }
 
@@ -126,7 +144,7 @@ def _up_to_date(output: Path, inputs: dict) -> bool:
 
 def _measure(args: argparse.Namespace, subjects: list[Subject], baseline: Path, test: Split, inputs: dict) -> dict:
     from eval.latency import measure_latency
-    from eval.quality import make_task, measure_quality
+    from eval.quality import PROMPT, make_task, measure_quality
     from eval.report import SCHEMA
     from eval.size import companion_bytes, onnx_bytes
 
@@ -152,6 +170,7 @@ def _measure(args: argparse.Namespace, subjects: list[Subject], baseline: Path, 
             "split": test.name,
             "sha256": test.sha256,
             "documents": len(task.documents),
+            "documents_in_split": len(test.documents),
             "bytes": task.size.bytes,
             "words": task.size.words,
             "window_tokens": task.window,
@@ -159,6 +178,7 @@ def _measure(args: argparse.Namespace, subjects: list[Subject], baseline: Path, 
         "machine": inputs["machine"],
         "versions": inputs["versions"],
         "rounds": args.rounds,
+        "prompt": PROMPT,
         "inputs": inputs,
         "artifacts": rows,
     }

@@ -8,25 +8,17 @@ from __future__ import annotations
 import resource
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from core.runtime import Runtime
+from eval.subject import Subject
 
 # Of each shape in each round: one run to warm up, then samples until there are enough, or until the time is up.
+FILL_TOKENS = 512  # at a time, so that filling a cache takes no more memory than a prefill that is measured
 PREFILL_SAMPLES, DECODE_SAMPLES, LEAST_SAMPLES, BUDGET_NS = 5, 20, 2, 1_000_000_000
-
-
-@dataclass(frozen=True)
-class Subject:
-    """Something to measure: `kind` is onnx, torch or torch-dynamic; `path` an ONNX file or a checkpoint folder."""
-
-    name: str
-    kind: str
-    path: Path
 
 
 class Engine:
@@ -67,8 +59,10 @@ class Engine:
             samples["prefill"][count] = _time(lambda count=count: prefill_once(count), PREFILL_SAMPLES)
         past, filled = self._runtime.empty_past(1), 0
         for position in sorted(decode):
-            _, past = self._runtime.extend(ids[None, filled:position], past)
-            filled = position
+            while filled < position:
+                chunk = ids[None, filled : min(filled + FILL_TOKENS, position)]
+                _, past = self._runtime.extend(chunk, past)
+                filled += chunk.shape[1]
             step = lambda past=past, position=position: self._runtime.extend(ids[None, position : position + 1], past)  # noqa: E731
             samples["decode"][position] = _time(step, DECODE_SAMPLES)
         return samples | {"load_ns": self._load_ns, "peak_rss_bytes": peak_rss_bytes()}

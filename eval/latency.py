@@ -12,17 +12,19 @@ import numpy as np
 
 from core.process import Remote
 from core.progress import track
-from eval.engines import Engine, Subject
+from eval.engines import Engine
+from eval.subject import Subject
 
 PREFILL = (32, 128, 512)
 DECODE = (32, 128, 512)
+LONGEST = 1024  # GPT-2's; the last position of a model made for 100,000 would take minutes and gigabytes
 
 
 def shapes(longest: int) -> tuple[list[int], list[int]]:
-    """(prefill lengths, decode positions) that fit a model of `longest` positions; the last one is its last position."""
-    return [n for n in PREFILL if n <= longest] or [longest], sorted(
-        {*(p for p in DECODE if p < longest), longest - 1} - {0}
-    )
+    """(prefill lengths, decode positions) of a model of `longest` positions, its last one included, to LONGEST."""
+    longest = min(longest, LONGEST)
+    prefill = [length for length in PREFILL if length <= longest] or [longest]
+    return prefill, sorted({*(position for position in DECODE if position < longest), longest - 1})
 
 
 def measure_latency(

@@ -9,16 +9,18 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
+from core.artifact import digest
 from core.corpus import Split
 from core.errors import UserError
 from core.process import Remote
 from core.progress import track
-from core.tokenizer import encode, load_tokenizer, max_positions, start_token
-from eval.engines import Engine, Subject
+from core.tokenizer import encode, load_tokenizer, max_positions, read_config, start_token
+from eval.engines import Engine
 from eval.machine import memory_bytes
 from eval.score import score
-from eval.size import weight_bytes
+from eval.size import loaded_bytes
 from eval.statistics import TextSize, perplexity, quality, text_size
+from eval.subject import Subject
 from eval.windows import Window, halves, rolling
 
 PROMPT = "Me gusta mucho el futbol"
@@ -53,18 +55,17 @@ class Task:
 def make_task(folder: Path, test: Split, tokens: int, window: int) -> Task:
     """Tokenize whole documents of `test`, until `tokens` tokens are reached, by the tokenizer of `folder`.
 
-    Raises UserError where less than 2 tokens come of it.
+    They are taken in the order of their sha256, so that a part of a corpus is a sample of it. Raises UserError
+    where less than 2 tokens come of it.
     """
-    tokenizer, documents, taken = load_tokenizer(folder), [], []
-    for text, ids in zip(test.documents, encode(tokenizer, test.documents), strict=True):
-        if ids:
-            documents.append(ids)
-            taken.append(text)
-        if sum(map(len, documents)) >= tokens:
-            break
+    tokenizer = load_tokenizer(folder)
+    sampled = sorted(test.documents, key=digest)
+    encoded = encode(tokenizer, tuple(sampled), enough=tokens)
+    pairs = [(text, ids) for text, ids in zip(sampled, encoded, strict=False) if ids]
+    taken, documents = [text for text, _ in pairs], [ids for _, ids in pairs]
     if sum(map(len, documents)) < 2:
         raise UserError("CORPUS=: its test split has less than 2 tokens; give more text")
-    longest = max_positions(folder)
+    longest = max_positions(read_config(folder))
     stream = np.asarray(tokenizer.encode("\n\n".join(taken), add_special_tokens=False).ids, np.int64)
     return Task(
         tokenizer, documents, text_size(tuple(taken)), start_token(folder), longest, min(window, longest), stream
@@ -96,7 +97,7 @@ def _groups(subjects: list[Subject]) -> list[list[Subject]]:
     groups: list[list[Subject]] = [[]]
     room = memory_bytes() / 8
     for subject in subjects:
-        if groups[-1] and sum(map(weight_bytes, groups[-1])) + weight_bytes(subject) > room:
+        if groups[-1] and sum(map(loaded_bytes, groups[-1])) + loaded_bytes(subject) > room:
             groups.append([])
         groups[-1].append(subject)
     return groups

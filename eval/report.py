@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from rich.console import Console
 from rich.table import Table
-
-from eval.quality import PROMPT
 
 SCHEMA = "cuantiza/report/1"
 
@@ -17,7 +16,7 @@ class Column:
     """A column of the table: its title and how it shows a row of the report."""
 
     title: str
-    show: object
+    show: Callable[[dict], str]
 
 
 def _megabytes(row: dict) -> str:
@@ -25,6 +24,7 @@ def _megabytes(row: dict) -> str:
 
 
 def _plus_minus(value: float, stderr: float | None, digits: int) -> str:
+    value = round(value, digits) + 0.0  # no -0.0000
     return f"{value:.{digits}f}" + ("" if stderr is None else f" ± {stderr:.{digits}f}")
 
 
@@ -119,12 +119,12 @@ def markdown(report: dict) -> str:
         )
     lines += [
         "",
-        f"## «{PROMPT}», continued",
+        f"## «{report['prompt']}», continued",
         "",
         "Greedy; the same tokens in every row mean the same argmax at every step.",
         "",
     ]
-    lines += [f"- **{row['name']}**: {PROMPT}{row['continuation']}".replace("\n", " ") for row in rows]
+    lines += [f"- **{row['name']}**: {report['prompt']}{row['continuation']}".replace("\n", " ") for row in rows]
     for row in rows:
         if "modules_quantized" in row:
             lines += [
@@ -135,7 +135,9 @@ def markdown(report: dict) -> str:
 
 
 def _headline(report: dict) -> str:
-    return f"{report['model']}: {report['artifacts'][0]['tokens_scored']} tokens of {report['corpus']['source']}"
+    corpus = report["corpus"]
+    tokens = report["artifacts"][0]["tokens_scored"]
+    return f"{report['model']}: {tokens} tokens, {corpus['documents']} of {corpus['documents_in_split']} test documents of {corpus['source']}"
 
 
 def _footnote(report: dict) -> str:

@@ -9,6 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
+from core.errors import UserError
 from eval.windows import Window
 
 _CHUNK = 2**18  # logits at a time: temporaries stay in the processor's cache, whatever the vocabulary
@@ -52,6 +53,7 @@ def score(windows: Iterable[Window], models: Sequence[Deferred]) -> list[Scores]
         documents.append(np.full(n, window.document))
         for column, values in zip(columns, compare(logits[0], logits[1:], window.targets), strict=True):
             column.append(values)
+        del logits  # before the next ones come
     document = np.concatenate(documents)
     return [Scores(document, *map(np.concatenate, zip(*column, strict=True))) for column in columns]
 
@@ -67,6 +69,10 @@ def compare(reference: np.ndarray, candidates: list[np.ndarray], targets: np.nda
     nll is −ln p(target) in nats: uniform logits give ln V. KL(p ‖ q) = Σ p (ln p − ln q) in nats, of the
     reference's distribution p and the candidate's q.
     """
+    if odd := next((x.shape for x in candidates if x.shape != reference.shape), None):
+        raise UserError(
+            f"an artifact gives logits {list(odd)} where the baseline gives {list(reference.shape)}; compare files of one model"
+        )
     parts: list[list[tuple[np.ndarray, ...]]] = [[] for _ in range(1 + len(candidates))]
     rows = max(1, _CHUNK // reference.shape[1])
     for start in range(0, len(targets), rows):

@@ -6,30 +6,39 @@ from pathlib import Path
 
 import onnx
 
-from eval.engines import Subject
+from core.artifact import COMPANIONS
+from eval.subject import Subject
 
-COMPANIONS = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
+
+def inference_files(model: Path) -> list[Path]:
+    """All that inference with an ONNX file needs: itself, its external data, configuration and tokenizer."""
+    proto = onnx.load(model, load_external_data=False)
+    tensors = onnx.external_data_helper._get_all_tensors(proto)
+    external = {
+        onnx.external_data_helper.ExternalDataInfo(tensor).location
+        for tensor in tensors
+        if onnx.external_data_helper.uses_external_data(tensor)
+    }
+    return [model, *(model.parent / name for name in sorted(external)), *_companions(model.parent)]
 
 
 def onnx_bytes(model: Path) -> dict:
-    """{bytes: all that inference needs, model_bytes: the ONNX file and its external data}."""
-    proto = onnx.load(model, load_external_data=False)
-    names = {
-        onnx.external_data_helper.ExternalDataInfo(tensor).location
-        for tensor in onnx.external_data_helper._get_all_tensors(proto)
-        if onnx.external_data_helper.uses_external_data(tensor)
-    }
-    weights = sum((model.parent / name).stat().st_size for name in names) + model.stat().st_size
-    return {"bytes": weights + companion_bytes(model.parent), "model_bytes": weights}
-
-
-def weight_bytes(subject: Subject) -> int:
-    """Bytes of everything that stands beside a subject's weights, themselves included: how much loading it may take."""
-    folder = subject.path.parent if subject.path.is_file() else subject.path
-    return sum(
-        file.stat().st_size for file in folder.iterdir() if file.suffix in (".onnx", ".data", ".bin", ".safetensors")
-    )
+    """{bytes: of all that inference needs, model_bytes: of the ONNX file and its external data}."""
+    total = sum(file.stat().st_size for file in inference_files(model))
+    return {"bytes": total, "model_bytes": total - companion_bytes(model.parent)}
 
 
 def companion_bytes(folder: Path) -> int:
-    return sum((folder / name).stat().st_size for name in COMPANIONS if (folder / name).is_file())
+    """Bytes of configuration and tokenizer."""
+    return sum(file.stat().st_size for file in _companions(folder))
+
+
+def loaded_bytes(subject: Subject) -> int:
+    """About how many bytes of weights a subject loads: those of the weight files in its folder."""
+    folder = subject.path.parent if subject.path.is_file() else subject.path
+    weights = (".onnx", ".data", ".bin", ".safetensors")
+    return sum(file.stat().st_size for file in folder.iterdir() if file.suffix in weights)
+
+
+def _companions(folder: Path) -> list[Path]:
+    return [folder / name for name in COMPANIONS if (folder / name).is_file()]

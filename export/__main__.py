@@ -9,11 +9,14 @@ from pathlib import Path
 
 from core import artifact
 from core.errors import UserError, run
-from core.hub import CONFIGS, TOKENIZER, Model, resolve_model, weight_files
+from core.hub import Model, checkpoint_digest, resolve_model
 from core.progress import report
 
 NAME = "fp32"
 EXPORTERS = ("graph", "optimum")
+# ReduceMax takes its axes as an input from 18 on, which the quantizers use; 24 is the last that onnxruntime runs.
+OPSETS = range(18, 25)
+_LIBRARIES = ("numpy", "onnx", "onnx-ir", "onnxruntime", "onnxscript", "tokenizers", "torch", "transformers")
 
 
 def main() -> int:
@@ -25,11 +28,13 @@ def main() -> int:
         default="graph",
         help="graph: GPT-2, authored here; optimum: other causal language models",
     )
-    parser.add_argument("--opset", type=int, default=21, help="ONNX operator set, 18 to 24 (default 21)")
+    parser.add_argument(
+        "--opset", type=int, default=21, help=f"ONNX operator set, {OPSETS[0]} to {OPSETS[-1]} (default 21)"
+    )
     parser.add_argument("--output", type=Path, default=Path("artifacts"), help="folder of the artifacts")
     args = parser.parse_args()
-    if not 18 <= args.opset <= 24:
-        raise UserError(f"--opset {args.opset}: choose one from 18 to 24")
+    if args.opset not in OPSETS:
+        raise UserError(f"--opset {args.opset}: choose one from {OPSETS[0]} to {OPSETS[-1]}")
     model = resolve_model(args.model)
     folder = args.output / model.name
     target = folder / NAME
@@ -46,16 +51,21 @@ def main() -> int:
 
 def _inputs(checkpoint: Path, exporter: str, opset: int) -> dict:
     """All that the bytes of the artifact depend on."""
-    names = [*CONFIGS, *TOKENIZER, *weight_files({file.name for file in checkpoint.iterdir()})]
+    roots = (
+        "export.graph",
+        "export.checkpoint",
+        "export.config",
+        "export.tokenizer",
+        "export.parity",
+        "core.onnx_file",
+    )
     pins = Path(__file__).parent.parent / "pins" / "optimum.txt"
     return {
-        "checkpoint": artifact.digest(
-            {name: artifact.sha256_file(checkpoint / name) for name in names if (checkpoint / name).is_file()}
-        ),
+        "checkpoint": checkpoint_digest(checkpoint),
         "exporter": exporter if exporter == "graph" else f"{exporter} {artifact.sha256_file(pins)}",
         "opset": opset,
-        "code": artifact.code_digest("core", "export"),
-        "versions": artifact.versions("onnx-ir", "onnxscript", "tokenizers", "transformers"),
+        "code": artifact.code_digest(*roots, *(["export.optimum_export"] if exporter == "optimum" else [])),
+        "versions": artifact.versions(*_LIBRARIES),
     }
 
 
@@ -72,15 +82,18 @@ def _export(model: Model, target: Path, exporter: str, opset: int, inputs: dict)
     fields = read_config(model.folder)
     with artifact.staging(target) as work:
         if exporter == "optimum":
-            from export.optimum_export import export_optimum, max_positions
+            from core.tokenizer import max_positions
+            from export.optimum_export import export_optimum
 
-            write_tokenizer(model.folder, work, fields.get("vocab_size", 0))
-            positions = max_positions(fields)
             export_optimum(model.folder, fields, work, opset)
+            vocabulary, positions = fields.get("vocab_size"), max_positions(fields)
+            if not isinstance(vocabulary, int):
+                raise UserError(f"{path}: vocab_size is {vocabulary!r} where a whole number is needed")
+            write_tokenizer(model.folder, work, vocabulary)
         else:
             if fields.get("model_type", "gpt2") != "gpt2":
                 raise UserError(
-                    f"{path}: is a {fields['model_type']!r}, and only gpt2 is authored here; --exporter optimum (EXPORTER=optimum) exports other models"
+                    f"{path}: is a {fields['model_type']!r}, and only gpt2 is authored here; EXPORTER=optimum exports llama, mistral, opt, qwen2 and others"
                 )
             config = parse_config(fields, path)
             positions = config.n_positions
@@ -92,7 +105,8 @@ def _export(model: Model, target: Path, exporter: str, opset: int, inputs: dict)
         write_configs(fields, model.folder, work)
         parity = check_parity(model.folder, work, positions)
         report(
-            f"parity    max |Δ logit| {parity.whole:.1e} whole, {parity.cached:.1e} cached, {parity.padded_batch:.1e} padded batch"
+            f"parity    max |Δ logit| {parity.whole:.1e} whole, {parity.cached:.1e} cached, "
+            f"{parity.padded:.1e} padded batch, {parity.padded_cached:.1e} padded batch cached"
         )
         artifact.publish(
             work,
@@ -103,7 +117,7 @@ def _export(model: Model, target: Path, exporter: str, opset: int, inputs: dict)
             inputs=inputs,
             parent=None,
             calibration=None,
-            versions=artifact.versions("onnx", "onnx-ir", "onnxscript", "onnxruntime", "torch", "transformers"),
+            versions=inputs["versions"],
             details={"parity": dataclasses.asdict(parity)},
         )
 

@@ -8,6 +8,7 @@ B batch, T new tokens, P tokens in the past, D width, H heads, d = D/H, V vocabu
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -20,13 +21,11 @@ from core.errors import UserError
 from export.checkpoint import Weight, check_finite
 from export.config import GPT2Config
 
-# LayerNormalization exists from 17 on; ReduceMax takes its axes as an input from 18 on, which our quantizers use.
-OPSETS = range(18, min(onnx.defs.onnx_opset_version(), 24) + 1)
-DEFAULT_OPSET = 21
 # Added to the scores of positions that may not be seen: exp() of it is 0, and a row that sees nothing stays finite.
 MASKED = -1e30
 # The name of P+T as symbolic shape inference computes it from the others.
 TOTAL = "past_sequence_length + sequence_length"
+_BLOCK = re.compile(r"h\.(\d+)\.")
 
 
 def build(config: GPT2Config, weights: dict[str, Weight], opset: int, folder: Path) -> ir.Model:
@@ -64,7 +63,7 @@ def build(config: GPT2Config, weights: dict[str, Weight], opset: int, folder: Pa
         return op.LayerNormalization(x, scale, bias, axis=-1, epsilon=config.layer_norm_epsilon, _name=name)
 
     if beyond := next(
-        (name for name in weights if name.startswith("h.") and int(name.split(".")[1]) >= config.n_layer), None
+        (name for name in weights if (found := _BLOCK.match(name)) and int(found[1]) >= config.n_layer), None
     ):
         raise UserError(
             f"{folder}: has a weight {beyond} where config.json says n_layer {config.n_layer}; take the config.json of the same checkpoint"

@@ -61,9 +61,6 @@ _LAST_OPSET = 20
 _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope", "su")
 # The types of layer that have a rotary embedding each.
 _GEMMA3_LAYERS = ("full_attention", "sliding_attention")
-_POSITIONS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len")
-# Where config.json names none: the smallest that transformers takes for any of MODEL_TYPES.
-_DEFAULT_POSITIONS = 1024
 _EXPORT = """
 import sys
 from optimum.exporters.onnx import main_export
@@ -101,12 +98,6 @@ def export_optimum(checkpoint: Path, fields: dict, work: Path, opset: int) -> No
         model.ir_version = onnx.helper.find_min_ir_version_for([onnx.helper.make_opsetid("", opset)])
         model.producer_name, model.producer_version = "cuantiza", None
         onnx_file.save(model, work)
-
-
-def max_positions(fields: dict) -> int:
-    """The longest text in tokens that the model of config.json's `fields` takes, under whichever name its type gives it."""
-    given = (fields[key] for key in _POSITIONS if isinstance(fields.get(key), int) and fields[key] > 0)
-    return next(given, _DEFAULT_POSITIONS)
 
 
 def _interpreter() -> str:

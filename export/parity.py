@@ -31,7 +31,8 @@ class Parity:
 
     whole: float
     cached: float
-    padded_batch: float
+    padded: float
+    padded_cached: float
     atol: float = ATOL
     rtol: float = RTOL
 
@@ -39,8 +40,8 @@ class Parity:
 def check_parity(checkpoint: Path, work: Path, positions: int) -> Parity:
     """Compare `work`/model.onnx with the PyTorch model of `checkpoint`, on windows of at most `positions` tokens.
 
-    Three cases: a text whole, the same text token by token through the cache, and a batch of 3 texts of
-    different lengths with padding on the left (whole). Raises UserError beyond the tolerance.
+    Two inputs, one text, and a batch of 3 texts of different lengths with padding on the left, each whole and
+    token by token through the cache. Raises UserError beyond the tolerance.
     """
     ids = load_tokenizer(work).encode(" ".join(TEXT.split()), add_special_tokens=False).ids
     row = np.asarray([start_token(work), *ids][: min(TOKENS, positions)], np.int64)[None]  # [1, T]
@@ -50,12 +51,13 @@ def check_parity(checkpoint: Path, work: Path, positions: int) -> Parity:
 
     # Each in a process of its own: the two models need not be in memory together.
     whole, padded = isolated(_pytorch_logits, checkpoint, row, batch, mask)
-    our_whole, our_cached, our_padded = isolated(_onnx_logits, work / "model.onnx", row, batch, mask)
+    our_whole, our_cached, our_padded, our_padded_cached = isolated(_onnx_logits, work / "model.onnx", row, batch, mask)
     real = mask.astype(bool)
     cases = {
         "whole": (our_whole, whole),
         "cached": (our_cached, whole),
-        "padded_batch": (our_padded[real], padded[real]),
+        "padded": (our_padded[real], padded[real]),
+        "padded_cached": (our_padded_cached[real], padded[real]),
     }
     for name, (ours, theirs) in cases.items():
         if not np.allclose(ours, theirs, rtol=RTOL, atol=ATOL):
@@ -67,13 +69,17 @@ def check_parity(checkpoint: Path, work: Path, positions: int) -> Parity:
 
 
 def _onnx_logits(model: Path, row: np.ndarray, batch: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Logits of ONNX Runtime: of row [1, T] whole, of row token by token through the cache, of batch [3, T]."""
+    """Logits of ONNX Runtime: of row [1, T] whole and through the cache, of batch [3, T] whole and through it."""
     runtime = Runtime(model)
-    past, steps = runtime.empty_past(1), []
-    for token in row[0]:
-        logits, past = runtime.extend(token[None, None], past)
-        steps.append(logits)
-    return runtime.forward(row), np.concatenate(steps, axis=1), runtime.forward(batch, mask)
+
+    def cached(ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        past, steps = runtime.empty_past(len(ids)), []
+        for t in range(ids.shape[1]):
+            logits, past = runtime.extend(ids[:, t : t + 1], past, mask[:, : t + 1])
+            steps.append(logits)
+        return np.concatenate(steps, axis=1)
+
+    return runtime.forward(row), cached(row, np.ones_like(row)), runtime.forward(batch, mask), cached(batch, mask)
 
 
 def _pytorch_logits(

@@ -13,9 +13,15 @@ from core.corpus import Source, add_arguments, load_splits, source_of
 from core.errors import UserError, run
 from core.hub import model_name
 from core.progress import report
-from quantize.recipes import RECIPES, Recipe, calibration_of, get_recipe
+from quantize.recipes import RECIPES, DynamicInt8, OrtDynamic, OrtStatic, Recipe, StaticInt8, calibration_of, get_recipe
 
-_COMPANIONS = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
+# What each recipe runs; the choice between them (quantize.apply) and their values (in the manifest) change no bytes.
+_CODE = {
+    DynamicInt8: ("quantize.dynamic", "core.onnx_file"),
+    StaticInt8: ("quantize.static", "quantize.calibrate", "core.onnx_file"),
+    OrtDynamic: ("quantize.ort",),
+    OrtStatic: ("quantize.ort", "quantize.calibrate"),
+}
 
 
 def main() -> int:
@@ -45,7 +51,7 @@ def quantize_one(parent: Artifact, target: Path, name: str, recipe: Recipe, sour
         "parent": parent.digest,
         "recipe": {"type": type(recipe).__name__, **dataclasses.asdict(recipe)},
         "calibration": calibration.sha256 if calibration else None,
-        "code": artifact.code_digest("core", "quantize"),
+        "code": artifact.code_digest(*_CODE[type(recipe)]),
         "versions": artifact.versions("numpy", "onnx", "onnx-ir", "onnxruntime", "tokenizers"),
     }
     reason = artifact.rebuild_reason(target, inputs)
@@ -59,7 +65,7 @@ def quantize_one(parent: Artifact, target: Path, name: str, recipe: Recipe, sour
 
     with artifact.staging(target) as work:
         details = isolated(apply, recipe, parent.path, work, calibration)
-        for companion in _COMPANIONS:
+        for companion in artifact.COMPANIONS:
             shutil.copyfile(parent.path / companion, work / companion)
         artifact.publish(
             work,

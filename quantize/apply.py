@@ -35,17 +35,19 @@ def apply(recipe: Recipe, parent: Path, work: Path, split: Split | None) -> dict
             with artifact.staging(work / "observer") as observer:
                 ranges = input_ranges(path, windows, observer)
             model = onnx_file.load(path)
+            kept = left_in_float(model.graph)
             projections, embeddings = quantize_static(model, ranges)
             details["ranges"] = {
                 projection.name: dataclasses.asdict(ranges[projection.x.name]) for projection in projections
             }
         case DynamicInt8():
             model = onnx_file.load(path)
+            kept = left_in_float(model.graph)
             projections, embeddings = quantize_dynamic(model)
     if not projections:
         raise UserError(f"{path}: has no product with a constant weight; nothing was quantized")
     onnx_file.save(model, work)
     return details | {
         "quantized": {"projections": [p.name for p in projections], "embeddings": [e.name for e in embeddings]},
-        "left_in_float": left_in_float(model.graph),
+        "left_in_float": kept,
     }

@@ -14,7 +14,7 @@ from core.corpus import Split, full_windows, stream
 from core.errors import UserError
 from core.progress import track
 from core.runtime import Runtime
-from core.tokenizer import encode, load_tokenizer, max_positions, start_token
+from core.tokenizer import encode, load_tokenizer, max_positions, read_config, start_token
 from quantize.recipes import Calibration
 from quantize.sites import find_projections
 
@@ -36,8 +36,9 @@ def calibration_windows(folder: Path, split: Split, calibration: Calibration) ->
     T is at most the model's number of positions. Raises UserError where there are fewer windows than the
     calibration asks for.
     """
-    length = min(calibration.tokens, max_positions(folder))
-    tokens = stream(encode(load_tokenizer(folder), split.documents), start_token(folder))
+    length = min(calibration.tokens, max_positions(read_config(folder)))
+    documents = encode(load_tokenizer(folder), split.documents, enough=length * calibration.windows)
+    tokens = stream(documents, start_token(folder))
     windows = full_windows(tokens, length)[: calibration.windows]
     if len(windows) < calibration.minimum:
         raise UserError(

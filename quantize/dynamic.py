@@ -18,6 +18,8 @@ from quantize.sites import Embedding, Projection, find_projections
 
 # u8 with zero point 128 rather than s8: the same integers, and the pair that x86 kernels are fast for.
 ZERO_POINT = np.uint8(128)
+# Half precision holds scales × 64: rows from 1.2e-4 to 1.3e5 at their largest have all of its 11 bits.
+SHIFT = np.float32(64)
 SCALE_MIN, SCALE_MAX = np.float32(np.finfo(np.float16).tiny), np.float32(np.finfo(np.float16).max)
 
 
@@ -35,19 +37,19 @@ def quantize_dynamic(model: ir.Model) -> tuple[list[Projection], list[Embedding]
 def _rewrite(graph: ir.Graph, weights: Weights, projection: Projection) -> None:
     """x [.., K] · W [K, N]  ->  (u8(x / s) − 128) · s8(W) · s · scale(W), with s ≈ max|x| / 127 per row."""
     tape = ir.tape.Tape()
+    x = projection.node.inputs[0]  # which an earlier rewrite may have replaced
     zero_point = constant(graph, "u8_zero_point", ZERO_POINT)
-    largest = tape.op(
-        "ReduceMax", [tape.op("Abs", [projection.x]), constant(graph, "axis_last", np.array([-1], np.int64))]
-    )
-    scale = tape.op("Mul", [largest, constant(graph, "one_over_127", np.float32(1 / 127))])
+    largest = tape.op("ReduceMax", [tape.op("Abs", [x]), constant(graph, "axis_last", np.array([-1], np.int64))])
+    scale = tape.op("Mul", [largest, constant(graph, "shift_over_127", SHIFT / np.float32(127))])
     # A row of zeros has no scale; any positive one keeps it zero. The ends are those of half precision.
     scale = tape.op(
         "Clip", [scale, constant(graph, "scale_min", SCALE_MIN), constant(graph, "scale_max", SCALE_MAX)]
     )  # [.., 1]
     scale = tape.op("Cast", [tape.op("Cast", [scale], {"to": ir.DataType.FLOAT16})], {"to": ir.DataType.FLOAT})
+    scale = tape.op("Mul", [scale, constant(graph, "one_over_shift", 1 / SHIFT)])
     quantized = tape.op(
         "QuantizeLinear",
-        [tape.op("Div", [projection.x, scale]), constant(graph, "scale_one", np.float32(1)), zero_point],
+        [tape.op("Div", [x, scale]), constant(graph, "scale_one", np.float32(1)), zero_point],
     )
     weight, weight_scale = weights.get_columns(tape, projection)
     product = tape.op("Cast", [tape.op("MatMulInteger", [quantized, weight, zero_point])], {"to": ir.DataType.FLOAT})

@@ -6,7 +6,6 @@ now onnxruntime.transformers), then quant_pre_process, then quantize_dynamic or 
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from onnxruntime.transformers.optimizer import optimize_model
 
 from core import onnx_file
 from core.progress import track
+from core.tokenizer import read_config
 
 
 def ort_dynamic(model: Path, work: Path) -> None:
@@ -42,12 +42,16 @@ def ort_static(model: Path, work: Path, windows: np.ndarray) -> None:
 def _prepare(model: Path, work: Path) -> Path:
     os.chdir(work)  # the tools leave temporary files in the working directory; this process is the recipe's own
     logging.getLogger().setLevel(logging.ERROR)  # the tools log every node that they pass over, as a warning
-    config = json.loads((model.parent / "config.json").read_text(encoding="utf-8"))
-    optimized = optimize_model(
-        str(model), "gpt2", num_heads=config.get("n_head", 0), hidden_size=config.get("n_embd", 0), opt_level=0
-    )
-    optimized.save_model_to_file(str(work / "optimized.onnx"))
-    quant_pre_process(work / "optimized.onnx", work / "prepared.onnx")
+    config = read_config(model.parent)
+    if (
+        config.get("model_type", "gpt2") == "gpt2"
+    ):  # the optimizer's other model types are not those of optimum's exporter
+        optimized = optimize_model(
+            str(model), "gpt2", num_heads=config["n_head"], hidden_size=config["n_embd"], opt_level=0
+        )
+        model = work / "optimized.onnx"
+        optimized.save_model_to_file(str(model))
+    quant_pre_process(model, work / "prepared.onnx")
     return work / "prepared.onnx"
 
 
@@ -65,6 +69,7 @@ class _Windows(CalibrationDataReader):
 
     def __init__(self, model: Path, windows: np.ndarray) -> None:
         inputs = onnx_file.load(model).graph.inputs
+        self._names = {value.name for value in inputs}
         self._past = {
             value.name: np.zeros([1, value.shape[1], 0, value.shape[3]], np.float32)
             for value in inputs
@@ -77,9 +82,5 @@ class _Windows(CalibrationDataReader):
         if window is None:
             return None
         ids = window[None]
-        return {
-            "input_ids": ids,
-            "attention_mask": np.ones_like(ids),
-            "position_ids": np.arange(ids.shape[1])[None],
-            **self._past,
-        }
+        feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids), "position_ids": np.arange(ids.shape[1])[None]}
+        return {name: array for name, array in feeds.items() if name in self._names} | self._past

@@ -14,13 +14,28 @@ import onnx_ir as ir
 _REASONS = {
     "LayerNormalization": "normalizes in floating point; its cost and size are negligible",
     "Softmax": "exponentials span more orders of magnitude than 8 bits",
-    "MatMul": "attention products: both sides are activations, and are cheap at these lengths",
-    "Gelu": "elementwise: reads the products' floating-point result",
-    "Add": "residual stream, biases and mask: sums that int8 would round again at every layer",
-    "Mul": "scales of scores and of dequantization",
+    "MatMul": "attention products: both sides are activations",
     "Gemm": "has an alpha or beta other than 1, or no constant weight",
-    "Gather": "not a floating-point table",
+    "Gather": "picks from a tensor that is no table of weights",
+    "Add": "residual stream, biases and mask: int8 would round the sum again at every layer",
 }
+_DEFAULT_REASON = "elementwise or a reduction: no product to save time in, no weight to save space in"
+# These move or reshape values, and compute nothing.
+_MOVES = (
+    "Cast",
+    "Concat",
+    "Constant",
+    "Expand",
+    "Identity",
+    "Reshape",
+    "Shape",
+    "Slice",
+    "Split",
+    "Squeeze",
+    "Transpose",
+    "Unsqueeze",
+    "Where",
+)
 
 
 @dataclass(frozen=True)
@@ -66,23 +81,23 @@ def find_embeddings(graph: ir.Graph) -> list[Embedding]:
 
 
 def left_in_float(graph: ir.Graph) -> list[dict]:
-    """Operators and weight matrices of a quantized graph that still compute in floating point, with the reason."""
+    """Operators that compute in floating point and no site covers, and matrices that none reads, with the reason.
+
+    Of a graph that is not rewritten yet.
+    """
+    sites = {site.node for site in (*find_projections(graph), *find_embeddings(graph))}
     counts = Counter(
-        node.op_type
-        for node in graph
-        if node.op_type in _REASONS and node.outputs[0].dtype in (ir.DataType.FLOAT, None)
+        node.op_type for node in graph if node not in sites and node.op_type not in _MOVES and _computes_in_float(node)
     )
     kept: list[dict] = [
-        {"operator": name, "count": count, "reason": _REASONS[name]} for name, count in sorted(counts.items())
+        {"operator": name, "count": count, "reason": _REASONS.get(name, _DEFAULT_REASON)}
+        for name, count in sorted(counts.items())
     ]
+    covered = {site.weight for site in find_projections(graph)} | {site.table for site in find_embeddings(graph)}
     for name, value in graph.initializers.items():
-        if _is_matrix(value) and value.uses():
+        if _is_matrix(value) and value not in covered and value.uses():
             kept.append(
-                {
-                    "weight": name,
-                    "shape": list(value.shape.numpy()),
-                    "reason": "no product or look-up that can be quantized reads it",
-                }
+                {"weight": name, "shape": list(value.shape.numpy()), "reason": "no product or look-up reads it"}
             )
     return kept
 
@@ -111,6 +126,11 @@ def _projection(node: ir.Node) -> Projection | None:
     if not _is_matrix(weight) or _is_matrix(x):
         return None
     return Projection(node, x, weight, channel_axis, bias)
+
+
+def _computes_in_float(node: ir.Node) -> bool:
+    # An exporter may leave types out; its integer arithmetic is on shapes and positions, and typed by inference.
+    return any(output.dtype in (ir.DataType.FLOAT, None) for output in node.outputs)
 
 
 def _axis(node: ir.Node) -> int:

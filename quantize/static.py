@@ -28,15 +28,18 @@ def quantize_static(model: ir.Model, ranges: dict[str, Range]) -> tuple[list[Pro
 def _rewrite(graph: ir.Graph, weights: Weights, projection: Projection, measured: Range) -> None:
     """x [.., K] · W [K, N]  ->  DQ(Q(x)) · DQ(s8(W)), which runtimes turn into one integer product."""
     tape = ir.tape.Tape()
+    x = projection.node.inputs[0]  # which an earlier rewrite may have replaced
     scale, zero_point = activation_parameters(measured.low, measured.high)
     parameters = [
-        constant(graph, f"{projection.x.name}_scale", scale),
-        constant(graph, f"{projection.x.name}_zero_point", zero_point),
+        constant(graph, f"{x.name}_scale", scale),
+        constant(graph, f"{x.name}_zero_point", zero_point),
     ]
-    x = tape.op("DequantizeLinear", [tape.op("QuantizeLinear", [projection.x, *parameters]), *parameters])
+    restored = tape.op("DequantizeLinear", [tape.op("QuantizeLinear", [x, *parameters]), *parameters])
     weight, weight_scale = weights.get_columns(tape, projection)
     zeros = constant(graph, f"zeros_{weight_scale.shape[0]}", np.zeros(weight_scale.shape[0], np.int8))
-    result = tape.op("MatMul", [x, tape.op("DequantizeLinear", [weight, weight_scale, zeros], {"axis": 1})])  # [.., N]
+    result = tape.op(
+        "MatMul", [restored, tape.op("DequantizeLinear", [weight, weight_scale, zeros], {"axis": 1})]
+    )  # [.., N]
     if projection.bias is not None:
         result = tape.op("Add", [result, projection.bias])
     replace_node(graph, projection.node, tape, result)

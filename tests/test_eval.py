@@ -14,9 +14,10 @@ from core.artifact import sha256_file
 from core.corpus import Source, load_splits
 from core.process import Remote
 from core.runtime import Runtime
-from eval.engines import Engine, Subject
+from eval.engines import Engine
 from eval.latency import measure_latency, shapes
 from eval.quality import PROMPT, make_task, measure_quality
+from eval.subject import Subject
 from eval.torch_baseline import TorchRuntime
 
 QUICK = ("--tokens", 600, "--rounds", 2)

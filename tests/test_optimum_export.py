@@ -18,7 +18,8 @@ from safetensors import safe_open
 from core.artifact import Artifact
 from core.errors import UserError
 from core.runtime import Runtime
-from export.optimum_export import MODEL_TYPES, _legacy_config, _share_weights, max_positions
+from core.tokenizer import max_positions
+from export.optimum_export import MODEL_TYPES, _legacy_config, _share_weights
 
 PYTHON = ROOT / ".venv-optimum" / "bin" / "python"
 needs_optimum = pytest.mark.skipif(not PYTHON.exists(), reason="no .venv-optimum here; `make optimum` creates it")

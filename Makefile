@@ -55,4 +55,4 @@ lint: $(ready)
 	@$(run) ruff format --check .
 
 clean:
-	rm -rf "$(OUT)" "$(REPORTS)" .pytest_cache .ruff_cache
+	rm -rf artifacts reports .pytest_cache .ruff_cache

@@ -174,21 +174,26 @@ def test_rebuild_reason(built: Path) -> None:
 
 
 def test_code_is_an_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the packages that are named: a line, a new file, another name."""
-    for package in ("core", "export"):
-        (tmp_path / package).mkdir()
-        (tmp_path / package / "a.py").write_text("x = 1\n")
+    """Of the modules that are named and of what they import, in a function too; not of their neighbours."""
+    for name, source in {
+        "core/a.py": "x = 1\n",
+        "core/b.py": "import numpy\nx = 1\n",
+        "core/c.py": "x = 1\n",
+        "export/main.py": "from core import a\ndef f():\n    from core.b import x\n    import export.main\n",
+    }.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(source)
     monkeypatch.setattr(artifact, "_ROOT", tmp_path)
     of = code_digest.__wrapped__
-    core, both = of("core"), of("core", "export")
-    assert core == of("core") and core != both
-    (tmp_path / "export" / "a.py").write_text("x = 2\n")
-    assert core == of("core") and of("core", "export") != both
-    (tmp_path / "core" / "b.py").touch()
-    assert of("core") != core
-    (tmp_path / "core" / "b.py").unlink()
-    (tmp_path / "core" / "a.py").rename(tmp_path / "core" / "c.py")
-    assert of("core") != core
+    before = of("export.main")
+    assert before == of("export.main") != of("core.a")
+    (tmp_path / "core/c.py").write_text("x = 2\n")
+    assert of("export.main") == before
+    for name in ("core/a.py", "core/b.py", "export/main.py"):
+        changed = (tmp_path / name).read_text() + "# another version\n"
+        (tmp_path / name).write_text(changed)
+        assert of("export.main") != before
+        before = of("export.main")
 
 
 # Replacing

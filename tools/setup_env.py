@@ -30,7 +30,7 @@ def main() -> int:
     with (venv.parent / f"{venv.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         stamp = venv / ".stamp"
-        wanted = hashlib.sha256(pins.read_bytes()).hexdigest() + f" {sys.version_info.major}.{sys.version_info.minor}"
+        wanted = f"{hashlib.sha256(pins.read_bytes()).hexdigest()} {platform.python_version()}"
         if not (stamp.is_file() and stamp.read_text() == wanted):
             print(f"setting up {venv} (once; a few minutes)", file=sys.stderr)
             install(venv, pins)
@@ -40,28 +40,36 @@ def main() -> int:
 
 
 def install(venv: Path, pins: Path) -> None:
-    stamp = venv / ".stamp"
-    stamp.unlink(missing_ok=True)
-    if not (venv / "bin" / "python").exists():
-        subprocess.run([sys.executable, "-m", "venv", venv], check=True)
-    pip = [venv / "bin" / "python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    (venv / ".stamp").unlink(missing_ok=True)
+    python = venv / "bin" / "python"
+    if version_of(python) != platform.python_version():
+        # A half-made environment, or one of another Python: its packages would be in the wrong place.
+        subprocess.run([sys.executable, "-m", "venv", "--clear", venv], check=True)
+    pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     torch = re.search(r"^torch==(\S+)", pins.read_text(), re.MULTILINE)
     if torch and sys.platform == "linux":
         # Where the CPU index cannot be reached, PyPI's build does the same, only larger.
         command = [*pip, "--retries", "1", "--no-deps", "--extra-index-url", CPU_INDEX, f"torch=={torch[1]}+cpu"]
         if subprocess.run(command, stderr=subprocess.DEVNULL).returncode:
-            print(
-                f"no CPU build of torch {torch[1]} at {CPU_INDEX}; taking the one of the package index", file=sys.stderr
-            )
+            print(f"no CPU build of torch {torch[1]} at {CPU_INDEX}; taking the package index's", file=sys.stderr)
     subprocess.run([*pip, "-r", pins], check=True)
+
+
+def version_of(python: Path) -> str | None:
+    """Version of an environment's interpreter; None where it does not run, or has no pip."""
+    command = [python, "-c", "import pip, platform; print(platform.python_version())"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 if __name__ == "__main__":
     try:
         sys.exit(main())
     except subprocess.CalledProcessError as error:
-        print(
-            f"error: {Path(error.cmd[0]).name} could not install the packages (status {error.returncode}); run make again when the index answers",
-            file=sys.stderr,
-        )
+        what, mend = "install the packages", "run make again when the package index answers"
+        if "venv" in error.cmd:
+            what, mend = "make a virtual environment", "install this Python's venv module (Debian: python3-venv)"
+        print(f"error: could not {what} (status {error.returncode}); {mend}", file=sys.stderr)
         sys.exit(2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,6 +56,7 @@ def input_ranges(model: Path, windows: np.ndarray, work: Path) -> dict[str, Rang
     temporary graph.
     """
     names = _write_observer(model, work)
+    gc.collect()  # a graph is full of cycles, and holds the weights that the session now loads again
     session = Runtime(work / "model.onnx", outputs=[f"{name}:{end}" for name in names for end in ("low", "high")])
     ranges: dict[str, Range] = {}
     for window in track(windows, "calibrate", len(windows)):

@@ -72,8 +72,9 @@ def _inputs(checkpoint: Path, exporter: str, opset: int) -> dict:
 def _export(model: Model, target: Path, exporter: str, opset: int, inputs: dict) -> None:
     # Imported here: a run that finds everything up to date has no need of them.
     from core import onnx_file
+    from core.model_config import max_positions, read_config
     from export.checkpoint import read_weights
-    from export.config import parse_config, read_config
+    from export.config import parse_config
     from export.graph import build
     from export.parity import check_parity
     from export.tokenizer import write_configs, write_tokenizer
@@ -82,7 +83,6 @@ def _export(model: Model, target: Path, exporter: str, opset: int, inputs: dict)
     fields = read_config(model.folder)
     with artifact.staging(target) as work:
         if exporter == "optimum":
-            from core.tokenizer import max_positions
             from export.optimum_export import export_optimum
 
             export_optimum(model.folder, fields, work, opset)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,20 +29,6 @@ class GPT2Config:
     @property
     def head_dim(self) -> int:
         return self.n_embd // self.n_head
-
-
-def read_config(folder: Path) -> dict:
-    """config.json of a checkpoint. Raises UserError where it is missing or no JSON object."""
-    path = folder / "config.json"
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{folder}: has no config.json; MODEL= is the folder of a whole checkpoint") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: is no JSON ({error}); take the file of the original checkpoint") from None
-    if not isinstance(fields, dict):
-        raise UserError(f"{path}: is no JSON object; take the file of the original checkpoint")
-    return fields
 
 
 def parse_config(fields: dict, path: Path) -> GPT2Config:

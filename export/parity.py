@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 
 from core.errors import UserError
+from core.model_config import start_token
 from core.process import isolated
 from core.runtime import Runtime
-from core.tokenizer import load_tokenizer, start_token
+from core.tokenizer import load_tokenizer
 
 ATOL, RTOL = 1e-4, 1e-5
 TOKENS = 96

@@ -13,9 +13,10 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from core import onnx_file
 from core.corpus import Split, full_windows, stream
 from core.errors import UserError
+from core.model_config import max_positions, read_config, start_token
 from core.progress import track
 from core.runtime import Runtime
-from core.tokenizer import encode, load_tokenizer, max_positions, read_config, start_token
+from core.tokenizer import encode, load_tokenizer
 from quantize.recipes import Calibration
 from quantize.sites import find_projections
 

@@ -17,8 +17,8 @@ from onnxruntime.quantization.shape_inference import quant_pre_process
 from onnxruntime.transformers.optimizer import optimize_model
 
 from core import onnx_file
+from core.model_config import read_config
 from core.progress import track
-from core.tokenizer import read_config
 
 
 def ort_dynamic(model: Path, work: Path) -> None:

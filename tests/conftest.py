@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -107,6 +108,21 @@ def copy_tokenizer(folder: Path, names: tuple[str, ...] = TOKENIZER_FILES) -> No
     folder.mkdir(parents=True, exist_ok=True)
     for name in names:
         shutil.copy(ES_MINI / name, folder / name)
+
+
+def edit_config(folder: Path, **changes: object) -> None:
+    """Change fields of a checkpoint's config.json."""
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def edit_weights(folder: Path, change: Callable[[dict], None]) -> None:
+    """Change the tensors of a checkpoint's model.safetensors."""
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 @pytest.fixture(scope="session")

@@ -18,8 +18,8 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from core.artifact import Artifact, open_artifact
+from core.model_config import start_token
 from core.runtime import Runtime
-from core.tokenizer import start_token
 from export.config import ACTIVATIONS
 
 CONTRACT_FILES = {"model.onnx", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}

@@ -40,6 +40,12 @@ def report(artifacts, tmp_path_factory):
     return output, result
 
 
+def evaluate(artifacts, reports, *options):
+    """The eval command on little text, without the PyTorch rows."""
+    little = ("--tokens", 300, "--rounds", 1, "--without-torch")
+    return stage("eval", "--artifacts", artifacts.parent, "--output", reports, *little, *options)
+
+
 def rows_of(output):
     return {
         row["name"]: row
@@ -125,22 +131,14 @@ def test_a_second_run_measures_nothing(artifacts, report):
 def test_a_foreign_file_of_the_contract_is_measured_beside_ours(artifacts, tmp_path):
     shutil.copytree(artifacts / "int8-static", tmp_path / "theirs")
     (tmp_path / "theirs/manifest.json").unlink()
-    result = stage(
-        "eval",
-        "--artifacts",
-        artifacts.parent,
-        "--output",
+    result = evaluate(
+        artifacts,
         tmp_path / "reports",
-        "--without-torch",
         "--recipes",
         "fp32",
         "int8-static",
         "--onnx",
         tmp_path / "theirs",
-        "--tokens",
-        300,
-        "--rounds",
-        1,
     )
     assert result.status == 0, result.stderr
     rows = rows_of(tmp_path / "reports")
@@ -246,19 +244,11 @@ def test_sessions_do_not_spin(artifacts):
 def test_a_corrupt_foreign_file(artifacts, tmp_path, damage, fragments):
     shutil.copytree(artifacts / "int8-static", tmp_path / "theirs")
     damage(tmp_path / "theirs/model.onnx")
-    result = stage(
-        "eval",
-        "--artifacts",
-        artifacts.parent,
-        "--output",
+    result = evaluate(
+        artifacts,
         tmp_path / "reports",
-        "--without-torch",
         "--onnx",
         tmp_path / "theirs",
-        "--tokens",
-        300,
-        "--rounds",
-        1,
     )
     assert_user_error(result, "theirs", *fragments)
     assert not list(tmp_path.rglob("report.*")) and not list(tmp_path.rglob(".tmp-*"))
@@ -276,19 +266,11 @@ def test_external_data_outside_its_folder(artifacts, tmp_path, location):
     tensor.data_location = onnx.TensorProto.EXTERNAL
     tensor.external_data.add(key="location", value=location)
     (tmp_path / "theirs/model.onnx").write_bytes(proto.SerializeToString())
-    result = stage(
-        "eval",
-        "--artifacts",
-        artifacts.parent,
-        "--output",
+    result = evaluate(
+        artifacts,
         tmp_path / "reports",
-        "--without-torch",
         "--onnx",
         tmp_path / "theirs",
-        "--tokens",
-        300,
-        "--rounds",
-        1,
     )
     assert_user_error(result, "outside its folder")
 
@@ -303,19 +285,11 @@ def test_a_graph_of_another_contract(artifacts, tmp_path):
         ir.Model(ir.Graph([x], node.outputs, nodes=[node], opset_imports={"": 21}, name="g"), ir_version=10),
         tmp_path / "other.onnx",
     )
-    result = stage(
-        "eval",
-        "--artifacts",
-        artifacts.parent,
-        "--output",
+    result = evaluate(
+        artifacts,
         tmp_path / "reports",
-        "--without-torch",
         "--onnx",
         tmp_path / "other.onnx",
-        "--tokens",
-        300,
-        "--rounds",
-        1,
     )
     assert_user_error(result, "other.onnx", "contract")
 
@@ -330,7 +304,7 @@ def test_a_graph_of_another_contract(artifacts, tmp_path):
 )
 def test_bad_options(artifacts, tmp_path, options, fragments):
     assert_user_error(
-        stage("eval", "--artifacts", artifacts.parent, "--output", tmp_path / "reports", "--without-torch", *options),
+        evaluate(artifacts, tmp_path / "reports", *options),
         *fragments,
     )
 
@@ -338,7 +312,5 @@ def test_bad_options(artifacts, tmp_path, options, fragments):
 def test_a_report_folder_that_is_not_ours(artifacts, tmp_path):
     (tmp_path / "es-mini").mkdir()
     (tmp_path / "es-mini/thesis.md").write_text("mine")
-    assert_user_error(
-        stage("eval", "--artifacts", artifacts.parent, "--output", tmp_path, "--without-torch"), "not ours", "REPORTS="
-    )
+    assert_user_error(evaluate(artifacts, tmp_path), "not ours", "REPORTS=")
     assert (tmp_path / "es-mini/thesis.md").read_text() == "mine"

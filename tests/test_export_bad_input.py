@@ -10,20 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
-from conftest import Result, assert_nothing_published, assert_user_error, copy_tokenizer
-from safetensors.torch import load_file, save_file
-
-
-def edit_config(folder: Path, **changes: object) -> None:
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
-def edit_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
-    weights = load_file(folder / "model.safetensors")
-    change(weights)
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+from conftest import Result, assert_nothing_published, assert_user_error, copy_tokenizer, edit_config, edit_weights
 
 
 def test_no_config(folder: Path, refused: Callable[..., str]) -> None:

@@ -17,8 +17,8 @@ from safetensors import safe_open
 
 from core.artifact import Artifact
 from core.errors import UserError
+from core.model_config import max_positions
 from core.runtime import Runtime
-from core.tokenizer import max_positions
 from export.optimum_export import MODEL_TYPES, _legacy_config, _share_weights
 
 PYTHON = ROOT / ".venv-optimum" / "bin" / "python"

@@ -20,6 +20,9 @@ if str(ROOT) not in sys.path:  # `pytest` without `python -m`
 
 from core.artifact import Artifact, open_artifact  # noqa: E402
 
+# A shell that starts tests in the background has them ignore Ctrl-C, and the stages that they start inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 ES_MINI = ROOT / "models" / "es-mini"
 CORPUS = ROOT / "corpus" / "es"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt")

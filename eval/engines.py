@@ -1,6 +1,6 @@
-"""What is measured: an ONNX artifact or a PyTorch model, behind one interface, in a process of its own.
+"""A loaded model that is measured in a process of its own: an ONNX artifact or a PyTorch model, behind one interface.
 
-An engine has `runtime` (forward, extend, empty_past: see core/runtime.py), `load_ns`, and what `Engine` adds.
+Both runtimes have forward, extend and empty_past (core/runtime.py, eval/torch_baseline.py).
 """
 
 from __future__ import annotations

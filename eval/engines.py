@@ -16,8 +16,9 @@ import numpy as np
 from core.runtime import Runtime
 from eval.subject import Subject
 
+# A cache is filled in pieces, so that it takes no more memory than the prefills that are measured.
+FILL_TOKENS = 512
 # Of each shape in each round: one run to warm up, then samples until there are enough, or until the time is up.
-FILL_TOKENS = 512  # at a time, so that filling a cache takes no more memory than a prefill that is measured
 PREFILL_SAMPLES, DECODE_SAMPLES, LEAST_SAMPLES, BUDGET_NS = 5, 20, 2, 1_000_000_000
 
 

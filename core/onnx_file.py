@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -44,12 +45,18 @@ def check(path: Path) -> None:
     load(path)
 
 
+def external_data(
+    proto: onnx.ModelProto,
+) -> Iterator[tuple[onnx.TensorProto, onnx.external_data_helper.ExternalDataInfo]]:
+    """Every tensor that has its data in another file, and where."""
+    for tensor in onnx.external_data_helper._get_all_tensors(proto):
+        if onnx.external_data_helper.uses_external_data(tensor):
+            yield tensor, onnx.external_data_helper.ExternalDataInfo(tensor)
+
+
 def _check_external_data(proto: onnx.ModelProto, path: Path) -> None:
     folder = path.parent.resolve()
-    for tensor in onnx.external_data_helper._get_all_tensors(proto):
-        if not onnx.external_data_helper.uses_external_data(tensor):
-            continue
-        info = onnx.external_data_helper.ExternalDataInfo(tensor)
+    for tensor, info in external_data(proto):
         file = (folder / info.location).resolve()
         if not info.location or folder not in file.parents:
             raise UserError(
@@ -70,7 +77,7 @@ def save(model: ir.Model, folder: Path) -> None:
     """Write `model` as folder/model.onnx, with its weights in model.onnx.data where they exceed 2 GB.
 
     Weights are evaluated and written one at a time: serializing through one protobuf message would hold
-    every weight twice (1.0 GB for GPT-2 small, measured). Only the framing of the three enclosing messages
+    every weight twice (GPT-2 small peaks at 2.3 GB so, and at 0.8 GB here). Only the framing of the three enclosing messages
     is written here, by the protobuf encoding (protobuf.dev/programming-guides/encoding); every message
     inside is the library's.
     """

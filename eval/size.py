@@ -7,18 +7,14 @@ from pathlib import Path
 import onnx
 
 from core.artifact import COMPANIONS
+from core.onnx_file import external_data
 from eval.subject import Subject
 
 
 def inference_files(model: Path) -> list[Path]:
     """All that inference with an ONNX file needs: itself, its external data, configuration and tokenizer."""
     proto = onnx.load(model, load_external_data=False)
-    tensors = onnx.external_data_helper._get_all_tensors(proto)
-    external = {
-        onnx.external_data_helper.ExternalDataInfo(tensor).location
-        for tensor in tensors
-        if onnx.external_data_helper.uses_external_data(tensor)
-    }
+    external = {info.location for _, info in external_data(proto)}
     return [model, *(model.parent / name for name in sorted(external)), *_companions(model.parent)]
 
 

@@ -43,9 +43,8 @@ def _prepare(model: Path, work: Path) -> Path:
     os.chdir(work)  # the tools leave temporary files in the working directory; this process is the recipe's own
     logging.getLogger().setLevel(logging.ERROR)  # the tools log every node that they pass over, as a warning
     config = read_config(model.parent)
-    if (
-        config.get("model_type", "gpt2") == "gpt2"
-    ):  # the optimizer's other model types are not those of optimum's exporter
+    # The optimizer's other model types are not those of optimum's exporter.
+    if config.get("model_type", "gpt2") == "gpt2":
         optimized = optimize_model(
             str(model), "gpt2", num_heads=config["n_head"], hidden_size=config["n_embd"], opt_level=0
         )

@@ -14,7 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-# The CPU build of torch; PyPI's own for x86-64 Linux brings 3 GB of CUDA.
+# The CPU build of torch; PyPI's own for x86-64 Linux brings CUDA.
 CPU_INDEX = os.environ.get("TORCH_INDEX", "https://download.pytorch.org/whl/cpu")
 
 

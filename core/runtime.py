@@ -21,7 +21,7 @@ class Runtime:
 
     def __init__(self, model: Path, threads: int | None = None, outputs: Sequence[str] | None = None) -> None:
         """`outputs` replaces the contract's, for a graph that shows something else of the same model."""
-        self.session = _open(model, threads or default_threads())
+        self.session = open_session(model, threads)
         inputs = {item.name: item.shape for item in self.session.get_inputs()}
         found = {*inputs, *(item.name for item in self.session.get_outputs())}
         self.layers = sum(name.startswith("past_key_values.") for name in inputs) // 2
@@ -90,9 +90,13 @@ class Runtime:
         return values | dict(zip(self._past, past, strict=True))
 
 
-def _open(model: Path, threads: int) -> ort.InferenceSession:
+def open_session(model: Path, threads: int | None = None) -> ort.InferenceSession:
+    """A session over any ONNX file, on `threads` threads (all processors where not given).
+
+    Raises UserError where ONNX Runtime refuses the file.
+    """
     options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
+    options.intra_op_num_threads = threads or default_threads()
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
     # Worker threads that spin on after a run slow every other session down.

@@ -1,0 +1,138 @@
+"""Floating-point weights -> integers: to nearest, or by GPTQ, which lets later weights make good for earlier ones.
+
+A weight is [K, N] here, x [.., K] · W [K, N]: K inputs, N output channels, each of which has scales of its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+# Shares of the full range that are tried as a clipped one, and the exponent of the error that chooses between them:
+# above 2, since the few large weights matter more than their share of the squared error says (GPTQ's own choice).
+CLIPS = np.linspace(1.0, 0.6, 17)
+NORM = 2.4
+# Rows that GPTQ updates one by one before it updates all the rest at once; changes no result.
+_LAZY_ROWS = 128
+# Share of the mean curvature that is added to every one (GPTQ, section 3.3): inputs that hardly occur stay harmless.
+DAMPING = 0.01
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Integers of `bits`; a scale for every `block` inputs of a channel, or one for all where that is None.
+
+    Symmetric ones are signed with zero point 0, of 8 bits −127..127 and below −2^(b−1)..2^(b−1)−1; others are
+    unsigned, 0..2^b−1.
+    """
+
+    bits: int
+    block: int | None = None
+    symmetric: bool = True
+
+    @property
+    def limits(self) -> tuple[int, int]:
+        if not self.symmetric:
+            return 0, 2**self.bits - 1
+        half = 2 ** (self.bits - 1)
+        return (-127 if self.bits == 8 else -half), half - 1
+
+
+@dataclass(frozen=True)
+class IntWeight:
+    """q int8 or uint8 [K, N]; scale float32 [G, N], zero_point like q [G, N] for G = ⌈K / block⌉ groups of inputs."""
+
+    q: np.ndarray
+    scale: np.ndarray
+    zero_point: np.ndarray
+    grid: Grid
+
+    def dequantize(self) -> np.ndarray:
+        """(q − zero point) · scale, float32 [K, N]."""
+        block = self.grid.block or len(self.q)
+        spread = [np.repeat(array, block, axis=0)[: len(self.q)] for array in (self.scale, self.zero_point)]
+        return (self.q.astype(np.float32) - spread[1]) * spread[0]
+
+
+def round_to_nearest(weight: np.ndarray, grid: Grid, clips: np.ndarray = CLIPS) -> IntWeight:
+    """Every weight on its own, float32 [K, N], with the scale that a search of `clips` finds best."""
+    low, high = grid.limits
+    block = grid.block or len(weight)
+    q = np.empty(weight.shape, np.int8 if grid.symmetric else np.uint8)
+    scales, zeros = [], []
+    for start in range(0, len(weight), block):
+        rows = weight[start : start + block]
+        scale, zero = choose_scale(rows, grid, clips)
+        q[start : start + block] = (np.rint(rows / scale) + zero).clip(low, high)
+        scales.append(scale)
+        zeros.append(zero)
+    return IntWeight(q, np.stack(scales).astype(np.float32), np.stack(zeros).astype(q.dtype), grid)
+
+
+def choose_scale(rows: np.ndarray, grid: Grid, clips: np.ndarray = CLIPS) -> tuple[np.ndarray, np.ndarray]:
+    """(scale, zero point) float32 [N] for `rows` [B, N]: the range, clipped where that lowers Σ |error|^2.4.
+
+    A channel of zeros takes the scale 1 and stays exactly zero.
+    """
+    low, high = grid.limits
+    bottom, top = np.minimum(rows.min(axis=0), 0), np.maximum(rows.max(axis=0), 0)
+    best = np.full(rows.shape[1], np.inf)
+    chosen = np.ones(rows.shape[1], np.float32), np.zeros(rows.shape[1], np.float32)
+    for clip in clips:
+        if grid.symmetric:
+            full = np.maximum(top / high, bottom / low)
+        else:
+            full = (top - bottom) / (high - low)
+        scale = np.where(full > 0, full * clip, 1).astype(np.float32)
+        zero = np.zeros_like(scale) if grid.symmetric else np.rint(-bottom * clip / scale).clip(low, high)
+        error = (np.rint(rows / scale) + zero).clip(low, high)
+        error -= zero
+        error *= scale
+        error -= rows
+        loss = (np.abs(error) ** NORM).sum(axis=0) if len(clips) > 1 else np.zeros(rows.shape[1])
+        better = loss < best
+        best[better] = loss[better]
+        for array, value in zip(chosen, (scale, zero), strict=True):
+            array[better] = value[better]
+    return chosen
+
+
+def gptq(weight: np.ndarray, gram: np.ndarray, grid: Grid) -> IntWeight:
+    """Least ‖x·(Ŵ − W)‖² over the inputs that `gram` [K, K] = Σ xᵀx was summed from, greedily, input by input.
+
+    GPTQ, arXiv 2210.17323, algorithm 1: each input's weights are rounded, and the error is spread over those
+    that are not yet rounded along the Cholesky factor of the inverse curvature. With one scale a channel, the
+    inputs that carry the most come first ("act-order" in the authors' code); blocks keep their own order.
+    """
+    low, high = grid.limits
+    inputs, block = len(weight), grid.block or len(weight)
+    curvature = gram.astype(np.float64)
+    diagonal = curvature.diagonal().copy()
+    dead = diagonal <= 0  # an input that never occurs: rounding it to nearest costs nothing
+    order = np.argsort(-diagonal, kind="stable") if grid.block is None else np.arange(inputs)
+    curvature[dead, dead] = diagonal.mean() or 1.0
+    curvature[np.diag_indices(inputs)] += DAMPING * (diagonal.mean() or 1.0)
+    factor = np.linalg.cholesky(np.linalg.inv(curvature[np.ix_(order, order)])).T  # upper: inverse = factorᵀ · factor
+    del curvature
+
+    rest = weight[order].astype(np.float64)
+    q = np.empty(weight.shape, np.int8 if grid.symmetric else np.uint8)
+    scales, zeros = [], []
+    for start in range(0, inputs, _LAZY_ROWS):
+        end = min(start + _LAZY_ROWS, inputs)
+        errors = np.empty((end - start, weight.shape[1]))
+        for row in range(start, end):
+            if row % block == 0:
+                # A block may reach beyond the rows that are up to date: settle what it is owed first.
+                pending = rest[end : row + block] - factor[start:row, end : row + block].T @ errors[: row - start]
+                group = np.concatenate([rest[row : min(end, row + block)], pending])
+                scale, zero = (part.astype(np.float64) for part in choose_scale(group.astype(np.float32), grid))
+                scales.append(scale)
+                zeros.append(zero)
+            rounded = (np.rint(rest[row] / scale) + zero).clip(low, high)
+            q[order[row]] = rounded
+            errors[row - start] = (rest[row] - (rounded - zero) * scale) / factor[row, row]
+            rest[row + 1 : end] -= factor[row, row + 1 : end, None] * errors[row - start]
+        rest[end:] -= factor[start:end, end:].T @ errors
+    return IntWeight(q, np.stack(scales).astype(np.float32), np.stack(zeros).astype(q.dtype), grid)

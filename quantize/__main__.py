@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import shutil
 from pathlib import Path
 
@@ -13,12 +12,22 @@ from core.corpus import Source, add_arguments, load_splits, source_of
 from core.errors import UserError, run
 from core.hub import model_name
 from core.progress import report
-from quantize.recipes import RECIPES, DynamicInt8, OrtDynamic, OrtStatic, Recipe, StaticInt8, calibration_of, get_recipe
+from quantize.recipes import (
+    RECIPES,
+    DynamicInt8,
+    OrtDynamic,
+    OrtStatic,
+    Recipe,
+    StaticInt8,
+    calibration_of,
+    get_recipe,
+    to_json,
+)
 
 # What each recipe runs; the choice between them (quantize.apply) and their values (in the manifest) change no bytes.
 _CODE = {
-    DynamicInt8: ("quantize.dynamic", "core.onnx_file"),
-    StaticInt8: ("quantize.static", "quantize.calibrate", "core.onnx_file"),
+    DynamicInt8: ("quantize.dynamic", "quantize.calibrate"),
+    StaticInt8: ("quantize.static", "quantize.calibrate"),
     OrtDynamic: ("quantize.ort",),
     OrtStatic: ("quantize.ort", "quantize.calibrate"),
 }
@@ -33,7 +42,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=Path("artifacts"), help="folder of the artifacts")
     add_arguments(parser)
     args = parser.parse_args()
-    recipes = {name: get_recipe(name) for name in args.recipes}
+    recipes = dict(map(get_recipe, args.recipes))
     folder = args.output / model_name(args.model)
     if not (folder / "fp32").is_dir():
         raise UserError(f"{folder / 'fp32'}: is not there; run `make export` first")
@@ -49,7 +58,7 @@ def quantize_one(parent: Artifact, target: Path, name: str, recipe: Recipe, sour
     calibration = load_splits(source)[0] if calibration_of(recipe) else None
     inputs = {
         "parent": parent.digest,
-        "recipe": {"type": type(recipe).__name__, **dataclasses.asdict(recipe)},
+        "recipe": to_json(recipe),
         "calibration": calibration.sha256 if calibration else None,
         "code": artifact.code_digest(*_CODE[type(recipe)]),
         "versions": artifact.versions("numpy", "onnx", "onnx-ir", "onnxruntime", "tokenizers"),

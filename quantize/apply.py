@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
 
 from core import artifact, onnx_file
 from core.corpus import Split
 from core.errors import UserError
-from quantize.calibrate import calibration_windows, input_ranges
+from quantize.calibrate import Plan, Site, calibrate, calibration_windows
 from quantize.dynamic import quantize_dynamic
 from quantize.ort import ort_dynamic, ort_static
 from quantize.recipes import DynamicInt8, OrtDynamic, OrtStatic, Recipe, StaticInt8, calibration_of
+from quantize.rounding import Grid
 from quantize.sites import left_in_float
 from quantize.static import quantize_static
 
@@ -31,23 +34,30 @@ def apply(recipe: Recipe, parent: Path, work: Path, split: Split | None) -> dict
         case OrtStatic():
             ort_static(path, work, windows)
             return details
-        case StaticInt8():
-            with artifact.staging(work / "observer") as observer:
-                ranges = input_ranges(path, windows, observer)
-            model = onnx_file.load(path)
-            kept = left_in_float(model.graph)
-            projections, embeddings = quantize_static(model, ranges)
-            details["ranges"] = {
-                projection.name: dataclasses.asdict(ranges[projection.x.name]) for projection in projections
-            }
-        case DynamicInt8():
-            model = onnx_file.load(path)
-            kept = left_in_float(model.graph)
-            projections, embeddings = quantize_dynamic(model)
+    model = onnx_file.load(path)
+    kept = left_in_float(model.graph)
+    sites = decide(model, windows, recipe, work)
+    rewrite = quantize_static if isinstance(recipe, StaticInt8) else quantize_dynamic
+    projections, embeddings = rewrite(model, sites)
     if not projections:
         raise UserError(f"{path}: has no product with a constant weight; nothing was quantized")
     onnx_file.save(model, work)
     return details | {
-        "quantized": {"projections": [p.name for p in projections], "embeddings": [e.name for e in embeddings]},
+        "projections": {name: site.account for name, site in sites.items()},
+        "embeddings": [embedding.name for embedding in embeddings],
         "left_in_float": kept,
     }
+
+
+def decide(model: ir.Model, windows: np.ndarray, recipe: DynamicInt8 | StaticInt8, work: Path) -> dict[str, Site]:
+    """The decision on every projection of `model` by its name; smooths the model in place."""
+    static = isinstance(recipe, StaticInt8)
+    plan = Plan(
+        Grid(8),
+        recipe.rounding,
+        recipe.smoothing,
+        recipe.ranges if static else "row",
+        recipe.float_channels if static else 0,
+    )
+    with artifact.staging(work / "calibration") as folder:
+        return calibrate(model, windows, plan, folder)

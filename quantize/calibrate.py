@@ -1,35 +1,65 @@
-"""Activation statistics over the calibration split, streamed: memory does not grow with the number of tokens."""
+"""Calibration: the model's own text, run block by block, decides how every projection is quantized.
+
+Each block is run on the calibration windows, smoothed by what they showed, and its weights are rounded; a static
+recipe runs it again for the histograms of what smoothing left. Only sums, histograms and a sample are kept.
+"""
 
 from __future__ import annotations
 
-import gc
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
-from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from core import onnx_file
 from core.corpus import Split, full_windows, stream
 from core.errors import UserError
 from core.model_config import max_positions, read_config, start_token
 from core.progress import track
-from core.runtime import Runtime
 from core.tokenizer import encode, load_tokenizer
+from quantize import smooth
+from quantize.activation import ROW_ZERO_POINTS, Activation, PerRow, PerTensor, product_error
+from quantize.blocks import Block, open_block, split
 from quantize.recipes import Calibration
-from quantize.sites import find_projections
+from quantize.rounding import Grid, IntWeight, gptq, round_to_nearest
+from quantize.sites import Projection, find_embeddings
+from quantize.statistics import RANGES, Histogram, Moments
+
+# Shares of the full range that the search for a smoothing looks at; the range itself comes from the histogram.
+_SHARES = (1.0, 0.8, 0.6, 0.4, 0.2)
+# A channel is taken out of the integer product where that lowers its error by a tenth.
+_PAYS = 0.9
 
 
 @dataclass(frozen=True)
-class Range:
-    """Smallest and largest value that an activation took."""
+class Plan:
+    """What to decide: the integers of the weights and how they are rounded, the exponents that smoothing tries
+    (none: no smoothing), how activations get their range ("row", or a name of RANGES; None: they stay as they
+    are), and how many channels a tensor may keep out of the integer product."""
 
-    low: float
-    high: float
+    grid: Grid
+    rounding: str
+    alphas: tuple[float, ...] = ()
+    ranges: str | None = None
+    float_channels: int = 0
 
-    def merge(self, other: Range) -> Range:
-        return Range(min(self.low, other.low), max(self.high, other.high))
+
+@dataclass(frozen=True)
+class Site:
+    """The decision on one projection x [.., K] · W [K, N].
+
+    `weight` has zero rows at `float_channels` int64 [k], whose rows are `float_rows` float32 [k, N]. It is None
+    where a look-up shares the matrix, which is then rounded to nearest for both. `account` is what the manifest
+    tells of it, `histogram` that of a static range.
+    """
+
+    weight: IntWeight | None
+    activation: Activation | None
+    float_channels: np.ndarray
+    float_rows: np.ndarray
+    account: dict = field(default_factory=dict)
+    histogram: Histogram | None = None
 
 
 def calibration_windows(folder: Path, split: Split, calibration: Calibration) -> np.ndarray:
@@ -45,45 +75,200 @@ def calibration_windows(folder: Path, split: Split, calibration: Calibration) ->
     if len(windows) < calibration.minimum:
         raise UserError(
             f"CORPUS=: its calibration split has {len(tokens)} tokens, {len(windows)} windows of {length}; "
-            f"static ranges need at least {calibration.minimum}: give more text"
+            f"calibration needs at least {calibration.minimum}: give more text"
         )
     return windows
 
 
-def input_ranges(model: Path, windows: np.ndarray, work: Path) -> dict[str, Range]:
-    """Range of the input of every projection of `model`, by the name of the value, over windows [n, T].
+def calibrate(model: ir.Model, windows: np.ndarray, plan: Plan, work: Path) -> dict[str, Site]:
+    """A decision for every projection of `model`, by name; smooths the model in place (its function stays).
 
-    The reductions run inside the graph, so that two numbers per tensor leave it. `work` is a folder for a
-    temporary graph.
+    windows int64 [n, T]; `work` is a folder for temporary files.
     """
-    names = _write_observer(model, work)
-    gc.collect()  # a graph is full of cycles, and holds the weights that the session now loads again
-    session = Runtime(work / "model.onnx", outputs=[f"{name}:{end}" for name in names for end in ("low", "high")])
-    ranges: dict[str, Range] = {}
-    for window in track(windows, "calibrate", len(windows)):
-        extremes = session.run(window[None])
-        for name, low, high in zip(names, extremes[::2], extremes[1::2], strict=True):
-            seen = Range(float(low.numpy()), float(high.numpy()))
-            ranges[name] = ranges[name].merge(seen) if name in ranges else seen
-    return ranges
+    tables = {embedding.table for embedding in find_embeddings(model.graph)}
+    groups = smooth.find_groups(model.graph) if plan.alphas else {}
+    before: list[np.ndarray | None] = [None] * len(windows)
+    sites: dict[str, Site] = {}
+    blocks = split(model.graph)
+    for block in track(blocks, "calibrate", len(blocks)):
+        with_gram = plan.rounding == "gptq" and any(p.weight not in tables for p in block.projections)
+        moments, after = _observe(model, block, windows, before, with_gram, work)
+        tensors = [_tensor(name, block, moments[name], groups.get(name), tables, plan) for name in moments]
+        for tensor in tensors:
+            if tensor.group is not None:
+                smooth.apply(model.graph, tensor.group, tensor.smoothing)
+        histograms = _histograms(model, block, windows, before, tensors, work) if _is_static(plan) else {}
+        for tensor in tensors:
+            histogram = histograms.get(tensor.name)
+            for projection in tensor.projections:
+                sites[projection.name] = _site(projection, tensor, histogram, tables, plan)
+        before = after
+    return sites
 
 
-def _write_observer(path: Path, work: Path) -> list[str]:
-    """Write a copy of the graph whose outputs are the extremes of the projections' inputs; returns their names."""
-    model = onnx_file.load(path)
-    graph = model.graph
-    observed = list(dict.fromkeys(projection.x for projection in find_projections(graph)))
-    graph.outputs.clear()
-    for value in observed:
-        for operator, end in (("ReduceMin", "low"), ("ReduceMax", "high")):
-            node = ir.node(operator, [value], {"keepdims": 0})
-            graph.append(node)
-            node.outputs[0].name, node.outputs[0].type, node.outputs[0].shape = (
-                f"{value.name}:{end}",
-                ir.TensorType(ir.DataType.FLOAT),
-                ir.Shape([]),
-            )
-            graph.outputs.append(node.outputs[0])
-    RemoveUnusedNodesPass()(model)
-    onnx_file.save(model, work)
-    return [value.name for value in observed]
+@dataclass(frozen=True)
+class _Tensor:
+    """The input x [.., K] of projections, before it gets its range.
+
+    `moments` and `energy` [K] = Σₙ W² are those after smoothing; `output` is a function from rows of the original
+    x [R, K] to their expected ‖x·W‖² [R]; `keep` bool [K] is what stays in the integer product.
+    """
+
+    name: str
+    projections: tuple[Projection, ...]
+    group: smooth.Group | None
+    smoothing: smooth.Smoothing
+    moments: Moments
+    energy: np.ndarray
+    output: Callable[[np.ndarray], np.ndarray]
+    keep: np.ndarray
+
+
+def _is_static(plan: Plan) -> bool:
+    return plan.ranges in RANGES
+
+
+def _observe(
+    model: ir.Model, block: Block, windows: np.ndarray, before: list, with_gram: bool, work: Path
+) -> tuple[dict[str, Moments], list]:
+    """Moments of the inputs of the block's projections, by name, and what the next block starts from."""
+    names = list(dict.fromkeys(projection.x.name for projection in block.projections))
+    run = open_block(model, block, [*names, *([block.end] if block.end else [])], work)
+    moments: dict[str, Moments] = {}
+    after = []
+    for window, start in zip(windows, before, strict=True):
+        *values, end = [*run(window, start), *([] if block.end else [None])]
+        after.append(end)
+        for name, x in zip(names, values, strict=True):
+            seen = Moments.of(x.reshape(-1, x.shape[-1]), with_gram)
+            moments[name] = moments[name].merge(seen) if name in moments else seen
+    return moments, after
+
+
+def _tensor(
+    name: str, block: Block, moments: Moments, group: smooth.Group | None, tables: set[ir.Value], plan: Plan
+) -> _Tensor:
+    projections = tuple(projection for projection in block.projections if projection.x.name == name)
+    weights = [smooth.matrix(projection) for projection in projections]
+    energy = np.sum([np.einsum("kn,kn->k", weight, weight) for weight in weights], axis=0)
+    tiny = np.finfo(np.float32).tiny
+
+    def output(rows: np.ndarray) -> np.ndarray:
+        return (rows * rows) @ energy + tiny
+
+    count = len(energy)
+    smoothing = smooth.Smoothing(np.ones(count, np.float32), np.zeros(count, np.float32), None)
+    if group is not None:
+        smoothing = _search_smoothing(moments, weights, energy, output(moments.rows), group.shift is not None, plan)
+    moments = moments.transformed(smoothing.scale, smoothing.shift)
+    after = energy * smoothing.scale**2
+    keep = np.ones(count, bool)
+    if plan.float_channels and not any(projection.weight in tables for projection in projections):
+        original = moments.rows * smoothing.scale + smoothing.shift
+        keep = _search_float_channels(moments, after, output(original), plan.float_channels)
+    return _Tensor(name, projections, group, smoothing, moments, after, output, keep)
+
+
+def _search_smoothing(
+    moments: Moments, weights: list[np.ndarray], energy: np.ndarray, output: np.ndarray, may_shift: bool, plan: Plan
+) -> smooth.Smoothing:
+    """The exponent, or none, with the least expected error of activations and weights together."""
+    shift = moments.mean.astype(np.float32) if may_shift else np.zeros(len(energy), np.float32)
+    weight_max = np.max([np.abs(weight).max(axis=1) for weight in weights], axis=0)
+    low, high = moments.low - shift, moments.high - shift
+    options = [(None, np.ones(len(energy), np.float32))]
+    options += [(alpha, smooth.candidate(low, high, weight_max, alpha)) for alpha in plan.alphas]
+
+    def cost(scale: np.ndarray) -> float:
+        rows = (moments.rows - shift) / scale
+        after = energy * scale**2
+        if _is_static(plan):
+            activations = _static_error(rows, low / scale, high / scale, after, output)
+        else:
+            activations = product_error(rows, PerRow().restore(rows), after, output)
+        steps = [np.abs(weight * scale[:, None]).max(axis=0) / 127 for weight in weights]
+        noise = sum(float(step @ step) for step in steps) / 12  # of a rounded weight, its step²/12
+        return activations + float(np.mean((rows * rows).sum(axis=1) * noise / output))
+
+    alpha, scale = min(options, key=lambda option: cost(option[1]))
+    return smooth.Smoothing(scale, shift, alpha)
+
+
+def _static_error(rows: np.ndarray, low: np.ndarray, high: np.ndarray, energy: np.ndarray, output: np.ndarray) -> float:
+    """Least expected error of rows [R, K] whose channels span [low, high] [K], over shares of the full range."""
+    bottom, top = min(float(low.min()), 0.0), max(float(high.max()), 0.0)
+    return min(
+        product_error(rows, PerTensor(bottom * share, top * share).restore(rows), energy, output) for share in _SHARES
+    )
+
+
+def _search_float_channels(moments: Moments, energy: np.ndarray, output: np.ndarray, limit: int) -> np.ndarray:
+    """Which channels stay in the integer product, bool [K]: all but the few largest, where taking them out pays."""
+    order = np.argsort(-np.maximum(moments.high, -moments.low), kind="stable")
+
+    def error(count: int) -> float:
+        kept = np.sort(order[count:])
+        return _static_error(moments.rows[:, kept], moments.low[kept], moments.high[kept], energy[kept], output)
+
+    taken, least = 0, error(0)
+    for count in (2**power for power in range(limit.bit_length())):
+        if (candidate := error(count)) < least * _PAYS ** (count - taken):
+            taken, least = count, candidate
+    keep = np.ones(len(energy), bool)
+    keep[order[:taken]] = False
+    return keep
+
+
+def _histograms(
+    model: ir.Model, block: Block, windows: np.ndarray, before: list, tensors: list[_Tensor], work: Path
+) -> dict[str, Histogram]:
+    """Of every tensor as smoothing left it, without the channels that are taken out; by name."""
+    run = open_block(model, block, [tensor.name for tensor in tensors], work)
+    histograms: dict[str, Histogram] = {}
+    for window, start in zip(windows, before, strict=True):
+        for tensor, value in zip(tensors, run(window, start), strict=True):
+            x = value.reshape(-1, value.shape[-1])
+            low, high = tensor.moments.low[tensor.keep], tensor.moments.high[tensor.keep]
+            original = x * tensor.smoothing.scale + tensor.smoothing.shift
+            weight = tensor.energy[tensor.keep] / tensor.output(original)[:, None]
+            seen = Histogram.of(x[:, tensor.keep], min(float(low.min()), 0.0), max(float(high.max()), 0.0), weight)
+            histograms[tensor.name] = histograms[tensor.name].merge(seen) if tensor.name in histograms else seen
+    return histograms
+
+
+def _site(
+    projection: Projection, tensor: _Tensor, histogram: Histogram | None, tables: set[ir.Value], plan: Plan
+) -> Site:
+    rows, activation = tensor.moments.rows, None
+    output = tensor.output(rows * tensor.smoothing.scale + tensor.smoothing.shift)
+    keep = tensor.keep
+
+    def error(candidate: Activation) -> float:
+        return product_error(rows[:, keep], candidate.restore(rows[:, keep]), tensor.energy[keep], output)
+
+    if histogram is not None:
+        activation = PerTensor(*RANGES[plan.ranges](histogram))
+    elif plan.ranges == "row":
+        activation = min(map(PerRow, ROW_ZERO_POINTS), key=error)
+    weight = smooth.matrix(projection)
+    taken = np.flatnonzero(~keep)
+    rounded = None if projection.weight in tables else _round(weight, tensor.moments.gram, keep, plan)
+    account = {"alpha": tensor.smoothing.alpha} if plan.alphas else {}
+    if activation is not None:
+        account |= asdict(activation) | {"relative_error": error(activation)}
+    if len(taken):
+        account["float_channels"] = taken.tolist()
+    return Site(rounded, activation, taken, np.ascontiguousarray(weight[taken]), account, histogram)
+
+
+def _round(weight: np.ndarray, gram: np.ndarray | None, keep: np.ndarray, plan: Plan) -> IntWeight:
+    part = weight if keep.all() else weight[keep]
+    if plan.rounding == "gptq":
+        rounded = gptq(part, gram if keep.all() else gram[np.ix_(keep, keep)], plan.grid)
+    else:
+        rounded = round_to_nearest(part, plan.grid)
+    if keep.all():
+        return rounded
+    q = np.zeros(weight.shape, rounded.q.dtype)
+    q[keep] = rounded.q
+    return replace(rounded, q=q)

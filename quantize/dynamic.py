@@ -13,34 +13,46 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from quantize.calibrate import Site
 from quantize.rewrite import Weights, clean, constant, quantize_embeddings, replace_node
 from quantize.sites import Embedding, Projection, find_projections
 
-# u8 with zero point 128 rather than s8: the same integers, and the pair that x86 kernels are fast for.
-ZERO_POINT = np.uint8(128)
 # Half precision holds scales × 64: rows from 1.2e-4 to 1.3e5 at their largest have all of its 11 bits.
 SHIFT = np.float32(64)
 SCALE_MIN, SCALE_MAX = np.float32(np.finfo(np.float16).tiny), np.float32(np.finfo(np.float16).max)
 
 
-def quantize_dynamic(model: ir.Model) -> tuple[list[Projection], list[Embedding]]:
-    """Rewrite `model` in place, in standard operators; returns what was quantized."""
+def quantize_dynamic(model: ir.Model, sites: dict[str, Site]) -> tuple[list[Projection], list[Embedding]]:
+    """Rewrite `model` in place, in standard operators; returns what was quantized.
+
+    `sites` holds the decision on every projection by its name, with `PerRow` activations; where there is none
+    its weight is rounded to nearest, and the zero point is 128.
+    """
     graph, weights = model.graph, Weights(model.graph)
-    embeddings = quantize_embeddings(graph, weights)
     projections = find_projections(graph)
     for projection in projections:
-        _rewrite(graph, weights, projection)
+        site = sites.get(projection.name)
+        if site is not None and site.weight is not None:
+            weights.put(projection, site.weight)
+    embeddings = quantize_embeddings(graph, weights)
+    for projection in projections:
+        site = sites.get(projection.name)
+        _rewrite(graph, weights, projection, site.activation.zero_point if site else 128)
     clean(model)
     return projections, embeddings
 
 
-def _rewrite(graph: ir.Graph, weights: Weights, projection: Projection) -> None:
-    """x [.., K] · W [K, N]  ->  (u8(x / s) − 128) · s8(W) · s · scale(W), with s ≈ max|x| / 127 per row."""
+def _rewrite(graph: ir.Graph, weights: Weights, projection: Projection, zero: int) -> None:
+    """x [.., K] · W [K, N]  ->  (u8(x / s) − zero) · s8(W) · s · scale(W), s per row such that all of it fits."""
     tape = ir.tape.Tape()
     x = projection.node.inputs[0]  # which an earlier rewrite may have replaced
-    zero_point = constant(graph, "u8_zero_point", ZERO_POINT)
-    largest = tape.op("ReduceMax", [tape.op("Abs", [x]), constant(graph, "axis_last", np.array([-1], np.int64))])
-    scale = tape.op("Mul", [largest, constant(graph, "shift_over_127", SHIFT / np.float32(127))])
+    zero_point = constant(graph, f"zero_point_{zero}", np.uint8(zero))
+    last = constant(graph, "axis_last", np.array([-1], np.int64))
+    if zero == 128:
+        scale = _times(graph, tape, tape.op("ReduceMax", [tape.op("Abs", [x]), last]), 127)
+    else:
+        above = _times(graph, tape, tape.op("ReduceMax", [x, last]), 255 - zero)
+        scale = tape.op("Max", [above, _times(graph, tape, tape.op("ReduceMin", [x, last]), -zero)])
     # A row of zeros has no scale; any positive one keeps it zero. The ends are those of half precision.
     scale = tape.op(
         "Clip", [scale, constant(graph, "scale_min", SCALE_MIN), constant(graph, "scale_max", SCALE_MAX)]
@@ -57,3 +69,8 @@ def _rewrite(graph: ir.Graph, weights: Weights, projection: Projection) -> None:
     if projection.bias is not None:
         result = tape.op("Add", [result, projection.bias])
     replace_node(graph, projection.node, tape, result)
+
+
+def _times(graph: ir.Graph, tape: ir.tape.Tape, extreme: ir.Value, levels: int) -> ir.Value:
+    """SHIFT · extreme / levels: the scale at which `extreme` takes all of them."""
+    return tape.op("Mul", [extreme, constant(graph, f"shift_over_{levels}", SHIFT / np.float32(levels))])

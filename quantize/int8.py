@@ -24,10 +24,3 @@ def quantize_weight(weight: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarr
         rows = slice(start, start + _ROWS)
         quantized[rows] = np.rint(weight[rows] / (divisor[rows] if axis == 0 else divisor)).clip(-127, 127)
     return quantized, scale
-
-
-def activation_parameters(low: float, high: float) -> tuple[np.float32, np.uint8]:
-    """Scale and zero point that map [low, high], widened to include 0 exactly, to u8 0..255."""
-    low, high = min(low, 0.0), max(high, 0.0)
-    scale = np.float32((high - low) / 255) or np.float32(1)
-    return scale, np.uint8(np.clip(round(-low / float(scale)), 0, 255))

@@ -1,10 +1,21 @@
-"""Recipes as data: what is quantized, how, and from which calibration."""
+"""Recipes as data: what is quantized, how, and from which calibration. The manifest holds a recipe as it was used."""
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import types
+import typing
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
 
 from core.errors import UserError
+
+Rounding = Literal["gptq", "nearest"]
+Ranges = Literal["min-max", "percentile", "entropy", "mse"]
+# SmoothQuant's exponents that are tried for each tensor; no exponent, no smoothing.
+ALPHAS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 
 @dataclass(frozen=True)
@@ -20,11 +31,22 @@ class Calibration:
 class DynamicInt8:
     """Weights s8 per channel; activations u8 with a scale per row, computed as they come."""
 
+    rounding: Rounding = "gptq"
+    smoothing: tuple[float, ...] = ALPHAS
+    calibration: Calibration = Calibration()
+
 
 @dataclass(frozen=True)
 class StaticInt8:
-    """Weights s8 per channel; activations u8 per tensor, with ranges from a calibration."""
+    """Weights s8 per channel; activations u8 per tensor, with ranges from a calibration.
 
+    Up to `float_channels` input channels of a tensor are left out of its integer product where that pays.
+    """
+
+    rounding: Rounding = "gptq"
+    smoothing: tuple[float, ...] = ALPHAS
+    ranges: Ranges = "mse"
+    float_channels: int = 16
     calibration: Calibration = Calibration()
 
 
@@ -50,11 +72,65 @@ RECIPES: dict[str, Recipe] = {
 }
 
 
-def get_recipe(name: str) -> Recipe:
-    """The recipe of that name. Raises UserError where there is none."""
-    if name not in RECIPES:
-        raise UserError(f"RECIPES={name}: is no recipe; choose from {', '.join(RECIPES)}")
-    return RECIPES[name]
+def get_recipe(name: str) -> tuple[str, Recipe]:
+    """(name, recipe) of a name in RECIPES, or of a .json file: a recipe, or the manifest of an artifact.
+
+    Raises UserError where there is none, or where the file is no recipe.
+    """
+    if name in RECIPES:
+        return name, RECIPES[name]
+    path = Path(name)
+    if path.suffix != ".json":
+        raise UserError(f"RECIPES={name}: is no recipe; choose from {', '.join(RECIPES)}, or give a .json file of one")
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        if "recipe" in fields:
+            return str(fields["name"]), from_json(fields["recipe"])
+        return path.stem, from_json(fields)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"RECIPES={name}: is no recipe ({error}); start from `python -m quantize recipes --json int8-static`"
+        ) from None
+
+
+def to_json(recipe: Recipe) -> dict:
+    """`recipe` as JSON's own types, its class in "type"."""
+    return {"type": type(recipe).__name__} | json.loads(json.dumps(dataclasses.asdict(recipe)))
+
+
+def from_json(fields: dict) -> Recipe:
+    """The recipe that `to_json` made `fields` of. Raises ValueError where a field is unknown or of another type."""
+    kinds = {kind.__name__: kind for kind in typing.get_args(Recipe)}
+    if not isinstance(fields, dict) or fields.get("type") not in kinds:
+        raise ValueError(f'"type" must be one of {", ".join(kinds)}')
+    return _read(kinds[fields["type"]], {key: value for key, value in fields.items() if key != "type"}, "recipe")
+
+
+def _read(kind: type, value: object, place: str) -> typing.Any:
+    """`value` of JSON as a `kind`: a dataclass, a choice, a tuple, a number or None."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if dataclasses.is_dataclass(kind):
+        hints = typing.get_type_hints(kind)
+        if not isinstance(value, dict) or (unknown := sorted(value.keys() - hints.keys())):
+            raise ValueError(
+                f"{place} has no {', '.join(unknown)}" if isinstance(value, dict) else f"{place} is no object"
+            )
+        return kind(**{key: _read(hints[key], item, key) for key, item in value.items()})
+    if origin is types.UnionType:
+        options = [option for option in arguments if option is not types.NoneType]
+        return None if value is None and len(options) < len(arguments) else _read(options[0], value, place)
+    if origin is Literal:
+        if value not in arguments:
+            raise ValueError(f"{place} is {value!r}; choose from {', '.join(map(str, arguments))}")
+        return value
+    if origin is tuple:
+        if not isinstance(value, list):
+            raise ValueError(f"{place} is no list")
+        return tuple(_read(arguments[0], item, place) for item in value)
+    accepted = (int, float) if kind is float else kind
+    if not isinstance(value, accepted) or isinstance(value, bool) != (kind is bool):
+        raise ValueError(f"{place} is {value!r}, not {kind.__name__}")
+    return value
 
 
 def calibration_of(recipe: Recipe) -> Calibration | None:

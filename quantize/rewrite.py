@@ -1,4 +1,4 @@
-"""The parts of a rewrite that both int8 recipes share: weights stored once, embeddings, and replacing a node."""
+"""What both int8 rewrites share: weights stored once, embeddings, and replacing a node."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import NameFixPass, RemoveUnusedNodesPass
 
 from quantize.int8 import quantize_weight
+from quantize.rounding import IntWeight
 from quantize.sites import Embedding, Projection, find_embeddings
 
 
@@ -21,13 +22,21 @@ class Weights:
         """(int8 matrix, as it was stored; float32 scales [channels]) of `weight`, a scale per index of `axis`."""
         key = (weight.name, axis)
         if key not in self._stored:
-            quantized, scale = quantize_weight(weight.const_value.numpy(), axis)
-            suffix = "" if not any(name == weight.name for name, _ in self._stored) else f"_{axis}"
-            self._stored[key] = (
-                constant(self._graph, f"{weight.name}_int8{suffix}", quantized),
-                constant(self._graph, f"{weight.name}_scale{suffix}", scale),
-            )
+            self._store(weight, axis, *quantize_weight(weight.const_value.numpy(), axis))
         return self._stored[key]
+
+    def put(self, projection: Projection, weight: IntWeight) -> None:
+        """Use `weight`, symmetric with one scale a channel, where the projection's matrix is asked for."""
+        axis = projection.channel_axis
+        q = np.ascontiguousarray(weight.q if axis == 1 else weight.q.T)
+        self._store(projection.weight, axis, q, weight.scale[0])
+
+    def _store(self, weight: ir.Value, axis: int, quantized: np.ndarray, scale: np.ndarray) -> None:
+        suffix = "" if not any(name == weight.name for name, _ in self._stored) else f"_{axis}"
+        self._stored[weight.name, axis] = (
+            constant(self._graph, f"{weight.name}_int8{suffix}", quantized),
+            constant(self._graph, f"{weight.name}_scale{suffix}", scale),
+        )
 
     def get_columns(self, tape: ir.tape.Tape, projection: Projection) -> tuple[ir.Value, ir.Value]:
         """(int8 matrix [K, N], scales [N]); a matrix stored as [N, K] is turned by a Transpose, folded at load."""
@@ -59,9 +68,12 @@ def replace_node(graph: ir.Graph, node: ir.Node, tape: ir.tape.Tape, result: ir.
         new.name = f"{node.name}.{new.op_type}" if node.name else None
 
 
-def quantize_embeddings(graph: ir.Graph, weights: Weights) -> list[Embedding]:
-    """Look up int8 rows and their scales instead of floating-point rows: Gather -> Cast -> Mul."""
-    embeddings = find_embeddings(graph)
+def quantize_embeddings(graph: ir.Graph, weights: Weights, kept: set[ir.Value] = frozenset()) -> list[Embedding]:
+    """Look up int8 rows and their scales instead of floating-point rows: Gather -> Cast -> Mul.
+
+    Tables in `kept` stay as they are: a projection reads them in floating point.
+    """
+    embeddings = [embedding for embedding in find_embeddings(graph) if embedding.table not in kept]
     last = constant(graph, "axis_last", np.array([-1], np.int64))
     for embedding in embeddings:
         tape = ir.tape.Tape()

@@ -15,6 +15,8 @@ CLIPS = np.linspace(1.0, 0.6, 17)
 NORM = 2.4
 # Rows that GPTQ updates one by one before it updates all the rest at once; changes no result.
 _LAZY_ROWS = 128
+# Channels at a time: each is on its own, and a vocabulary of them in double precision would be large.
+_COLUMNS = 8192
 # Share of the mean curvature that is added to every one (GPTQ, section 3.3): inputs that hardly occur stay harmless.
 DAMPING = 0.01
 
@@ -90,7 +92,7 @@ def choose_scale(rows: np.ndarray, grid: Grid, clips: np.ndarray = CLIPS) -> tup
         error -= zero
         error *= scale
         error -= rows
-        loss = (np.abs(error) ** NORM).sum(axis=0) if len(clips) > 1 else np.zeros(rows.shape[1])
+        loss = (np.abs(error) ** NORM).sum(axis=0)
         better = loss < best
         best[better] = loss[better]
         for array, value in zip(chosen, (scale, zero), strict=True):
@@ -105,34 +107,46 @@ def gptq(weight: np.ndarray, gram: np.ndarray, grid: Grid) -> IntWeight:
     that are not yet rounded along the Cholesky factor of the inverse curvature. With one scale a channel, the
     inputs that carry the most come first ("act-order" in the authors' code); blocks keep their own order.
     """
-    low, high = grid.limits
-    inputs, block = len(weight), grid.block or len(weight)
+    inputs = len(weight)
     curvature = gram.astype(np.float64)
     diagonal = curvature.diagonal().copy()
+    mean = diagonal.mean() or 1.0
     dead = diagonal <= 0  # an input that never occurs: rounding it to nearest costs nothing
+    curvature[dead, dead] = mean
+    curvature[np.diag_indices(inputs)] += DAMPING * mean
     order = np.argsort(-diagonal, kind="stable") if grid.block is None else np.arange(inputs)
-    curvature[dead, dead] = diagonal.mean() or 1.0
-    curvature[np.diag_indices(inputs)] += DAMPING * (diagonal.mean() or 1.0)
     factor = np.linalg.cholesky(np.linalg.inv(curvature[np.ix_(order, order)])).T  # upper: inverse = factorᵀ · factor
     del curvature
+    parts = [
+        _gptq_columns(weight[order, start : start + _COLUMNS].astype(np.float64), factor, grid)
+        for start in range(0, weight.shape[1], _COLUMNS)
+    ]
+    q, scale, zero = (np.concatenate(arrays, axis=1) for arrays in zip(*parts, strict=True))
+    back = np.empty_like(order)
+    back[order] = np.arange(inputs)
+    return IntWeight(q[back], scale.astype(np.float32), zero.astype(q.dtype), grid)
 
-    rest = weight[order].astype(np.float64)
-    q = np.empty(weight.shape, np.int8 if grid.symmetric else np.uint8)
+
+def _gptq_columns(rest: np.ndarray, factor: np.ndarray, grid: Grid) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(q [K, N], scales [G, N], zero points [G, N]) of weights `rest` float64 [K, N], which is used up."""
+    low, high = grid.limits
+    inputs, channels = rest.shape
+    block = grid.block or inputs
+    q = np.empty(rest.shape, np.int8 if grid.symmetric else np.uint8)
     scales, zeros = [], []
     for start in range(0, inputs, _LAZY_ROWS):
         end = min(start + _LAZY_ROWS, inputs)
-        errors = np.empty((end - start, weight.shape[1]))
+        errors = np.empty((end - start, channels))
         for row in range(start, end):
             if row % block == 0:
                 # A block may reach beyond the rows that are up to date: settle what it is owed first.
                 pending = rest[end : row + block] - factor[start:row, end : row + block].T @ errors[: row - start]
                 group = np.concatenate([rest[row : min(end, row + block)], pending])
-                scale, zero = (part.astype(np.float64) for part in choose_scale(group.astype(np.float32), grid))
+                scale, zero = choose_scale(group, grid)
                 scales.append(scale)
                 zeros.append(zero)
-            rounded = (np.rint(rest[row] / scale) + zero).clip(low, high)
-            q[order[row]] = rounded
+            q[row] = rounded = (np.rint(rest[row] / scale) + zero).clip(low, high)
             errors[row - start] = (rest[row] - (rounded - zero) * scale) / factor[row, row]
             rest[row + 1 : end] -= factor[row, row + 1 : end, None] * errors[row - start]
         rest[end:] -= factor[start:end, end:].T @ errors
-    return IntWeight(q, np.stack(scales).astype(np.float32), np.stack(zeros).astype(q.dtype), grid)
+    return q, np.stack(scales), np.stack(zeros)

@@ -1,35 +1,47 @@
-"""Static int8 as QDQ: the range of every activation is fixed from the calibration split."""
+"""Static int8 as QDQ: the range of every activation is fixed from the calibration split.
+
+A range over a massive activation would leave the others a handful of steps. The few input channels that carry
+such ones are taken out of the integer product, and their share is added in floating point.
+"""
 
 from __future__ import annotations
 
 import numpy as np
 import onnx_ir as ir
 
-from quantize.calibrate import Range
-from quantize.int8 import activation_parameters
+from quantize.calibrate import Site
 from quantize.rewrite import Weights, clean, constant, quantize_embeddings, replace_node
 from quantize.sites import Embedding, Projection, find_projections
 
 
-def quantize_static(model: ir.Model, ranges: dict[str, Range]) -> tuple[list[Projection], list[Embedding]]:
+def quantize_static(model: ir.Model, sites: dict[str, Site]) -> tuple[list[Projection], list[Embedding]]:
     """Rewrite `model` in place, in standard operators; returns what was quantized.
 
-    `ranges` holds the range of the input of every projection by the name of its value.
+    `sites` holds the decision on projections by their name, with `PerTensor` activations; a projection without
+    one stays in floating point, and so does a look-up that shares its table.
     """
     graph, weights = model.graph, Weights(model.graph)
-    embeddings = quantize_embeddings(graph, weights)
-    projections = find_projections(graph)
+    everything = find_projections(graph)
+    projections = [projection for projection in everything if projection.name in sites]
     for projection in projections:
-        _rewrite(graph, weights, projection, ranges[projection.x.name])
+        if sites[projection.name].weight is not None:
+            weights.put(projection, sites[projection.name].weight)
+    kept = {projection.weight for projection in everything if projection.name not in sites}
+    embeddings = quantize_embeddings(graph, weights, kept)
+    for projection in projections:
+        _rewrite(graph, weights, projection, sites[projection.name])
     clean(model)
     return projections, embeddings
 
 
-def _rewrite(graph: ir.Graph, weights: Weights, projection: Projection, measured: Range) -> None:
-    """x [.., K] · W [K, N]  ->  DQ(Q(x)) · DQ(s8(W)), which runtimes turn into one integer product."""
+def _rewrite(graph: ir.Graph, weights: Weights, projection: Projection, site: Site) -> None:
+    """x [.., K] · W [K, N]  ->  DQ(Q(x)) · DQ(s8(W)), which runtimes turn into one integer product.
+
+    Channels that are taken out are rows of zeros in s8(W), so that it does not matter how Q clips them.
+    """
     tape = ir.tape.Tape()
     x = projection.node.inputs[0]  # which an earlier rewrite may have replaced
-    scale, zero_point = activation_parameters(measured.low, measured.high)
+    scale, zero_point = site.activation.parameters
     parameters = [
         constant(graph, f"{x.name}_scale", scale),
         constant(graph, f"{x.name}_zero_point", zero_point),
@@ -42,4 +54,11 @@ def _rewrite(graph: ir.Graph, weights: Weights, projection: Projection, measured
     )  # [.., N]
     if projection.bias is not None:
         result = tape.op("Add", [result, projection.bias])
+    if len(site.float_channels):
+        name = projection.weight.name
+        channels = constant(graph, f"{name}_float_channels", site.float_channels.astype(np.int64))
+        picked = tape.op("Gather", [x, channels], {"axis": -1})  # [.., k]
+        result = tape.op(
+            "Add", [result, tape.op("MatMul", [picked, constant(graph, f"{name}_float_rows", site.float_rows)])]
+        )
     replace_node(graph, projection.node, tape, result)

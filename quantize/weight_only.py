@@ -1,0 +1,227 @@
+"""Weights in integers of 8 or 4 bits with a scale for every block of inputs; activations stay in floating point.
+
+A weight is [K, N] here, x [.., K] · W [K, N], as in rounding.py: G = ⌈K / block⌉ blocks run along the inputs K, and
+the last one is shorter where `block` does not divide K. A table [V, D] is the weight with K = D and N = V.
+
+Two forms of the same integers, each with a table that look-up and head share stored once:
+
+`portable`, standard operators (DequantizeLinear of opset 21). A matrix keeps the orientation in which it was stored:
+    [K, N]                  scale, zero point [G, N], or [N] without blocks
+    [N, K], every table     scale, zero point [N, G], or [N] without blocks
+  in int8 / int4 where the grid is symmetric (no zero point), in uint8 / uint4 where it is not. ONNX Runtime fuses
+  DequantizeLinear into the product at load (MatMulNBits) where the integers are [K, N] and the blocks, a power of two
+  from 16 on, lie on axis 0; constants are turned before that, so the Transpose stands in front of DequantizeLinear.
+  Other blocks are computed just as correctly, with a dequantized matrix at every run.
+
+`ort`, com.microsoft (ONNX Runtime's docs/ContribOperators.md), K padded to G · block with zeros:
+    weight      uint8 [N, G, block · bits / 8]    MatMulNBits; as [N, G · block · bits / 8] GatherBlockQuantized
+    scale       float32 [N, G]
+    zero point  uint8 [N, ⌈G · bits / 8⌉], left out where it is 2^(bits−1), which is what a symmetric grid becomes
+  Two 4-bit numbers share a byte, the first in the lower half, as in ONNX's own int4.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import onnx_ir as ir
+
+from core.errors import UserError
+from quantize.rewrite import clean, constant, replace_node
+from quantize.rounding import IntWeight
+from quantize.sites import Embedding, Projection, find_embeddings, find_projections
+
+Target = Literal["portable", "ort"]
+_ORT = "com.microsoft"
+# MatMulNBits' accuracy_level: activations may become int8 with a scale a block, which is its fast path.
+_INT8_COMPUTE = 4
+# Blocks and 4-bit integers exist in the standard from this opset on.
+_PORTABLE_OPSET = 21
+_TYPES = {
+    (8, True): ir.DataType.INT8,
+    (8, False): ir.DataType.UINT8,
+    (4, True): ir.DataType.INT4,
+    (4, False): ir.DataType.UINT4,
+}
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """An IntWeight in the graph. `parts` are the integers, the scale and, where there is one, the zero point."""
+
+    weight: IntWeight
+    channel_axis: int
+    parts: list[ir.Value]
+
+    @property
+    def inputs(self) -> int:
+        return self.weight.q.shape[0]
+
+    @property
+    def channels(self) -> int:
+        return self.weight.q.shape[1]
+
+
+def quantize_weights(
+    model: ir.Model, weights: dict[str, IntWeight], target: Target
+) -> tuple[list[Projection], list[Embedding]]:
+    """Rewrite `model` in place, every product with and look-up in one of `weights`; returns what was rewritten.
+
+    `weights` holds matrices [K, N] by the name of the initializer that each replaces; others stay as they are.
+    Raises UserError where `target` has no form for a grid, or the opset of `model` is below 21 for `portable`.
+    """
+    graph = model.graph
+    projections = [projection for projection in find_projections(graph) if projection.weight.name in weights]
+    embeddings = [embedding for embedding in find_embeddings(graph) if embedding.table.name in weights]
+    axes: dict[str, set[int]] = {}
+    for projection in projections:
+        axes.setdefault(projection.weight.name, set()).add(projection.channel_axis)
+    for embedding in embeddings:
+        axes.setdefault(embedding.table.name, set()).add(0)
+    if target == "portable" and axes and graph.opset_imports[""] < _PORTABLE_OPSET:
+        raise UserError(
+            f"opset {graph.opset_imports['']} has no blocks and no 4-bit integers; export with OPSET={_PORTABLE_OPSET}"
+        )
+
+    store, multiply, look_up = _FORMS[target]
+    stored = {}
+    for name, used in axes.items():
+        if len(used) > 1:
+            raise UserError(f"{name}: is multiplied both as it is and turned; leave it out of the weights to quantize")
+        stored[name] = store(graph, name, weights[name], used.pop())
+    for embedding in embeddings:
+        tape, ids = ir.tape.Tape(), embedding.node.inputs[1]
+        replace_node(graph, embedding.node, tape, look_up(graph, tape, stored[embedding.table.name], ids))
+    for projection in projections:
+        tape, x = ir.tape.Tape(), projection.node.inputs[0]  # which an earlier rewrite may have replaced
+        result = multiply(tape, stored[projection.weight.name], x, projection.bias)
+        replace_node(graph, projection.node, tape, result)
+    if target == "ort" and stored:
+        graph.opset_imports[_ORT] = 1
+    clean(model)
+    return projections, embeddings
+
+
+def _scale(weight: IntWeight) -> np.ndarray:
+    """float32 [G, N], 0 for a block of zeros: int8 kernels take the zero point off after the sum, which rounds."""
+    block = weight.grid.block or len(weight.q)
+    starts = np.arange(0, len(weight.q), block)
+    spread = np.repeat(weight.zero_point, block, axis=0)[: len(weight.q)]
+    return np.where(np.logical_or.reduceat(weight.q != spread, starts), weight.scale, np.float32(0))
+
+
+def _store_portable(graph: ir.Graph, name: str, weight: IntWeight, channel_axis: int) -> _Stored:
+    grid = weight.grid
+    integer = _TYPES[grid.bits, grid.symmetric].numpy()
+    scale, zero_point = _scale(weight), weight.zero_point
+    if grid.block is None:
+        scale, zero_point = scale[0], zero_point[0]
+    arrays = {f"int{grid.bits}": weight.q.astype(integer), "scale": scale}
+    if not grid.symmetric:
+        arrays["zero_point"] = zero_point.astype(integer)
+    parts = [
+        constant(graph, f"{name}_{suffix}", np.ascontiguousarray(array.T if channel_axis == 0 else array))
+        for suffix, array in arrays.items()
+    ]
+    return _Stored(weight, channel_axis, parts)
+
+
+def _multiply_portable(tape: ir.tape.Tape, stored: _Stored, x: ir.Value, bias: ir.Value | None) -> ir.Value:
+    """x [.., K] · DequantizeLinear(W) [K, N] + bias."""
+    parts, block = stored.parts, stored.weight.grid.block
+    if stored.channel_axis == 0:
+        parts = [_transpose(tape, part) for part in parts]
+    attributes = {"axis": 1} if block is None else {"axis": 0, "block_size": block}
+    result = tape.op("MatMul", [x, tape.op("DequantizeLinear", parts, attributes)])  # [.., N]
+    return result if bias is None else tape.op("Add", [result, bias])
+
+
+def _transpose(tape: ir.tape.Tape, part: ir.Value) -> ir.Value:
+    """[K, N] of [N, K]; one scale a channel [N] has no other side."""
+    return part if len(part.shape) == 1 else tape.op("Transpose", [part], {"perm": [1, 0]})
+
+
+def _look_up_portable(graph: ir.Graph, tape: ir.tape.Tape, stored: _Stored, ids: ir.Value) -> ir.Value:
+    """Rows ids [..] of the table and their scales, dequantized: float32 [.., D]."""
+    grid = stored.weight.grid
+    rows = []
+    for part in stored.parts:
+        source = part
+        if part.dtype.bitwidth == 4:
+            # Gather knows no 4-bit integers. ONNX Runtime does this Cast once, at load: a byte a weight in memory.
+            source = tape.op("Cast", [part], {"to": _TYPES[8, grid.symmetric]})
+        if len(part.shape) == 1:
+            # In front of Gather, so that it folds to a tensor of its own: ONNX Runtime does not fuse a product
+            # whose scale something else reads.
+            source = tape.op("Unsqueeze", [source, _vector(graph, "axis_last", -1)])
+        rows.append(tape.op("Gather", [source, ids]))
+    # The scales are looked up as well, so these are blocks of the last axis even where a row has a single one.
+    return tape.op("DequantizeLinear", rows, {"axis": -1, "block_size": grid.block or stored.inputs})
+
+
+def _store_ort(graph: ir.Graph, name: str, weight: IntWeight, channel_axis: int) -> _Stored:
+    grid, (inputs, channels) = weight.grid, weight.q.shape
+    if grid.block is None or grid.block < 16 or grid.block & (grid.block - 1):
+        kind = "no blocks" if grid.block is None else f"blocks of {grid.block}"
+        raise UserError(
+            f"{name}: {kind} with target ort; MatMulNBits needs blocks of a power of two from 16 on, or take target portable"
+        )
+    shift = 2 ** (grid.bits - 1) if grid.symmetric else 0
+    blocks = -(-inputs // grid.block)
+    q = np.zeros((channels, blocks * grid.block), np.uint8)
+    q[:, :inputs] = weight.q.T.astype(np.int16) + shift
+    packed = _pack(q, grid.bits).reshape(channels, blocks, -1)
+    arrays = {f"int{grid.bits}": packed, "scale": np.ascontiguousarray(_scale(weight).T)}
+    if not grid.symmetric:
+        arrays["zero_point"] = _pack(weight.zero_point.T, grid.bits)
+    parts = [constant(graph, f"{name}_{suffix}", array) for suffix, array in arrays.items()]
+    return _Stored(weight, channel_axis, parts)
+
+
+def _pack(values: np.ndarray, bits: int) -> np.ndarray:
+    """uint8 [N, n] below 2^bits -> uint8 [N, ⌈n · bits / 8⌉], the first of two in the lower half of a byte."""
+    if bits == 8:
+        return np.ascontiguousarray(values)
+    packed = values[:, ::2].copy()
+    packed[:, : values.shape[1] // 2] |= values[:, 1::2] << 4
+    return packed
+
+
+def _multiply_ort(tape: ir.tape.Tape, stored: _Stored, x: ir.Value, bias: ir.Value | None) -> ir.Value:
+    """MatMulNBits(x [.., K], W, scale, zero point, -, bias) [.., N]; ONNX Runtime draws an Add behind it in at load."""
+    grid = stored.weight.grid
+    inputs = [x, *stored.parts]
+    if bias is not None:
+        inputs += [None] * (5 - len(inputs)) + [bias]
+    sizes = {"K": stored.inputs, "N": stored.channels, "bits": grid.bits, "block_size": grid.block}
+    return tape.op("MatMulNBits", inputs, sizes | {"accuracy_level": _INT8_COMPUTE}, domain=_ORT)
+
+
+def _look_up_ort(graph: ir.Graph, tape: ir.tape.Tape, stored: _Stored, ids: ir.Value) -> ir.Value:
+    """GatherBlockQuantized of rows ids [..]: float32 [.., D], without the padding of the last block."""
+    grid = stored.weight.grid
+    table, scale, *zero_point = stored.parts
+    rows_of_bytes = tape.op("Reshape", [table, _vector(graph, f"shape_{stored.channels}_rows", stored.channels, -1)])
+    inputs = [rows_of_bytes, ids, scale, *zero_point]
+    attributes = {"bits": grid.bits, "block_size": grid.block, "gather_axis": 0, "quantize_axis": 1}
+    rows = tape.op("GatherBlockQuantized", inputs, attributes, domain=_ORT)
+    if stored.inputs % grid.block == 0:
+        return rows
+    start, end, axis = (
+        _vector(graph, name, value)
+        for name, value in (("slice_start", 0), (f"slice_end_{stored.inputs}", stored.inputs), ("axis_last", -1))
+    )
+    return tape.op("Slice", [rows, start, end, axis])
+
+
+def _vector(graph: ir.Graph, name: str, *values: int) -> ir.Value:
+    return constant(graph, name, np.array(values, np.int64))
+
+
+# How a matrix is stored, multiplied with, and looked up in.
+_FORMS = {
+    "portable": (_store_portable, _multiply_portable, _look_up_portable),
+    "ort": (_store_ort, _multiply_ort, _look_up_ort),
+}

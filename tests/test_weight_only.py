@@ -1,0 +1,317 @@
+"""Weights in 8 and 4 bits, and in 16: what ONNX Runtime computes of them, against the same numbers in fp32."""
+
+from collections import Counter
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+from conftest import CORPUS
+
+from core import onnx_file
+from core.corpus import Source, full_windows, load_splits, stream
+from core.errors import UserError
+from core.tokenizer import encode, load_tokenizer
+from quantize.half import store_half
+from quantize.rounding import Grid, round_to_nearest
+from quantize.sites import find_embeddings, find_projections
+from quantize.weight_only import quantize_weights
+
+PROJECTIONS, EMBEDDINGS = 25, 2
+GRIDS = [
+    Grid(8),
+    Grid(8, 32),
+    Grid(8, 128, symmetric=False),
+    Grid(4, None, symmetric=False),
+    Grid(4, 32),
+    Grid(4, 128, symmetric=False),
+]
+# MatMulNBits computes with int8 activations by default, and in fp32 at level 0.
+EXACT = {"session.qdq_matmulnbits_accuracy_level": "0"}
+
+
+@pytest.fixture(scope="module")
+def fp32(es_mini_fp32):
+    return es_mini_fp32.path / "model.onnx"
+
+
+@pytest.fixture(scope="module")
+def windows(es_mini_fp32):
+    """Token windows [2, 48] of the test split."""
+    tokenizer = load_tokenizer(es_mini_fp32.path)
+    return full_windows(stream(encode(tokenizer, load_splits(Source(str(CORPUS)))[1].documents[:1]), 0), 48)[:2]
+
+
+@pytest.fixture(scope="module")
+def case(fp32, windows, tmp_path_factory):
+    """`case(grid)`: es-mini's weights on that grid, and the logits of the fp32 graph over their values."""
+    made = {}
+
+    def get(grid):
+        if grid not in made:
+            model = onnx_file.load(fp32)
+            weights = integers(model, grid)
+            axes = channel_axes(model)
+            for name, weight in weights.items():
+                values = weight.dequantize()
+                replace(model, name, values.T if axes[name] == 0 else values)
+            folder = tmp_path_factory.mktemp("reference")
+            made[grid] = weights, logits(save(model, folder), windows)
+        return made[grid]
+
+    return get
+
+
+def channel_axes(model):
+    """Name of every matrix that a product or look-up reads -> its axis of output channels."""
+    axes = {embedding.table.name: 0 for embedding in find_embeddings(model.graph)}
+    return axes | {projection.weight.name: projection.channel_axis for projection in find_projections(model.graph)}
+
+
+def integers(model, grid):
+    """Every matrix of `model` as an IntWeight."""
+    weights = {}
+    for name, axis in channel_axes(model).items():
+        matrix = model.graph.initializers[name].const_value.numpy()
+        matrix = np.ascontiguousarray(matrix.T if axis == 0 else matrix)
+        weights[name] = round_to_nearest(matrix, grid, np.ones(1))
+    return weights
+
+
+def replace(model, name, values):
+    model.graph.initializers[name].const_value = ir.tensor(np.ascontiguousarray(values), name=name)
+
+
+def save(model, folder):
+    onnx_file.save(model, folder)
+    path = folder / "model.onnx"
+    onnx.checker.check_model(str(path), full_check=True)
+    return path
+
+
+def session(path, config=None, optimized=None):
+    options = ort.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = 2, 3
+    for key, value in {"session.force_spinning_stop": "1", **(config or {})}.items():
+        options.add_session_config_entry(key, value)
+    if optimized:
+        options.optimized_model_filepath = str(optimized)
+    return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def logits(path, ids, config=None, optimized=None):
+    opened = session(path, config, optimized)
+    feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids), "position_ids": np.arange(ids.shape[1])[None]}
+    feeds["position_ids"] = feeds["position_ids"].repeat(len(ids), axis=0)
+    for item in opened.get_inputs():
+        if item.name.startswith("past_"):
+            feeds[item.name] = np.zeros((len(ids), item.shape[1], 0, item.shape[3]), np.float32)
+    return opened.run(["logits"], feeds)[0]
+
+
+def compute_in_fp32(model):
+    """The `ort` form without int8 activations, so that its integers can be checked to the last digit."""
+    for node in model.graph:
+        if node.op_type == "MatMulNBits":
+            node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", 0)
+
+
+def distance(found, wanted):
+    """Root mean square of the difference, in units of the spread of logits over the vocabulary."""
+    spread = wanted - wanted.mean(axis=-1, keepdims=True)
+    return np.sqrt(((found - wanted) ** 2).mean() / (spread**2).mean())
+
+
+def expected_bytes(path, grid, weights):
+    """Bits of the integers, 4 bytes a scale and the bits of zero points, in the place of 4 bytes a weight."""
+    total = path.stat().st_size
+    for weight in weights.values():
+        zero_points = 0 if grid.symmetric else weight.scale.size * grid.bits / 8
+        total += weight.q.size * (grid.bits / 8 - 4) + 4 * weight.scale.size + zero_points
+    return total
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_portable_is_the_dequantized_model(grid, fp32, case, windows, tmp_path):
+    weights, wanted = case(grid)
+    model = onnx_file.load(fp32)
+    projections, embeddings = quantize_weights(model, weights, "portable")
+    path = save(model, tmp_path)
+    assert len(projections) == PROJECTIONS and len(embeddings) == EMBEDDINGS
+    assert distance(logits(path, windows, EXACT), wanted) < 1e-5
+
+    model = onnx_file.load(path)
+    assert {node.domain for node in model.graph} == {""} and set(model.graph.opset_imports) == {""}
+    stored = model.graph.initializers
+    assert [name for name in stored if name.startswith("wte.weight_")] == [
+        f"wte.weight_int{grid.bits}",
+        "wte.weight_scale",
+        *([] if grid.symmetric else ["wte.weight_zero_point"]),
+    ]
+    assert (stored[f"wte.weight_int{grid.bits}"].const_value.numpy() == weights["wte.weight"].q.T).all()
+    assert not [
+        name
+        for name, value in stored.items()
+        if len(value.shape) > 1 and value.dtype.bitwidth > grid.bits and "_scale" not in name
+    ]
+    assert path.stat().st_size == pytest.approx(expected_bytes(fp32, grid, weights), rel=0.01)
+
+    # Every product becomes one kernel over integers, so that no run dequantizes more than the rows it looks up.
+    logits(path, windows, optimized=tmp_path / "optimized.onnx")
+    nodes = onnx.load(tmp_path / "optimized.onnx").graph
+    operators = Counter(node.op_type for node in nodes.node)
+    assert operators["MatMulNBits"] == PROJECTIONS and operators["DequantizeLinear"] == EMBEDDINGS
+    constants = {item.name for item in nodes.initializer}
+    assert not [node for node in nodes.node if node.op_type == "DequantizeLinear" and node.input[0] in constants]
+
+
+@pytest.mark.parametrize("grid", [grid for grid in GRIDS if grid.block], ids=str)
+def test_ort_is_the_dequantized_model(grid, fp32, case, windows, tmp_path):
+    weights, wanted = case(grid)
+    model = onnx_file.load(fp32)
+    projections, embeddings = quantize_weights(model, weights, "ort")
+    path = save(model, tmp_path)
+    assert len(projections) == PROJECTIONS and len(embeddings) == EMBEDDINGS
+    found = logits(path, windows)
+    # Activations in int8 with a scale a block: measured 0.013 to 0.020 on es-mini.
+    assert distance(found, wanted) < 0.03
+    assert (found.argmax(axis=-1) == wanted.argmax(axis=-1)).mean() > 0.9
+    assert path.stat().st_size == pytest.approx(expected_bytes(fp32, grid, weights), rel=0.01)
+
+    model = onnx_file.load(path)
+    operators = Counter(node.op_type for node in model.graph)
+    assert operators["MatMulNBits"] == PROJECTIONS and operators["GatherBlockQuantized"] == EMBEDDINGS
+    compute_in_fp32(model)
+    assert distance(logits(save(model, tmp_path), windows), wanted) < 1e-5
+
+
+def small_model(folder, inputs=40, middle=24, vocabulary=50):
+    """A look-up [T, D], a Gemm D -> M with bias, a Gemm M -> D over a weight stored [D, M], and the tied head [T, V].
+
+    Row 3 of the table and channel 5 of the first weight are zeros.
+    """
+    generator = np.random.default_rng(0)
+    shapes = {"table": (vocabulary, inputs), "w": (inputs, middle), "b": (middle,), "v": (inputs, middle)}
+    arrays = {name: generator.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    arrays["table"][3] = arrays["w"][:, 5] = 0
+    constants = {name: ir.val(name, const_value=ir.tensor(array)) for name, array in arrays.items()}
+    table, w, b, v = constants.values()
+    ids = ir.val("ids", ir.DataType.INT64, ["t"])
+    x, h, y, z = (
+        ir.val(name, ir.DataType.FLOAT, ["t", n])
+        for name, n in zip("xhyz", (inputs, middle, inputs, vocabulary), strict=True)
+    )
+    turned = ir.node("Transpose", [table], {"perm": [1, 0]}, name="turn")
+    nodes = [
+        ir.node("Gather", [table, ids], outputs=[x], name="look_up"),
+        ir.node("Gemm", [x, w, b], outputs=[h], name="up"),
+        ir.node("Gemm", [h, v], {"transB": 1}, outputs=[y], name="down"),
+        turned,
+        ir.node("MatMul", [y, turned.outputs[0]], outputs=[z], name="head"),
+    ]
+    graph = ir.Graph(
+        [ids], [x, h, z], nodes=nodes, initializers=list(constants.values()), opset_imports={"": 21}, name="small"
+    )
+    return onnx_file.load(save(ir.Model(graph, ir_version=10), folder))
+
+
+IDS = np.array([3, 0, 49, 7, 3])
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize(
+    "target, block",
+    [("portable", block) for block in (None, 16, 24, 32, 64, 128, 256)]
+    + [("ort", block) for block in (16, 32, 64, 128, 256)],
+)
+def test_a_last_block_that_is_short_and_channels_of_zeros(target, block, bits, symmetric, tmp_path):
+    model = small_model(tmp_path)
+    weights = integers(model, Grid(bits, block, symmetric))
+    table, w, v = (weights[name].dequantize() for name in ("table", "w", "v"))
+    b = model.graph.initializers["b"].const_value.numpy()
+    assert len(quantize_weights(model, weights, target)[0]) == 3
+    fast = session(save(model, tmp_path)).run(None, {"ids": IDS})
+    compute_in_fp32(model)
+    x, h, z = session(save(model, tmp_path), EXACT).run(None, {"ids": IDS})
+    assert np.array_equal(x, table.T[IDS])
+    assert np.abs(h - (x @ w + b)).max() < 1e-5 * np.abs(h).max()
+    assert np.abs(z - h @ v @ table).max() < 1e-5 * np.abs(z).max()
+    for rows, hidden, scores in ((x, h, z), fast):
+        assert np.isfinite(hidden).all() and np.isfinite(scores).all()
+        assert not rows[IDS == 3].any() and not scores[:, 3].any() and (hidden[:, 5] == b[5]).all()
+
+
+@pytest.mark.parametrize("target", ["portable", "ort"])
+def test_other_matrices_stay(target, tmp_path):
+    model = small_model(tmp_path)
+    weights = integers(model, Grid(4, 16))
+    projections, embeddings = quantize_weights(model, {"v": weights["v"]}, target)
+    assert [site.name for site in projections] == ["down"] and not embeddings
+    assert {"table", "w", "b"} < set(model.graph.initializers) and "v" not in model.graph.initializers
+    assert [value.name for value in model.graph.outputs] == ["x", "h", "z"]
+    assert np.isfinite(session(save(model, tmp_path)).run(None, {"ids": IDS})[2]).all()
+
+
+@pytest.mark.parametrize("block", [None, 8, 24])
+def test_what_matmulnbits_cannot_do(block, tmp_path):
+    model = small_model(tmp_path)
+    with pytest.raises(UserError, match=r"w: .*MatMulNBits needs blocks .* target portable"):
+        quantize_weights(model, integers(model, Grid(8, block)), "ort")
+
+
+def test_an_opset_without_blocks(tmp_path):
+    model = small_model(tmp_path)
+    weights = integers(model, Grid(8, 16))
+    model.graph.opset_imports[""] = 20
+    with pytest.raises(UserError, match=r"opset 20 .*OPSET=21"):
+        quantize_weights(model, weights, "portable")
+
+
+def to_bfloat16(array):
+    """float32 rounded to the upper 16 of its bits, ties to even."""
+    bits = array.view(np.uint32)
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000).view(np.float32)
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_half_is_the_rounded_model(dtype, fp32, windows, tmp_path):
+    rounded = {"fp16": lambda array: array.astype(np.float16).astype(np.float32), "bf16": to_bfloat16}[dtype]
+    half, reference = onnx_file.load(fp32), onnx_file.load(fp32)
+    matrices = {
+        name: value.const_value.numpy() for name, value in half.graph.initializers.items() if len(value.shape) > 1
+    }
+    for name, values in matrices.items():
+        values = values * np.float32(1.0003)  # es-mini's own are fp16 already
+        assert (rounded(values) != values).any()
+        replace(half, name, values)
+        replace(reference, name, rounded(values))
+    wanted = logits(save(reference, tmp_path), windows)
+    assert set(store_half(half, dtype)) == set(matrices)
+    path = save(half, tmp_path)
+    assert distance(logits(path, windows), wanted) < 1e-6
+    stored = onnx_file.load(path).graph.initializers
+    assert {name for name, value in stored.items() if len(value.shape) > 1} == {f"{name}_{dtype}" for name in matrices}
+    assert path.stat().st_size == pytest.approx(
+        fp32.stat().st_size - 2 * sum(values.size for values in matrices.values()), rel=0.01
+    )
+
+
+def test_what_half_cannot_hold_stays_fp32(tmp_path):
+    model = small_model(tmp_path)
+    values = model.graph.initializers["table"].const_value.numpy().copy()
+    values[7, 1], values[7, 2] = 65504.5, 1e-7
+    replace(model, "table", values)
+    w = model.graph.initializers["w"].const_value.numpy()
+    assert store_half(model, "fp16") == ["w", "v"]
+    x, h, z = session(save(model, tmp_path)).run(None, {"ids": IDS})
+    assert np.array_equal(x, values[IDS]) and np.isfinite(z).all()
+    b = model.graph.initializers["b"].const_value.numpy()
+    assert np.abs(h - (x @ w.astype(np.float16).astype(np.float32) + b)).max() < 1e-5 * np.abs(h).max()
+
+    model = small_model(tmp_path)
+    replace(model, "table", values)
+    assert store_half(model, "bf16") == ["table", "w", "v"]
+    x = session(save(model, tmp_path)).run(None, {"ids": IDS})[0]
+    assert np.array_equal(x, to_bfloat16(values)[IDS])

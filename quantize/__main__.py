@@ -15,10 +15,13 @@ from core.progress import report
 from quantize.recipes import (
     RECIPES,
     DynamicInt8,
+    Half,
+    MixedStaticInt8,
     OrtDynamic,
     OrtStatic,
     Recipe,
     StaticInt8,
+    WeightOnly,
     calibration_of,
     get_recipe,
     to_json,
@@ -28,6 +31,9 @@ from quantize.recipes import (
 _CODE = {
     DynamicInt8: ("quantize.dynamic", "quantize.calibrate"),
     StaticInt8: ("quantize.static", "quantize.calibrate"),
+    MixedStaticInt8: ("quantize.static", "quantize.calibrate", "quantize.sensitivity"),
+    WeightOnly: ("quantize.weight_only", "quantize.calibrate"),
+    Half: ("quantize.half", "core.onnx_file"),
     OrtDynamic: ("quantize.ort",),
     OrtStatic: ("quantize.ort", "quantize.calibrate"),
 }

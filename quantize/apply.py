@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -10,13 +11,27 @@ import onnx_ir as ir
 from core import artifact, onnx_file
 from core.corpus import Split
 from core.errors import UserError
-from quantize.calibrate import Plan, Site, calibrate, calibration_windows
+from quantize.calibrate import calibrate, calibration_windows
 from quantize.dynamic import quantize_dynamic
+from quantize.half import store_half
 from quantize.ort import ort_dynamic, ort_static
-from quantize.recipes import DynamicInt8, OrtDynamic, OrtStatic, Recipe, StaticInt8, calibration_of
-from quantize.rounding import Grid
-from quantize.sites import left_in_float
+from quantize.plan import Plan, Site
+from quantize.recipes import (
+    DynamicInt8,
+    Half,
+    MixedStaticInt8,
+    OrtDynamic,
+    OrtStatic,
+    Recipe,
+    StaticInt8,
+    WeightOnly,
+    calibration_of,
+)
+from quantize.rounding import Grid, round_to_nearest
+from quantize.sensitivity import EVERY, Gauge, Rewrite, within_budget
+from quantize.sites import find_projections, find_tables, left_in_float
 from quantize.static import quantize_static
+from quantize.weight_only import quantize_weights
 
 
 def apply(recipe: Recipe, parent: Path, work: Path, split: Split | None) -> dict:
@@ -36,11 +51,16 @@ def apply(recipe: Recipe, parent: Path, work: Path, split: Split | None) -> dict
             return details
     model = onnx_file.load(path)
     kept = left_in_float(model.graph)
+    if isinstance(recipe, Half):
+        details["left_in_float32"] = store_half(model, recipe.dtype)
+        onnx_file.save(model, work)
+        return details
     sites = decide(model, windows, recipe, work)
-    rewrite = quantize_static if isinstance(recipe, StaticInt8) else quantize_dynamic
-    projections, embeddings = rewrite(model, sites)
-    if not projections:
+    if not sites:
         raise UserError(f"{path}: has no product with a constant weight; nothing was quantized")
+    if isinstance(recipe, MixedStaticInt8):
+        sites, details["mixed"] = _mix(model, sites, recipe, windows, parent, work)
+    _, embeddings = rewrite_of(recipe)(model, sites)
     onnx_file.save(model, work)
     return details | {
         "projections": {name: site.account for name, site in sites.items()},
@@ -49,15 +69,54 @@ def apply(recipe: Recipe, parent: Path, work: Path, split: Split | None) -> dict
     }
 
 
-def decide(model: ir.Model, windows: np.ndarray, recipe: DynamicInt8 | StaticInt8, work: Path) -> dict[str, Site]:
+def decide(model: ir.Model, windows: np.ndarray, recipe: Recipe, work: Path) -> dict[str, Site]:
     """The decision on every projection of `model` by its name; smooths the model in place."""
-    static = isinstance(recipe, StaticInt8)
-    plan = Plan(
-        Grid(8),
-        recipe.rounding,
-        recipe.smoothing,
-        recipe.ranges if static else "row",
-        recipe.float_channels if static else 0,
-    )
+    match recipe:
+        case DynamicInt8():
+            plan = Plan(Grid(8), recipe.rounding, recipe.smoothing, "row")
+        case StaticInt8() | MixedStaticInt8():
+            static = recipe if isinstance(recipe, StaticInt8) else recipe.static
+            plan = Plan(Grid(8), static.rounding, static.smoothing, static.ranges, static.float_channels)
+        case WeightOnly():
+            plan = Plan(Grid(recipe.bits, recipe.block, recipe.symmetric), recipe.rounding)
     with artifact.staging(work / "calibration") as folder:
         return calibrate(model, windows, plan, folder)
+
+
+def rewrite_of(recipe: Recipe) -> Rewrite:
+    """The pass that turns a model and the sites of `decide` into the recipe's graph."""
+    match recipe:
+        case DynamicInt8():
+            return quantize_dynamic
+        case WeightOnly():
+            return lambda model, sites: _weight_only(model, sites, recipe)
+        case _:
+            return quantize_static
+
+
+def _weight_only(model: ir.Model, sites: dict[str, Site], recipe: WeightOnly) -> tuple[list, list]:
+    grid = Grid(recipe.table_bits, recipe.table_block, recipe.symmetric)
+    found = find_projections(model.graph)
+    weights = {p.weight.name: sites[p.name].weight for p in found if p.name in sites and sites[p.name].weight}
+    quantized = {p.weight for p in found if p.name in sites}
+    floating = {p.weight for p in found} - quantized
+    for table in find_tables(model.graph) - floating:
+        rows = next((p.channel_axis == 0 for p in found if p.weight is table), True)  # [V, D], as look-ups have it
+        array = table.const_value.numpy()
+        weights[table.name] = round_to_nearest(array.T if rows else array, grid)
+    return quantize_weights(model, weights, recipe.target)
+
+
+def _mix(
+    model: ir.Model, sites: dict[str, Site], recipe: MixedStaticInt8, windows: np.ndarray, parent: Path, work: Path
+) -> tuple[dict[str, Site], dict]:
+    """(the sites that stay quantized, what the manifest says of the others)."""
+    with artifact.staging(work / "gauge") as folder:
+        gauge = Gauge(parent / artifact.MODEL, windows[::EVERY], folder)
+        kept, effect = within_budget(model, sites, quantize_static, gauge, recipe.max_delta_ln_ppl)
+    account = {
+        "max_delta_ln_ppl": recipe.max_delta_ln_ppl,
+        "measured_on_calibration": asdict(effect),
+        "kept_in_float": {name: asdict(alone) for name, alone in kept.items()},
+    }
+    return {name: site for name, site in sites.items() if name not in kept}, account

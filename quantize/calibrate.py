@@ -7,7 +7,7 @@ recipe runs it again for the histograms of what smoothing left. Only sums, histo
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,45 +21,16 @@ from core.tokenizer import encode, load_tokenizer
 from quantize import smooth
 from quantize.activation import ROW_ZERO_POINTS, Activation, PerRow, PerTensor, product_error
 from quantize.blocks import Block, open_block, split
+from quantize.plan import Plan, Site
 from quantize.recipes import Calibration
-from quantize.rounding import Grid, IntWeight, gptq, round_to_nearest
-from quantize.sites import Projection, find_embeddings
+from quantize.rounding import IntWeight, gptq, round_to_nearest
+from quantize.sites import Projection, find_tables
 from quantize.statistics import RANGES, Histogram, Moments
 
 # Shares of the full range that the search for a smoothing looks at; the range itself comes from the histogram.
 _SHARES = (1.0, 0.8, 0.6, 0.4, 0.2)
 # A channel is taken out of the integer product where that lowers its error by a tenth.
 _PAYS = 0.9
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What to decide: the integers of the weights and how they are rounded, the exponents that smoothing tries
-    (none: no smoothing), how activations get their range ("row", or a name of RANGES; None: they stay as they
-    are), and how many channels a tensor may keep out of the integer product."""
-
-    grid: Grid
-    rounding: str
-    alphas: tuple[float, ...] = ()
-    ranges: str | None = None
-    float_channels: int = 0
-
-
-@dataclass(frozen=True)
-class Site:
-    """The decision on one projection x [.., K] · W [K, N].
-
-    `weight` has zero rows at `float_channels` int64 [k], whose rows are `float_rows` float32 [k, N]. It is None
-    where a look-up shares the matrix, which is then rounded to nearest for both. `account` is what the manifest
-    tells of it, `histogram` that of a static range.
-    """
-
-    weight: IntWeight | None
-    activation: Activation | None
-    float_channels: np.ndarray
-    float_rows: np.ndarray
-    account: dict = field(default_factory=dict)
-    histogram: Histogram | None = None
 
 
 def calibration_windows(folder: Path, split: Split, calibration: Calibration) -> np.ndarray:
@@ -85,7 +56,7 @@ def calibrate(model: ir.Model, windows: np.ndarray, plan: Plan, work: Path) -> d
 
     windows int64 [n, T]; `work` is a folder for temporary files.
     """
-    tables = {embedding.table for embedding in find_embeddings(model.graph)}
+    tables = find_tables(model.graph)
     groups = smooth.find_groups(model.graph) if plan.alphas else {}
     before: list[np.ndarray | None] = [None] * len(windows)
     sites: dict[str, Site] = {}

@@ -13,9 +13,10 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from quantize.calibrate import Site
-from quantize.rewrite import Weights, clean, constant, quantize_embeddings, replace_node
-from quantize.sites import Embedding, Projection, find_projections
+from quantize.graph import clean, constant, replace_node
+from quantize.plan import Site
+from quantize.rewrite import Weights, begin
+from quantize.sites import Embedding, Projection
 
 # Half precision holds scales × 64: rows from 1.2e-4 to 1.3e5 at their largest have all of its 11 bits.
 SHIFT = np.float32(64)
@@ -25,19 +26,13 @@ SCALE_MIN, SCALE_MAX = np.float32(np.finfo(np.float16).tiny), np.float32(np.finf
 def quantize_dynamic(model: ir.Model, sites: dict[str, Site]) -> tuple[list[Projection], list[Embedding]]:
     """Rewrite `model` in place, in standard operators; returns what was quantized.
 
-    `sites` holds the decision on every projection by its name, with `PerRow` activations; where there is none
-    its weight is rounded to nearest, and the zero point is 128.
+    `sites` holds the decision on projections by their name, with `PerRow` activations; a projection without one
+    stays in floating point, and so does a look-up that shares its table.
     """
-    graph, weights = model.graph, Weights(model.graph)
-    projections = find_projections(graph)
+    graph = model.graph
+    weights, projections, embeddings = begin(graph, sites)
     for projection in projections:
-        site = sites.get(projection.name)
-        if site is not None and site.weight is not None:
-            weights.put(projection, site.weight)
-    embeddings = quantize_embeddings(graph, weights)
-    for projection in projections:
-        site = sites.get(projection.name)
-        _rewrite(graph, weights, projection, site.activation.zero_point if site else 128)
+        _rewrite(graph, weights, projection, sites[projection.name].activation.zero_point)
     clean(model)
     return projections, embeddings
 

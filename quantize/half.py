@@ -13,7 +13,8 @@ from typing import Literal
 import ml_dtypes
 import onnx_ir as ir
 
-from quantize.rewrite import clean, replace_node
+from quantize.graph import clean, replace_node
+from quantize.sites import find_embeddings
 
 _TYPES = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 
@@ -30,11 +31,20 @@ def store_half(model: ir.Model, dtype: Literal["fp16", "bf16"]) -> list[str]:
         for value in graph.initializers.values()
         if value.dtype == ir.DataType.FLOAT and len(value.shape) > 1 and _fits(value.const_value, _TYPES[dtype])
     ]
-    for matrix in matrices:
-        _rewrite(graph, matrix, dtype)
-    names = [matrix.name for matrix in matrices]
+    halves = {matrix: _half(graph, matrix, dtype) for matrix in matrices}
+    for embedding in find_embeddings(graph):
+        if embedding.table in halves:
+            tape, ids = ir.tape.Tape(), embedding.node.inputs[1]
+            rows = tape.op("Gather", [halves[embedding.table], ids])
+            replace_node(graph, embedding.node, tape, tape.op("Cast", [rows], {"to": ir.DataType.FLOAT}))
+    for matrix, half in halves.items():
+        if matrix.uses():
+            cast = ir.node("Cast", [half], {"to": ir.DataType.FLOAT}, name=f"{half.name}.Cast")
+            graph.insert_before(graph[0], cast)
+            cast.outputs[0].shape, cast.outputs[0].type = matrix.shape, matrix.type
+            ir.convenience.replace_all_uses_with(matrix, cast.outputs[0])
     clean(model)
-    return names
+    return [matrix.name for matrix in matrices]
 
 
 def _fits(tensor: ir.TensorProtocol, to: ir.DataType) -> bool:
@@ -42,27 +52,14 @@ def _fits(tensor: ir.TensorProtocol, to: ir.DataType) -> bool:
     return bool(max(array.max(initial=0), -array.min(initial=0)) <= float(ml_dtypes.finfo(to.numpy()).max))
 
 
-def _rewrite(graph: ir.Graph, matrix: ir.Value, dtype: str) -> None:
-    half = _half(matrix, dtype)
-    graph.register_initializer(half)
-    nodes = {use.node: None for use in matrix.uses()}  # each once, in order
-    look_ups = [node for node in nodes if node.op_type == "Gather" and node.inputs[0] is matrix]
-    for node in look_ups:
-        tape = ir.tape.Tape()
-        rows = tape.op("Gather", [half, node.inputs[1]], {"axis": node.attributes.get_int("axis", 0)})
-        replace_node(graph, node, tape, tape.op("Cast", [rows], {"to": ir.DataType.FLOAT}))
-    if matrix.uses():
-        cast = ir.node("Cast", [half], {"to": ir.DataType.FLOAT}, name=f"{half.name}.Cast")
-        graph.insert_before(graph[0], cast)
-        cast.outputs[0].shape, cast.outputs[0].type = matrix.shape, matrix.type
-        ir.convenience.replace_all_uses_with(matrix, cast.outputs[0])
-
-
-def _half(matrix: ir.Value, dtype: str) -> ir.Value:
+def _half(graph: ir.Graph, matrix: ir.Value, dtype: str) -> ir.Value:
+    """The initializer that takes the place of `matrix`, converted when the model is saved."""
     to = _TYPES[dtype]
     name = f"{matrix.name}_{dtype}"
     tensor = ir.LazyTensor(partial(_convert, matrix.const_value, to), to, matrix.shape, name=name)
-    return ir.Value(name=name, shape=matrix.shape, type=ir.TensorType(to), const_value=tensor)
+    half = ir.Value(name=name, shape=matrix.shape, type=ir.TensorType(to), const_value=tensor)
+    graph.register_initializer(half)
+    return half
 
 
 def _convert(tensor: ir.TensorProtocol, to: ir.DataType) -> ir.Tensor:

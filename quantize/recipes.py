@@ -51,6 +51,46 @@ class StaticInt8:
 
 
 @dataclass(frozen=True)
+class MixedStaticInt8:
+    """As `static`, with the fewest projections in floating point that keep the rise of ln perplexity in a budget.
+
+    `max_delta_ln_ppl` is in nats a token, measured on calibration windows.
+    """
+
+    max_delta_ln_ppl: float = 0.002
+    static: StaticInt8 = StaticInt8()
+
+    @property
+    def calibration(self) -> Calibration:
+        return self.static.calibration
+
+
+@dataclass(frozen=True)
+class WeightOnly:
+    """Weights of `bits` with a scale (and a zero point unless `symmetric`) for every `block` inputs of a channel,
+    computed in floating point; the head and the embeddings have bits and blocks of their own.
+
+    `target` "portable" is standard operators; "ort" ONNX Runtime's MatMulNBits, whose activations are int8.
+    """
+
+    bits: Literal[4, 8]
+    block: int | None
+    symmetric: bool
+    table_bits: Literal[4, 8] = 8
+    table_block: int | None = None
+    rounding: Rounding = "gptq"
+    target: Literal["portable", "ort"] = "portable"
+    calibration: Calibration = Calibration()
+
+
+@dataclass(frozen=True)
+class Half:
+    """Weights in half the bytes, computed in fp32."""
+
+    dtype: Literal["fp16", "bf16"]
+
+
+@dataclass(frozen=True)
 class OrtDynamic:
     """ONNX Runtime's own quantize_dynamic, as its documentation advises for transformers."""
 
@@ -62,11 +102,18 @@ class OrtStatic:
     calibration: Calibration = Calibration()
 
 
-Recipe = DynamicInt8 | StaticInt8 | OrtDynamic | OrtStatic
+Recipe = DynamicInt8 | StaticInt8 | MixedStaticInt8 | WeightOnly | Half | OrtDynamic | OrtStatic
 
 RECIPES: dict[str, Recipe] = {
     "int8-dynamic": DynamicInt8(),
     "int8-static": StaticInt8(),
+    "int8-static-mixed": MixedStaticInt8(),
+    "int8-weight": WeightOnly(8, block=None, symmetric=True),
+    "int4-weight": WeightOnly(4, block=64, symmetric=False),
+    "int8-weight-ort": WeightOnly(8, block=128, symmetric=True, table_block=128, target="ort"),
+    "int4-weight-ort": WeightOnly(4, block=64, symmetric=False, table_block=128, target="ort"),
+    "fp16": Half("fp16"),
+    "bf16": Half("bf16"),
     "ort-dynamic": OrtDynamic(),
     "ort-static": OrtStatic(),
 }

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import onnx_ir as ir
-from onnx_ir.passes.common import NameFixPass, RemoveUnusedNodesPass
 
+from quantize.graph import constant, replace_node
 from quantize.int8 import quantize_weight
+from quantize.plan import Site
 from quantize.rounding import IntWeight
-from quantize.sites import Embedding, Projection, find_embeddings
+from quantize.sites import Embedding, Projection, find_embeddings, find_projections
 
 
 class Weights:
@@ -46,29 +47,19 @@ class Weights:
         return weight, scale
 
 
-def constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
-    """An initializer of `graph`, made where there is none of that name."""
-    if name not in graph.initializers:
-        tensor = ir.tensor(array, name=name)
-        graph.register_initializer(
-            ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
-        )
-    return graph.initializers[name]
+def begin(graph: ir.Graph, sites: dict[str, Site]) -> tuple[Weights, list[Projection], list[Embedding]]:
+    """(weights as `sites` rounded them, the projections that `sites` names, the look-ups, which are rewritten)."""
+    weights = Weights(graph)
+    everything = find_projections(graph)
+    projections = [projection for projection in everything if projection.name in sites]
+    for projection in projections:
+        if sites[projection.name].weight is not None:
+            weights.put(projection, sites[projection.name].weight)
+    kept = {projection.weight for projection in everything if projection.name not in sites}
+    return weights, projections, _quantize_embeddings(graph, weights, kept)
 
 
-def replace_node(graph: ir.Graph, node: ir.Node, tape: ir.tape.Tape, result: ir.Value) -> None:
-    """Put the nodes of `tape` in the place of `node`; `result` takes over its output, name and all."""
-    output = node.outputs[0]
-    graph.insert_before(node, tape.nodes)
-    name, result.shape, result.type = output.name, output.shape, output.type
-    ir.convenience.replace_all_uses_with(output, result, replace_graph_outputs=True)
-    graph.remove(node, safe=True)
-    result.name = name
-    for new in tape.nodes:
-        new.name = f"{node.name}.{new.op_type}" if node.name else None
-
-
-def quantize_embeddings(graph: ir.Graph, weights: Weights, kept: set[ir.Value] = frozenset()) -> list[Embedding]:
+def _quantize_embeddings(graph: ir.Graph, weights: Weights, kept: set[ir.Value]) -> list[Embedding]:
     """Look up int8 rows and their scales instead of floating-point rows: Gather -> Cast -> Mul.
 
     Tables in `kept` stay as they are: a projection reads them in floating point.
@@ -83,9 +74,3 @@ def quantize_embeddings(graph: ir.Graph, weights: Weights, kept: set[ir.Value] =
         row_scale = tape.op("Unsqueeze", [tape.op("Gather", [scale, ids]), last])
         replace_node(graph, embedding.node, tape, tape.op("Mul", [rows, row_scale]))
     return embeddings
-
-
-def clean(model: ir.Model) -> None:
-    """Drop nodes and weights that nothing reads any more, and give what is new a name."""
-    RemoveUnusedNodesPass()(model)
-    NameFixPass()(model)

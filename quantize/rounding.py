@@ -60,16 +60,19 @@ class IntWeight:
 def round_to_nearest(weight: np.ndarray, grid: Grid, clips: np.ndarray = CLIPS) -> IntWeight:
     """Every weight on its own, float32 [K, N], with the scale that a search of `clips` finds best."""
     low, high = grid.limits
-    block = grid.block or len(weight)
+    inputs, channels = weight.shape
+    block = grid.block or inputs
     q = np.empty(weight.shape, np.int8 if grid.symmetric else np.uint8)
-    scales, zeros = [], []
-    for start in range(0, len(weight), block):
-        rows = weight[start : start + block]
-        scale, zero = choose_scale(rows, grid, clips)
-        q[start : start + block] = (np.rint(rows / scale) + zero).clip(low, high)
-        scales.append(scale)
-        zeros.append(zero)
-    return IntWeight(q, np.stack(scales).astype(np.float32), np.stack(zeros).astype(q.dtype), grid)
+    scales = np.empty((-(-inputs // block), channels), np.float32)
+    zeros = np.empty(scales.shape, q.dtype)
+    for first in range(0, channels, _COLUMNS):
+        columns = slice(first, first + _COLUMNS)
+        for group, start in enumerate(range(0, inputs, block)):
+            rows = weight[start : start + block, columns]
+            scale, zero = choose_scale(rows, grid, clips)
+            q[start : start + block, columns] = (np.rint(rows / scale) + zero).clip(low, high)
+            scales[group, columns], zeros[group, columns] = scale, zero
+    return IntWeight(q, scales, zeros, grid)
 
 
 def choose_scale(rows: np.ndarray, grid: Grid, clips: np.ndarray = CLIPS) -> tuple[np.ndarray, np.ndarray]:
@@ -82,10 +85,7 @@ def choose_scale(rows: np.ndarray, grid: Grid, clips: np.ndarray = CLIPS) -> tup
     best = np.full(rows.shape[1], np.inf)
     chosen = np.ones(rows.shape[1], np.float32), np.zeros(rows.shape[1], np.float32)
     for clip in clips:
-        if grid.symmetric:
-            full = np.maximum(top / high, bottom / low)
-        else:
-            full = (top - bottom) / (high - low)
+        full = np.maximum(top / high, bottom / low) if grid.symmetric else (top - bottom) / (high - low)
         scale = np.where(full > 0, full * clip, 1).astype(np.float32)
         zero = np.zeros_like(scale) if grid.symmetric else np.rint(-bottom * clip / scale).clip(low, high)
         error = (np.rint(rows / scale) + zero).clip(low, high)

@@ -80,6 +80,13 @@ def find_embeddings(graph: ir.Graph) -> list[Embedding]:
     ]
 
 
+def find_tables(graph: ir.Graph) -> set[ir.Value]:
+    """Matrices with a row per token or position: what look-ups read, and the head's, tied or not."""
+    logits = {value.producer() for value in graph.outputs if value.name == "logits"}
+    heads = {projection.weight for projection in find_projections(graph) if projection.node in logits}
+    return heads | {embedding.table for embedding in find_embeddings(graph)}
+
+
 def left_in_float(graph: ir.Graph) -> list[dict]:
     """Operators that compute in floating point and no site covers, and matrices that none reads, with the reason.
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from quantize.rewrite import constant
+from quantize.graph import constant
 from quantize.sites import Projection, find_embeddings, find_projections
 
 _TINY = 1e-5

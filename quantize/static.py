@@ -9,9 +9,10 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from quantize.calibrate import Site
-from quantize.rewrite import Weights, clean, constant, quantize_embeddings, replace_node
-from quantize.sites import Embedding, Projection, find_projections
+from quantize.graph import clean, constant, replace_node
+from quantize.plan import Site
+from quantize.rewrite import Weights, begin
+from quantize.sites import Embedding, Projection
 
 
 def quantize_static(model: ir.Model, sites: dict[str, Site]) -> tuple[list[Projection], list[Embedding]]:
@@ -20,14 +21,8 @@ def quantize_static(model: ir.Model, sites: dict[str, Site]) -> tuple[list[Proje
     `sites` holds the decision on projections by their name, with `PerTensor` activations; a projection without
     one stays in floating point, and so does a look-up that shares its table.
     """
-    graph, weights = model.graph, Weights(model.graph)
-    everything = find_projections(graph)
-    projections = [projection for projection in everything if projection.name in sites]
-    for projection in projections:
-        if sites[projection.name].weight is not None:
-            weights.put(projection, sites[projection.name].weight)
-    kept = {projection.weight for projection in everything if projection.name not in sites}
-    embeddings = quantize_embeddings(graph, weights, kept)
+    graph = model.graph
+    weights, projections, embeddings = begin(graph, sites)
     for projection in projections:
         _rewrite(graph, weights, projection, sites[projection.name])
     clean(model)

@@ -8,10 +8,12 @@ Two forms of the same integers, each with a table that look-up and head share st
 `portable`, standard operators (DequantizeLinear of opset 21). A matrix keeps the orientation in which it was stored:
     [K, N]                  scale, zero point [G, N], or [N] without blocks
     [N, K], every table     scale, zero point [N, G], or [N] without blocks
-  in int8 / int4 where the grid is symmetric (no zero point), in uint8 / uint4 where it is not. ONNX Runtime fuses
-  DequantizeLinear into the product at load (MatMulNBits) where the integers are [K, N] and the blocks, a power of two
-  from 16 on, lie on axis 0; constants are turned before that, so the Transpose stands in front of DequantizeLinear.
-  Other blocks are computed just as correctly, with a dequantized matrix at every run.
+  in int8 / int4 where the grid is symmetric (no zero point), in uint8 / uint4 where it is not. ONNX Runtime 1.32 fuses
+  DequantizeLinear and the product into MatMulNBits at load where the integers are [K, N] with blocks, a power of two
+  from 16 on, along axis 0, or with a scale a channel (which it repeats for blocks of 32). It turns constants before
+  that, so the Transpose stands in front of DequantizeLinear. Other blocks are as correct, but every run dequantizes
+  the whole matrix. What it fuses it computes with int8 activations, a scale a block, unless the session sets
+  session.qdq_matmulnbits_accuracy_level to 0; 8 bits have no fast kernel then.
 
 `ort`, com.microsoft (ONNX Runtime's docs/ContribOperators.md), K padded to G · block with zeros:
     weight      uint8 [N, G, block · bits / 8]    MatMulNBits; as [N, G · block · bits / 8] GatherBlockQuantized
@@ -29,7 +31,7 @@ import numpy as np
 import onnx_ir as ir
 
 from core.errors import UserError
-from quantize.rewrite import clean, constant, replace_node
+from quantize.graph import clean, constant, replace_node
 from quantize.rounding import IntWeight
 from quantize.sites import Embedding, Projection, find_embeddings, find_projections
 
@@ -171,7 +173,7 @@ def _store_ort(graph: ir.Graph, name: str, weight: IntWeight, channel_axis: int)
     shift = 2 ** (grid.bits - 1) if grid.symmetric else 0
     blocks = -(-inputs // grid.block)
     q = np.zeros((channels, blocks * grid.block), np.uint8)
-    q[:, :inputs] = weight.q.T.astype(np.int16) + shift
+    q[:, :inputs] = weight.q.T.view(np.uint8) + np.uint8(shift)  # modulo 256
     packed = _pack(q, grid.bits).reshape(channels, blocks, -1)
     arrays = {f"int{grid.bits}": packed, "scale": np.ascontiguousarray(_scale(weight).T)}
     if not grid.symmetric:
@@ -190,7 +192,7 @@ def _pack(values: np.ndarray, bits: int) -> np.ndarray:
 
 
 def _multiply_ort(tape: ir.tape.Tape, stored: _Stored, x: ir.Value, bias: ir.Value | None) -> ir.Value:
-    """MatMulNBits(x [.., K], W, scale, zero point, -, bias) [.., N]; ONNX Runtime draws an Add behind it in at load."""
+    """MatMulNBits(x [.., K], W, scale, zero point, -, bias) [.., N]; ONNX Runtime fuses an Add behind it at load."""
     grid = stored.weight.grid
     inputs = [x, *stored.parts]
     if bias is not None:

@@ -5,7 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from eval.score import compare, score
+from core.logits import compare
+from eval.score import score
 from eval.statistics import TextSize, mean_per_token, perplexity, quality, text_size
 from eval.windows import halves, rolling
 

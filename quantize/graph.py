@@ -1,0 +1,35 @@
+"""Editing a graph: constants, putting nodes in the place of one, and cleaning up."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes.common import NameFixPass, RemoveUnusedNodesPass
+
+
+def constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
+    """An initializer of `graph`, made where there is none of that name."""
+    if name not in graph.initializers:
+        tensor = ir.tensor(array, name=name)
+        graph.register_initializer(
+            ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+        )
+    return graph.initializers[name]
+
+
+def replace_node(graph: ir.Graph, node: ir.Node, tape: ir.tape.Tape, result: ir.Value) -> None:
+    """Put the nodes of `tape` in the place of `node`; `result` takes over its output, name and all."""
+    output = node.outputs[0]
+    graph.insert_before(node, tape.nodes)
+    name, result.shape, result.type = output.name, output.shape, output.type
+    ir.convenience.replace_all_uses_with(output, result, replace_graph_outputs=True)
+    graph.remove(node, safe=True)
+    result.name = name
+    for new in tape.nodes:
+        new.name = f"{node.name}.{new.op_type}" if node.name else None
+
+
+def clean(model: ir.Model) -> None:
+    """Drop nodes and weights that nothing reads any more, and give what is new a name."""
+    RemoveUnusedNodesPass()(model)
+    NameFixPass()(model)

@@ -52,7 +52,7 @@ def apply(recipe: Recipe, parent: Path, work: Path, split: Split | None) -> dict
     model = onnx_file.load(path)
     kept = left_in_float(model.graph)
     if isinstance(recipe, Half):
-        details["left_in_float32"] = store_half(model, recipe.dtype)
+        details["stored_in_16_bits"] = store_half(model, recipe.dtype)
         onnx_file.save(model, work)
         return details
     sites = decide(model, windows, recipe, work)

@@ -29,8 +29,8 @@ from quantize.statistics import RANGES, Histogram, Moments
 
 # Shares of the full range that the search for a smoothing looks at; the range itself comes from the histogram.
 _SHARES = (1.0, 0.8, 0.6, 0.4, 0.2)
-# A channel is taken out of the integer product where that lowers its error by a tenth.
-_PAYS = 0.9
+# Channels are taken out of the integer product where that halves its error, and more of them for a tenth each.
+_PAYS, _MORE = 0.5, 0.9
 
 
 def calibration_windows(folder: Path, split: Split, calibration: Calibration) -> np.ndarray:
@@ -181,10 +181,11 @@ def _search_float_channels(moments: Moments, energy: np.ndarray, output: np.ndar
         kept = np.sort(order[count:])
         return _static_error(moments.rows[:, kept], moments.low[kept], moments.high[kept], energy[kept], output)
 
-    taken, least = 0, error(0)
-    for count in (2**power for power in range(limit.bit_length())):
-        if (candidate := error(count)) < least * _PAYS ** (count - taken):
-            taken, least = count, candidate
+    counts = [0, *(2**power for power in range(limit.bit_length()))]
+    errors = {count: error(count) for count in counts}
+    taken = min(counts, key=lambda count: errors[count] / _MORE**count)
+    if errors[taken] > _PAYS * errors[0]:
+        taken = 0
     keep = np.ones(len(energy), bool)
     keep[order[:taken]] = False
     return keep

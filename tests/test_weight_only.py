@@ -145,7 +145,8 @@ def test_portable_is_the_dequantized_model(grid, fp32, case, windows, tmp_path):
     nodes = onnx.load(tmp_path / "optimized.onnx").graph
     constants = {item.name for item in nodes.initializer}
     dequantized = [node.input[0] for node in nodes.node if node.op_type == "DequantizeLinear"]
-    assert [node.op_type for node in nodes.node].count("MatMulNBits") == PROJECTIONS
+    # Without blocks the matrices are constants again, in floating point.
+    assert [node.op_type for node in nodes.node].count("MatMulNBits") == (PROJECTIONS if grid.block else 0)
     assert len(dequantized) == EMBEDDINGS and not constants & set(dequantized)
 
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import math
 import shutil
+import sys
 from pathlib import Path
 
 from core import artifact
 from core.artifact import Artifact
-from core.corpus import Source, add_arguments, load_splits, source_of
+from core.corpus import Source, load_splits, source_of
 from core.errors import UserError, run
-from core.hub import model_name
 from core.progress import report
+from quantize.commands import add_commands, add_inputs, opened
 from quantize.recipes import (
     RECIPES,
     DynamicInt8,
@@ -40,23 +43,54 @@ _CODE = {
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m quantize", description=__doc__)
-    parser.add_argument("--model", default="models/es-mini", help="the model that was exported: folder or hub id")
-    parser.add_argument(
-        "--recipes", nargs="+", default=["int8-dynamic", "int8-static"], metavar="RECIPE", help=", ".join(RECIPES)
+    parser = argparse.ArgumentParser(
+        prog="python -m quantize",
+        usage="python -m quantize [options]\n       python -m quantize COMMAND [options of the command]",
+        description=__doc__,
     )
-    parser.add_argument("--output", type=Path, default=Path("artifacts"), help="folder of the artifacts")
-    add_arguments(parser)
+    parser.add_argument(
+        "--recipes",
+        nargs="+",
+        default=["int8-dynamic", "int8-static"],
+        metavar="RECIPE",
+        help=f"{', '.join(RECIPES)}, or .json files of your own (default int8-dynamic int8-static)",
+    )
+    parser.add_argument(
+        "--max-delta-ln-ppl",
+        type=float,
+        metavar="NATS",
+        help="how far int8-static-mixed may raise ln perplexity, in nats per token (default: what the recipe says)",
+    )
+    add_inputs(parser)
+    add_commands(parser)
     args = parser.parse_args()
+    if args.command is not None:
+        # Behind its name only: argparse would take no notice of those in front.
+        if sys.argv[1] != args.command:
+            raise UserError(f"{sys.argv[1]}: stands in front of {args.command}; put its options behind it")
+        return args.function(args)
     recipes = dict(map(get_recipe, args.recipes))
-    folder = args.output / model_name(args.model)
-    if not (folder / "fp32").is_dir():
-        raise UserError(f"{folder / 'fp32'}: is not there; run `make export` first")
-    with artifact.locked(folder):
-        parent = artifact.open_artifact(folder / "fp32")
+    if args.max_delta_ln_ppl is not None:
+        recipes = with_budget(recipes, args.max_delta_ln_ppl)
+    with opened(args) as parent:
         for name, recipe in recipes.items():
-            quantize_one(parent, folder / name, name, recipe, source_of(args))
+            quantize_one(parent, parent.path.parent / name, name, recipe, source_of(args))
     return 0
+
+
+def with_budget(recipes: dict[str, Recipe], nats: float) -> dict[str, Recipe]:
+    """`recipes` with `nats` a token as the budget of every MixedStaticInt8.
+
+    Raises UserError where there is none, or `nats` is no finite number from 0.
+    """
+    if not 0 <= nats < math.inf:
+        raise UserError(f"--max-delta-ln-ppl {nats}: give a number of nats from 0, such as 0.002")
+    mixed = {name: recipe for name, recipe in recipes.items() if isinstance(recipe, MixedStaticInt8)}
+    if not mixed:
+        raise UserError(
+            f"--max-delta-ln-ppl {nats}: none of {', '.join(recipes)} has a budget; add int8-static-mixed to --recipes"
+        )
+    return recipes | {name: dataclasses.replace(recipe, max_delta_ln_ppl=nats) for name, recipe in mixed.items()}
 
 
 def quantize_one(parent: Artifact, target: Path, name: str, recipe: Recipe, source: Source) -> None:

@@ -27,11 +27,11 @@ from quantize.recipes import (
     WeightOnly,
     calibration_of,
 )
-from quantize.rounding import Grid, round_to_nearest
+from quantize.rounding import Grid
 from quantize.sensitivity import EVERY, Gauge, Rewrite, within_budget
-from quantize.sites import find_projections, find_tables, left_in_float
+from quantize.sites import left_in_float
 from quantize.static import quantize_static
-from quantize.weight_only import quantize_weights
+from quantize.weight_only import choose_weights, quantize_weights
 
 
 def apply(recipe: Recipe, parent: Path, work: Path, split: Split | None) -> dict:
@@ -69,8 +69,10 @@ def apply(recipe: Recipe, parent: Path, work: Path, split: Split | None) -> dict
     }
 
 
-def decide(model: ir.Model, windows: np.ndarray, recipe: Recipe, work: Path) -> dict[str, Site]:
-    """The decision on every projection of `model` by its name; smooths the model in place."""
+def decide(
+    model: ir.Model, windows: np.ndarray, recipe: Recipe, work: Path, until: str | None = None
+) -> dict[str, Site]:
+    """The decision on every projection of `model` by its name, or up to `until`; smooths the model in place."""
     match recipe:
         case DynamicInt8():
             plan = Plan(Grid(8), recipe.rounding, recipe.smoothing, "row")
@@ -80,7 +82,7 @@ def decide(model: ir.Model, windows: np.ndarray, recipe: Recipe, work: Path) -> 
         case WeightOnly():
             plan = Plan(Grid(recipe.bits, recipe.block, recipe.symmetric), recipe.rounding)
     with artifact.staging(work / "calibration") as folder:
-        return calibrate(model, windows, plan, folder)
+        return calibrate(model, windows, plan, folder, until)
 
 
 def rewrite_of(recipe: Recipe) -> Rewrite:
@@ -89,22 +91,10 @@ def rewrite_of(recipe: Recipe) -> Rewrite:
         case DynamicInt8():
             return quantize_dynamic
         case WeightOnly():
-            return lambda model, sites: _weight_only(model, sites, recipe)
+            tables = Grid(recipe.table_bits, recipe.table_block, recipe.symmetric)
+            return lambda model, sites: quantize_weights(model, choose_weights(model, sites, tables), recipe.target)
         case _:
             return quantize_static
-
-
-def _weight_only(model: ir.Model, sites: dict[str, Site], recipe: WeightOnly) -> tuple[list, list]:
-    grid = Grid(recipe.table_bits, recipe.table_block, recipe.symmetric)
-    found = find_projections(model.graph)
-    weights = {p.weight.name: sites[p.name].weight for p in found if p.name in sites and sites[p.name].weight}
-    quantized = {p.weight for p in found if p.name in sites}
-    floating = {p.weight for p in found} - quantized
-    for table in find_tables(model.graph) - floating:
-        rows = next((p.channel_axis == 0 for p in found if p.weight is table), True)  # [V, D], as look-ups have it
-        array = table.const_value.numpy()
-        weights[table.name] = round_to_nearest(array.T if rows else array, grid)
-    return quantize_weights(model, weights, recipe.target)
 
 
 def _mix(

@@ -51,10 +51,13 @@ def calibration_windows(folder: Path, split: Split, calibration: Calibration) ->
     return windows
 
 
-def calibrate(model: ir.Model, windows: np.ndarray, plan: Plan, work: Path) -> dict[str, Site]:
+def calibrate(
+    model: ir.Model, windows: np.ndarray, plan: Plan, work: Path, until: str | None = None
+) -> dict[str, Site]:
     """A decision for every projection of `model`, by name; smooths the model in place (its function stays).
 
-    windows int64 [n, T]; `work` is a folder for temporary files.
+    windows int64 [n, T]; `work` is a folder for temporary files. The block that holds the projection `until` is the
+    last one where that is given.
     """
     tables = find_tables(model.graph)
     groups = smooth.find_groups(model.graph) if plan.alphas else {}
@@ -73,6 +76,8 @@ def calibrate(model: ir.Model, windows: np.ndarray, plan: Plan, work: Path) -> d
             histogram = histograms.get(tensor.name)
             for projection in tensor.projections:
                 sites[projection.name] = _site(projection, tensor, histogram, tables, plan)
+        if until in sites:
+            break
         before = after
     return sites
 
@@ -131,7 +136,7 @@ def _tensor(
     smoothing = smooth.Smoothing(np.ones(count, np.float32), np.zeros(count, np.float32), None)
     if group is not None:
         smoothing = _search_smoothing(moments, weights, energy, output(moments.rows), group.shift is not None, plan)
-    moments = moments.transformed(smoothing.scale, smoothing.shift)
+        moments = moments.transformed(smoothing.scale, smoothing.shift)
     after = energy * smoothing.scale**2
     keep = np.ones(count, bool)
     if plan.float_channels and not any(projection.weight in tables for projection in projections):
@@ -229,7 +234,7 @@ def _site(
     if activation is not None:
         account |= asdict(activation) | {"relative_error": error(activation)}
     if len(taken):
-        account["float_channels"] = taken.tolist()
+        account |= {"float_channels": taken.tolist(), "float_bytes": 4 * weight[taken].size}
     return Site(rounded, activation, taken, np.ascontiguousarray(weight[taken]), account, histogram)
 
 

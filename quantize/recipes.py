@@ -20,9 +20,12 @@ ALPHAS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 @dataclass(frozen=True)
 class Calibration:
-    """Full windows of real text: `windows` of at most `tokens` tokens each; fewer than `minimum` are refused."""
+    """Full windows of real text: `windows` of at most `tokens` tokens each; fewer than `minimum` are refused.
 
-    windows: int = 32
+    16 and 32 measure alike for 8 bits; the curvature that GPTQ needs for 4 gains from more.
+    """
+
+    windows: int = 16
     tokens: int = 512
     minimum: int = 8
 
@@ -80,7 +83,7 @@ class WeightOnly:
     table_block: int | None = None
     rounding: Rounding = "gptq"
     target: Literal["portable", "ort"] = "portable"
-    calibration: Calibration = Calibration()
+    calibration: Calibration = Calibration(windows=32)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import numpy as np
 
 # Shares of the full range that are tried as a clipped one, and the exponent of the error that chooses between them:
 # above 2, since the few large weights matter more than their share of the squared error says (GPTQ's own choice).
-CLIPS = np.linspace(1.0, 0.6, 17)
+CLIPS = np.linspace(1.0, 0.6, 9, dtype=np.float32)
 NORM = 2.4
 # Rows that GPTQ updates one by one before it updates all the rest at once; changes no result.
 _LAZY_ROWS = 128
@@ -92,7 +92,8 @@ def choose_scale(rows: np.ndarray, grid: Grid, clips: np.ndarray = CLIPS) -> tup
         error -= zero
         error *= scale
         error -= rows
-        loss = (np.abs(error) ** NORM).sum(axis=0)
+        np.abs(error, out=error)
+        loss = np.power(error, NORM, out=error).sum(axis=0)
         better = loss < best
         best[better] = loss[better]
         for array, value in zip(chosen, (scale, zero), strict=True):
@@ -108,17 +109,16 @@ def gptq(weight: np.ndarray, gram: np.ndarray, grid: Grid) -> IntWeight:
     inputs that carry the most come first ("act-order" in the authors' code); blocks keep their own order.
     """
     inputs = len(weight)
-    curvature = gram.astype(np.float64)
-    diagonal = curvature.diagonal().copy()
+    diagonal = gram.diagonal().astype(np.float64)
     mean = diagonal.mean() or 1.0
-    dead = diagonal <= 0  # an input that never occurs: rounding it to nearest costs nothing
+    order = np.argsort(-diagonal, kind="stable") if grid.block is None else np.arange(inputs)
+    curvature = gram[np.ix_(order, order)].astype(np.float64)
+    dead = np.flatnonzero(diagonal[order] <= 0)  # an input that never occurs: rounding it to nearest costs nothing
     curvature[dead, dead] = mean
     curvature[np.diag_indices(inputs)] += DAMPING * mean
-    order = np.argsort(-diagonal, kind="stable") if grid.block is None else np.arange(inputs)
-    factor = np.linalg.cholesky(np.linalg.inv(curvature[np.ix_(order, order)])).T  # upper: inverse = factorᵀ · factor
-    del curvature
+    factor = _inverse_factor(curvature)
     parts = [
-        _gptq_columns(weight[order, start : start + _COLUMNS].astype(np.float64), factor, grid)
+        _gptq_columns(weight[order, start : start + _COLUMNS].astype(np.float32), factor, grid)
         for start in range(0, weight.shape[1], _COLUMNS)
     ]
     q, scale, zero = (np.concatenate(arrays, axis=1) for arrays in zip(*parts, strict=True))
@@ -127,8 +127,30 @@ def gptq(weight: np.ndarray, gram: np.ndarray, grid: Grid) -> IntWeight:
     return IntWeight(q[back], scale.astype(np.float32), zero.astype(q.dtype), grid)
 
 
+def _inverse_factor(curvature: np.ndarray) -> np.ndarray:
+    """Upper triangular U float32 [K, K] with UᵀU the inverse of `curvature` float64 [K, K].
+
+    Reversed, a matrix has its Cholesky factor the other way round: curvature = R·Rᵀ with R upper, so U = R⁻¹.
+    """
+    upper = np.linalg.cholesky(curvature[::-1, ::-1])[::-1, ::-1]
+    return _inverse_upper(upper).astype(np.float32)
+
+
+def _inverse_upper(upper: np.ndarray) -> np.ndarray:
+    """Inverse of an upper triangular matrix [K, K] by halves, of which all but the smallest are products."""
+    size = len(upper)
+    if size <= 64:
+        return np.linalg.inv(upper)
+    half = size // 2
+    first, last = _inverse_upper(upper[:half, :half]), _inverse_upper(upper[half:, half:])
+    inverse = np.zeros_like(upper)
+    inverse[:half, :half], inverse[half:, half:] = first, last
+    inverse[:half, half:] = -first @ (upper[:half, half:] @ last)
+    return inverse
+
+
 def _gptq_columns(rest: np.ndarray, factor: np.ndarray, grid: Grid) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(q [K, N], scales [G, N], zero points [G, N]) of weights `rest` float64 [K, N], which is used up."""
+    """(q [K, N], scales [G, N], zero points [G, N]) of weights `rest` float32 [K, N], which is used up."""
     low, high = grid.limits
     inputs, channels = rest.shape
     block = grid.block or inputs
@@ -136,7 +158,7 @@ def _gptq_columns(rest: np.ndarray, factor: np.ndarray, grid: Grid) -> tuple[np.
     scales, zeros = [], []
     for start in range(0, inputs, _LAZY_ROWS):
         end = min(start + _LAZY_ROWS, inputs)
-        errors = np.empty((end - start, channels))
+        errors = np.empty((end - start, channels), np.float32)
         for row in range(start, end):
             if row % block == 0:
                 # A block may reach beyond the rows that are up to date: settle what it is owed first.

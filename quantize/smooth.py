@@ -9,7 +9,9 @@ to the channels' means: Outlier Suppression+, arXiv 2304.09145.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import onnx_ir as ir
@@ -87,23 +89,33 @@ def candidate(low: np.ndarray, high: np.ndarray, weight_max: np.ndarray, alpha: 
 
 
 def apply(graph: ir.Graph, group: Group, smoothing: Smoothing) -> None:
-    """Rescale `graph` in place; what it computes stays the same."""
+    """Rescale `graph` in place; what it computes stays the same. Matrices are computed anew whenever they are read."""
     scale, shift = smoothing.scale.astype(np.float64), smoothing.shift.astype(np.float64)
     for value, first in group.scales:
-        array = value.const_value.numpy().astype(np.float64)
-        channels = slice(first, first + len(scale))
-        if group.shift is not None and value is group.shift[0]:
-            array[channels] -= shift
-        array[..., channels] /= scale
-        _set(value, array)
+        start = shift if group.shift is not None and value is group.shift[0] else 0.0
+        _set(value, partial(_divide, value.const_value, first, scale, start))
     for projection in group.projections:
-        weight = matrix(projection).astype(np.float64)
         if group.shift is not None:
             bias = bias_of(projection)
-            _set(bias, bias.const_value.numpy() + shift @ weight)
-        weight *= scale[:, None]
-        _set(projection.weight, weight if projection.channel_axis == 1 else weight.T)
+            _set(bias, partial(_add, bias.const_value, shift @ matrix(projection).astype(np.float64)))
+        axis = 1 - projection.channel_axis
+        _set(projection.weight, partial(_multiply, projection.weight.const_value, np.expand_dims(scale, 1 - axis)))
     _scale_look_ups(graph, group, (1 / scale).astype(np.float32))
+
+
+def _divide(tensor: ir.TensorProtocol, first: int, scale: np.ndarray, shift: np.ndarray | float) -> np.ndarray:
+    array = tensor.numpy().astype(np.float64)
+    channels = slice(first, first + len(scale))
+    array[..., channels] = (array[..., channels] - shift) / scale
+    return array
+
+
+def _multiply(tensor: ir.TensorProtocol, scale: np.ndarray) -> np.ndarray:
+    return tensor.numpy() * scale
+
+
+def _add(tensor: ir.TensorProtocol, term: np.ndarray) -> np.ndarray:
+    return tensor.numpy() + term
 
 
 def _scale_look_ups(graph: ir.Graph, group: Group, factor: np.ndarray) -> None:
@@ -192,5 +204,11 @@ def _is_own_vector(value: ir.Value | None) -> bool:
     )
 
 
-def _set(value: ir.Value, array: np.ndarray) -> None:
-    value.const_value = ir.tensor(np.ascontiguousarray(array, np.float32), name=value.name)
+def _set(value: ir.Value, compute: Callable[[], np.ndarray]) -> None:
+    def tensor() -> ir.Tensor:
+        return ir.tensor(np.ascontiguousarray(compute(), np.float32))
+
+    # Lazily, since a model's matrices, each of them twice, would be most of what a run needs.
+    value.const_value = (
+        ir.LazyTensor(tensor, value.dtype, value.shape, name=value.name) if len(value.shape) > 1 else tensor()
+    )

@@ -17,8 +17,8 @@ SAMPLE_EVERY = 16
 
 @dataclass(frozen=True)
 class Moments:
-    """Of rows x [R, K]: their count, low and high [K], total [K] = Σx, gram [K, K] = Σxᵀx (None where not asked for),
-    and a sample of rows [S, K]."""
+    """Of rows x [R, K]: their count, low and high [K], total [K] = Σx, gram float32 [K, K] = Σxᵀx (None where not
+    asked for), and a sample of rows [S, K]."""
 
     count: int
     low: np.ndarray
@@ -34,7 +34,7 @@ class Moments:
             x.min(axis=0),
             x.max(axis=0),
             x.sum(axis=0, dtype=np.float64),
-            (x.T @ x).astype(np.float64) if with_gram else None,
+            x.T @ x if with_gram else None,
             x[::SAMPLE_EVERY].copy(),
         )
 
@@ -57,7 +57,8 @@ class Moments:
         gram = self.gram
         if gram is not None:
             cross = np.outer(shift, self.total)
-            gram = (gram - cross - cross.T + self.count * np.outer(shift, shift)) / np.outer(scale, scale)
+            gram = gram - cross - cross.T + self.count * np.outer(shift.astype(np.float64), shift)
+            gram = (gram / np.outer(scale, scale)).astype(np.float32)
         return Moments(
             self.count,
             (self.low - shift) / scale,

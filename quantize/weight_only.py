@@ -33,8 +33,9 @@ import onnx_ir as ir
 
 from core.errors import UserError
 from quantize.graph import clean, constant, replace_node
-from quantize.rounding import IntWeight
-from quantize.sites import Embedding, Projection, find_embeddings, find_projections
+from quantize.plan import Site
+from quantize.rounding import Grid, IntWeight, round_to_nearest
+from quantize.sites import Embedding, Projection, find_embeddings, find_projections, find_tables
 
 Target = Literal["portable", "ort"]
 _ORT = "com.microsoft"
@@ -65,6 +66,23 @@ class _Stored:
     @property
     def channels(self) -> int:
         return self.weight.q.shape[1]
+
+
+def choose_weights(model: ir.Model, sites: dict[str, Site], tables: Grid) -> dict[str, IntWeight]:
+    """What `quantize_weights` takes: the weights of `sites`, and tables rounded to nearest on a grid of their own.
+
+    A table that a projection without a site reads is left out.
+    """
+    projections = find_projections(model.graph)
+    weights = {p.weight.name: sites[p.name].weight for p in projections if p.name in sites and sites[p.name].weight}
+    floating = {p.weight for p in projections if p.name not in sites}
+    for table in find_tables(model.graph) - floating:
+        rows = next(
+            (p.channel_axis == 0 for p in projections if p.weight is table), True
+        )  # [V, D], as look-ups have it
+        array = table.const_value.numpy()
+        weights[table.name] = round_to_nearest(array.T if rows else array, tables)
+    return weights
 
 
 def quantize_weights(

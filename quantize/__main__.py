@@ -69,7 +69,11 @@ def main() -> int:
         if sys.argv[1] != args.command:
             raise UserError(f"{sys.argv[1]}: stands in front of {args.command}; put its options behind it")
         return args.function(args)
-    recipes = dict(map(get_recipe, args.recipes))
+    recipes: dict[str, Recipe] = {}
+    for given in args.recipes:
+        name, recipe = get_recipe(given)
+        if recipes.setdefault(name, recipe) != recipe:
+            raise UserError(f"RECIPES={given}: another recipe is named {name} too; give the file another name")
     if args.max_delta_ln_ppl is not None:
         recipes = with_budget(recipes, args.max_delta_ln_ppl)
     with opened(args) as parent:

@@ -80,7 +80,7 @@ def decide(
             static = recipe if isinstance(recipe, StaticInt8) else recipe.static
             plan = Plan(Grid(8), static.rounding, static.smoothing, static.ranges, static.float_channels)
         case WeightOnly():
-            plan = Plan(Grid(recipe.bits, recipe.block, recipe.symmetric), recipe.rounding)
+            plan = Plan(Grid(recipe.bits, recipe.block, recipe.symmetric), recipe.rounding, recipe.smoothing)
     with artifact.staging(work / "calibration") as folder:
         return calibrate(model, windows, plan, folder, until)
 

@@ -23,7 +23,7 @@ from quantize.activation import ROW_ZERO_POINTS, Activation, PerRow, PerTensor, 
 from quantize.blocks import Block, open_block, split
 from quantize.plan import Plan, Site
 from quantize.recipes import Calibration
-from quantize.rounding import IntWeight, gptq, round_to_nearest
+from quantize.rounding import IntWeight, gptq, round_to_nearest, rounding_noise
 from quantize.sites import Projection, find_tables
 from quantize.statistics import RANGES, Histogram, Moments
 
@@ -158,13 +158,13 @@ def _search_smoothing(
     def cost(scale: np.ndarray) -> float:
         rows = (moments.rows - shift) / scale
         after = energy * scale**2
+        activations = 0.0
         if _is_static(plan):
             activations = _static_error(rows, low / scale, high / scale, after, output)
-        else:
+        elif plan.ranges == "row":
             activations = product_error(rows, PerRow().restore(rows), after, output)
-        steps = [np.abs(weight * scale[:, None]).max(axis=0) / 127 for weight in weights]
-        noise = sum(float(step @ step) for step in steps) / 12  # of a rounded weight, its step²/12
-        return activations + float(np.mean((rows * rows).sum(axis=1) * noise / output))
+        noise = sum(rounding_noise(weight * scale[:, None], plan.grid) for weight in weights)
+        return activations + float(np.mean((rows * rows) @ noise / output))
 
     alpha, scale = min(options, key=lambda option: cost(option[1]))
     return smooth.Smoothing(scale, shift, alpha)

@@ -5,7 +5,8 @@ whether it was computed whole or through the cache, and one massive activation c
 
 Scales are rounded to half precision. A kernel for one position and one for many differ in the last bit of a
 float; a scale that carries that bit on would push values over the edge of a rounding, in every layer more.
-Measured on es-mini, cached against whole: the mean |Δ logit| falls from 0.02 to 0.0002, and quality is the same.
+Measured on es-mini, 24 windows of 128 tokens, cached against whole: the mean |Δ logit| falls from 0.025 to 0.006,
+13 windows are the same to the last digits instead of none (tests/test_invariance.py), and quality is the same.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import types
 import typing
 from dataclasses import dataclass
@@ -18,6 +19,11 @@ Ranges = Literal["min-max", "percentile", "entropy", "mse"]
 ALPHAS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 
+def _check_exponents(smoothing: tuple[float, ...]) -> None:
+    if not all(0 <= alpha <= 1 for alpha in smoothing):
+        raise ValueError(f"smoothing has {', '.join(map(str, smoothing))}; give exponents from 0 to 1")
+
+
 @dataclass(frozen=True)
 class Calibration:
     """Full windows of real text: `windows` of at most `tokens` tokens each; fewer than `minimum` are refused.
@@ -29,6 +35,10 @@ class Calibration:
     tokens: int = 512
     minimum: int = 8
 
+    def __post_init__(self) -> None:
+        if min(self.windows, self.tokens, self.minimum) < 1:
+            raise ValueError(f"calibration has {self}; give whole numbers from 1")
+
 
 @dataclass(frozen=True)
 class DynamicInt8:
@@ -37,6 +47,9 @@ class DynamicInt8:
     rounding: Rounding = "gptq"
     smoothing: tuple[float, ...] = ALPHAS
     calibration: Calibration = Calibration()
+
+    def __post_init__(self) -> None:
+        _check_exponents(self.smoothing)
 
 
 @dataclass(frozen=True)
@@ -52,6 +65,11 @@ class StaticInt8:
     float_channels: int = 16
     calibration: Calibration = Calibration()
 
+    def __post_init__(self) -> None:
+        _check_exponents(self.smoothing)
+        if self.float_channels < 0:
+            raise ValueError(f"float_channels is {self.float_channels}; give a number from 0")
+
 
 @dataclass(frozen=True)
 class MixedStaticInt8:
@@ -62,6 +80,10 @@ class MixedStaticInt8:
 
     max_delta_ln_ppl: float = 0.002
     static: StaticInt8 = StaticInt8()
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.max_delta_ln_ppl < math.inf:
+            raise ValueError(f"max_delta_ln_ppl is {self.max_delta_ln_ppl}; give a number of nats from 0")
 
     @property
     def calibration(self) -> Calibration:
@@ -82,8 +104,14 @@ class WeightOnly:
     table_bits: Literal[4, 8] = 8
     table_block: int | None = None
     rounding: Rounding = "gptq"
+    smoothing: tuple[float, ...] = ALPHAS
     target: Literal["portable", "ort"] = "portable"
     calibration: Calibration = Calibration(windows=32)
+
+    def __post_init__(self) -> None:
+        for block in (self.block, self.table_block):
+            if block is not None and block < 1:
+                raise ValueError(f"block is {block}; give a number of inputs from 1, or null for one scale a channel")
 
 
 @dataclass(frozen=True)
@@ -134,10 +162,11 @@ def get_recipe(name: str) -> tuple[str, Recipe]:
         raise UserError(f"RECIPES={name}: is no recipe; choose from {', '.join(RECIPES)}, or give a .json file of one")
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
-        if "recipe" in fields:
-            return str(fields["name"]), from_json(fields["recipe"])
-        return path.stem, from_json(fields)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        label, fields = (str(fields["name"]), fields["recipe"]) if "recipe" in fields else (path.stem, fields)
+        if label == "fp32" or label.startswith(".") or Path(label).name != label:
+            raise ValueError(f"{label!r} is no name for its artifact")
+        return label, from_json(fields)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
             f"RECIPES={name}: is no recipe ({error}); start from `python -m quantize recipes --json int8-static`"
         ) from None
@@ -170,7 +199,7 @@ def _read(kind: type, value: object, place: str) -> typing.Any:
         options = [option for option in arguments if option is not types.NoneType]
         return None if value is None and len(options) < len(arguments) else _read(options[0], value, place)
     if origin is Literal:
-        if value not in arguments:
+        if not any(value == choice and type(value) is type(choice) for choice in arguments):
             raise ValueError(f"{place} is {value!r}; choose from {', '.join(map(str, arguments))}")
         return value
     if origin is tuple:

@@ -101,6 +101,20 @@ def choose_scale(rows: np.ndarray, grid: Grid, clips: np.ndarray = CLIPS) -> tup
     return chosen
 
 
+def rounding_noise(weight: np.ndarray, grid: Grid) -> np.ndarray:
+    """Expected squared error of `weight` [K, N] on `grid`, summed over channels: float32 [K].
+
+    A step²/12 for each weight, with steps that span the range. GPTQ stays below it.
+    """
+    low, high = grid.limits
+    block = grid.block or len(weight)
+    starts = np.arange(0, len(weight), block)
+    bottom = np.minimum(np.minimum.reduceat(weight, starts, axis=0), 0)
+    top = np.maximum(np.maximum.reduceat(weight, starts, axis=0), 0)
+    step = np.maximum(top / high, bottom / low) if grid.symmetric else (top - bottom) / (high - low)  # [G, N]
+    return np.repeat(np.einsum("gn,gn->g", step, step) / 12, block)[: len(weight)]
+
+
 def gptq(weight: np.ndarray, gram: np.ndarray, grid: Grid) -> IntWeight:
     """Least ‖x·(Ŵ − W)‖² over the inputs that `gram` [K, K] = Σ xᵀx was summed from, greedily, input by input.
 

@@ -152,6 +152,8 @@ def least_divergence(histogram: Histogram) -> tuple[float, float]:
 
 def _search(histogram: Histogram, cost: Callable[[float, float], float]) -> tuple[float, float]:
     """The cheapest of ranges whose ends are shares of the full ones: first of both alike, then of each end."""
+    if histogram.low == histogram.high:
+        return histogram.low, histogram.high  # all elements are 0
     shares = np.geomspace(0.02, 1, 80)
     best = min(shares, key=lambda share: cost(histogram.low * share, histogram.high * share))
     high = min(shares, key=lambda share: cost(histogram.low * best, histogram.high * share))

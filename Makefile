@@ -2,6 +2,7 @@
 # make test                      the tests
 #
 # make optimum                   the second environment, for EXPORTER=optimum
+# make accuracy                  docs/accuracy.md anew; MODELS="FOLDER ..." and TEXT=file add to it
 # make lint | clean              the linter | remove artifacts and reports
 #
 # MODEL=folder | owner/name[@revision]   CORPUS=file | folder | owner/name   RECIPES="int8-dynamic ort-static ..."
@@ -24,7 +25,7 @@ ready    = $(VENV)/.stamp
 corpus   = --corpus "$(CORPUS)" $(if $(CORPUS_CONFIG),--corpus-config "$(CORPUS_CONFIG)") \
            $(if $(CORPUS_SPLIT),--corpus-split "$(CORPUS_SPLIT)") $(if $(CORPUS_COLUMN),--corpus-column "$(CORPUS_COLUMN)")
 
-.PHONY: export quantize eval optimum test lint clean help
+.PHONY: export quantize eval accuracy optimum test lint clean help
 .DEFAULT_GOAL := help
 
 help:
@@ -46,6 +47,9 @@ quantize: export
 
 eval: quantize
 	@$(run) eval --model "$(MODEL)" --recipes fp32 $(RECIPES) --artifacts "$(OUT)" --output "$(REPORTS)" $(corpus) $(EVAL)
+
+accuracy: $(ready)
+	@OPTIMUM_PYTHON="$(OPTIMUM_VENV)/bin/python" $(VENV)/bin/python tools/accuracy.py $(if $(MODELS),--models $(MODELS)) $(if $(TEXT),--text "$(TEXT)")
 
 test: $(ready)
 	@$(run) pytest $(TESTS)

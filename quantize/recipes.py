@@ -109,6 +109,7 @@ class WeightOnly:
     calibration: Calibration = Calibration(windows=32)
 
     def __post_init__(self) -> None:
+        _check_exponents(self.smoothing)
         for block in (self.block, self.table_block):
             if block is not None and block < 1:
                 raise ValueError(f"block is {block}; give a number of inputs from 1, or null for one scale a channel")

@@ -18,6 +18,7 @@ OUT     ?= artifacts
 REPORTS ?= reports
 OPSET   ?= 21
 EXPORTER ?= graph
+QUANTIZE ?=
 EVAL    ?=
 
 run      = $(VENV)/bin/python -m
@@ -43,7 +44,7 @@ export: $(ready) $(if $(filter optimum,$(EXPORTER)),optimum)
 	@OPTIMUM_PYTHON="$(OPTIMUM_VENV)/bin/python" $(run) export --model "$(MODEL)" --exporter "$(EXPORTER)" --opset "$(OPSET)" --output "$(OUT)"
 
 quantize: export
-	@$(run) quantize --model "$(MODEL)" --recipes $(RECIPES) --output "$(OUT)" $(corpus)
+	@$(run) quantize --model "$(MODEL)" --recipes $(RECIPES) --output "$(OUT)" $(corpus) $(QUANTIZE)
 
 eval: quantize
 	@$(run) eval --model "$(MODEL)" --recipes fp32 $(RECIPES) --artifacts "$(OUT)" --output "$(REPORTS)" $(corpus) $(EVAL)

@@ -16,15 +16,18 @@ ROW_ZERO_POINTS = (128, 64, 32, 16, 8)
 
 @dataclass(frozen=True)
 class PerRow:
-    """A scale for every row as it comes, the smallest that covers the row; the zero point is fixed."""
+    """A scale for every row as it comes, the smallest that covers the row; the zero point is fixed.
+
+    128 takes −127..127, as symmetric int8 does, so that one look at max|x| finds the scale.
+    """
 
     zero_point: int = 128
 
     def restore(self, x: np.ndarray) -> np.ndarray:
         """`x` [R, K] as it comes back from u8."""
-        scale = np.maximum(
-            x.max(axis=1, keepdims=True) / (255 - self.zero_point), -x.min(axis=1, keepdims=True) / self.zero_point
-        )
+        above = 255 - self.zero_point
+        below = min(self.zero_point, above)
+        scale = np.maximum(x.max(axis=1, keepdims=True) / above, -x.min(axis=1, keepdims=True) / below)
         scale[scale <= 0] = 1
         return np.rint(x / scale) * scale
 

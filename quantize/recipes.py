@@ -164,7 +164,7 @@ def get_recipe(name: str) -> tuple[str, Recipe]:
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
         label, fields = (str(fields["name"]), fields["recipe"]) if "recipe" in fields else (path.stem, fields)
-        if label == "fp32" or label.startswith(".") or Path(label).name != label:
+        if label in ("", "fp32") or label.startswith(".") or Path(label).name != label:
             raise ValueError(f"{label!r} is no name for its artifact")
         return label, from_json(fields)
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:

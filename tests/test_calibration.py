@@ -258,7 +258,8 @@ def test_per_row_is_what_onnx_runtime_computes(zero_point, chain, tmp_path):
     halves = np.array([[0.5, 1.5, 2.5, -0.5, -1.5, 255 - zero_point, 0]], np.float32)
     assert PerRow(zero_point).restore(halves)[0, :5].tolist() == [0, 2, 2, 0, -2]
     for x in (halves, *(np.concatenate(chain[1][name]) for name in LAYER), np.zeros((2, 4), np.float32)):
-        scale = np.maximum(x.max(axis=1) / (255 - zero_point), -x.min(axis=1) / zero_point).astype(np.float32)
+        below = min(zero_point, 127)
+        scale = np.maximum(x.max(axis=1) / (255 - zero_point), -x.min(axis=1) / below).astype(np.float32)
         scale[scale == 0] = 1
         zeros = np.full(len(x), zero_point, np.uint8)
         restored = PerRow(zero_point).restore(x)

@@ -6,9 +6,8 @@ import numpy as np
 import onnx_ir as ir
 
 from quantize.graph import constant, replace_node
-from quantize.int8 import quantize_weight
 from quantize.plan import Site
-from quantize.rounding import IntWeight
+from quantize.rounding import Grid, IntWeight, round_to_nearest
 from quantize.sites import Embedding, Projection, find_embeddings, find_projections
 
 
@@ -23,20 +22,23 @@ class Weights:
         """(int8 matrix, as it was stored; float32 scales [channels]) of `weight`, a scale per index of `axis`."""
         key = (weight.name, axis)
         if key not in self._stored:
-            self._store(weight, axis, *quantize_weight(weight.const_value.numpy(), axis))
+            array = weight.const_value.numpy()
+            # Unclipped: a token's row comes back within half a step, whatever its largest element.
+            self._put(
+                weight, axis, round_to_nearest(array if axis == 1 else array.T, Grid(8), clips=np.ones(1, np.float32))
+            )
         return self._stored[key]
 
     def put(self, projection: Projection, weight: IntWeight) -> None:
         """Use `weight`, symmetric with one scale a channel, where the projection's matrix is asked for."""
-        axis = projection.channel_axis
-        q = np.ascontiguousarray(weight.q if axis == 1 else weight.q.T)
-        self._store(projection.weight, axis, q, weight.scale[0])
+        self._put(projection.weight, projection.channel_axis, weight)
 
-    def _store(self, weight: ir.Value, axis: int, quantized: np.ndarray, scale: np.ndarray) -> None:
+    def _put(self, weight: ir.Value, axis: int, rounded: IntWeight) -> None:
+        q = np.ascontiguousarray(rounded.q if axis == 1 else rounded.q.T)
         suffix = "" if not any(name == weight.name for name, _ in self._stored) else f"_{axis}"
         self._stored[weight.name, axis] = (
-            constant(self._graph, f"{weight.name}_int8{suffix}", quantized),
-            constant(self._graph, f"{weight.name}_scale{suffix}", scale),
+            constant(self._graph, f"{weight.name}_int8{suffix}", q),
+            constant(self._graph, f"{weight.name}_scale{suffix}", rounded.scale[0]),
         )
 
     def get_columns(self, tape: ir.tape.Tape, projection: Projection) -> tuple[ir.Value, ir.Value]:

@@ -15,7 +15,6 @@ from core.artifact import open_artifact
 from core.corpus import Source, Split, load_splits
 from quantize.activation import ROW_ZERO_POINTS, PerRow, PerTensor
 from quantize.dynamic import quantize_dynamic
-from quantize.int8 import quantize_weight
 from quantize.plan import Site
 from quantize.recipes import ALPHAS, Calibration
 from quantize.rounding import Grid, IntWeight, round_to_nearest
@@ -35,24 +34,6 @@ def artifacts(es_mini_fp32):
     result = stage("quantize", "--output", folder.parent, "--recipes", *OURS, "ort-dynamic", "ort-static")
     assert result.status == 0, result.stderr
     return folder
-
-
-@pytest.mark.parametrize("axis", [0, 1])
-def test_a_weight_comes_back_within_half_a_scale(axis):
-    weight = np.random.default_rng(axis).standard_normal((5000, 7)).astype(np.float32) * 10 ** np.arange(
-        -3.0, 4.0, dtype=np.float32
-    )
-    quantized, scale = quantize_weight(weight, axis)
-    spread = np.expand_dims(scale, 1 - axis)
-    assert quantized.dtype == np.int8 and np.abs(quantized).max(axis=1 - axis).min() == 127
-    assert (np.abs(quantized * spread - weight) <= spread / 2 * (1 + 1e-5)).all()
-
-
-def test_a_channel_of_zeros_stays_zero():
-    weight = np.ones((4, 3), np.float32)
-    weight[:, 1] = 0
-    quantized, scale = quantize_weight(weight, 1)
-    assert np.isfinite(scale).all() and (quantized[:, 1] == 0).all()
 
 
 @pytest.mark.parametrize("name", OURS)

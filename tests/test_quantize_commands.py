@@ -119,7 +119,7 @@ def test_projections_are_ranked_by_what_each_costs(output, quick, tmp_path):
     shared = float(nothing[1])
     assert shared < divergence[-1] and divergence[0] < float(together[1])
     assert float(together[1]) == pytest.approx(sum(value - shared for value in divergence) + shared, rel=0.5)
-    assert "2 calibration windows of 128 tokens" in result.stdout
+    assert "4 calibration windows of 128 tokens" in result.stdout
 
     texts = svg_texts(path)
     assert set(PROJECTIONS) < set(texts) and "es-mini, quick: each projection quantized alone" in texts

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import textwrap
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from core import artifact
@@ -29,7 +31,8 @@ _INTRO = """\
 What quantization costs, measured. `make accuracy` reprints this page and [accuracy.json](accuracy.json), which holds
 its numbers; `make accuracy MODELS="FOLDER ..." TEXT=FILE` adds rows of other GPT-2 checkpoints and of another text.
 
-**Models.** `es-mini` is the embedded GPT-2, whose activations are tame. `es-mini-twin` and `es-mini-sink` are made of
+**Models.** `es-mini` is the embedded GPT-2, whose activations are tame; its checkpoint is in float16, so `fp16` loses
+nothing. `es-mini-twin` and `es-mini-sink` are made of
 it by [tools/hard_model.py](../tools/hard_model.py) with seed 0, and have what makes GPT-2s of full size hard to
 quantize: the twin computes the same function with outlier channels tens of times the others in the input of every
 projection; the sink carries a massive activation at position 0 of the text, hundreds of times the usual.{others}
@@ -47,7 +50,7 @@ Nothing is timed here, so every model runs on {threads} thread ({cpu}, onnxrunti
 
 - `int4-weight-nearest`: `int4-weight` without GPTQ, each weight rounded to nearest; the same size;
 - `ort-dynamic`, `ort-static`: ONNX Runtime's tools as its documentation advises for transformers, on the same fp32
-  artifact; static calibrates min-max on full windows of the calibration split, as ours does;
+  artifact; static calibrates (min-max) on full windows of the calibration split;
 - `naive-dynamic`, `naive-static`: `quantize_dynamic` (QInt8) and `quantize_static` (QDQ, activations u8, weights s8,
   min-max, per tensor) of ONNX Runtime straight on fp32; static calibrates on 8 sentences, the first of each of the
   first 8 calibration documents;
@@ -62,7 +65,7 @@ What others report, beside ours on {corpus}. Models and texts differ, so this is
 tables by. The rise of perplexity in percent is exp(Δ ln ppl) − 1.
 """
 
-_SAMPLE = "Of its test split so many documents, taken by their sha256, are scored as the heading of each table says."
+_SAMPLE = "Only a part of its test split is scored: whole documents, in the order of their sha256, as many as each heading says."
 EMBEDDED = ("es-mini", "es-mini-twin", "es-mini-sink")
 
 
@@ -110,10 +113,17 @@ def page(report: dict) -> str:
         cpu=report["machine"]["cpu"],
         onnxruntime=report["versions"]["onnxruntime"],
     )
-    parts = [intro, *(f"Not measured: `{name}`: {reason}.\n" for name, reason in report["skipped"].items())]
+    parts = [_wrapped(intro), *(f"Not measured: `{name}`: {reason}.\n" for name, reason in report["skipped"].items())]
     parts += [_section(item) for item in models]
     first = [item for item in models if item["corpus"] == models[0]["corpus"]]
     return "\n".join([*parts, _PUBLISHED_INTRO.format(corpus=f"`{models[0]['corpus']}`"), _published(first)])
+
+
+def _wrapped(text: str) -> str:
+    """Lines of at most 120 characters, whatever names stand in `text`; headings and lists stay as they are."""
+    paragraphs = text.rstrip().split("\n\n")
+    wrap = partial(textwrap.fill, width=120, break_long_words=False, break_on_hyphens=False)
+    return "\n\n".join(part if part.startswith(("#", "- ")) else wrap(part) for part in paragraphs) + "\n"
 
 
 def _section(item: dict) -> str:

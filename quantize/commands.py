@@ -111,7 +111,8 @@ def read_accuracy(path: Path) -> list[dict]:
             raise ValueError(f"schema {fields['schema']!r} is not {_ACCURACY_SCHEMA!r}")
         for model in fields["models"]:
             model["model"], [(row["name"], *(row[key] for key in _COSTS)) for row in model["artifacts"]]
-        return fields["models"]
+        # A model stands there once for each text; the first text is the project's own.
+        return [model for model in fields["models"] if model.get("corpus") == fields["models"][0].get("corpus")]
     except FileNotFoundError:
         return []
     except (ValueError, KeyError, TypeError) as error:

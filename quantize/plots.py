@@ -71,7 +71,7 @@ def show(table: Table) -> None:
     """`table` on standard output; as wide as it needs to be where that is not a terminal."""
     from rich.console import Console
 
-    console = Console() if Console().is_terminal else Console(width=200)
+    console = Console() if Console().is_terminal else Console(width=300)
     console.print(table)
 
 

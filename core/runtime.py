@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -88,6 +88,22 @@ class Runtime:
             for name, array in feeds.items()
         }
         return values | dict(zip(self._past, past, strict=True))
+
+
+def window_feeds(inputs: Iterable, ids: np.ndarray) -> dict[str, np.ndarray]:
+    """What a graph with contract `inputs` (each with a name and a shape) asks for: token ids int64 [T], no past."""
+    feeds = {
+        "input_ids": ids[None],
+        "attention_mask": np.ones((1, len(ids)), np.int64),
+        "position_ids": np.arange(len(ids))[None],
+    }
+    shapes = {item.name: item.shape for item in inputs}
+    past = {
+        name: np.zeros((1, shape[1], 0, shape[3]), np.float32)
+        for name, shape in shapes.items()
+        if name.startswith("past_")
+    }
+    return {name: array for name, array in feeds.items() if name in shapes} | past
 
 
 def open_session(model: Path, threads: int | None = None) -> ort.InferenceSession:

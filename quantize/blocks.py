@@ -16,7 +16,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from core import onnx_file
-from core.runtime import open_session
+from core.runtime import open_session, window_feeds
 from quantize.sites import Projection, find_embeddings, find_projections
 
 _INPUT = "block_input"
@@ -86,24 +86,14 @@ def open_block(
     unused = [value for value in graph.inputs if not value.uses()]
     for value in unused:
         graph.inputs.remove(value)
-    past = {
-        value.name: np.zeros([1, value.shape[1], 0, value.shape[3]], np.float32)
-        for value in graph.inputs
-        if value.name.startswith("past_")
-    }
-    wanted = [value.name for value in graph.inputs]
     onnx_file.save(copy, work)
     session = open_session(work / "model.onnx")
     for file in work.iterdir():
         file.unlink()
 
     def run(ids: np.ndarray, start: np.ndarray | None) -> list[np.ndarray]:
-        feeds = past | {
-            "input_ids": ids[None],
-            "attention_mask": np.ones((1, len(ids)), np.int64),
-            "position_ids": np.arange(len(ids))[None],
-            _INPUT: start,
-        }
-        return session.run(outputs, {name: feeds[name] for name in wanted})
+        inputs = session.get_inputs()
+        own = {item.name: start for item in inputs if item.name == _INPUT}
+        return session.run(outputs, window_feeds(inputs, ids) | own)
 
     return run

@@ -6,7 +6,6 @@ recipe runs it again for the histograms of what smoothing left. Only sums, histo
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -84,10 +83,10 @@ def calibrate(
 
 @dataclass(frozen=True)
 class _Tensor:
-    """The input x [.., K] of projections, before it gets its range.
+    """The input x [.., K] of projections as smoothing left it, before it gets its range.
 
-    `moments` and `energy` [K] = Σₙ W² are those after smoothing; `output` is a function from rows of the original
-    x [R, K] to their expected ‖x·W‖² [R]; `keep` bool [K] is what stays in the integer product.
+    `moments` are those of x; `weight_energy` [K] = Σₙ W² that of the weights before smoothing; `keep` bool [K] is
+    what stays in the integer product.
     """
 
     name: str
@@ -95,9 +94,22 @@ class _Tensor:
     group: smooth.Group | None
     smoothing: smooth.Smoothing
     moments: Moments
-    energy: np.ndarray
-    output: Callable[[np.ndarray], np.ndarray]
+    weight_energy: np.ndarray
     keep: np.ndarray
+
+    @property
+    def energy(self) -> np.ndarray:
+        """Σₙ W² [K] of the weights as smoothing leaves them."""
+        return self.weight_energy * self.smoothing.scale**2
+
+    def output(self, rows: np.ndarray) -> np.ndarray:
+        """The expected ‖x·W‖² [R] of rows [R, K] of x, its shift included."""
+        return _expected_output(rows * self.smoothing.scale + self.smoothing.shift, self.weight_energy)
+
+
+def _expected_output(rows: np.ndarray, energy: np.ndarray) -> np.ndarray:
+    """‖x·W‖² [R] of rows [R, K], their elements taken as independent; never 0."""
+    return (rows * rows) @ energy + np.finfo(np.float32).tiny
 
 
 def _is_static(plan: Plan) -> bool:
@@ -125,33 +137,28 @@ def _tensor(
     name: str, block: Block, moments: Moments, group: smooth.Group | None, tables: set[ir.Value], plan: Plan
 ) -> _Tensor:
     projections = tuple(projection for projection in block.projections if projection.x.name == name)
-    weights = [smooth.matrix(projection) for projection in projections]
+    weights = [projection.matrix for projection in projections]
     energy = np.sum([np.einsum("kn,kn->k", weight, weight) for weight in weights], axis=0)
-    tiny = np.finfo(np.float32).tiny
-
-    def output(rows: np.ndarray) -> np.ndarray:
-        return (rows * rows) @ energy + tiny
-
     count = len(energy)
     smoothing = smooth.Smoothing(np.ones(count, np.float32), np.zeros(count, np.float32), None)
     if group is not None:
-        smoothing = _search_smoothing(moments, weights, energy, output(moments.rows), group.shift is not None, plan)
+        smoothing = _search_smoothing(moments, weights, energy, group.shift is not None, plan)
         moments = moments.transformed(smoothing.scale, smoothing.shift)
-    after = energy * smoothing.scale**2
-    keep = np.ones(count, bool)
+    tensor = _Tensor(name, projections, group, smoothing, moments, energy, np.ones(count, bool))
     if plan.float_channels and not any(projection.weight in tables for projection in projections):
-        original = moments.rows * smoothing.scale + smoothing.shift
-        keep = _search_float_channels(moments, after, output(original), plan.float_channels)
-    return _Tensor(name, projections, group, smoothing, moments, after, output, keep)
+        output = tensor.output(moments.rows)
+        tensor = replace(tensor, keep=_search_float_channels(moments, tensor.energy, output, plan.float_channels))
+    return tensor
 
 
 def _search_smoothing(
-    moments: Moments, weights: list[np.ndarray], energy: np.ndarray, output: np.ndarray, may_shift: bool, plan: Plan
+    moments: Moments, weights: list[np.ndarray], energy: np.ndarray, may_shift: bool, plan: Plan
 ) -> smooth.Smoothing:
     """The exponent, or none, with the least expected error of activations and weights together."""
     shift = moments.mean.astype(np.float32) if may_shift else np.zeros(len(energy), np.float32)
     weight_max = np.max([np.abs(weight).max(axis=1) for weight in weights], axis=0)
     low, high = moments.low - shift, moments.high - shift
+    output = _expected_output(moments.rows, energy)
     options = [(None, np.ones(len(energy), np.float32))]
     options += [(alpha, smooth.candidate(low, high, weight_max, alpha)) for alpha in plan.alphas]
 
@@ -206,8 +213,7 @@ def _histograms(
         for tensor, value in zip(tensors, run(window, start), strict=True):
             x = value.reshape(-1, value.shape[-1])
             low, high = tensor.moments.low[tensor.keep], tensor.moments.high[tensor.keep]
-            original = x * tensor.smoothing.scale + tensor.smoothing.shift
-            weight = tensor.energy[tensor.keep] / tensor.output(original)[:, None]
+            weight = tensor.energy[tensor.keep] / tensor.output(x)[:, None]
             seen = Histogram.of(x[:, tensor.keep], min(float(low.min()), 0.0), max(float(high.max()), 0.0), weight)
             histograms[tensor.name] = histograms[tensor.name].merge(seen) if tensor.name in histograms else seen
     return histograms
@@ -216,18 +222,17 @@ def _histograms(
 def _site(
     projection: Projection, tensor: _Tensor, histogram: Histogram | None, tables: set[ir.Value], plan: Plan
 ) -> Site:
-    rows, activation = tensor.moments.rows, None
-    output = tensor.output(rows * tensor.smoothing.scale + tensor.smoothing.shift)
-    keep = tensor.keep
+    keep, activation = tensor.keep, None
+    rows, output = tensor.moments.rows[:, keep], tensor.output(tensor.moments.rows)
 
     def error(candidate: Activation) -> float:
-        return product_error(rows[:, keep], candidate.restore(rows[:, keep]), tensor.energy[keep], output)
+        return product_error(rows, candidate.restore(rows), tensor.energy[keep], output)
 
     if histogram is not None:
         activation = PerTensor(*RANGES[plan.ranges](histogram))
     elif plan.ranges == "row":
         activation = min(map(PerRow, ROW_ZERO_POINTS), key=error)
-    weight = smooth.matrix(projection)
+    weight = projection.matrix
     taken = np.flatnonzero(~keep)
     rounded = None if projection.weight in tables else _round(weight, tensor.moments.gram, keep, plan)
     account = {"alpha": tensor.smoothing.alpha} if plan.alphas else {}

@@ -1,7 +1,7 @@
 """Dynamic int8: each row of activations finds its own scale as it comes.
 
-A row is one position of one sequence, so its result depends neither on its neighbours in the batch nor on
-whether it was computed whole or through the cache, and one massive activation coarsens its own row alone.
+A row is one position of one sequence, so its scale depends neither on its neighbours in the batch nor on whether
+it is computed whole or through the cache, and one massive activation coarsens its own row alone.
 
 Scales are rounded to half precision. A kernel for one position and one for many differ in the last bit of a
 float; a scale that carries that bit on would push values over the edge of a rounding, in every layer more.

@@ -19,6 +19,7 @@ from onnxruntime.transformers.optimizer import optimize_model
 from core import onnx_file
 from core.model_config import read_config
 from core.progress import track
+from core.runtime import window_feeds
 
 
 def ort_dynamic(model: Path, work: Path) -> None:
@@ -67,19 +68,9 @@ class _Windows(CalibrationDataReader):
     """Feeds for quantize_static: full windows without a past."""
 
     def __init__(self, model: Path, windows: np.ndarray) -> None:
-        inputs = onnx_file.load(model).graph.inputs
-        self._names = {value.name for value in inputs}
-        self._past = {
-            value.name: np.zeros([1, value.shape[1], 0, value.shape[3]], np.float32)
-            for value in inputs
-            if value.name.startswith("past_")
-        }
+        self._inputs = onnx_file.load(model).graph.inputs
         self._windows: Iterator[np.ndarray] = track(windows, "calibrate", len(windows))
 
     def get_next(self) -> dict[str, np.ndarray] | None:
         window = next(self._windows, None)
-        if window is None:
-            return None
-        ids = window[None]
-        feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids), "position_ids": np.arange(ids.shape[1])[None]}
-        return {name: array for name, array in feeds.items() if name in self._names} | self._past
+        return None if window is None else window_feeds(self._inputs, window)

@@ -13,9 +13,9 @@ import numpy as np
 # above 2, since the few large weights matter more than their share of the squared error says (GPTQ's own choice).
 CLIPS = np.linspace(1.0, 0.6, 9, dtype=np.float32)
 NORM = 2.4
-# Rows that GPTQ updates one by one before it updates all the rest at once; changes no result.
+# Rows that GPTQ updates one by one before it updates all the rest at once; changes no more than a float's last digit.
 _LAZY_ROWS = 128
-# Channels at a time: each is on its own, and a vocabulary of them in double precision would be large.
+# Channels at a time: each is on its own, and temporaries for a whole vocabulary of them would be large.
 _COLUMNS = 8192
 # Share of the mean curvature that is added to every one (GPTQ, section 3.3): inputs that hardly occur stay harmless.
 DAMPING = 0.01

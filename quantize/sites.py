@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
+import numpy as np
 import onnx_ir as ir
 
 _REASONS = {
@@ -47,6 +48,12 @@ class Projection:
     weight: ir.Value
     channel_axis: int
     bias: ir.Value | None
+
+    @property
+    def matrix(self) -> np.ndarray:
+        """The weight as float32 [K, N], a view where it is stored as [N, K]."""
+        weight = self.weight.const_value.numpy()
+        return weight if self.channel_axis == 1 else weight.T
 
     @property
     def name(self) -> str:

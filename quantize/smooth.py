@@ -33,7 +33,7 @@ class Group:
     x: str
     projections: tuple[Projection, ...]
     scales: tuple[tuple[ir.Value, int], ...]
-    shift: tuple[ir.Value, int] | None
+    shift: ir.Value | None
 
 
 @dataclass(frozen=True)
@@ -64,12 +64,6 @@ def find_groups(graph: ir.Graph) -> dict[str, Group]:
     return groups
 
 
-def matrix(projection: Projection) -> np.ndarray:
-    """The projection's weight as float32 [K, N], a view where it is stored as [N, K]."""
-    weight = projection.weight.const_value.numpy()
-    return weight if projection.channel_axis == 1 else weight.T
-
-
 def bias_of(projection: Projection) -> ir.Value | None:
     """The constant vector [N] that is added to the projection's product and to nothing else."""
     bias = projection.bias
@@ -92,12 +86,12 @@ def apply(graph: ir.Graph, group: Group, smoothing: Smoothing) -> None:
     """Rescale `graph` in place; what it computes stays the same. Matrices are computed anew whenever they are read."""
     scale, shift = smoothing.scale.astype(np.float64), smoothing.shift.astype(np.float64)
     for value, first in group.scales:
-        start = shift if group.shift is not None and value is group.shift[0] else 0.0
+        start = shift if value is group.shift else 0.0
         _set(value, partial(_divide, value.const_value, first, scale, start))
     for projection in group.projections:
         if group.shift is not None:
             bias = bias_of(projection)
-            _set(bias, partial(_add, bias.const_value, shift @ matrix(projection).astype(np.float64)))
+            _set(bias, partial(_add, bias.const_value, shift @ projection.matrix.astype(np.float64)))
         axis = 1 - projection.channel_axis
         _set(projection.weight, partial(_multiply, projection.weight.const_value, np.expand_dims(scale, 1 - axis)))
     _scale_look_ups(graph, group, (1 / scale).astype(np.float32))
@@ -144,7 +138,7 @@ def _norm(x: ir.Value, projections: list[Projection]) -> tuple | None:
     scale, bias = node.inputs[1:3]
     if len(x.uses()) != len(projections) or not (_is_own_vector(scale) and _is_own_vector(bias)):
         return None
-    return ((scale, 0), (bias, 0)), (bias, 0)
+    return ((scale, 0), (bias, 0)), bias
 
 
 def _values(x: ir.Value, projections: list[Projection]) -> tuple | None:
@@ -172,7 +166,7 @@ def _values(x: ir.Value, projections: list[Projection]) -> tuple | None:
         bias = bias_of(feeding)
         adds = feeding.node is source or feeding.node in [value.producer() for value in source.inputs]
         if adds and bias is not None and bias in source.inputs and feeding.channel_axis == 1:
-            return ((feeding.weight, first), (bias, first)), (bias, first)
+            return ((feeding.weight, first), (bias, first)), bias
     return None
 
 

@@ -19,7 +19,6 @@ from quantize.plan import Site
 from quantize.recipes import ALPHAS, Calibration
 from quantize.rounding import Grid, IntWeight, round_to_nearest
 from quantize.sites import find_projections
-from quantize.smooth import matrix
 from quantize.static import quantize_static
 
 OURS = ("int8-dynamic", "int8-static")
@@ -190,7 +189,7 @@ def run(recipe, nodes, constants, source, product, inputs, folder):
     found = {projection.name: projection for projection in find_projections(model.graph)}
     ranges = {name: PerTensor(float(array.min()), float(array.max())) for name, array in inputs.items()}
     sites = {
-        name: site(matrix(projection), ranges[projection.x.name] if recipe == "int8-static" else PerRow())
+        name: site(projection.matrix, ranges[projection.x.name] if recipe == "int8-static" else PerRow())
         for name, projection in found.items()
     }
     REWRITES[recipe](model, sites)

@@ -153,7 +153,7 @@ def test_gptq_rounds_the_smoothed_weights_for_the_smoothed_inputs(twin, windows,
     names = ["h.0.attn.c_attn", "h.0.attn.c_proj", last]
     run = open_block(model, Block(None, None, ()), [projections[name].x.name for name in names], tmp_path)
     for name, *rows in zip(names, *(run(window, None) for window in windows[0]), strict=True):
-        x, weight = np.concatenate(rows, axis=1)[0], smooth.matrix(projections[name])
+        x, weight = np.concatenate(rows, axis=1)[0], projections[name].matrix
         assert sites[name].account["alpha"] is not None
         found, nearest = (
             np.linalg.norm(x @ (rounded.dequantize() - weight))

@@ -21,12 +21,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from core import artifact
+from core import artifact, onnx_file
 from core.artifact import Artifact
 from core.corpus import Source, Split, load_splits
 from core.errors import UserError, run
 from core.process import isolated
 from core.progress import report as say
+from core.runtime import window_feeds
 from core.tokenizer import encode, load_tokenizer
 from eval.machine import machine, software
 from eval.quality import Task, make_task, measure_quality
@@ -199,13 +200,8 @@ def onnxruntime_defaults(kind: str, model: Path, work: Path, sentences: list[lis
     if kind == "dynamic":
         quantize_dynamic(proto, work / artifact.MODEL, weight_type=QuantType.QInt8)
         return
-    shapes = {i.name: [d.dim_value for d in i.type.tensor_type.shape.dim] for i in proto.graph.input}
-    past = {k: np.zeros([1, s[1], 0, s[3]], np.float32) for k, s in shapes.items() if k.startswith("past_")}
-    rows = [np.asarray([ids], np.int64) for ids in sentences]
-    feeds = iter(
-        {"input_ids": x, "attention_mask": np.ones_like(x), "position_ids": np.arange(x.shape[1])[None]} | past
-        for x in rows
-    )
+    inputs = onnx_file.load(model).graph.inputs
+    feeds = iter([window_feeds(inputs, np.asarray(ids, np.int64)) for ids in sentences])
 
     class Reader(CalibrationDataReader):
         def get_next(self) -> dict | None:

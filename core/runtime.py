@@ -11,6 +11,26 @@ import onnxruntime as ort
 from core.errors import UserError
 from core.threads import default_threads
 
+# Set in the metadata of a file whose past and present may be one buffer [B, H, capacity, d].
+IN_PLACE = "kv_cache_in_place"
+KEEP = "num_logits_to_keep"
+# Tokens that go through the model at a time: attention's products grow with their square. Measured on GPT-2 small, 512
+# tokens in pieces of 128, 256 and 512 (docs/performance.md).
+CHUNK = 256
+
+
+class Cache:
+    """Keys and values of `length` tokens of a batch, which `Runtime.step` adds to. Belongs to the runtime that made it."""
+
+    def __init__(self, past: list[ort.OrtValue], mask: np.ndarray) -> None:
+        self.past = past
+        self.mask = mask  # int64 [B, capacity], 1 on what is no padding
+        self.length = 0
+
+    @property
+    def capacity(self) -> int:
+        return self.mask.shape[1]
+
 
 class Runtime:
     """A session over `model` (an ONNX file of the contract in the README).
@@ -19,8 +39,22 @@ class Runtime:
     Raises UserError where ONNX Runtime refuses the file or its inputs and outputs are not the contract's.
     """
 
-    def __init__(self, model: Path, threads: int | None = None, outputs: Sequence[str] | None = None) -> None:
-        """`outputs` replaces the contract's, for a graph that shows something else of the same model."""
+    def __init__(
+        self,
+        model: Path,
+        threads: int | None = None,
+        outputs: Sequence[str] | None = None,
+        *,
+        in_place: bool = True,
+        last_only: bool = True,
+        chunk: int | None = CHUNK,
+    ) -> None:
+        """`outputs` replaces the contract's, for a graph that shows something else of the same model.
+
+        The rest concerns `step`, and is there for measuring what each is worth: whether to update the cache in
+        place and to compute the last position's logits alone, where the file can do so, and how many tokens of a
+        prompt go through at a time (None: all).
+        """
         self.session = open_session(model, threads)
         inputs = {item.name: item.shape for item in self.session.get_inputs()}
         found = {*inputs, *(item.name for item in self.session.get_outputs())}
@@ -28,7 +62,8 @@ class Runtime:
         self._past = [
             f"past_key_values.{layer}.{kv}" for layer in range(max(self.layers, 1)) for kv in ("key", "value")
         ]
-        self._outputs = outputs or ["logits", *(name.replace("past_key_values", "present") for name in self._past)]
+        self._present = [name.replace("past_key_values", "present") for name in self._past]
+        self._outputs = outputs or ["logits", *self._present]
         wanted = {"input_ids", "attention_mask", *self._past, *self._outputs}
         if missing := sorted(wanted - found):
             raise UserError(
@@ -45,6 +80,10 @@ class Runtime:
                     f"{model}: {item.name} is {item.type} {item.shape} where the README's contract has float32 [B, heads, P, width]"
                 )
         _, self.heads, _, self.head_dim = inputs[self._past[0]]
+        self.in_place = in_place and IN_PLACE in self.session.get_modelmeta().custom_metadata_map
+        keeps = last_only and KEEP in (item.name for item in self.session.get_overridable_initializers())
+        self._keep = ort.OrtValue.ortvalue_from_numpy(np.array(1, np.int64)) if keeps else None
+        self._chunk = chunk
 
     def forward(self, ids: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
         """Logits float32 [B, T, V] of token ids [B, T] without a past; `mask` [B, T] is 0 on padding."""
@@ -65,29 +104,72 @@ class Runtime:
         self, ids: np.ndarray, mask: np.ndarray | None = None, past: list[ort.OrtValue] | None = None
     ) -> list[ort.OrtValue]:
         """All outputs for token ids [B, T] behind `past` (none where not given), in their order."""
-        return self.session.run_with_ort_values(
-            self._outputs, self._feeds(ids, mask, past or self.empty_past(len(ids)))
-        )
+        past = past or self.empty_past(len(ids))
+        before = past[0].shape()[2]
+        if mask is None:
+            mask = np.ones((len(ids), before + ids.shape[1]), np.int64)
+        values = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in self._feeds(ids, mask).items()}
+        return self.session.run_with_ort_values(self._outputs, values | dict(zip(self._past, past, strict=True)))
 
     def empty_past(self, batch: int) -> list[ort.OrtValue]:
         """A past of no tokens: L × (key, value), each [B, H, 0, d]."""
-        empty = np.zeros((batch, self.heads, 0, self.head_dim), np.float32)
-        return [ort.OrtValue.ortvalue_from_numpy(empty) for _ in self._past]
+        return [self._buffer(batch, 0) for _ in self._past]
 
-    def _feeds(self, ids: np.ndarray, mask: np.ndarray | None, past: list[ort.OrtValue]) -> dict[str, ort.OrtValue]:
+    def cache(self, batch: int, capacity: int) -> Cache:
+        """A cache of no tokens for `batch` sequences of at most `capacity` tokens, for `step`."""
+        past = [self._buffer(batch, capacity if self.in_place else 0) for _ in self._past]
+        return Cache(past, np.ones((batch, capacity), np.int64))
+
+    def step(self, cache: Cache, ids: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
+        """Logits float32 [B, V] of the last of token ids [B, T], which are added to `cache`.
+
+        `mask` [B, T] is 0 on padding. What generation needs and no more: other positions' logits are not computed
+        where the file allows, and nothing passes through NumPy but ids and these logits. Where the file updates its
+        cache in place, nothing is allocated that grows with the tokens.
+        """
         batch, count = ids.shape
-        before = past[0].shape()[2]
-        if mask is None:
-            mask = np.ones((batch, before + count), np.int64)
+        if cache.length + count > cache.capacity:
+            raise ValueError(f"{cache.length} + {count} tokens in a cache of {cache.capacity}")
+        if mask is not None:
+            cache.mask[:, cache.length : cache.length + count] = mask
+        # GroupQueryAttention takes several tokens behind a past for a batch of one alone.
+        together = count if batch > 1 and cache.length == 0 else 1 if batch > 1 and self.in_place else self._chunk
+        together = together or count
+        logits = np.empty(0)
+        for start in range(0, count, together):
+            logits = self._step(cache, ids[:, start : start + together])
+        return logits
+
+    def _step(self, cache: Cache, ids: np.ndarray) -> np.ndarray:
+        cache.length += ids.shape[1]
+        binding = self.session.io_binding()
+        feeds = self._feeds(ids, cache.mask[:, : cache.length])  # which must outlive the run
+        for name, array in feeds.items():
+            binding.bind_cpu_input(name, array)
+        if self._keep is not None:
+            binding.bind_ortvalue_input(KEEP, self._keep)
+        binding.bind_output("logits")
+        for past, present, value in zip(self._past, self._present, cache.past, strict=True):
+            binding.bind_ortvalue_input(past, value)
+            if self.in_place:
+                binding.bind_ortvalue_output(present, value)
+            else:
+                binding.bind_output(present)
+        self.session.run_with_iobinding(binding)
+        logits, *present = binding.get_outputs()
+        if not self.in_place:
+            cache.past = present
+        return logits.numpy()[:, -1]
+
+    def _buffer(self, batch: int, length: int) -> ort.OrtValue:
+        return ort.OrtValue.ortvalue_from_numpy(np.zeros((batch, self.heads, length, self.head_dim), np.float32))
+
+    def _feeds(self, ids: np.ndarray, mask: np.ndarray) -> dict[str, np.ndarray]:
         feeds = {"input_ids": ids, "attention_mask": mask}
         if self._takes_positions:
             # Padding stands on the left or in the past: a token's position counts the real ones before it.
-            feeds["position_ids"] = np.maximum(mask.cumsum(axis=1) - 1, 0)[:, before:]
-        values = {
-            name: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array, np.int64))
-            for name, array in feeds.items()
-        }
-        return values | dict(zip(self._past, past, strict=True))
+            feeds["position_ids"] = np.maximum(mask.cumsum(axis=1) - 1, 0)[:, -ids.shape[1] :]
+        return {name: np.ascontiguousarray(array, np.int64) for name, array in feeds.items()}
 
 
 def window_feeds(inputs: Iterable, ids: np.ndarray) -> dict[str, np.ndarray]:

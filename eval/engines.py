@@ -1,10 +1,11 @@
 """A loaded model that is measured in a process of its own: an ONNX artifact or a PyTorch model, behind one interface.
 
-Both runtimes have forward, extend and empty_past (core/runtime.py, eval/torch_baseline.py).
+Both runtimes have forward, cache and step (core/runtime.py, eval/torch_baseline.py).
 """
 
 from __future__ import annotations
 
+import copy
 import resource
 import time
 from collections.abc import Callable
@@ -38,35 +39,39 @@ class Engine:
     def continue_greedy(self, ids: list[int], count: int) -> list[int]:
         """The `count` tokens that follow `ids` when the likeliest is taken each time, through the cache."""
         out: list[int] = []
-        step, past = np.asarray([ids], np.int64), self._runtime.empty_past(1)
+        cache, step = self._runtime.cache(1, len(ids) + count), np.asarray([ids], np.int64)
         for _ in range(count):
-            logits, past = self._runtime.extend(step, past)
-            step = logits[:, -1:].argmax(axis=-1)
+            step = self._runtime.step(cache, step).argmax(axis=-1)[:, None]
             out.append(int(step[0, 0]))
         return out
 
     def measure(self, ids: np.ndarray, prefill: list[int], decode: list[int]) -> dict:
         """Raw samples in ns: {load_ns, prefill: {tokens: [..]}, decode: {position: [..]}, peak_rss_bytes}.
 
-        Batch of 1, real tokens `ids` [N]. A prefill of n tokens gives all n logits and the cache; a decode
+        Batch of 1, real tokens `ids` [N]. A prefill of n tokens gives the last one's logits and the cache; a decode
         at position p feeds one token behind a cache of p. Tokenizing and sampling are not timed.
         """
-
-        def prefill_once(count: int) -> None:
-            self._runtime.extend(ids[None, :count], self._runtime.empty_past(1))
-
         samples: dict = {"prefill": {}, "decode": {}}
         for count in prefill:
-            samples["prefill"][count] = _time(lambda count=count: prefill_once(count), PREFILL_SAMPLES)
-        past, filled = self._runtime.empty_past(1), 0
+            cache = self._runtime.cache(1, count)
+            samples["prefill"][count] = self._time(cache, ids[:count], PREFILL_SAMPLES)
+        cache = self._runtime.cache(1, max(decode) + 1)
         for position in sorted(decode):
-            while filled < position:
-                chunk = ids[None, filled : min(filled + FILL_TOKENS, position)]
-                _, past = self._runtime.extend(chunk, past)
-                filled += chunk.shape[1]
-            step = lambda past=past, position=position: self._runtime.extend(ids[None, position : position + 1], past)  # noqa: E731
-            samples["decode"][position] = _time(step, DECODE_SAMPLES)
+            while cache.length < position:
+                self._runtime.step(cache, ids[None, cache.length : min(cache.length + FILL_TOKENS, position)])
+            samples["decode"][position] = self._time(cache, ids[position : position + 1], DECODE_SAMPLES)
         return samples | {"load_ns": self._load_ns, "peak_rss_bytes": peak_rss_bytes()}
+
+    def _time(self, cache: Any, ids: np.ndarray, most: int) -> list[int]:
+        """Samples in ns of the same step behind `cache`, which does not advance."""
+        samples: list[int] = []
+        self._runtime.step(copy.copy(cache), ids[None])
+        while len(samples) < LEAST_SAMPLES or (len(samples) < most and sum(samples) < BUDGET_NS):
+            again = copy.copy(cache)
+            start = time.perf_counter_ns()
+            self._runtime.step(again, ids[None])
+            samples.append(time.perf_counter_ns() - start)
+        return samples
 
     def describe(self) -> dict:
         """What the subject says of itself beyond its files (PyTorch: bytes of its weights, modules quantized)."""
@@ -92,13 +97,3 @@ def _maker(subject: Subject, threads: int) -> Callable[[], Any]:
     from eval.torch_baseline import TorchRuntime
 
     return lambda: TorchRuntime(subject.path, threads, quantized=subject.kind == "torch-dynamic")
-
-
-def _time(run: Callable[[], object], most: int) -> list[int]:
-    run()
-    samples: list[int] = []
-    while len(samples) < LEAST_SAMPLES or (len(samples) < most and sum(samples) < BUDGET_NS):
-        start = time.perf_counter_ns()
-        run()
-        samples.append(time.perf_counter_ns() - start)
-    return samples

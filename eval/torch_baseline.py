@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,14 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.utils import logging
 
 from core.errors import UserError
+
+
+@dataclass
+class TorchCache:
+    """Keys and values of `length` tokens."""
+
+    past: DynamicCache
+    length: int = 0
 
 
 class TorchRuntime:
@@ -39,22 +48,25 @@ class TorchRuntime:
 
     def forward(self, ids: np.ndarray) -> np.ndarray:
         """Logits float32 [B, T, V] of token ids [B, T]."""
-        return self.extend(ids, self.empty_past(len(ids)))[0]
-
-    def extend(self, ids: np.ndarray, past: DynamicCache) -> tuple[np.ndarray, DynamicCache]:
-        """Logits [B, T, V] of token ids [B, T] behind `past`, and the past that includes them.
-
-        The given past stays as it is, so that a timed step can be repeated: transformers' layers replace
-        their tensors when they grow, so a shallow copy of them is enough.
-        """
-        grown = self.empty_past(len(ids))
-        grown.layers = [copy.copy(layer) for layer in past.layers]
         with torch.inference_mode():
-            logits = self._model(input_ids=torch.from_numpy(ids), past_key_values=grown, use_cache=True).logits
-        return logits.numpy(), grown
+            return self._model(input_ids=torch.from_numpy(ids), use_cache=False).logits.numpy()
 
-    def empty_past(self, batch: int) -> DynamicCache:
-        return DynamicCache()
+    def cache(self, batch: int, capacity: int) -> TorchCache:
+        """A cache of no tokens. transformers' grows as it is filled, so batch and capacity are not used."""
+        return TorchCache(DynamicCache())
+
+    def step(self, cache: TorchCache, ids: np.ndarray) -> np.ndarray:
+        """Logits float32 [B, V] of the last of token ids [B, T], which are added to `cache`.
+
+        Copies of a cache go on by themselves: transformers' layers replace their tensors when they grow, so a
+        shallow copy of them is enough.
+        """
+        grown = DynamicCache()
+        grown.layers = [copy.copy(layer) for layer in cache.past.layers]
+        with torch.inference_mode():
+            out = self._model(input_ids=torch.from_numpy(ids), past_key_values=grown, use_cache=True, logits_to_keep=1)
+        cache.past, cache.length = grown, cache.length + ids.shape[1]
+        return out.logits.numpy()[:, -1]
 
     def describe(self) -> dict:
         """Bytes of the saved state dict, and how many modules are of a quantized kind, of how many that hold weights."""

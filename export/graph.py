@@ -2,6 +2,7 @@
 
 Inputs   input_ids [B, T], attention_mask [B, P+T], position_ids [B, T], past_key_values.{l}.key|value [B, H, P, d]
 Outputs  logits [B, T, V], present.{l}.key|value [B, H, P+T, d]
+Optional num_logits_to_keep [], 0 where it is not fed: all. n > 0 gives the logits of the last n positions, [B, n, V]
 
 B batch, T new tokens, P tokens in the past, D width, H heads, d = D/H, V vocabulary.
 """
@@ -23,6 +24,8 @@ from export.config import GPT2Config
 
 # Added to the scores of positions that may not be seen: exp() of it is 0, and a row that sees nothing stays finite.
 MASKED = -1e30
+KEEP = "num_logits_to_keep"
+_END = 2**63 - 1  # Slice's end: however long
 # The name of P+T as symbolic shape inference computes it from the others.
 TOTAL = "past_sequence_length + sequence_length"
 _BLOCK = re.compile(r"h\.(\d+)\.")
@@ -79,6 +82,16 @@ def build(config: GPT2Config, weights: dict[str, Weight], opset: int, folder: Pa
     ]
     present: list[ir.Value] = []
 
+    # An input with a default: loaders that do not know it need not feed it.
+    keep = ir.Value(
+        name=KEEP,
+        shape=ir.Shape([]),
+        type=ir.TensorType(DataType.INT64),
+        const_value=ir.tensor(np.array(0, np.int64), name=KEEP),
+    )
+    graph.inputs.append(keep)
+    graph.register_initializer(keep)
+
     wte = weight("wte.weight", vocabulary, width)
     wpe = weight("wpe.weight", config.n_positions, width)
     x = op.Add(op.Gather(wte, input_ids, _name="wte"), op.Gather(wpe, position_ids, _name="wpe"))  # [B, T, D]
@@ -98,6 +111,10 @@ def build(config: GPT2Config, weights: dict[str, Weight], opset: int, folder: Pa
         attention = op.Softmax(op.Add(scores, visible), axis=-1, _name=f"{block}.attn.softmax")
         context = op.MatMul(attention, v, _name=f"{block}.attn.context")  # [B, H, T, d]
         context = op.Reshape(op.Transpose(context, perm=[0, 2, 1, 3]), [0, 0, width])  # [B, T, D]
+        if layer == config.n_layer - 1:
+            # All that the cache needs is computed: the rest is for the logits.
+            start = op.Neg(op.Unsqueeze(keep, [0]))
+            context, x = (op.Slice(value, start, [_END], [1]) for value in (context, x))  # [B, n or T, D]
         x = op.Add(x, linear(context, f"{block}.attn.c_proj", width, width))
         h = layer_norm(x, f"{block}.ln_2")
         h = _activation(op, linear(h, f"{block}.mlp.c_fc", width, config.n_inner), config.activation_function, opset)

@@ -18,6 +18,7 @@ from quantize.commands import add_commands, add_inputs, opened
 from quantize.recipes import (
     RECIPES,
     DynamicInt8,
+    Float,
     Half,
     MixedStaticInt8,
     OrtDynamic,
@@ -36,7 +37,8 @@ _CODE = {
     StaticInt8: ("quantize.static", "quantize.calibrate"),
     MixedStaticInt8: ("quantize.static", "quantize.calibrate", "quantize.sensitivity"),
     WeightOnly: ("quantize.weight_only", "quantize.calibrate"),
-    Half: ("quantize.half", "core.onnx_file"),
+    Half: ("quantize.half", "quantize.fuse", "core.onnx_file"),
+    Float: ("quantize.fuse", "core.onnx_file"),
     OrtDynamic: ("quantize.ort",),
     OrtStatic: ("quantize.ort", "quantize.calibrate"),
 }

@@ -13,6 +13,7 @@ from core.corpus import Split
 from core.errors import UserError
 from quantize.calibrate import calibrate, calibration_windows
 from quantize.dynamic import quantize_dynamic
+from quantize.fuse import check_attention, fuse_attention
 from quantize.half import store_half
 from quantize.ort import ort_dynamic, ort_static
 from quantize.plan import Plan, Site
@@ -50,22 +51,32 @@ def apply(recipe: Recipe, parent: Path, work: Path, split: Split | None) -> dict
             ort_static(path, work, windows)
             return details
     model = onnx_file.load(path)
+    if recipe.target == "ort":
+        check_attention(model, path)
     kept = left_in_float(model.graph)
-    if isinstance(recipe, Half):
-        details["stored_in_16_bits"] = store_half(model, recipe.dtype)
-        onnx_file.save(model, work)
-        return details
+    match recipe:
+        case Half():
+            details["stored_in_16_bits"] = store_half(model, recipe.dtype)
+        case DynamicInt8() | StaticInt8() | MixedStaticInt8() | WeightOnly():
+            details |= _quantize(model, recipe, windows, parent, work) | {"left_in_float": kept}
+    if recipe.target == "ort":
+        details["fused_attention"] = fuse_attention(model)
+    onnx_file.save(model, work)
+    return details
+
+
+def _quantize(model: ir.Model, recipe: Recipe, windows: np.ndarray, parent: Path, work: Path) -> dict:
+    """Rewrite `model` in place; returns what the manifest says of its products and look-ups."""
+    details: dict = {}
     sites = decide(model, windows, recipe, work)
     if not sites:
-        raise UserError(f"{path}: has no product with a constant weight; nothing was quantized")
+        raise UserError(f"{parent}: has no product with a constant weight; nothing was quantized")
     if isinstance(recipe, MixedStaticInt8):
         sites, details["mixed"] = _mix(model, sites, recipe, windows, parent, work)
     _, embeddings = rewrite_of(recipe)(model, sites)
-    onnx_file.save(model, work)
     return details | {
         "projections": {name: site.account for name, site in sites.items()},
         "embeddings": [embedding.name for embedding in embeddings],
-        "left_in_float": kept,
     }
 
 
@@ -89,12 +100,12 @@ def rewrite_of(recipe: Recipe) -> Rewrite:
     """The pass that turns a model and the sites of `decide` into the recipe's graph."""
     match recipe:
         case DynamicInt8():
-            return quantize_dynamic
+            return lambda model, sites: quantize_dynamic(model, sites, recipe.target)
         case WeightOnly():
             tables = Grid(recipe.table_bits, recipe.table_block, recipe.symmetric)
             return lambda model, sites: quantize_weights(model, choose_weights(model, sites, tables), recipe.target)
         case _:
-            return quantize_static
+            return lambda model, sites: quantize_static(model, sites, recipe.target)
 
 
 def _mix(

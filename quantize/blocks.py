@@ -86,6 +86,7 @@ def open_block(
     unused = [value for value in graph.inputs if not value.uses()]
     for value in unused:
         graph.inputs.remove(value)
+        graph.initializers.pop(value.name, None)
     onnx_file.save(copy, work)
     session = open_session(work / "model.onnx")
     for file in work.iterdir():

@@ -22,6 +22,7 @@ from quantize.plots import Range, Sensitivity
 from quantize.recipes import (
     RECIPES,
     DynamicInt8,
+    Float,
     Half,
     MixedStaticInt8,
     OrtDynamic,
@@ -147,6 +148,11 @@ def recipe_table(models: list[dict]) -> Table:
 
 def describe(recipe: Recipe) -> str:
     """One line of what `recipe` does, with its own values."""
+    line = _describe(recipe)
+    return f"{line}; for ONNX Runtime alone" if getattr(recipe, "target", "portable") == "ort" else line
+
+
+def _describe(recipe: Recipe) -> str:
     match recipe:
         case DynamicInt8():
             return "weights s8 per channel; activations u8, a scale per row as it comes"
@@ -162,6 +168,8 @@ def describe(recipe: Recipe) -> str:
             return f"weights in {recipe.bits} bits, {parameters} per {place}; {how}"
         case Half():
             return f"weights in {recipe.dtype}, computed in fp32"
+        case Float():
+            return "the fp32 weights as they are"
         case OrtDynamic():
             return "ONNX Runtime's own quantize_dynamic"
         case OrtStatic():

@@ -15,6 +15,8 @@ from core.errors import UserError
 
 Rounding = Literal["gptq", "nearest"]
 Ranges = Literal["min-max", "percentile", "entropy", "mse"]
+# Standard operators for any runtime, or the fewest and fastest ones for ONNX Runtime on a CPU (quantize/fuse.py).
+Target = Literal["portable", "ort"]
 # SmoothQuant's exponents that are tried for each tensor; no exponent, no smoothing.
 ALPHAS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
@@ -47,6 +49,7 @@ class DynamicInt8:
     rounding: Rounding = "gptq"
     smoothing: tuple[float, ...] = ALPHAS
     calibration: Calibration = Calibration()
+    target: Target = "portable"
 
     def __post_init__(self) -> None:
         _check_exponents(self.smoothing)
@@ -64,6 +67,7 @@ class StaticInt8:
     ranges: Ranges = "mse"
     float_channels: int = 16
     calibration: Calibration = Calibration()
+    target: Target = "portable"
 
     def __post_init__(self) -> None:
         _check_exponents(self.smoothing)
@@ -89,13 +93,17 @@ class MixedStaticInt8:
     def calibration(self) -> Calibration:
         return self.static.calibration
 
+    @property
+    def target(self) -> Target:
+        return self.static.target
+
 
 @dataclass(frozen=True)
 class WeightOnly:
     """Weights of `bits` with a scale (and a zero point unless `symmetric`) for every `block` inputs of a channel,
     computed in floating point; the head and the embeddings have bits and blocks of their own.
 
-    `target` "portable" is standard operators; "ort" ONNX Runtime's MatMulNBits, whose activations are int8.
+    `target` "ort" is ONNX Runtime's MatMulNBits, whose activations are int8 with a scale a block.
     """
 
     bits: Literal[4, 8]
@@ -105,7 +113,7 @@ class WeightOnly:
     table_block: int | None = None
     rounding: Rounding = "gptq"
     smoothing: tuple[float, ...] = ALPHAS
-    target: Literal["portable", "ort"] = "portable"
+    target: Target = "portable"
     calibration: Calibration = Calibration(windows=32)
 
     def __post_init__(self) -> None:
@@ -120,6 +128,14 @@ class Half:
     """Weights in half the bytes, computed in fp32."""
 
     dtype: Literal["fp16", "bf16"]
+    target: Target = "portable"
+
+
+@dataclass(frozen=True)
+class Float:
+    """The fp32 weights as they are, for another target."""
+
+    target: Target
 
 
 @dataclass(frozen=True)
@@ -134,18 +150,23 @@ class OrtStatic:
     calibration: Calibration = Calibration()
 
 
-Recipe = DynamicInt8 | StaticInt8 | MixedStaticInt8 | WeightOnly | Half | OrtDynamic | OrtStatic
+Recipe = DynamicInt8 | StaticInt8 | MixedStaticInt8 | WeightOnly | Half | Float | OrtDynamic | OrtStatic
 
-RECIPES: dict[str, Recipe] = {
+_PORTABLE: dict[str, DynamicInt8 | StaticInt8 | WeightOnly | Half] = {
     "int8-dynamic": DynamicInt8(),
     "int8-static": StaticInt8(),
-    "int8-static-mixed": MixedStaticInt8(),
     "int8-weight": WeightOnly(8, block=None, symmetric=True),
     "int4-weight": WeightOnly(4, block=64, symmetric=False),
-    "int8-weight-ort": WeightOnly(8, block=128, symmetric=True, table_block=128, target="ort"),
-    "int4-weight-ort": WeightOnly(4, block=64, symmetric=False, table_block=128, target="ort"),
     "fp16": Half("fp16"),
     "bf16": Half("bf16"),
+}
+RECIPES: dict[str, Recipe] = {
+    **_PORTABLE,
+    "int8-static-mixed": MixedStaticInt8(),
+    "fp32-ort": Float("ort"),
+    # The same weights and integers in the operators that are fastest in ONNX Runtime.
+    **{f"{name}-ort": dataclasses.replace(recipe, target="ort") for name, recipe in _PORTABLE.items()},
+    "int8-static-mixed-ort": MixedStaticInt8(static=StaticInt8(target="ort")),
     "ort-dynamic": OrtDynamic(),
     "ort-static": OrtStatic(),
 }

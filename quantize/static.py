@@ -9,51 +9,78 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from quantize.fuse import ORT
 from quantize.graph import clean, constant, replace_node
 from quantize.plan import Site
-from quantize.rewrite import Weights, begin
+from quantize.recipes import Target
+from quantize.rewrite import begin
 from quantize.sites import Embedding, Projection
 
 
-def quantize_static(model: ir.Model, sites: dict[str, Site]) -> tuple[list[Projection], list[Embedding]]:
-    """Rewrite `model` in place, in standard operators; returns what was quantized.
+def quantize_static(
+    model: ir.Model, sites: dict[str, Site], target: Target = "portable"
+) -> tuple[list[Projection], list[Embedding]]:
+    """Rewrite `model` in place; returns what was quantized.
 
     `sites` holds the decision on projections by their name, with `PerTensor` activations; a projection without
-    one stays in floating point, and so does a look-up that shares its table.
+    one stays in floating point, and so does a look-up that shares its table. `portable` is standard operators,
+    which ONNX Runtime fuses at load but for the biases; `ort` has those in the product.
     """
     graph = model.graph
     weights, projections, embeddings = begin(graph, sites)
     for projection in projections:
-        _rewrite(graph, weights, projection, sites[projection.name])
+        site, tape = sites[projection.name], ir.tape.Tape()
+        x = projection.node.inputs[0]  # which an earlier rewrite may have replaced
+        scale, zero_point = site.activation.parameters
+        parameters = [constant(graph, f"{x.name}_scale", scale), constant(graph, f"{x.name}_zero_point", zero_point)]
+        quantized = tape.op("QuantizeLinear", [x, *parameters])
+        weight, weight_scale = weights.get_columns(tape, projection)
+        multiply = _multiply_portable if target == "portable" else _multiply_ort
+        result = multiply(graph, tape, quantized, parameters, weight, weight_scale, projection.bias)  # [.., N]
+        if len(site.float_channels):
+            result = _add_float_channels(graph, tape, result, x, projection.weight.name, site)
+        replace_node(graph, projection.node, tape, result)
+    if target == "ort":
+        graph.opset_imports[ORT] = 1
     clean(model)
     return projections, embeddings
 
 
-def _rewrite(graph: ir.Graph, weights: Weights, projection: Projection, site: Site) -> None:
-    """x [.., K] · W [K, N]  ->  DQ(Q(x)) · DQ(s8(W)), which runtimes turn into one integer product.
-
-    Channels that are taken out are rows of zeros in s8(W), so that it does not matter how Q clips them.
-    """
-    tape = ir.tape.Tape()
-    x = projection.node.inputs[0]  # which an earlier rewrite may have replaced
-    scale, zero_point = site.activation.parameters
-    parameters = [
-        constant(graph, f"{x.name}_scale", scale),
-        constant(graph, f"{x.name}_zero_point", zero_point),
-    ]
-    restored = tape.op("DequantizeLinear", [tape.op("QuantizeLinear", [x, *parameters]), *parameters])
-    weight, weight_scale = weights.get_columns(tape, projection)
+def _multiply_portable(
+    graph: ir.Graph,
+    tape: ir.tape.Tape,
+    quantized: ir.Value,
+    parameters: list[ir.Value],
+    weight: ir.Value,
+    weight_scale: ir.Value,
+    bias: ir.Value | None,
+) -> ir.Value:
+    """DQ(Q(x)) · DQ(s8(W)) + bias [.., N], which runtimes turn into one integer product."""
     zeros = constant(graph, f"zeros_{weight_scale.shape[0]}", np.zeros(weight_scale.shape[0], np.int8))
-    result = tape.op(
-        "MatMul", [restored, tape.op("DequantizeLinear", [weight, weight_scale, zeros], {"axis": 1})]
-    )  # [.., N]
-    if projection.bias is not None:
-        result = tape.op("Add", [result, projection.bias])
-    if len(site.float_channels):
-        name = projection.weight.name
-        channels = constant(graph, f"{name}_float_channels", site.float_channels.astype(np.int64))
-        picked = tape.op("Gather", [x, channels], {"axis": -1})  # [.., k]
-        result = tape.op(
-            "Add", [result, tape.op("MatMul", [picked, constant(graph, f"{name}_float_rows", site.float_rows)])]
-        )
-    replace_node(graph, projection.node, tape, result)
+    restored = tape.op("DequantizeLinear", [quantized, *parameters])
+    result = tape.op("MatMul", [restored, tape.op("DequantizeLinear", [weight, weight_scale, zeros], {"axis": 1})])
+    return result if bias is None else tape.op("Add", [result, bias])
+
+
+def _multiply_ort(
+    graph: ir.Graph,
+    tape: ir.tape.Tape,
+    quantized: ir.Value,
+    parameters: list[ir.Value],
+    weight: ir.Value,
+    weight_scale: ir.Value,
+    bias: ir.Value | None,
+) -> ir.Value:
+    scale, zero_point = parameters
+    inputs = [quantized, weight, scale, weight_scale, zero_point, None, bias]
+    return tape.op("MatMulIntegerToFloat", inputs, domain=ORT)
+
+
+def _add_float_channels(
+    graph: ir.Graph, tape: ir.tape.Tape, result: ir.Value, x: ir.Value, name: str, site: Site
+) -> ir.Value:
+    """The channels that were taken out are rows of zeros in s8(W), so that it does not matter how Q clips them."""
+    channels = constant(graph, f"{name}_float_channels", site.float_channels.astype(np.int64))
+    rows = constant(graph, f"{name}_float_rows", site.float_rows)
+    picked = tape.op("Gather", [x, channels], {"axis": -1})  # [.., k]
+    return tape.op("Add", [result, tape.op("MatMul", [picked, rows])])

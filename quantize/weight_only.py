@@ -20,25 +20,25 @@ Two forms of the same integers, each with a table that look-up and head share st
     weight      uint8 [N, G, block · bits / 8]    MatMulNBits; as [N, G · block · bits / 8] GatherBlockQuantized
     scale       float32 [N, G]
     zero point  uint8 [N, ⌈G · bits / 8⌉], left out where it is 2^(bits−1), which is what a symmetric grid becomes
+  Without blocks, one scale a channel [N, 1] is spread over blocks of the operator's at load; so are zero points.
   Two 4-bit numbers share a byte, the first in the lower half, as in ONNX's own int4.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
 
 from core.errors import UserError
+from quantize.fuse import ORT
 from quantize.graph import clean, constant, replace_node
 from quantize.plan import Site
+from quantize.recipes import Target
 from quantize.rounding import Grid, IntWeight, round_to_nearest
 from quantize.sites import Embedding, Projection, find_embeddings, find_projections, find_tables
 
-Target = Literal["portable", "ort"]
-_ORT = "com.microsoft"
 # MatMulNBits' accuracy_level: activations may become int8 with a scale a block, which is its fast path.
 _INT8_COMPUTE = 4
 # Blocks and 4-bit integers exist in the standard from this opset on.
@@ -120,7 +120,7 @@ def quantize_weights(
         result = multiply(tape, stored[projection.weight.name], x, projection.bias)
         replace_node(graph, projection.node, tape, result)
     if target == "ort" and stored:
-        graph.opset_imports[_ORT] = 1
+        graph.opset_imports[ORT] = 1
     clean(model)
     return projections, embeddings
 
@@ -191,21 +191,45 @@ def _look_up_portable(graph: ir.Graph, tape: ir.tape.Tape, stored: _Stored, ids:
 
 def _store_ort(graph: ir.Graph, name: str, weight: IntWeight, channel_axis: int) -> _Stored:
     grid, (inputs, channels) = weight.grid, weight.q.shape
-    if grid.block is None or grid.block < 16 or grid.block & (grid.block - 1):
-        kind = "no blocks" if grid.block is None else f"blocks of {grid.block}"
+    block = _ort_block(weight)
+    if block < 16 or block & (block - 1):
         raise UserError(
-            f"{name}: {kind} with target ort; MatMulNBits needs blocks of a power of two from 16 on, or take target portable"
+            f"{name}: blocks of {block} with target ort; MatMulNBits needs blocks of a power of two from 16 on, or take target portable"
         )
     shift = 2 ** (grid.bits - 1) if grid.symmetric else 0
-    blocks = -(-inputs // grid.block)
-    q = np.zeros((channels, blocks * grid.block), np.uint8)
+    blocks = -(-inputs // block)
+    q = np.zeros((channels, blocks * block), np.uint8)
     q[:, :inputs] = weight.q.T.view(np.uint8) + np.uint8(shift)  # modulo 256
-    packed = _pack(q, grid.bits).reshape(channels, blocks, -1)
-    arrays = {f"int{grid.bits}": packed, "scale": np.ascontiguousarray(_scale(weight).T)}
-    if not grid.symmetric:
-        arrays["zero_point"] = _pack(weight.zero_point.T, grid.bits)
-    parts = [constant(graph, f"{name}_{suffix}", array) for suffix, array in arrays.items()]
+    scale, zero_point = np.ascontiguousarray(_scale(weight).T), None if grid.symmetric else weight.zero_point.T
+    if grid.block is None and zero_point is not None:
+        zero_point = np.repeat(zero_point, blocks, axis=1)
+    parts = [
+        constant(graph, f"{name}_int{grid.bits}", _pack(q, grid.bits).reshape(channels, blocks, -1)),
+        constant(graph, f"{name}_scale", scale),
+    ]
+    if grid.block is None:
+        parts[1] = _spread(graph, parts[1], blocks)
+    if zero_point is not None:
+        parts.append(constant(graph, f"{name}_zero_point", _pack(zero_point, grid.bits)))
     return _Stored(weight, channel_axis, parts)
+
+
+def _ort_block(weight: IntWeight) -> int:
+    """The operator's block: the grid's, or where that has none, the largest to 128 that divides the inputs, else 32.
+
+    A scale a channel fits blocks of any size. Activations get a scale a block, so larger ones would cost quality.
+    """
+    if weight.grid.block is not None:
+        return weight.grid.block
+    return next((block for block in (128, 64, 32, 16) if len(weight.q) % block == 0), 32)
+
+
+def _spread(graph: ir.Graph, scale: ir.Value, blocks: int) -> ir.Value:
+    """scale [N, 1] as [N, G]; ONNX Runtime does this once, at load."""
+    tape = ir.tape.Tape()
+    spread = tape.op("Expand", [scale, _vector(graph, f"shape_1_{blocks}", 1, blocks)])
+    graph.insert_before(graph[0], tape.nodes)
+    return spread
 
 
 def _pack(values: np.ndarray, bits: int) -> np.ndarray:
@@ -223,8 +247,8 @@ def _multiply_ort(tape: ir.tape.Tape, stored: _Stored, x: ir.Value, bias: ir.Val
     inputs = [x, *stored.parts]
     if bias is not None:
         inputs += [None] * (5 - len(inputs)) + [bias]
-    sizes = {"K": stored.inputs, "N": stored.channels, "bits": grid.bits, "block_size": grid.block}
-    return tape.op("MatMulNBits", inputs, sizes | {"accuracy_level": _INT8_COMPUTE}, domain=_ORT)
+    sizes = {"K": stored.inputs, "N": stored.channels, "bits": grid.bits, "block_size": _ort_block(stored.weight)}
+    return tape.op("MatMulNBits", inputs, sizes | {"accuracy_level": _INT8_COMPUTE}, domain=ORT)
 
 
 def _look_up_ort(graph: ir.Graph, tape: ir.tape.Tape, stored: _Stored, ids: ir.Value) -> ir.Value:
@@ -233,9 +257,10 @@ def _look_up_ort(graph: ir.Graph, tape: ir.tape.Tape, stored: _Stored, ids: ir.V
     table, scale, *zero_point = stored.parts
     rows_of_bytes = tape.op("Reshape", [table, _vector(graph, f"shape_{stored.channels}_rows", stored.channels, -1)])
     inputs = [rows_of_bytes, ids, scale, *zero_point]
-    attributes = {"bits": grid.bits, "block_size": grid.block, "gather_axis": 0, "quantize_axis": 1}
-    rows = tape.op("GatherBlockQuantized", inputs, attributes, domain=_ORT)
-    if stored.inputs % grid.block == 0:
+    block = _ort_block(stored.weight)
+    attributes = {"bits": grid.bits, "block_size": block, "gather_axis": 0, "quantize_axis": 1}
+    rows = tape.op("GatherBlockQuantized", inputs, attributes, domain=ORT)
+    if stored.inputs % block == 0:
         return rows
     start, end, axis = (
         _vector(graph, name, value)

@@ -1,5 +1,6 @@
 """The eval stage on real artifacts: what it measures, what it refuses, and when it does nothing."""
 
+import copy
 import json
 import multiprocessing
 import re
@@ -194,11 +195,12 @@ def test_greedy_continuation_is_transformers_generate(artifacts):
 def test_pytorch_cache_can_be_stepped_again():
     runtime = TorchRuntime(ES_MINI, 2, quantized=False)
     ids = np.arange(10)[None]
-    _, past = runtime.extend(ids[:, :9], runtime.empty_past(1))
-    first, grown = runtime.extend(ids[:, 9:], past)
-    second, _ = runtime.extend(ids[:, 9:], past)
-    assert (first == second).all() and past.get_seq_length() == 9 and grown.get_seq_length() == 10
-    assert np.allclose(first[0, 0], runtime.forward(ids)[0, 9], atol=1e-4)
+    cache = runtime.cache(1, 10)
+    runtime.step(cache, ids[:, :9])
+    again = copy.copy(cache)
+    first, second = runtime.step(cache, ids[:, 9:]), runtime.step(again, ids[:, 9:])
+    assert (first == second).all() and cache.length == again.length == 10
+    assert np.allclose(first[0], runtime.forward(ids)[0, 9], atol=1e-4)
 
 
 def test_one_process_at_a_time_is_timed(artifacts, monkeypatch):

@@ -235,7 +235,7 @@ def test_other_matrices_stay(target, tmp_path):
     assert np.isfinite(session(save(model, tmp_path)).run(None, {"ids": IDS})[2]).all()
 
 
-@pytest.mark.parametrize("block", [None, 8, 24])
+@pytest.mark.parametrize("block", [8, 24])
 def test_what_matmulnbits_cannot_do(block, tmp_path):
     model = small_model(tmp_path)
     with pytest.raises(UserError, match=r"w: .*MatMulNBits needs blocks .* target portable"):

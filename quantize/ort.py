@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_dynamic, quantize_static
 from onnxruntime.quantization.shape_inference import quant_pre_process
 from onnxruntime.transformers.optimizer import optimize_model
@@ -43,6 +44,7 @@ def ort_static(model: Path, work: Path, windows: np.ndarray) -> None:
 def _prepare(model: Path, work: Path) -> Path:
     os.chdir(work)  # the tools leave temporary files in the working directory; this process is the recipe's own
     logging.getLogger().setLevel(logging.ERROR)  # the tools log every node that they pass over, as a warning
+    onnxruntime.set_default_logger_severity(3)  # and every session that num_logits_to_keep is no constant
     config = read_config(model.parent)
     # The optimizer's other model types are not those of optimum's exporter.
     if config.get("model_type", "gpt2") == "gpt2":

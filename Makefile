@@ -2,6 +2,9 @@
 # make test                      the tests
 #
 # make optimum                   the second environment, for EXPORTER=optimum
+# make peers                     the environments of the other libraries that `make bench` compares with
+# make bench                     speed, size and memory beside them, in reports/bench; BENCH=full adds gpt2-medium,
+#                                BENCH_ARGS="--without-peers --rounds 5 ..." are options of `python -m bench`
 # make accuracy                  docs/accuracy.md anew; MODELS="FOLDER ..." and TEXT=file add to it
 # make lint | clean              the linter | remove artifacts and reports
 #
@@ -10,6 +13,7 @@
 PYTHON  ?= python3
 VENV    ?= .venv
 OPTIMUM_VENV ?= .venv-optimum
+PEERS_VENV ?= .venv-peers
 
 MODEL   ?= models/es-mini
 CORPUS  ?= corpus/es
@@ -20,13 +24,15 @@ OPSET   ?= 21
 EXPORTER ?= graph
 QUANTIZE ?=
 EVAL    ?=
+BENCH   ?=
+BENCH_ARGS ?=
 
 run      = $(VENV)/bin/python -m
 ready    = $(VENV)/.stamp
 corpus   = --corpus "$(CORPUS)" $(if $(CORPUS_CONFIG),--corpus-config "$(CORPUS_CONFIG)") \
            $(if $(CORPUS_SPLIT),--corpus-split "$(CORPUS_SPLIT)") $(if $(CORPUS_COLUMN),--corpus-column "$(CORPUS_COLUMN)")
 
-.PHONY: export quantize eval accuracy optimum test lint clean help
+.PHONY: export quantize eval accuracy bench optimum peers test lint clean help
 .DEFAULT_GOAL := help
 
 help:
@@ -38,7 +44,12 @@ $(VENV)/.stamp: pyproject.toml pins/default.txt tools/setup_env.py
 $(OPTIMUM_VENV)/.stamp: pyproject.toml pins/optimum.txt tools/setup_env.py
 	@$(PYTHON) tools/setup_env.py "$(OPTIMUM_VENV)" pins/optimum.txt
 
+$(PEERS_VENV)/.stamp: pyproject.toml pins/peers.txt tools/setup_env.py
+	@CMAKE_ARGS="-DGGML_NATIVE=on" $(PYTHON) tools/setup_env.py "$(PEERS_VENV)" pins/peers.txt
+
 optimum: $(OPTIMUM_VENV)/.stamp
+
+peers: optimum $(PEERS_VENV)/.stamp
 
 export: $(ready) $(if $(filter optimum,$(EXPORTER)),optimum)
 	@OPTIMUM_PYTHON="$(OPTIMUM_VENV)/bin/python" $(run) export --model "$(MODEL)" --exporter "$(EXPORTER)" --opset "$(OPSET)" --output "$(OUT)"
@@ -51,6 +62,10 @@ eval: quantize
 
 accuracy: $(ready)
 	@OPTIMUM_PYTHON="$(OPTIMUM_VENV)/bin/python" $(VENV)/bin/python tools/accuracy.py $(if $(MODELS),--models $(MODELS)) $(if $(TEXT),--text "$(TEXT)")
+
+bench: $(ready)
+	@OPTIMUM_PYTHON="$(OPTIMUM_VENV)/bin/python" PEERS_PYTHON="$(PEERS_VENV)/bin/python" $(run) bench \
+	  --shapes es-mini gpt2 $(if $(filter full,$(BENCH)),gpt2-medium) --work "$(OUT)/bench" --output "$(REPORTS)/bench" $(BENCH_ARGS)
 
 test: $(ready)
 	@$(run) pytest $(TESTS)

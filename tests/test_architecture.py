@@ -1,6 +1,7 @@
-"""The import arrows: export -> core <- quantize, core <- eval; torch in the few files that need it."""
+"""The import arrows: export -> core <- quantize, core <- eval, core <- bench -> eval.machine; torch where it is needed."""
 
 import ast
+import sys
 import tomllib
 
 import pytest
@@ -10,19 +11,40 @@ TORCH = {"export/checkpoint.py", "export/parity.py", "eval/torch_baseline.py"}
 STAGES = ("core", "export", "quantize", "eval")
 
 
-def imports(path):
+def modules(path):
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            yield from (alias.name.split(".")[0] for alias in node.names)
+            yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
-            yield node.module.split(".")[0]
+            yield node.module
+
+
+def imports(path):
+    yield from (name.split(".")[0] for name in modules(path))
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_stages_import_core_alone(stage):
     for path in (ROOT / stage).glob("*.py"):
-        others = set(imports(path)) & set(STAGES) - {stage, "core"}
+        others = set(imports(path)) & {*STAGES, "bench"} - {stage, "core"}
         assert not others, f"{path} imports {others}"
+
+
+def test_bench_imports_core_and_the_machine_alone():
+    for path in (ROOT / "bench").glob("*.py"):
+        own = {name for name in modules(path) if name.split(".")[0] in STAGES}
+        others = {name for name in own if name.split(".")[0] != "core"} - {"eval.machine"}
+        assert not others, f"{path} imports {others}"
+        assert "torch" not in set(imports(path))
+
+
+def test_what_runs_in_every_environment_imports_next_to_nothing():
+    names = set(sys.stdlib_module_names)
+    assert set(imports(ROOT / "bench/worker.py")) <= {*names, "numpy"}
+    assert set(imports(ROOT / "bench/__init__.py")) | set(imports(ROOT / "bench/peers/__init__.py")) <= names
+    for path in (ROOT / "bench/peers").glob("*.py"):
+        own = {name for name in modules(path) if name.split(".")[0] in {*STAGES, "bench"}}
+        assert all(name.startswith("bench.peers") for name in own), f"{path} imports {own}"
 
 
 def test_torch_is_imported_where_it_is_needed_only():

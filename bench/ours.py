@@ -23,10 +23,10 @@ def files(kind: str, folder: Path) -> list[Path]:
 
 
 class Engine:
-    """The artifact in `folder`; `options` are Runtime's own."""
+    """The artifact in `folder`; `options` are Runtime's own. Alone on the machine, as every row is."""
 
     def __init__(self, kind: str, folder: Path, threads: int, **options: Any) -> None:
-        self._runtime = Runtime(folder / MODEL, threads, **options)
+        self._runtime = Runtime(folder / MODEL, threads, spin=True, **options)
 
     def start(self, batch: int, capacity: int) -> None:
         self._cache = self._runtime.cache(batch, capacity)

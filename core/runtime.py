@@ -20,12 +20,16 @@ CHUNK = 256
 
 
 class Cache:
-    """Keys and values of `length` tokens of a batch, which `Runtime.step` adds to. Belongs to the runtime that made it."""
+    """Keys and values of `length` tokens of a batch, which `Runtime.step` adds to. Belongs to the runtime that made it.
 
-    def __init__(self, past: list[ort.OrtValue], mask: np.ndarray) -> None:
+    A shallow copy goes on by itself, from the tokens that both have.
+    """
+
+    def __init__(self, past: list[ort.OrtValue], capacity: int, batch: int) -> None:
         self.past = past
-        self.mask = mask  # int64 [B, capacity], 1 on what is no padding
+        self.mask = np.ones((batch, capacity), np.int64)  # 0 on padding
         self.length = 0
+        self.binding: ort.IOBinding | None = None  # of what stays the same, where the cache is updated in place
 
     @property
     def capacity(self) -> int:
@@ -48,14 +52,16 @@ class Runtime:
         in_place: bool = True,
         last_only: bool = True,
         chunk: int | None = CHUNK,
+        spin: bool = False,
     ) -> None:
-        """`outputs` replaces the contract's, for a graph that shows something else of the same model.
+        """`outputs` replaces the contract's, for a graph that shows something else of the same model; `spin` as in
+        `open_session`.
 
-        The rest concerns `step`, and is there for measuring what each is worth: whether to update the cache in
+        The others concern `step`, and are there for measuring what each is worth: whether to update the cache in
         place and to compute the last position's logits alone, where the file can do so, and how many tokens of a
         prompt go through at a time (None: all).
         """
-        self.session = open_session(model, threads)
+        self.session = open_session(model, threads, spin)
         inputs = {item.name: item.shape for item in self.session.get_inputs()}
         found = {*inputs, *(item.name for item in self.session.get_outputs())}
         self.layers = sum(name.startswith("past_key_values.") for name in inputs) // 2
@@ -113,12 +119,22 @@ class Runtime:
 
     def empty_past(self, batch: int) -> list[ort.OrtValue]:
         """A past of no tokens: L × (key, value), each [B, H, 0, d]."""
-        return [self._buffer(batch, 0) for _ in self._past]
+        empty = np.zeros((batch, self.heads, 0, self.head_dim), np.float32)
+        return [ort.OrtValue.ortvalue_from_numpy(empty) for _ in self._past]
 
     def cache(self, batch: int, capacity: int) -> Cache:
         """A cache of no tokens for `batch` sequences of at most `capacity` tokens, for `step`."""
-        past = [self._buffer(batch, capacity if self.in_place else 0) for _ in self._past]
-        return Cache(past, np.ones((batch, capacity), np.int64))
+        if not self.in_place:
+            return Cache(self.empty_past(batch), capacity, batch)
+        # One block, and written to here: the system backs it with large pages, and none of them in the midst of a step.
+        block = np.empty((len(self._past), batch, self.heads, capacity, self.head_dim), np.float32)
+        block.fill(0)
+        cache = Cache([ort.OrtValue.ortvalue_from_numpy(part) for part in block], capacity, batch)
+        cache.binding = self._binding()
+        for past, present, value in zip(self._past, self._present, cache.past, strict=True):
+            cache.binding.bind_ortvalue_input(past, value)
+            cache.binding.bind_ortvalue_output(present, value)
+        return cache
 
     def step(self, cache: Cache, ids: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
         """Logits float32 [B, V] of the last of token ids [B, T], which are added to `cache`.
@@ -142,27 +158,26 @@ class Runtime:
 
     def _step(self, cache: Cache, ids: np.ndarray) -> np.ndarray:
         cache.length += ids.shape[1]
-        binding = self.session.io_binding()
-        feeds = self._feeds(ids, cache.mask[:, : cache.length])  # which must outlive the run
-        for name, array in feeds.items():
+        binding = cache.binding or self._binding()
+        for name, array in self._feeds(ids, cache.mask[:, : cache.length]).items():
             binding.bind_cpu_input(name, array)
-        if self._keep is not None:
-            binding.bind_ortvalue_input(KEEP, self._keep)
-        binding.bind_output("logits")
-        for past, present, value in zip(self._past, self._present, cache.past, strict=True):
-            binding.bind_ortvalue_input(past, value)
-            if self.in_place:
-                binding.bind_ortvalue_output(present, value)
-            else:
+        binding.bind_output("logits")  # anew, as their shape may have changed
+        if cache.binding is None:
+            for past, present, value in zip(self._past, self._present, cache.past, strict=True):
+                binding.bind_ortvalue_input(past, value)
                 binding.bind_output(present)
         self.session.run_with_iobinding(binding)
-        logits, *present = binding.get_outputs()
-        if not self.in_place:
-            cache.past = present
+        logits, *grown = binding.get_outputs()
+        if cache.binding is None:
+            cache.past = grown
         return logits.numpy()[:, -1]
 
-    def _buffer(self, batch: int, length: int) -> ort.OrtValue:
-        return ort.OrtValue.ortvalue_from_numpy(np.zeros((batch, self.heads, length, self.head_dim), np.float32))
+    def _binding(self) -> ort.IOBinding:
+        binding = self.session.io_binding()
+        binding.bind_output("logits")  # before all others, so that it is the first of get_outputs()
+        if self._keep is not None:
+            binding.bind_ortvalue_input(KEEP, self._keep)
+        return binding
 
     def _feeds(self, ids: np.ndarray, mask: np.ndarray) -> dict[str, np.ndarray]:
         feeds = {"input_ids": ids, "attention_mask": mask}
@@ -188,17 +203,17 @@ def window_feeds(inputs: Iterable, ids: np.ndarray) -> dict[str, np.ndarray]:
     return {name: array for name, array in feeds.items() if name in shapes} | past
 
 
-def open_session(model: Path, threads: int | None = None) -> ort.InferenceSession:
+def open_session(model: Path, threads: int | None = None, spin: bool = False) -> ort.InferenceSession:
     """A session over any ONNX file, on `threads` threads (all processors where not given).
 
-    Raises UserError where ONNX Runtime refuses the file.
+    Threads that `spin` on after a run begin the next one sooner, and slow every other session down meanwhile: for one
+    that has the processors to itself. Raises UserError where ONNX Runtime refuses the file.
     """
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads or default_threads()
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
-    # Worker threads that spin on after a run slow every other session down.
-    options.add_session_config_entry("session.force_spinning_stop", "1")
+    options.add_session_config_entry("session.force_spinning_stop", "0" if spin else "1")
     try:
         return ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime's exceptions share no base class

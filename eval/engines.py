@@ -24,10 +24,13 @@ PREFILL_SAMPLES, DECODE_SAMPLES, LEAST_SAMPLES, BUDGET_NS = 5, 20, 2, 1_000_000_
 
 
 class Engine:
-    """A loaded model. Made in a child process by `core.process.Remote(Engine, subject, threads)`."""
+    """A loaded model. Made in a child process by `core.process.Remote(Engine, subject, threads)`.
 
-    def __init__(self, subject: Subject, threads: int) -> None:
-        make = _maker(subject, threads)
+    `alone` says that nothing else runs meanwhile.
+    """
+
+    def __init__(self, subject: Subject, threads: int, alone: bool = False) -> None:
+        make = _maker(subject, threads, alone)
         start = time.perf_counter_ns()
         self._runtime: Any = make()
         self._load_ns = time.perf_counter_ns() - start
@@ -90,10 +93,10 @@ def peak_rss_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def _maker(subject: Subject, threads: int) -> Callable[[], Any]:
+def _maker(subject: Subject, threads: int, alone: bool) -> Callable[[], Any]:
     """How to load `subject`; everything that loading imports is imported before its time is taken."""
     if subject.kind == "onnx":
-        return lambda: Runtime(subject.path, threads)
+        return lambda: Runtime(subject.path, threads, spin=alone)
     from eval.torch_baseline import TorchRuntime
 
     return lambda: TorchRuntime(subject.path, threads, quantized=subject.kind == "torch-dynamic")

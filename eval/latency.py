@@ -35,7 +35,7 @@ def measure_latency(
     runs: dict[str, list[dict]] = {subject.name: [] for subject in subjects}
     order = [subjects[(turn + number) % len(subjects)] for number in range(rounds) for turn in range(len(subjects))]
     for subject in track(order, "latency", len(order)):
-        with Remote(Engine, subject, threads, label=subject.name) as remote:
+        with Remote(Engine, subject, threads, True, label=subject.name) as remote:
             runs[subject.name].append(remote.call("measure", ids, prefill, decode))
     baseline = runs[subjects[0].name]
     return {name: _fields(rounds, baseline) for name, rounds in runs.items()}

@@ -1,15 +1,17 @@
 """CTranslate2 with int8 weights: the converter's `--quantization int8`, and its own greedy loop.
 
 As its performance guide advises: int8, no beam search, no scores, one generator with all threads. Its public interface
-has no step with a cache, so a row is timed through whole generations.
+has no step with a cache, so a row is timed through whole generations, or by its callback for each token.
 """
 
 from __future__ import annotations
 
 import json
 import tempfile
+import time
 from importlib.metadata import version as version_of
 from pathlib import Path
+from typing import Any
 
 import ctranslate2
 import numpy as np
@@ -54,17 +56,35 @@ class Engine:
         self._tokens = json.loads((folder / "vocabulary.json").read_text(encoding="utf-8"))
 
     def generate(self, ids: np.ndarray, count: int) -> list[list[int]]:
-        """`count` tokens behind each of ids [B, T]: all tokens of the prompt but the last go through at once."""
-        results = self._generator.generate_batch(
+        """`count` tokens behind each of ids [B, T], of which all but the last go through at once."""
+        return [result.sequences_ids[0] for result in self._generate(ids, count)]
+
+    def times(self, ids: np.ndarray, count: int) -> list[int]:
+        """When each of `count` tokens behind ids [B, T] was there for the whole batch: ns from the call.
+
+        The differences between them are steps behind a cache of T and more tokens.
+        """
+        found: dict[int, int] = {}
+        start = time.perf_counter_ns()
+
+        def note(result: ctranslate2.GenerationStepResult) -> bool:
+            found[result.step] = time.perf_counter_ns() - start
+            return False  # which goes on
+
+        self._generate(ids, count, callback=note)
+        return list(found.values())
+
+    def logits(self, ids: np.ndarray) -> np.ndarray:
+        """Logits [B, V] of the last of ids [B, T], for checks: without a cache, and with those of all positions."""
+        return np.array(self._generator.forward_batch(ids.tolist()))[:, -1]
+
+    def _generate(self, ids: np.ndarray, count: int, **options: Any) -> list[ctranslate2.GenerationResult]:
+        return self._generator.generate_batch(
             [[self._tokens[token] for token in row] for row in ids],
             min_length=count,
             max_length=count,
             sampling_topk=1,
             end_token=[],
             include_prompt_in_result=False,
+            **options,
         )
-        return [result.sequences_ids[0] for result in results]
-
-    def logits(self, ids: np.ndarray) -> np.ndarray:
-        """Logits [B, V] of the last of ids [B, T], for checks: without a cache, and with those of all positions."""
-        return np.array(self._generator.forward_batch(ids.tolist()))[:, -1]

@@ -15,8 +15,6 @@ import numpy as np
 
 from bench.peers import gguf_file
 
-# For bench/worker.py: bytes of an element of the keys and values.
-cache_bytes = 2
 TYPES = {"q8_0": llama.LLAMA_FTYPE_MOSTLY_Q8_0, "q4_0": llama.LLAMA_FTYPE_MOSTLY_Q4_0}
 FLASH = llama.LLAMA_FLASH_ATTN_TYPE_ENABLED
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, StaticCache
+from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
@@ -47,9 +48,10 @@ class Engine:
         if kind == "fp32":
             self._model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True).eval()
         else:
-            # A quantized model is loaded by making one of its kind and giving it the saved state.
+            # A quantized model is loaded by making one of its kind, of no weights in particular, and giving it the saved state.
             config = AutoConfig.from_pretrained(folder, local_files_only=True)
-            self._model = _quantize(kind, AutoModelForCausalLM.from_config(config).eval())
+            with no_init_weights():
+                self._model = _quantize(kind, AutoModelForCausalLM.from_config(config).eval())
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # about torch's own storage of quantized tensors
                 self._model.load_state_dict(torch.load(folder / STATE, weights_only=True))
@@ -84,7 +86,7 @@ def _conv1d_to_linear(module: torch.nn.Module) -> None:
     for name, child in module.named_children():
         if isinstance(child, Conv1D):
             # Conv1D holds its weight as [in, out], Linear as [out, in].
-            linear = torch.nn.Linear(*child.weight.shape)
+            linear = torch.nn.utils.skip_init(torch.nn.Linear, *child.weight.shape)
             linear.weight.data = child.weight.data.t().contiguous()
             linear.bias.data = child.bias.data
             setattr(module, name, linear)

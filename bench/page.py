@@ -21,7 +21,7 @@ library is told the number of threads. A time is the median of all samples, in b
 and slowest round; a speed-up is the baseline's median over the row's **within one round**, likewise.
 Prefill: that many tokens through an empty cache, to the logits of the last one. Decode @p: one token behind a cache \
 of p, which grows with each of {steps} steps. Generation: {generate}, greedy, as a whole. Neither loading nor \
-tokenizing is timed. A library that cannot be stepped is timed as the difference of two generations.
+tokenizing is timed. A library that cannot be stepped tells when each token is there.
 Agreement: the logits of the last of {prompt} tokens, and of {check} more through the cache, against those of \
 `{first}`; of a library that gives no logits, the first token that it generates.
 MB: the model's files; × fp32: over 4 bytes for each of the {parameters:,} parameters. Peak MB: the whole process.

@@ -8,8 +8,9 @@ Prints one line of JSON. Imports the standard library and NumPy, and the row's m
         start(batch, capacity)                 an empty cache
         feed(ids [B, T]) -> [B, V] | None      adds tokens; the logits of the last one, where the library gives them,
                                                which the next call may overwrite
-        steps = False                          where it cannot be stepped, and has generate instead:
+        steps = False                          where it cannot be stepped, and has these instead:
         generate(ids [B, T], count) -> list    greedy, exactly `count` tokens for each sequence
+        times(ids [B, T], count) -> list       ns from the call to each of `count` tokens
         max_batch                              the largest batch, where there is one
     version() -> str                           libraries and their versions
 """
@@ -29,13 +30,10 @@ from typing import Any, TextIO
 
 import numpy as np
 
-# Of a prefill and, where the library cannot be stepped, of a decode: one run to warm up, then samples until there
-# are enough, or until the time is up.
+# Of a prefill: one run to warm up, then samples until there are enough, or until the time is up.
 SAMPLES, LEAST_SAMPLES, BUDGET_NS = 5, 2, 2_000_000_000
 # Of a decode: steps to warm up, and steps that are timed. The position grows with each, as in generation.
 WARM_UP_STEPS, STEPS = 3, 20
-# Of a library that cannot be stepped: enough of them to stand out from the noise of two whole runs.
-WHOLE_STEPS = 64
 GENERATE_SAMPLES = 2
 # A cache is filled in pieces, so that it takes no more memory than the prefills that are measured.
 FILL_TOKENS = 512
@@ -141,20 +139,17 @@ class Stepped:
 
 
 class Whole:
-    """Times of an engine that only generates, with its own loop: a token is the difference of two runs."""
+    """Times of an engine that only generates, with its own loop, and says when each token was there."""
 
     def __init__(self, engine: Any, ids: np.ndarray) -> None:
         self.engine, self.ids = engine, ids
 
     def prefill(self, count: int) -> int:
-        return self.generate(count, 1)
+        return self.engine.times(self.ids[:, :count], 1)[0]
 
     def decode(self, position: int) -> list[int]:
-        steps = lambda: (self.generate(position, 1 + WHOLE_STEPS) - self.generate(position, 1)) // WHOLE_STEPS  # noqa: E731
-        samples = _samples(steps)
-        if min(samples) <= 0:
-            raise ValueError(f"decode @{position}: {WHOLE_STEPS} tokens take less time than two runs differ")
-        return samples
+        times = self.engine.times(self.ids[:, :position], 1 + WARM_UP_STEPS + STEPS)
+        return np.diff(times)[WARM_UP_STEPS:].tolist()
 
     def generate(self, prompt: int, count: int) -> int:
         return _elapsed(lambda: self.engine.generate(self.ids[:, :prompt], count))

@@ -251,7 +251,7 @@ def test_a_decode_sample_is_one_step_behind_a_cache_that_grows(clock: Clock) -> 
     assert answer["decode"] == {16: [1000 * position + 1 for position in range(19, 39)]}
 
 
-def test_a_library_that_only_generates_is_timed_by_differences(clock: Clock) -> None:
+def test_a_library_that_only_generates_tells_when_each_token_is_there(clock: Clock) -> None:
     class Engine:
         steps = False
 
@@ -259,9 +259,12 @@ def test_a_library_that_only_generates_is_timed_by_differences(clock: Clock) -> 
             clock.now += 100 * ids.shape[1] + 7 * (count - 1)
             return [[5] * count for _ in ids]
 
+        def times(self, ids: np.ndarray, count: int) -> list[int]:
+            return [100 * ids.shape[1] + 7 * step for step in range(count)]
+
     asked = request(decode=[16], generate=(8, 4), check=(8, 4))
     answer = worker.measure(module_of(Engine), asked)
-    assert answer["prefill"] == {8: [800] * 5} and answer["decode"] == {16: [7] * 5}
+    assert answer["prefill"] == {8: [800] * 5} and answer["decode"] == {16: [7] * 20}
     assert answer["generate"] == [821] * 2 and answer["top"] == [5]
 
 

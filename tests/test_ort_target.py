@@ -10,6 +10,7 @@ import onnxruntime as ort
 import pytest
 from conftest import CORPUS
 
+from bench.profile import profile
 from core import onnx_file
 from core.corpus import Source, full_windows, load_splits, stream
 from core.errors import UserError
@@ -258,3 +259,11 @@ def test_another_attention_is_refused(folders):
         add = softmax.inputs[0].producer()
         add.op_type = "Sub"
         check_attention(model, folders["fp32"])
+
+
+def test_a_profile_counts_the_operators_of_one_step(folders):
+    rows, whole = profile(folders["int8-weight-ort"] / "model.onnx", 1, 20, 4, 2)
+    counts = {name: count for name, (count, _) in rows.items()}
+    assert counts["GroupQueryAttention"] == 6 and counts["LayerNormalization"] == 13
+    assert sum(count for name, count in counts.items() if name.startswith("MatMulNBits")) == 25
+    assert 0 < sum(milliseconds for _, milliseconds in rows.values()) <= whole

@@ -144,11 +144,17 @@ def _norm(x: ir.Value, projections: list[Projection]) -> tuple | None:
 def _values(x: ir.Value, projections: list[Projection]) -> tuple | None:
     """The value columns of the projection behind attention. Rows of attention sum to 1, so a shift passes through.
 
-    x <- Reshape <- Transpose <- MatMul(softmax, v <- Concat(past) <- Transpose <- Reshape <- (Split <-) Add(bias)).
+    x <- (Slice <-) Reshape <- Transpose <- MatMul(softmax, v <- Concat(past) <- Transpose <- Reshape <- (Split <-)
+    Add(bias)). The Slice keeps some rows, each as it is.
     """
-    context = _behind(x, "Reshape", "Transpose")
+    if len(x.uses()) != len(projections):
+        return None
+    whole = _behind(x, "Slice")
+    if whole is not None and len(whole.uses()) != 1:
+        return None
+    context = _behind(x if whole is None else whole, "Reshape", "Transpose")
     product = context.producer() if context is not None else None
-    if len(x.uses()) != len(projections) or product is None or product.op_type != "MatMul":
+    if product is None or product.op_type != "MatMul":
         return None
     softmax, cached = (value.producer() for value in product.inputs)
     if softmax is None or softmax.op_type != "Softmax" or cached is None or cached.op_type != "Concat":

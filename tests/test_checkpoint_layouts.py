@@ -327,7 +327,9 @@ def test_contract_of_the_embedded_model(es_mini_fp32: Artifact) -> None:
         "input_ids": (7, ["batch_size", new]),
         "attention_mask": (7, ["batch_size", whole]),
         "position_ids": (7, ["batch_size", new]),
+        "num_logits_to_keep": (7, []),  # optional: an initializer gives its default
     }
+    assert onnx.numpy_helper.to_array(next(w for w in graph.initializer if w.name == "num_logits_to_keep")) == 0
     wanted_outputs = {"logits": (1, ["batch_size", new, 8192])}
     for layer in range(6):
         for kv in ("key", "value"):

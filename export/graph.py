@@ -19,12 +19,12 @@ import onnxscript
 from onnx_ir import DataType
 
 from core.errors import UserError
+from core.runtime import KEEP
 from export.checkpoint import Weight, check_finite
 from export.config import GPT2Config
 
 # Added to the scores of positions that may not be seen: exp() of it is 0, and a row that sees nothing stays finite.
 MASKED = -1e30
-KEEP = "num_logits_to_keep"
 _END = 2**63 - 1  # Slice's end: however long
 # The name of P+T as symbolic shape inference computes it from the others.
 TOTAL = "past_sequence_length + sequence_length"

@@ -36,15 +36,26 @@ def quantize_dynamic(
     """
     graph = model.graph
     weights, projections, embeddings = begin(graph, sites)
-    multiply = _multiply_portable if target == "portable" else _MultiplyOrt(graph)
+    rows = _RowZeroPoints(graph)
+    one = constant(graph, "scale_one", np.float32(1))
     for projection in projections:
         tape = ir.tape.Tape()
         x = projection.node.inputs[0]  # which an earlier rewrite may have replaced
         zero = sites[projection.name].activation.zero_point
+        zero_point = constant(graph, f"zero_point_{zero}", np.uint8(zero))
         row_scale = _row_scale(graph, tape, x, zero)
         weight, weight_scale = weights.get_columns(tape, projection)
-        # In this order in both targets, so that they differ in nothing.
-        product = multiply(graph, tape, x, row_scale, zero, weight, weight_scale)
+        # (u8(x / s) − zero) · s8(W) · scale(W), and then s: in this order in both, so that they differ in nothing.
+        if target == "portable":
+            quantized = tape.op("QuantizeLinear", [tape.op("Div", [x, row_scale]), one, zero_point])
+            product = tape.op("MatMulInteger", [quantized, weight, zero_point])
+            product = tape.op("Mul", [tape.op("Cast", [product], {"to": ir.DataType.FLOAT}), weight_scale])
+        else:
+            # A row is a block of its own, with a zero point of its own: one pass over x instead of two.
+            block = {"axis": -1, "block_size": projection.matrix.shape[0]}
+            quantized = tape.op("QuantizeLinear", [x, row_scale, rows.get(x, zero_point)], block)
+            inputs = [quantized, weight, one, weight_scale, zero_point]
+            product = tape.op("MatMulIntegerToFloat", inputs, domain=ORT)
         result = tape.op("Mul", [product, row_scale])  # [.., N]
         if projection.bias is not None:
             result = tape.op("Add", [result, projection.bias])
@@ -74,62 +85,26 @@ def _row_scale(graph: ir.Graph, tape: ir.tape.Tape, x: ir.Value, zero: int) -> i
     return tape.op("Mul", [largest, constant(graph, f"one_over_{levels}", np.float32(1 / levels))])
 
 
-def _multiply_portable(
-    graph: ir.Graph,
-    tape: ir.tape.Tape,
-    x: ir.Value,
-    row_scale: ir.Value,
-    zero: int,
-    weight: ir.Value,
-    weight_scale: ir.Value,
-) -> ir.Value:
-    """(u8(x / s) − zero) · s8(W) · scale(W), in standard operators. [.., N]"""
-    zero_point = constant(graph, f"zero_point_{zero}", np.uint8(zero))
-    one = constant(graph, "scale_one", np.float32(1))
-    quantized = tape.op("QuantizeLinear", [tape.op("Div", [x, row_scale]), one, zero_point])
-    product = tape.op("MatMulInteger", [quantized, weight, zero_point])
-    return tape.op("Mul", [tape.op("Cast", [product], {"to": ir.DataType.FLOAT}), weight_scale])
-
-
-class _MultiplyOrt:
-    """The same in two operators. A row is a block of its own to QuantizeLinear, which asks for a zero point each."""
+class _RowZeroPoints:
+    """A zero point for each row, made once for all values that have as many rows."""
 
     def __init__(self, graph: ir.Graph) -> None:
-        self._zero_points: dict[tuple[ir.Value, int], ir.Value] = {}
+        self._graph = graph
+        self._made: dict[tuple[ir.Value, ir.Value], ir.Value] = {}
         self._ids = next(value for value in graph.inputs if value.name == "input_ids")
 
-    def __call__(
-        self,
-        graph: ir.Graph,
-        tape: ir.tape.Tape,
-        x: ir.Value,
-        row_scale: ir.Value,
-        zero: int,
-        weight: ir.Value,
-        weight_scale: ir.Value,
-    ) -> ir.Value:
-        inputs = weight.shape[0] if weight.shape is not None else weight.producer().inputs[0].shape[1]
-        rows = {"axis": -1, "block_size": int(inputs)}
-        quantized = tape.op("QuantizeLinear", [x, row_scale, self._zero_points_of(graph, x, zero)], rows)
-        one, zero_point = (
-            constant(graph, "scale_one", np.float32(1)),
-            constant(graph, f"zero_point_{zero}", np.uint8(zero)),
-        )
-        return tape.op("MatMulIntegerToFloat", [quantized, weight, one, weight_scale, zero_point], domain=ORT)
-
-    def _zero_points_of(self, graph: ir.Graph, x: ir.Value, zero: int) -> ir.Value:
-        """uint8 [B, T, 1] for the rows of x [B, T, K], one tensor for all that have as many."""
+    def get(self, x: ir.Value, zero_point: ir.Value) -> ir.Value:
+        """uint8 [B, T, 1] for the rows of x [B, T, K]."""
         source = self._source_of_rows(x)
-        if (source, zero) not in self._zero_points:
-            tape, one = ir.tape.Tape(), constant(graph, "one", np.array([1], np.int64))
+        if (source, zero_point) not in self._made:
+            tape, one = ir.tape.Tape(), constant(self._graph, "one", np.array([1], np.int64))
             shape = tape.op("Concat", [tape.op("Shape", [source], {"end": 2}), one], {"axis": 0})
-            value = tape.op("Expand", [constant(graph, f"zero_point_{zero}", np.uint8(zero)), shape])
+            self._made[source, zero_point] = tape.op("Expand", [zero_point, shape])
             if source is self._ids:
-                graph.insert_before(graph[0], tape.nodes)
+                self._graph.insert_before(self._graph[0], tape.nodes)
             else:
-                graph.insert_after(source.producer(), tape.nodes)
-            self._zero_points[source, zero] = value
-        return self._zero_points[source, zero]
+                self._graph.insert_after(source.producer(), tape.nodes)
+        return self._made[source, zero_point]
 
     def _source_of_rows(self, x: ir.Value) -> ir.Value:
         """What has as many rows as x: the tokens, or the Slice that keeps the last of them."""

@@ -36,7 +36,7 @@ def quantize_dynamic(
     """
     graph = model.graph
     weights, projections, embeddings = begin(graph, sites)
-    rows = _RowZeroPoints(graph)
+    row_zero_points = _RowZeroPoints(graph)
     one = constant(graph, "scale_one", np.float32(1))
     for projection in projections:
         tape = ir.tape.Tape()
@@ -53,7 +53,7 @@ def quantize_dynamic(
         else:
             # A row is a block of its own, with a zero point of its own: one pass over x instead of two.
             block = {"axis": -1, "block_size": projection.matrix.shape[0]}
-            quantized = tape.op("QuantizeLinear", [x, row_scale, rows.get(x, zero_point)], block)
+            quantized = tape.op("QuantizeLinear", [x, row_scale, row_zero_points.get(x, zero_point)], block)
             inputs = [quantized, weight, one, weight_scale, zero_point]
             product = tape.op("MatMulIntegerToFloat", inputs, domain=ORT)
         result = tape.op("Mul", [product, row_scale])  # [.., N]
@@ -91,7 +91,6 @@ class _RowZeroPoints:
     def __init__(self, graph: ir.Graph) -> None:
         self._graph = graph
         self._made: dict[tuple[ir.Value, ir.Value], ir.Value] = {}
-        self._ids = next(value for value in graph.inputs if value.name == "input_ids")
 
     def get(self, x: ir.Value, zero_point: ir.Value) -> ir.Value:
         """uint8 [B, T, 1] for the rows of x [B, T, K]."""
@@ -100,7 +99,7 @@ class _RowZeroPoints:
             tape, one = ir.tape.Tape(), constant(self._graph, "one", np.array([1], np.int64))
             shape = tape.op("Concat", [tape.op("Shape", [source], {"end": 2}), one], {"axis": 0})
             self._made[source, zero_point] = tape.op("Expand", [zero_point, shape])
-            if source is self._ids:
+            if source.producer() is None:
                 self._graph.insert_before(self._graph[0], tape.nodes)
             else:
                 self._graph.insert_after(source.producer(), tape.nodes)
@@ -111,4 +110,6 @@ class _RowZeroPoints:
         node = x.producer()
         while node is not None and node.op_type not in ("Slice", "Gather", "Split"):
             x, node = node.inputs[0], node.inputs[0].producer()
-        return x if node is not None and node.op_type == "Slice" else self._ids
+        if node is not None and node.op_type == "Slice":
+            return x
+        return next(value for value in self._graph.inputs if value.name == "input_ids")

@@ -39,6 +39,12 @@ class Engine:
         """Logits float32 [T, V] of token ids int64 [T]."""
         return self._runtime.forward(ids[None])[0]
 
+    def keys(self, ids: np.ndarray) -> list[np.ndarray] | None:
+        """The keys [1, H, T, d] of every layer for token ids [T]; None where the runtime does not show them."""
+        if not isinstance(self._runtime, Runtime):
+            return None
+        return [value.numpy() for value in self._runtime.run(ids[None])[1::2]]
+
     def continue_greedy(self, ids: list[int], count: int) -> list[int]:
         """The `count` tokens that follow `ids` when the likeliest is taken each time, through the cache."""
         out: list[int] = []

@@ -26,6 +26,7 @@ from eval.windows import Window, halves, rolling
 
 PROMPT = "Me gusta mucho el futbol"
 CONTINUATION_TOKENS = 32
+KEY_TOKENS = 128  # of the text, for the error by layer
 
 
 @dataclass(frozen=True)
@@ -89,8 +90,23 @@ def measure_quality(subjects: list[Subject], task: Task, threads: int) -> dict[s
                 rows[baseline.name] = quality(scores[0], task.size, None)
                 for item, remote, own in zip(group, remotes, scores[1:], strict=True):
                     rows[item.name] = quality(own, task.size, scores[0]) | _alone(item, remote, task)
-        rows[baseline.name] |= _alone(baseline, first, task)
+                    rows[item.name]["key_error"] = _key_error(first, remote, task)
+        rows[baseline.name] |= _alone(baseline, first, task) | {"key_error": _key_error(first, first, task)}
     return rows
+
+
+def _key_error(baseline: Remote, remote: Remote, task: Task) -> list[float] | None:
+    """‖keys − the baseline's‖ / ‖the baseline's‖ of every layer; None where the runtime does not show its keys.
+
+    A layer's keys are the first that is made of what comes into it, and no recipe scales them (the values it may),
+    so they show how the error of quantization grows from layer to layer.
+    """
+    ids = task.real_tokens(min(KEY_TOKENS, task.window))
+    theirs, ours = baseline.call("keys", ids), remote.call("keys", ids)
+    if theirs is None or ours is None or [item.shape for item in theirs] != [item.shape for item in ours]:
+        return None
+    pairs = zip(theirs, ours, strict=True)
+    return [float(np.linalg.norm(own - base) / np.linalg.norm(base)) for base, own in pairs]
 
 
 def _groups(subjects: list[Subject]) -> list[list[Subject]]:

@@ -74,6 +74,7 @@ def quality(scores: Scores, size: TextSize, baseline: Scores | None) -> dict:
         "kl_divergence_p99": 0.0,
         "top1_agreement": 1.0,
         "top1_agreement_stderr": 0.0,
+        "nll_by_document": np.bincount(scores.document, weights=scores.nll).tolist(),
     }
     if baseline is not None:
         delta = mean_per_token(scores.nll - baseline.nll, scores.document)

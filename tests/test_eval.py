@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import multiprocessing
 import re
 import shutil
@@ -103,6 +104,26 @@ def test_quality_is_what_it_should_be(report):
     assert abs(rows["int8-dynamic"]["delta_ln_ppl"]) < 0.01 and abs(rows["int8-static"]["delta_ln_ppl"]) < 0.03
     assert rows["int8-static"]["kl_divergence"] > rows["torch-fp32"]["kl_divergence"] >= 0
     assert rows["torch-fp32"]["continuation"] == rows["fp32"]["continuation"]
+
+
+def test_documents_add_up_to_the_whole(report):
+    corpus = json.loads((report[0] / "es-mini/report.json").read_text(encoding="utf-8"))["corpus"]
+    assert len(corpus["document_tokens"]) == corpus["documents"] >= 1
+    for row in rows_of(report[0]).values():
+        assert len(row["nll_by_document"]) == corpus["documents"]
+        assert sum(corpus["document_tokens"]) == row["tokens_scored"]
+        mean = sum(row["nll_by_document"]) / row["tokens_scored"]
+        assert math.exp(mean) == pytest.approx(row["perplexity"], rel=1e-9)
+
+
+def test_keys_differ_by_what_quantization_adds(report):
+    rows = rows_of(report[0])
+    assert rows["fp32"]["key_error"] == [0.0] * 6
+    for name in ("int8-dynamic", "int8-static"):
+        # The first layer's keys carry the rounding of one product; later ones that of all before them too.
+        assert all(0 < error < 0.1 for error in rows[name]["key_error"])
+        assert rows[name]["key_error"][-1] == max(rows[name]["key_error"])
+    assert rows["torch-fp32"]["key_error"] is None
 
 
 def test_sizes_are_those_of_the_files(artifacts, report):

@@ -47,6 +47,9 @@ $(OPTIMUM_VENV)/.stamp: pyproject.toml pins/optimum.txt tools/setup_env.py
 $(PEERS_VENV)/.stamp: pyproject.toml pins/peers.txt tools/setup_env.py
 	@CMAKE_ARGS="-DGGML_NATIVE=on" $(PYTHON) tools/setup_env.py "$(PEERS_VENV)" pins/peers.txt
 
+js/node_modules/.stamp: js/package.json js/package-lock.json
+	@cd js && npm ci --ignore-scripts --no-audit --no-fund && touch node_modules/.stamp
+
 optimum: $(OPTIMUM_VENV)/.stamp
 
 peers: optimum $(PEERS_VENV)/.stamp

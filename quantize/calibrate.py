@@ -2,20 +2,26 @@
 
 Each block is run on the calibration windows, smoothed by what they showed, and its weights are rounded; a static
 recipe runs it again for the histograms of what smoothing left. Only sums, histograms and a sample are kept.
+
+A product's last bits depend on how many threads BLAS splits it over, and 4-bit rounding falls to another side for it.
+So each product has one thread, and the processors share the tensors instead: the same bytes on any number of them.
 """
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
+from threadpoolctl import threadpool_limits
 
 from core.corpus import Split, full_windows, stream
 from core.errors import UserError
 from core.model_config import max_positions, read_config, start_token
 from core.progress import track
+from core.threads import default_threads
 from core.tokenizer import encode, load_tokenizer
 from quantize import smooth
 from quantize.activation import ROW_ZERO_POINTS, Activation, PerRow, PerTensor, product_error
@@ -58,6 +64,13 @@ def calibrate(
     windows int64 [n, T]; `work` is a folder for temporary files. The block that holds the projection `until` is the
     last one where that is given.
     """
+    with threadpool_limits(1, "blas"), ThreadPoolExecutor(default_threads()) as pool:
+        return _calibrate(model, windows, plan, work, until, pool)
+
+
+def _calibrate(
+    model: ir.Model, windows: np.ndarray, plan: Plan, work: Path, until: str | None, pool: ThreadPoolExecutor
+) -> dict[str, Site]:
     tables = find_tables(model.graph)
     groups = smooth.find_groups(model.graph) if plan.alphas else {}
     before: list[np.ndarray | None] = [None] * len(windows)
@@ -65,16 +78,17 @@ def calibrate(
     blocks = split(model.graph)
     for block in track(blocks, "calibrate", len(blocks)):
         with_gram = plan.rounding == "gptq" and any(p.weight not in tables for p in block.projections)
-        moments, after = _observe(model, block, windows, before, with_gram, work)
-        tensors = [_tensor(name, block, moments[name], groups.get(name), tables, plan) for name in moments]
+        moments, after = _observe(model, block, windows, before, with_gram, work, pool)
+        tensors = list(
+            pool.map(lambda name: _tensor(name, block, moments[name], groups.get(name), tables, plan), moments)  # noqa: B023
+        )
         for tensor in tensors:
             if tensor.group is not None:
                 smooth.apply(model.graph, tensor.group, tensor.smoothing)
         histograms = _histograms(model, block, windows, before, tensors, work) if _is_static(plan) else {}
-        for tensor in tensors:
-            histogram = histograms.get(tensor.name)
-            for projection in tensor.projections:
-                sites[projection.name] = _site(projection, tensor, histogram, tables, plan)
+        inputs = [(projection, tensor) for tensor in tensors for projection in tensor.projections]
+        decided = pool.map(lambda pair: _site(*pair, histograms.get(pair[1].name), tables, plan), inputs)  # noqa: B023
+        sites |= {projection.name: site for (projection, _), site in zip(inputs, decided, strict=True)}
         if until in sites:
             break
         before = after
@@ -117,7 +131,13 @@ def _is_static(plan: Plan) -> bool:
 
 
 def _observe(
-    model: ir.Model, block: Block, windows: np.ndarray, before: list, with_gram: bool, work: Path
+    model: ir.Model,
+    block: Block,
+    windows: np.ndarray,
+    before: list,
+    with_gram: bool,
+    work: Path,
+    pool: ThreadPoolExecutor,
 ) -> tuple[dict[str, Moments], list]:
     """Moments of the inputs of the block's projections, by name, and what the next block starts from."""
     names = list(dict.fromkeys(projection.x.name for projection in block.projections))
@@ -127,8 +147,8 @@ def _observe(
     for window, start in zip(windows, before, strict=True):
         *values, end = [*run(window, start), *([] if block.end else [None])]
         after.append(end)
-        for name, x in zip(names, values, strict=True):
-            seen = Moments.of(x.reshape(-1, x.shape[-1]), with_gram)
+        rows = [x.reshape(-1, x.shape[-1]) for x in values]
+        for name, seen in zip(names, pool.map(lambda x: Moments.of(x, with_gram), rows), strict=True):
             moments[name] = moments[name].merge(seen) if name in moments else seen
     return moments, after
 

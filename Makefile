@@ -6,6 +6,7 @@
 # make bench                     speed, size and memory beside them, in reports/bench; BENCH=full adds gpt2-medium,
 #                                BENCH_ARGS="--without-peers --rounds 5 ..." are options of `python -m bench`
 # make accuracy                  docs/accuracy.md anew; MODELS="FOLDER ..." and TEXT=file add to it
+# make demo                      a page that continues text in the browser; ARTIFACT=folder PORT=8000 BUILD=folder
 # make lint | clean              the linter | remove artifacts and reports
 #
 # MODEL=folder | owner/name[@revision]   CORPUS=file | folder | owner/name   RECIPES="int8-dynamic ort-static ..."
@@ -25,6 +26,8 @@ EXPORTER ?= graph
 QUANTIZE ?=
 EVAL    ?=
 BENCH   ?=
+ARTIFACT ?= $(OUT)/es-mini/int8-dynamic
+PORT    ?= 8000
 BENCH_ARGS ?=
 
 run      = $(VENV)/bin/python -m
@@ -32,7 +35,7 @@ ready    = $(VENV)/.stamp
 corpus   = --corpus "$(CORPUS)" $(if $(CORPUS_CONFIG),--corpus-config "$(CORPUS_CONFIG)") \
            $(if $(CORPUS_SPLIT),--corpus-split "$(CORPUS_SPLIT)") $(if $(CORPUS_COLUMN),--corpus-column "$(CORPUS_COLUMN)")
 
-.PHONY: export quantize eval accuracy bench optimum peers test lint clean help
+.PHONY: export quantize eval accuracy bench demo js optimum peers test lint clean help
 .DEFAULT_GOAL := help
 
 help:
@@ -46,6 +49,8 @@ $(OPTIMUM_VENV)/.stamp: pyproject.toml pins/optimum.txt tools/setup_env.py
 
 $(PEERS_VENV)/.stamp: pyproject.toml pins/peers.txt tools/setup_env.py
 	@CMAKE_ARGS="-DGGML_NATIVE=on" $(PYTHON) tools/setup_env.py "$(PEERS_VENV)" pins/peers.txt
+
+js: js/node_modules/.stamp
 
 js/node_modules/.stamp: js/package.json js/package-lock.json
 	@cd js && npm ci --ignore-scripts --no-audit --no-fund && touch node_modules/.stamp
@@ -69,6 +74,9 @@ accuracy: $(ready)
 bench: $(ready)
 	@OPTIMUM_PYTHON="$(OPTIMUM_VENV)/bin/python" PEERS_PYTHON="$(PEERS_VENV)/bin/python" $(run) bench \
 	  --shapes es-mini gpt2 $(if $(filter full,$(BENCH)),gpt2-medium) --work "$(OUT)/bench" --output "$(REPORTS)/bench" $(BENCH_ARGS)
+
+demo: js $(if $(wildcard $(ARTIFACT)/manifest.json),$(ready),quantize)
+	@$(run) demo --artifact "$(ARTIFACT)" --port "$(PORT)" $(if $(BUILD),--build "$(BUILD)")
 
 test: $(ready)
 	@$(run) pytest $(TESTS)

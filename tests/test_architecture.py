@@ -38,6 +38,13 @@ def test_bench_imports_core_and_the_machine_alone():
         assert "torch" not in set(imports(path))
 
 
+@pytest.mark.parametrize("room", ["demo"])
+def test_what_is_made_of_artifacts_imports_core_alone(room):
+    for path in (ROOT / room).rglob("*.py"):
+        others = set(imports(path)) & {*STAGES, "bench"} - {room, "core"}
+        assert not others, f"{path} imports {others}"
+
+
 def test_what_runs_in_every_environment_imports_next_to_nothing():
     names = set(sys.stdlib_module_names)
     assert set(imports(ROOT / "bench/worker.py")) <= {*names, "numpy"}
@@ -61,7 +68,9 @@ def test_files_stay_small():
     long = [
         path
         for path in ROOT.rglob("*.py")
-        if ".venv" not in str(path) and len(path.read_text(encoding="utf-8").splitlines()) > 450
+        if ".venv" not in str(path)
+        and "node_modules" not in str(path)
+        and len(path.read_text(encoding="utf-8").splitlines()) > 450
     ]
     assert not long
 

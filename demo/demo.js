@@ -1,0 +1,171 @@
+// The page: what it says, what it asks the worker for, and what the worker reports.
+
+import { TEXTS } from "./texts.js";
+
+const element = (id) => document.getElementById(id);
+const DASH = "–";
+
+// (module (func (result v128) i32.const 0 i8x16.splat)), which is valid where there is SIMD alone.
+const SIMD = [0, 97, 115, 109, 1, 0, 0, 0, 1, 5, 1, 96, 0, 1, 123, 3, 2, 1, 0, 10, 8, 1, 6, 0, 65, 0, 253, 15, 11];
+
+let language = (navigator.languages ?? [navigator.language])[0]?.startsWith("es") ? "es" : "en";
+let about = null; // demo.json
+let worker = null;
+let threads = null;
+// What is shown beside the texts of the page; kept so that a change of language can say it anew.
+const shown = { running: false, ready: false, progress: null, report: null, status: null, problem: null };
+
+const megabytes = (bytes) => number(bytes / 1e6, 1);
+
+function number(value, digits = 0) {
+  const options = { minimumFractionDigits: digits, maximumFractionDigits: digits };
+  return new Intl.NumberFormat(language, options).format(value);
+}
+
+function show() {
+  const texts = TEXTS[language];
+  document.documentElement.lang = language;
+  document.title = texts.title;
+  for (const node of document.querySelectorAll("[data-text]")) node.textContent = texts[node.dataset.text];
+  for (const node of document.querySelectorAll("[data-label]")) node.ariaLabel = texts[node.dataset.label];
+  for (const node of document.querySelectorAll("[data-language]")) {
+    node.ariaPressed = String(node.dataset.language === language);
+  }
+  showSettings();
+  showState();
+}
+
+function showSettings() {
+  for (const output of document.querySelectorAll("output")) {
+    const input = element(output.htmlFor.value);
+    output.textContent = number(input.valueAsNumber, input.id === "temperature" ? 2 : 0);
+  }
+}
+
+function showState() {
+  const texts = TEXTS[language];
+  const { running, ready, progress, report, status, problem } = shown;
+  element("go").hidden = running;
+  element("stop").hidden = !running;
+  const sizes = about && [about.bytes.model, about.bytes.runtime].map(megabytes);
+  element("note").textContent = sizes && !ready && !running && !problem ? texts.beforehand(...sizes) : "";
+  element("download").hidden = !progress;
+  if (progress) {
+    const { loaded, total } = progress;
+    element("progress").value = loaded / total;
+    element("amount").textContent =
+      loaded >= total ? texts.starting : texts.amount(megabytes(loaded), megabytes(total));
+  }
+  element("alert").hidden = !problem;
+  element("alert").textContent = problem ? problem(texts) : "";
+  element("status").textContent = status ? status(texts) : "";
+  element("text").ariaBusy = String(running && ready);
+  element("empty").hidden = Boolean(report);
+  element("written").textContent = report?.text ?? "";
+  const speed = report?.perSecond;
+  element("per-second").textContent = speed ? number(speed, speed < 100 ? 1 : 0) : DASH;
+  element("first").textContent = report?.first == null ? DASH : number(report.first);
+  element("tokens").textContent = report?.tokens ? number(report.tokens) : DASH;
+  element("about").textContent = about ? texts.about(about.model, about.recipe, threads) : "";
+}
+
+function update(changes) {
+  Object.assign(shown, changes);
+  showState();
+}
+
+function start() {
+  worker ??= makeWorker();
+  const prompt = element("prompt").value;
+  element("given").textContent = prompt;
+  update({
+    running: true,
+    report: { text: "", tokens: 0, first: null, perSecond: null },
+    status: shown.ready ? (texts) => texts.writing : null,
+    problem: null,
+  });
+  worker.postMessage({
+    type: "generate",
+    threads: threadsHere(),
+    prompt,
+    length: element("length").valueAsNumber,
+    temperature: element("temperature").valueAsNumber,
+    topK: element("topK").valueAsNumber,
+    seed: element("seed").valueAsNumber,
+  });
+}
+
+/** Half the processors, as the other half often shares their arithmetic units, and 4 at most; 1 without the headers. */
+function threadsHere() {
+  return crossOriginIsolated ? Math.min(4, Math.ceil((navigator.hardwareConcurrency || 1) / 2)) : 1;
+}
+
+function makeWorker() {
+  const made = new Worker(new URL("worker.js", import.meta.url), { type: "module" });
+  made.onmessage = ({ data }) => heard[data.type](data);
+  made.onerror = (event) => heard.failed({ detail: event.message || "worker.js" });
+  return made;
+}
+
+const heard = {
+  progress: ({ loaded, total }) => update({ progress: { loaded, total } }),
+  ready: (data) => {
+    threads = data.threads;
+    update({ ready: true, progress: null, status: (texts) => texts.writing });
+  },
+  text: (report) => update({ report }),
+  done: (report) => {
+    const { reason, dropped } = report;
+    const end = { length: "length_reached", end: "end_reached", stopped: "stopped" }[reason];
+    const status = (texts) => texts[end] + (dropped ? texts.dropped(number(dropped)) : "");
+    update({ report, running: false, status });
+  },
+  failed: ({ detail }) => {
+    worker.terminate();
+    worker = null; // the next try begins anew
+    const problem = (texts) => texts.failed(detail);
+    update({ running: false, ready: false, progress: null, report: null, status: null, problem });
+    element("given").textContent = "";
+  },
+};
+
+element("form").addEventListener("submit", (event) => {
+  event.preventDefault();
+  start();
+});
+element("settings").addEventListener("input", showSettings);
+// A field that is refused has to be seen.
+element("settings").addEventListener("invalid", () => (element("settings").open = true), true);
+element("stop").addEventListener("click", () => worker.postMessage({ type: "stop" }));
+element("prompt").addEventListener("keydown", (event) => {
+  if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && !shown.running) element("form").requestSubmit();
+});
+for (const button of document.querySelectorAll(".examples button")) {
+  button.addEventListener("click", () => {
+    element("prompt").value = button.textContent;
+    element("prompt").focus();
+  });
+}
+for (const button of document.querySelectorAll("[data-language]")) {
+  button.addEventListener("click", () => {
+    language = button.dataset.language;
+    show();
+  });
+}
+
+// On a phone the settings would push the text off the screen.
+element("settings").open = matchMedia("(min-width: 56rem)").matches;
+show();
+if (typeof WebAssembly === "undefined" || !WebAssembly.validate(new Uint8Array(SIMD))) {
+  element("go").disabled = true;
+  update({ problem: (texts) => texts.noSimd });
+} else {
+  try {
+    const response = await fetch(new URL("demo.json", import.meta.url));
+    if (!response.ok) throw new Error(`demo.json: HTTP ${response.status}`);
+    about = await response.json();
+    showState();
+  } catch (error) {
+    update({ problem: (texts) => texts.failed(error.message) });
+  }
+}

@@ -1,0 +1,132 @@
+// The model, on a thread of its own so that the page stays responsive. Messages in: { type: "generate", ... } and
+// { type: "stop" }; out: "progress", "ready", "text", "done", "failed".
+
+import { CausalLM } from "./causal_lm.js";
+import * as ort from "./ort.js";
+import { generator, median, sample } from "./sampling.js";
+import { Tokenizer } from "./tokenizers.js";
+
+let loading = null;
+let stopped = false;
+
+/** The bytes of a file; `seen(count)` is told of every piece. */
+async function download(name, seen) {
+  let response;
+  try {
+    response = await fetch(new URL(name, import.meta.url));
+  } catch (error) {
+    throw new Error(`${name}: ${error.message}`);
+  }
+  if (!response.ok) throw new Error(`${name}: HTTP ${response.status}`);
+  const parts = [];
+  let length = 0;
+  const reader = response.body.getReader();
+  for (let part = await reader.read(); !part.done; part = await reader.read()) {
+    parts.push(part.value);
+    length += part.value.length;
+    seen(part.value.length);
+  }
+  const bytes = new Uint8Array(length);
+  let at = 0;
+  for (const part of parts) {
+    bytes.set(part, at);
+    at += part.length;
+  }
+  return bytes;
+}
+
+const json = async (name) => JSON.parse(new TextDecoder().decode(await download(name, () => {})));
+
+async function load(threads) {
+  const about = await json("demo.json");
+  const total = about.bytes.model + about.bytes.runtime;
+  let loaded = 0;
+  const seen = (count) => {
+    loaded += count;
+    postMessage({ type: "progress", loaded, total });
+  };
+  const [weights, binary, vocabulary, settings] = await Promise.all([
+    download("model.onnx", seen),
+    download("ort-wasm.wasm", seen),
+    json("tokenizer.json"),
+    json("tokenizer_config.json"),
+  ]);
+  ort.env.logLevel = "error";
+  ort.env.wasm.numThreads = threads;
+  ort.env.wasm.wasmBinary = binary.buffer;
+  ort.env.wasm.wasmPaths = { mjs: new URL("ort-wasm.js", import.meta.url).href };
+  const session = await ort.InferenceSession.create(weights, { executionProviders: ["wasm"], logSeverityLevel: 3 });
+  postMessage({ type: "ready", threads: ort.env.wasm.numThreads });
+  return { about, model: new CausalLM(ort, session), tokenizer: new Tokenizer(vocabulary, settings) };
+}
+
+/** Let messages in: WebAssembly holds this thread while a token is computed. */
+function breathe() {
+  return new Promise((resolve) => {
+    const { port1, port2 } = new MessageChannel();
+    port1.onmessage = () => {
+      port1.close();
+      resolve();
+    };
+    port2.postMessage(null);
+  });
+}
+
+function decode(tokenizer, ids) {
+  if (!ids.length) return "";
+  return tokenizer.decode(ids, { skip_special_tokens: true, clean_up_tokenization_spaces: false });
+}
+
+async function generate({ threads, prompt, length, temperature, topK, seed }) {
+  stopped = false;
+  loading ??= load(threads);
+  const { about, model, tokenizer } = await loading;
+  const random = generator(seed);
+  const text = prompt ? tokenizer.encode(prompt, { add_special_tokens: false }).ids : [];
+  const count = Math.min(length, about.positions - 2);
+  // A text that is longer than the model can look back loses its beginning, so that the answer still fits.
+  const kept = text.slice(Math.max(0, text.length - (about.positions - 1 - count)));
+  const ids = [];
+  const times = [];
+  let first = null;
+  let reason = "length";
+  model.reset();
+  for (let next = [about.start, ...kept]; ; next = ids.slice(-1)) {
+    await breathe();
+    if (stopped) {
+      reason = "stopped";
+      break;
+    }
+    const start = performance.now();
+    const token = sample(await model.step(next), { temperature, topK }, random);
+    const elapsed = performance.now() - start;
+    if (first === null) first = elapsed;
+    else times.push(elapsed);
+    if (token === about.end) {
+      reason = "end";
+      break;
+    }
+    ids.push(token);
+    if (ids.length === count) break;
+    // A character whose bytes are not all there yet shows as U+FFFD; it comes with the next token.
+    report("text", decode(tokenizer, ids).replace(/\uFFFD+$/, ""));
+  }
+  report("done", decode(tokenizer, ids), { reason, dropped: text.length - kept.length });
+
+  function report(type, text, more = {}) {
+    const middle = median(times);
+    postMessage({ type, text, tokens: ids.length, first, perSecond: middle && 1000 / middle, ...more });
+  }
+}
+
+self.onmessage = async ({ data }) => {
+  if (data.type === "stop") {
+    stopped = true;
+    return;
+  }
+  try {
+    await generate(data);
+  } catch (error) {
+    postMessage({ type: "failed", detail: String(error?.message ?? error).split("\n")[0] });
+  }
+};

@@ -1,0 +1,89 @@
+// One ONNX Runtime session of the artifact contract (README), in JavaScript: whole forward and cached steps.
+// Works with onnxruntime-node and onnxruntime-web alike, whichever is given.
+
+export class CausalLM {
+  #ort;
+  #session;
+  #past; // [{ past, present, heads, width }], of every key and value
+  #cache = {};
+  #length = 0;
+
+  /**
+   * @param ort the onnxruntime module that `session` was made with
+   * @param session an InferenceSession over a graph of the contract
+   */
+  constructor(ort, session) {
+    this.#ort = ort;
+    this.#session = session;
+    this.#past = session.inputMetadata
+      .filter(({ name }) => name.startsWith("past_key_values."))
+      .map(({ name, shape }) => ({
+        past: name,
+        present: name.replace("past_key_values", "present"),
+        heads: shape[1],
+        width: shape[3],
+      }));
+    const missing = ["logits", ...this.#past.map(({ present }) => present)].filter(
+      (name) => !session.outputNames.includes(name),
+    );
+    if (missing.length || !this.#past.length) {
+      throw new Error(`the graph is not of the artifact contract: no ${missing[0] ?? "past_key_values"}`);
+    }
+    this.reset();
+  }
+
+  /** How many tokens are cached. */
+  get length() {
+    return this.#length;
+  }
+
+  /** Forget all tokens. */
+  reset() {
+    for (const tensor of Object.values(this.#cache)) tensor.dispose();
+    this.#cache = Object.fromEntries(
+      this.#past.map(({ past, heads, width }) => [
+        past,
+        new this.#ort.Tensor("float32", new Float32Array(0), [1, heads, 0, width]),
+      ]),
+    );
+    this.#length = 0;
+  }
+
+  /** Logits, a Float32Array of T × V, of T token ids behind those that are cached; they are cached as well. */
+  async run(ids) {
+    const end = this.#length + ids.length;
+    const feeds = {
+      input_ids: this.#int64(ids),
+      attention_mask: this.#int64(new Array(end).fill(1)),
+      position_ids: this.#int64(ids.map((_, index) => this.#length + index)),
+      ...this.#cache,
+    };
+    for (const name of Object.keys(feeds)) if (!this.#session.inputNames.includes(name)) delete feeds[name];
+    const outputs = await this.#session.run(feeds);
+    for (const { past, present } of this.#past) {
+      this.#cache[past].dispose();
+      this.#cache[past] = outputs[present];
+    }
+    this.#length = end;
+    const { data } = outputs.logits;
+    for (const name of ["input_ids", "attention_mask", "position_ids"]) feeds[name]?.dispose();
+    return data;
+  }
+
+  /** Logits, a Float32Array of V, of the last of `ids`. onnxruntime-web refuses to be fed an initializer, so that
+   * num_logits_to_keep keeps its default and the rows before are dropped here. */
+  async step(ids) {
+    const logits = await this.run(ids);
+    return logits.subarray(logits.length - logits.length / ids.length);
+  }
+
+  /** Give back the session and its memory. */
+  async release() {
+    this.reset();
+    await this.#session.release();
+  }
+
+  #int64(values) {
+    return new this.#ort.Tensor("int64", BigInt64Array.from(values, BigInt), [1, values.length]);
+  }
+}

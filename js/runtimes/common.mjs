@@ -1,0 +1,42 @@
+// What the runtimes share: the job that a runtime is given and the result that it writes (runtimes/matrix.py).
+
+import { readFileSync, writeFileSync } from "node:fs";
+import { endianness } from "node:os";
+import { join } from "node:path";
+import { fileURLToPath } from "node:url";
+
+/** The folder js/, and where its packages lie. */
+export const JS = fileURLToPath(new URL("..", import.meta.url));
+export const MODULES = join(JS, "node_modules");
+
+/** The installed version of a package. */
+export function version(name) {
+  return JSON.parse(readFileSync(join(MODULES, name, "package.json"))).version;
+}
+
+/** Read the job, have `main(job)` give { version, whole, cached, generated, prompt_ids, skipped }, write the result. */
+export async function runtime(main) {
+  try {
+    if (process.argv.length !== 3) throw new Error(`usage: node ${process.argv[1]} job.json`);
+    if (endianness() !== "LE") throw new Error("logits are written as this processor has them, and it is big-endian");
+    const job = JSON.parse(readFileSync(process.argv[2]));
+    const { whole, cached, ...rest } = await main(job);
+    const result = { generated: null, prompt_ids: null, skipped: {}, ...rest, whole: null, cached: null };
+    for (const [name, values] of Object.entries({ whole, cached })) {
+      if (!values) continue;
+      result[name] = `${name}.f32`;
+      const bytes = new Uint8Array(values.buffer, values.byteOffset, values.byteLength);
+      writeFileSync(join(job.output, result[name]), bytes);
+    }
+    writeFileSync(join(job.output, "result.json"), JSON.stringify(result));
+    process.exitCode = 0;
+  } catch (error) {
+    console.error(oneLine(error));
+    process.exitCode = 1;
+  }
+}
+
+/** An error's message, without the lines of its stack. */
+export function oneLine(error) {
+  return String(error?.message ?? error).split(/\s+/).join(" ").trim();
+}

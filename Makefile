@@ -7,6 +7,7 @@
 #                                BENCH_ARGS="--without-peers --rounds 5 ..." are options of `python -m bench`
 # make accuracy                  docs/accuracy.md anew; MODELS="FOLDER ..." and TEXT=file add to it
 # make demo                      a page that continues text in the browser; ARTIFACT=folder PORT=8000 BUILD=folder
+# make fuzz                      10,000 broken files of every format; FUZZ="--cases 500 --formats ONNX"
 # make lint | clean              the linter | remove artifacts and reports
 #
 # MODEL=folder | owner/name[@revision]   CORPUS=file | folder | owner/name   RECIPES="int8-dynamic ort-static ..."
@@ -35,7 +36,7 @@ ready    = $(VENV)/.stamp
 corpus   = --corpus "$(CORPUS)" $(if $(CORPUS_CONFIG),--corpus-config "$(CORPUS_CONFIG)") \
            $(if $(CORPUS_SPLIT),--corpus-split "$(CORPUS_SPLIT)") $(if $(CORPUS_COLUMN),--corpus-column "$(CORPUS_COLUMN)")
 
-.PHONY: export quantize eval accuracy bench demo js optimum peers test lint clean help
+.PHONY: export quantize eval accuracy bench demo fuzz js optimum peers test lint clean help
 .DEFAULT_GOAL := help
 
 help:
@@ -77,6 +78,9 @@ bench: $(ready)
 
 demo: js $(if $(wildcard $(ARTIFACT)/manifest.json),$(ready),quantize)
 	@$(run) demo --artifact "$(ARTIFACT)" --port "$(PORT)" $(if $(BUILD),--build "$(BUILD)")
+
+fuzz: $(ready)
+	@$(run) fuzz $(FUZZ)
 
 test: $(ready)
 	@$(run) pytest $(TESTS)

@@ -129,7 +129,7 @@ def open_artifact(path: Path) -> Artifact:
             raise ValueError(f"no inputs, or no {MODEL}")
     except FileNotFoundError:
         raise UserError(f"{path}: no {MANIFEST}, so not a whole artifact; run `make export quantize`") from None
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise UserError(f"{manifest_path}: broken manifest ({error}); delete the folder and run make again") from None
     for name, file in files.items():
         if Path(name).name != name:

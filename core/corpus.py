@@ -120,7 +120,7 @@ def _indexed(folder: Path) -> tuple[list[str], list[str]]:
     try:
         entries = json.loads((folder / INDEX).read_text(encoding="utf-8"))["documents"]
         wanted = [(Path(entry["file"]).name, str(entry["split"]), entry["sha256"]) for entry in entries]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{folder / INDEX}: broken index ({error}); {anew}") from None
     sides: dict[str, list[str]] = {"calibration": [], "test": []}
     for name, side, sha256 in wanted:
@@ -211,7 +211,7 @@ def _read_parquet(file: Path, column: str) -> Iterator[str]:
                             f"{file}: column {column!r} holds {type(text).__name__}, not text; name another with CORPUS_COLUMN="
                         )
                     yield text
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{file}: cannot be read as Parquet ({error})") from None
 
 

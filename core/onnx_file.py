@@ -23,16 +23,19 @@ _MODEL_GRAPH, _GRAPH_INITIALIZER, _TENSOR_RAW_DATA = 7, 5, 9
 def load(path: Path) -> ir.Model:
     """Read an ONNX file; its weights stay where they are (external ones are memory-mapped).
 
-    Raises UserError where the file is corrupt, or its external data is missing, too short, or outside
-    its folder.
+    Raises UserError where the file is corrupt or no valid model, or its external data is missing, too short, or
+    outside its folder.
     """
     try:
         proto = onnx.load(path, load_external_data=False)
         _check_external_data(proto, path)
+        onnx.checker.check_model(_without_data(proto))
         model = ir.from_proto(proto)
     except FileNotFoundError:
         raise UserError(f"{path}: does not exist") from None
-    except (DecodeError, ir.serde.SerdeError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except onnx.checker.ValidationError as error:
+        raise UserError(f"{path}: is no valid ONNX model ({str(error).splitlines()[0]}); export it anew") from None
+    except (DecodeError, ir.serde.SerdeError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: is no readable ONNX file ({type(error).__name__}); export it anew") from None
     if not model.graph.outputs:
         raise UserError(f"{path}: is no readable ONNX file (it has no outputs); export it anew")
@@ -43,6 +46,19 @@ def load(path: Path) -> ir.Model:
 def check(path: Path) -> None:
     """Refuse a corrupt file and external data outside its folder. Raises UserError as `load` does."""
     load(path)
+
+
+def _without_data(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """The graph alone, for the checker: its initializers are inputs instead, so that no weight is copied."""
+    bare = onnx.ModelProto(ir_version=proto.ir_version, opset_import=proto.opset_import, functions=proto.functions)
+    bare.graph.name = proto.graph.name
+    for field in ("node", "input", "output", "value_info"):
+        getattr(bare.graph, field).extend(getattr(proto.graph, field))
+    given = {value.name for value in proto.graph.input}
+    for tensor in proto.graph.initializer:
+        if tensor.name not in given:
+            bare.graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+    return bare
 
 
 def external_data(

@@ -61,7 +61,7 @@ def _check_index(folder: Path, names: list[str]) -> None:
             continue
         try:
             shards = set(json.loads((folder / name).read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"{folder / name}: broken index ({error}); download it again") from None
         if missing := sorted(shards - set(names), key=str):
             raise UserError(f"{folder / name}: names {missing[0]!r}, which is not there; download the missing shards")
@@ -104,8 +104,8 @@ def _read_bin(path: Path) -> dict[str, Weight]:
     """Tensors of a pytorch_model.bin through torch's weights-only loader, which runs no code of the file."""
     import torch
 
-    mapped = zipfile.is_zipfile(path)
     try:
+        mapped = zipfile.is_zipfile(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about the protocol of the pickle, which is no concern of the user's
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
@@ -119,7 +119,7 @@ def _read_bin(path: Path) -> dict[str, Weight]:
             f"{path}: holds more than tensors and was refused unexecuted ({reason.strip()}); "
             "ask its author for a model.safetensors"
         ) from None
-    except (RuntimeError, ValueError, EOFError, KeyError, OSError, AttributeError, TypeError, IndexError):
+    except Exception:  # the loader meets a broken file with whatever its code comes to
         raise UserError(f"{path}: is cut short or no PyTorch file; download it again") from None
     if not isinstance(state, dict):
         raise UserError(

@@ -1,0 +1,1 @@
+"""Hostile input: every format that a stage reads, broken in ways that its own structure suggests."""

@@ -1,0 +1,68 @@
+"""Broken files of every format, the short form of `python -m fuzz`, and every file that was a finding once."""
+
+import shutil
+
+import pytest
+from conftest import ROOT
+
+from core.errors import UserError
+from fuzz.campaign import campaign
+from fuzz.formats import FORMATS
+
+# What each did before it was mended: a traceback, all of them.
+FOUND = {
+    "few-inputs.onnx": "ONNX",
+    "bad-name.parquet": "corpus .parquet",
+    "two-disks.bin": "pytorch_model.bin",
+    "terabyte.bin": "pytorch_model.bin",
+    "deep.safetensors.index.json": "safetensors index",
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_broken_files_are_read_or_refused(name, tmp_path):
+    row = campaign(name, 100, seed=1, engine="hypothesis", findings=tmp_path)
+    assert row["finding"] is None
+    assert row["cases"] == 100 and row["accepted"] < 100
+
+
+def test_a_reader_that_fails_is_found(tmp_path, monkeypatch):
+    """The harness itself: a traceback, a write, an escape and a program that is started are findings."""
+    from fuzz.formats import Format
+    from fuzz.harness import Finding, read_case
+
+    def reader(action):
+        return Format("bad", "file", lambda folder: None, lambda seed: None, action)
+
+    def raises(folder):
+        raise ZeroDivisionError
+
+    def starts(folder):
+        import subprocess
+
+        subprocess.run(["true"], check=True)
+
+    actions = {
+        "ZeroDivisionError": raises,
+        "opened": lambda folder: (folder / "left").write_text("x"),
+        "passwd": lambda folder: open("/etc/passwd").close(),  # noqa: PTH123
+        "Popen": starts,
+    }
+    for expected, action in actions.items():
+        with pytest.raises(Finding, match=expected):
+            read_case(reader(action), tmp_path, b"")
+    assert read_case(reader(lambda folder: None), tmp_path, b"")
+
+
+@pytest.mark.parametrize("file", FOUND)
+def test_what_was_found_is_refused(file, tmp_path):
+    form = FORMATS[FOUND[file]]
+    form.prepare(tmp_path)
+    shutil.copyfile(ROOT / "tests/hostile" / file, tmp_path / form.file)
+    with pytest.raises(UserError) as refused:
+        form.read(tmp_path)
+    assert form.file.split("/")[-1] in str(refused.value)
+
+
+def test_every_file_that_was_found_is_kept_in_use():
+    assert {path.name for path in (ROOT / "tests/hostile").iterdir()} == set(FOUND)

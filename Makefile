@@ -6,7 +6,9 @@
 # make bench                     speed, size and memory beside them, in reports/bench; BENCH=full adds gpt2-medium,
 #                                BENCH_ARGS="--without-peers --rounds 5 ..." are options of `python -m bench`
 # make accuracy                  docs/accuracy.md anew; MODELS="FOLDER ..." and TEXT=file add to it
-# make demo                      a page that continues text in the browser; ARTIFACT=folder PORT=8000 BUILD=folder
+# make bundle                    dist/<model>: a folder for the Hugging Face Hub, with a card of the measured table
+# make generate                  text in the terminal: PROMPT="..." RECIPE=int8-dynamic GENERATE="--top-k 50 --seed 1"
+# make demo                      a page that continues text in the browser; RECIPE=..., PORT=8000, BUILD=folder
 # make fuzz                      10,000 broken files of every format; FUZZ="--cases 500 --formats ONNX"
 # make lint | clean              the linter | remove artifacts and reports
 #
@@ -22,12 +24,17 @@ CORPUS  ?= corpus/es
 RECIPES ?= int8-dynamic int8-static
 OUT     ?= artifacts
 REPORTS ?= reports
+DIST    ?= dist
 OPSET   ?= 21
 EXPORTER ?= graph
 QUANTIZE ?=
 EVAL    ?=
 BENCH   ?=
-ARTIFACT ?= $(OUT)/es-mini/int8-dynamic
+RECIPE  ?= int8-dynamic
+# As core/hub.py names the folder of a model: its own name, or owner--name.
+NAME    = $(if $(wildcard $(MODEL)/.),$(notdir $(abspath $(MODEL))),$(subst /,--,$(MODEL)))
+ARTIFACT ?= $(OUT)/$(NAME)/$(RECIPE)
+PROMPT  ?= Me gusta mucho el futbol
 PORT    ?= 8000
 BENCH_ARGS ?=
 
@@ -36,7 +43,7 @@ ready    = $(VENV)/.stamp
 corpus   = --corpus "$(CORPUS)" $(if $(CORPUS_CONFIG),--corpus-config "$(CORPUS_CONFIG)") \
            $(if $(CORPUS_SPLIT),--corpus-split "$(CORPUS_SPLIT)") $(if $(CORPUS_COLUMN),--corpus-column "$(CORPUS_COLUMN)")
 
-.PHONY: export quantize eval accuracy bench demo fuzz js optimum peers test lint clean help
+.PHONY: export quantize eval accuracy bench bundle demo fuzz generate js optimum peers test lint clean help
 .DEFAULT_GOAL := help
 
 help:
@@ -75,6 +82,14 @@ accuracy: $(ready)
 bench: $(ready)
 	@OPTIMUM_PYTHON="$(OPTIMUM_VENV)/bin/python" PEERS_PYTHON="$(PEERS_VENV)/bin/python" $(run) bench \
 	  --shapes es-mini gpt2 $(if $(filter full,$(BENCH)),gpt2-medium) --work "$(OUT)/bench" --output "$(REPORTS)/bench" $(BENCH_ARGS)
+
+# Unless RECIPES= is given.
+bundle: RECIPES = int8-dynamic int4-weight fp16
+bundle: eval
+	@$(run) bundle --model "$(MODEL)" --recipes $(RECIPES) --artifacts "$(OUT)" --reports "$(REPORTS)" --output "$(DIST)"
+
+generate: $(if $(wildcard $(ARTIFACT)/manifest.json),$(ready),quantize)
+	@$(run) generate --artifact "$(ARTIFACT)" --prompt "$(PROMPT)" $(GENERATE)
 
 demo: js $(if $(wildcard $(ARTIFACT)/manifest.json),$(ready),quantize)
 	@$(run) demo --artifact "$(ARTIFACT)" --port "$(PORT)" $(if $(BUILD),--build "$(BUILD)")

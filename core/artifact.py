@@ -200,8 +200,8 @@ def replace(source: Path, target: Path) -> None:
 
     A kill between the two renames leaves no `target`; no moment shows a mixture.
     """
-    for file in source.iterdir():
-        _fsync(file)
+    for path in source.rglob("*"):
+        _fsync(path)
     _fsync(source)
     if target.exists():
         old = Path(tempfile.mkdtemp(prefix=".tmp-", dir=target.parent))

@@ -14,11 +14,13 @@ from typing import Any
 
 import numpy as np
 
+from core.generate import Sampling, generate
 from core.runtime import Runtime
 from eval.subject import Subject
 
 # A cache is filled in pieces, so that it takes no more memory than the prefills that are measured.
 FILL_TOKENS = 512
+GREEDY = Sampling(temperature=0)
 # Of each shape in each round: one run to warm up, then samples until there are enough, or until the time is up.
 PREFILL_SAMPLES, DECODE_SAMPLES, LEAST_SAMPLES, BUDGET_NS = 5, 20, 2, 1_000_000_000
 
@@ -47,12 +49,7 @@ class Engine:
 
     def continue_greedy(self, ids: list[int], count: int) -> list[int]:
         """The `count` tokens that follow `ids` when the likeliest is taken each time, through the cache."""
-        out: list[int] = []
-        cache, step = self._runtime.cache(1, len(ids) + count), np.asarray([ids], np.int64)
-        for _ in range(count):
-            step = self._runtime.step(cache, step).argmax(axis=-1)[:, None]
-            out.append(int(step[0, 0]))
-        return out
+        return list(generate(self._runtime, ids, count, GREEDY))
 
     def measure(self, ids: np.ndarray, prefill: list[int], decode: list[int]) -> dict:
         """Raw samples in ns: {load_ns, prefill: {tokens: [..]}, decode: {position: [..]}, peak_rss_bytes}.

@@ -38,7 +38,7 @@ def test_bench_imports_core_and_the_machine_alone():
         assert "torch" not in set(imports(path))
 
 
-@pytest.mark.parametrize("room", ["demo"])
+@pytest.mark.parametrize("room", ["bundle", "demo", "generate"])
 def test_what_is_made_of_artifacts_imports_core_alone(room):
     for path in (ROOT / room).rglob("*.py"):
         others = set(imports(path)) & {*STAGES, "bench"} - {room, "core"}

@@ -1,0 +1,1 @@
+"""A folder as the Hugging Face Hub and its tools expect it."""

@@ -1,0 +1,62 @@
+"""`python -m bundle`: artifacts and their report -> dist/<model>, a folder for the Hugging Face Hub.
+
+Upload it with the hub's own client: `hf upload owner/name dist/<model>`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from bundle.card import card, rows_of
+from bundle.files import assemble, open_all
+from core import artifact
+from core.errors import UserError, run
+from core.hub import checkpoint_digest, model_name, resolve_model
+from core.progress import report as say
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m bundle", description=__doc__)
+    parser.add_argument("--model", default="models/es-mini", help="the model that was exported: folder or hub id")
+    parser.add_argument("--artifacts", type=Path, default=Path("artifacts"), help="folder of the artifacts")
+    parser.add_argument("--reports", type=Path, default=Path("reports"), help="folder of the reports")
+    parser.add_argument(
+        "--recipes",
+        nargs="+",
+        default=["int8-dynamic", "int4-weight", "fp16"],
+        metavar="NAME",
+        help="artifacts beside fp32 (default int8-dynamic int4-weight fp16)",
+    )
+    parser.add_argument("--output", type=Path, default=Path("dist"), help="folder of the bundles (default dist)")
+    args = parser.parse_args()
+    name = model_name(args.model)
+    source, path = args.artifacts / name, args.reports / name / "report.json"
+    if not source.is_dir():
+        raise UserError(f"{source}: is not there; run `make export quantize eval` first")
+    artifacts = open_all(source, args.recipes)
+    checkpoint = resolve_model(args.model).folder
+    if artifacts[0].manifest.inputs.get("checkpoint") != checkpoint_digest(checkpoint):
+        raise UserError(
+            f"MODEL={args.model}: has changed since {artifacts[0].path} was exported; run `make export` again"
+        )
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: is not there; run `make eval` first, its figures go into the card") from None
+    except (ValueError, RecursionError):
+        raise UserError(f"{path}: is no report of `make eval`; run it again") from None
+    rows = rows_of(report, artifacts, path)
+    hub_id = None if Path(args.model).is_dir() else args.model.split("@")[0]
+    target = args.output / name
+    with artifact.locked(args.output), artifact.staging(target) as work:
+        assemble(artifacts, checkpoint, card(report, rows, name, checkpoint, hub_id), work)
+        work.chmod(0o755)
+        artifact.replace(work, target)
+    say(f"bundle    {target}: {len(artifacts)} graphs; upload it by `hf upload owner/{name} {target}`")
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)

@@ -10,6 +10,7 @@
 # make generate                  text in the terminal: PROMPT="..." RECIPE=int8-dynamic GENERATE="--top-k 50 --seed 1"
 # make demo                      a page that continues text in the browser; RECIPE=..., PORT=8000, BUILD=folder
 # make fuzz                      10,000 broken files of every format; FUZZ="--cases 500 --formats ONNX"
+# make chapters                  docs/es/cuantizacion.md and its English twin anew, with their figures
 # make lint | clean              the linter | remove artifacts and reports
 #
 # MODEL=folder | owner/name[@revision]   CORPUS=file | folder | owner/name   RECIPES="int8-dynamic ort-static ..."
@@ -43,7 +44,7 @@ ready    = $(VENV)/.stamp
 corpus   = --corpus "$(CORPUS)" $(if $(CORPUS_CONFIG),--corpus-config "$(CORPUS_CONFIG)") \
            $(if $(CORPUS_SPLIT),--corpus-split "$(CORPUS_SPLIT)") $(if $(CORPUS_COLUMN),--corpus-column "$(CORPUS_COLUMN)")
 
-.PHONY: export quantize eval accuracy bench bundle demo fuzz generate js optimum peers test lint clean help
+.PHONY: export quantize eval accuracy bench bundle chapters demo fuzz generate js optimum peers test lint clean help
 .DEFAULT_GOAL := help
 
 help:
@@ -74,10 +75,15 @@ quantize: export
 	@$(run) quantize --model "$(MODEL)" --recipes $(RECIPES) --output "$(OUT)" $(corpus) $(QUANTIZE)
 
 eval: quantize
-	@$(run) eval --model "$(MODEL)" --recipes fp32 $(RECIPES) --artifacts "$(OUT)" --output "$(REPORTS)" $(corpus) $(EVAL)
+	@$(run) eval --model "$(MODEL)" --recipes fp32 $(RECIPES) --artifacts "$(OUT)" --output "$(REPORTS)" $(if $(LANG_REPORT),--language "$(LANG_REPORT)") $(corpus) $(EVAL)
 
 accuracy: $(ready)
 	@OPTIMUM_PYTHON="$(OPTIMUM_VENV)/bin/python" $(VENV)/bin/python tools/accuracy.py $(if $(MODELS),--models $(MODELS)) $(if $(TEXT),--text "$(TEXT)")
+
+chapters: $(ready)
+	@$(MAKE) eval MODEL=models/es-mini CORPUS=corpus/es EXPORTER=graph QUANTIZE= EVAL= OUT="$(OUT)/chapters" REPORTS="$(REPORTS)/chapters" \
+	  RECIPES="int8-dynamic int8-static int8-weight int4-weight fp16 bf16"
+	@$(VENV)/bin/python tools/chapters.py --artifacts "$(OUT)/chapters/es-mini" --report "$(REPORTS)/chapters/es-mini/report.json"
 
 bench: $(ready)
 	@OPTIMUM_PYTHON="$(OPTIMUM_VENV)/bin/python" PEERS_PYTHON="$(PEERS_VENV)/bin/python" $(run) bench \

@@ -30,13 +30,23 @@ def ort_dynamic(model: Path, work: Path) -> None:
     _finish(work)
 
 
+# What has weights, and the attention products. By default the tool quantizes every operator that it knows, the sum with
+# the attention mask among them, whose range leaves nothing of the scores: perplexity 300 instead of 65 on es-mini.
+_STATIC_OPERATORS = ["MatMul", "Gemm", "Gather"]
+
+
 def ort_static(model: Path, work: Path, windows: np.ndarray) -> None:
     """Write work/model.onnx: QDQ with min-max ranges over windows int64 [n, T]; activations u8, weights s8."""
     model, work = model.resolve(), work.resolve()
     prepared = _prepare(model, work)
     reader = _Windows(prepared, windows)
     quantize_static(
-        prepared, work / "quantized.onnx", reader, activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8
+        prepared,
+        work / "quantized.onnx",
+        reader,
+        op_types_to_quantize=_STATIC_OPERATORS,
+        activation_type=QuantType.QUInt8,
+        weight_type=QuantType.QInt8,
     )
     _finish(work)
 

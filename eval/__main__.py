@@ -1,9 +1,12 @@
-"""`python -m eval`: artifacts -> reports/<model>/report.json and report.md, and the table."""
+"""`python -m eval`: artifacts -> reports/<model>/report.json, report.md and report.html, and the table."""
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
+import sys
+from importlib import import_module
 from pathlib import Path
 
 from core import artifact
@@ -14,10 +17,14 @@ from core.progress import report as say
 from core.threads import default_threads
 from eval.subject import Subject
 
-JSON, MARKDOWN = "report.json", "report.md"
+JSON, MARKDOWN, HTML = "report.json", "report.md", "report.html"
+LANGUAGES = ("en", "es")
 
 
 def main() -> int:
+    if sys.argv[1:2] == ["compare"]:
+        # By name: a report depends on the code that this file imports, and not on the comparison's.
+        return import_module("eval.compare_cli").main(sys.argv[2:])
     parser = argparse.ArgumentParser(prog="python -m eval", description=__doc__)
     parser.add_argument(
         "--model",
@@ -52,6 +59,7 @@ def main() -> int:
         "--threads", type=int, default=default_threads(), help="threads of every runtime (default: all processors)"
     )
     parser.add_argument("--output", type=Path, default=Path("reports"), help="folder of the reports")
+    parser.add_argument("--language", choices=LANGUAGES, default="en", help="of the pages (default en)")
     add_arguments(parser)
     args = parser.parse_args()
     for option, least in (("tokens", 2), ("window", 2), ("rounds", 1), ("threads", 1)):
@@ -74,17 +82,20 @@ def _evaluate(args: argparse.Namespace, artifacts: Path, output: Path) -> None:
     ]
     test = load_splits(source_of(args))[1]
     inputs = _inputs(args, published, test)
-    if _up_to_date(output, inputs):
-        say(f"eval      {output / MARKDOWN}: up to date")
-    else:
+    report = _measured(output, inputs)
+    if report is None:
+        from eval.measure import measure
+
         if not args.without_torch:
             folder = _same_checkpoint(args.model, published[0])
             subjects += [Subject("torch-fp32", "torch", folder), Subject("torch-dynamic", "torch-dynamic", folder)]
-        _publish(_measure(args, subjects, artifacts / args.recipes[0], test, inputs), output)
-        say(f"eval      {output / MARKDOWN}: written")
+        settings = {"tokens": args.tokens, "window": args.window, "rounds": args.rounds, "threads": args.threads}
+        report = measure(subjects, artifacts / args.recipes[0], test, args.corpus, inputs, **settings)
+    written = _publish(report, output, args.language)
+    say(f"eval      {output / MARKDOWN}: {'written' if written else 'up to date'}")
     from eval.report import print_table
 
-    print_table(json.loads((output / JSON).read_text(encoding="utf-8")))
+    print_table(report)
 
 
 def _same_checkpoint(spec: str, exported: artifact.Artifact) -> Path:
@@ -129,73 +140,46 @@ def _inputs(args: argparse.Namespace, published: list[artifact.Artifact], test: 
         "window": args.window,
         "rounds": args.rounds,
         "machine": machine(args.threads),
-        "code": artifact.code_digest("eval.__main__"),
+        "code": artifact.code_digest("eval.measure"),
         "versions": software(),
     }
 
 
-def _up_to_date(output: Path, inputs: dict) -> bool:
+def _measured(output: Path, inputs: dict) -> dict | None:
+    """The report that is there, where it is of these inputs."""
     try:
         done = json.loads((output / JSON).read_text(encoding="utf-8"))
-        return done["inputs"] == inputs and done["markdown_sha256"] == artifact.sha256_file(output / MARKDOWN)
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
+        return done if done["inputs"] == inputs else None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
 
 
-def _measure(args: argparse.Namespace, subjects: list[Subject], baseline: Path, test: Split, inputs: dict) -> dict:
-    from eval.latency import measure_latency
-    from eval.quality import PROMPT, make_task, measure_quality
-    from eval.report import SCHEMA
-    from eval.size import companion_bytes, onnx_bytes
+def _publish(report: dict, output: Path, language: str) -> bool:
+    """Write the report and its pages, renamed into place, where they differ from what is there; whether they did.
 
-    names = [subject.name for subject in subjects]
-    if clash := next((name for name in names if names.count(name) > 1), None):
-        raise UserError(f"--onnx: two artifacts are called {clash!r}; rename one of the files")
-    task = make_task(baseline, test, args.tokens, args.window)
-    quality = measure_quality(subjects, task, args.threads)
-    latency = measure_latency(subjects, task.real_tokens(task.longest), task.longest, args.rounds, args.threads)
-    rows = []
-    for subject in subjects:
-        if subject.kind == "onnx":
-            size = onnx_bytes(subject.path)
-        else:
-            weights = quality[subject.name].pop("weight_bytes")
-            size = {"bytes": weights + companion_bytes(baseline), "model_bytes": weights}
-        rows.append({"name": subject.name, **size, **quality[subject.name], **latency[subject.name]})
-    return {
-        "schema": SCHEMA,
-        "model": baseline.parent.name,
-        "corpus": {
-            "source": args.corpus,
-            "split": test.name,
-            "sha256": test.sha256,
-            "documents": len(task.documents),
-            "documents_in_split": len(test.documents),
-            "bytes": task.size.bytes,
-            "words": task.size.words,
-            "document_tokens": [len(ids) for ids in task.documents],
-            "tokens_sha256": artifact.digest(task.documents),
-            "window_tokens": task.window,
-        },
-        "machine": inputs["machine"],
-        "versions": inputs["versions"],
-        "rounds": args.rounds,
-        "prompt": PROMPT,
-        "inputs": inputs,
-        "artifacts": rows,
-    }
-
-
-def _publish(report: dict, output: Path) -> None:
-    """Report and table, renamed into place; report.json comes last and names the table that belongs to it."""
+    report.json comes last and names the pages that belong to it.
+    """
+    from eval.html import render
     from eval.report import markdown
 
+    pages = {MARKDOWN: markdown(report, language), HTML: render(report, language)}
+    report["pages"] = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in pages.items()}
+    pages[JSON] = json.dumps(report, indent=1, ensure_ascii=False) + "\n"
+    if all(_holds(output / name, text) for name, text in pages.items()):
+        return False
     with artifact.staging(output / JSON) as work:
-        (work / MARKDOWN).write_text(markdown(report), encoding="utf-8")
-        report["markdown_sha256"] = artifact.sha256_file(work / MARKDOWN)
-        (work / JSON).write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        for name in (MARKDOWN, JSON):
+        for name, text in pages.items():
+            (work / name).write_text(text, encoding="utf-8")
+        for name in pages:
             (work / name).replace(output / name)
+    return True
+
+
+def _holds(file: Path, text: str) -> bool:
+    try:
+        return file.read_bytes() == text.encode()
+    except OSError:
+        return False
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.table import Table
 
-SCHEMA = "cuantiza/report/1"
+from eval.conclusion import conclusion
+from eval.wording import LABELS
 
 
 @dataclass(frozen=True)
@@ -76,12 +77,19 @@ def print_table(report: dict) -> None:
     console.print(table)
 
 
-def markdown(report: dict) -> str:
+def markdown(report: dict, language: str = "en") -> str:
+    """report.md; its conclusion in `language`."""
     columns, rows = _columns(report), report["artifacts"]
     lines = [
         f"# {_headline(report)}",
         "",
         _footnote(report),
+        "",
+        f"## {LABELS[language]['conclusion']}",
+        "",
+        *(f"- {line}" for line in conclusion(report, language)),
+        "",
+        f"## {LABELS[language]['artifacts']}",
         "",
         "| " + " | ".join(column.title for column in columns) + " |",
         "|---|" + "---:|" * (len(columns) - 1),

@@ -10,6 +10,7 @@
 # make generate                  text in the terminal: PROMPT="..." RECIPE=int8-dynamic GENERATE="--top-k 50 --seed 1"
 # make demo                      a page that continues text in the browser; RECIPE=..., PORT=8000, BUILD=folder
 # make fuzz                      10,000 broken files of every format; FUZZ="--cases 500 --formats ONNX"
+# make compare                   BASE=... HEAD=..., reports or folders of artifacts: is anything worse than its budget?
 # make chapters                  docs/es/cuantizacion.md and its English twin anew, with their figures
 # make lint | clean              the linter | remove artifacts and reports
 #
@@ -44,7 +45,7 @@ ready    = $(VENV)/.stamp
 corpus   = --corpus "$(CORPUS)" $(if $(CORPUS_CONFIG),--corpus-config "$(CORPUS_CONFIG)") \
            $(if $(CORPUS_SPLIT),--corpus-split "$(CORPUS_SPLIT)") $(if $(CORPUS_COLUMN),--corpus-column "$(CORPUS_COLUMN)")
 
-.PHONY: export quantize eval accuracy bench bundle chapters demo fuzz generate js optimum peers test lint clean help
+.PHONY: export quantize eval accuracy bench bundle chapters compare demo fuzz generate js optimum peers test lint clean help
 .DEFAULT_GOAL := help
 
 help:
@@ -79,6 +80,9 @@ eval: quantize
 
 accuracy: $(ready)
 	@OPTIMUM_PYTHON="$(OPTIMUM_VENV)/bin/python" $(VENV)/bin/python tools/accuracy.py $(if $(MODELS),--models $(MODELS)) $(if $(TEXT),--text "$(TEXT)")
+
+compare: $(ready)
+	@$(run) eval compare "$(BASE)" "$(HEAD)" $(ARGS)
 
 chapters: $(ready)
 	@$(MAKE) eval MODEL=models/es-mini CORPUS=corpus/es EXPORTER=graph QUANTIZE= EVAL= OUT="$(OUT)/chapters" REPORTS="$(REPORTS)/chapters" \

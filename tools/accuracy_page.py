@@ -50,10 +50,12 @@ Nothing is timed here, so every model runs on {threads} thread ({cpu}, onnxrunti
 
 - `int4-weight-nearest`: `int4-weight` without GPTQ, each weight rounded to nearest; the same size;
 - `ort-dynamic`, `ort-static`: ONNX Runtime's tools as its documentation advises for transformers, on the same fp32
-  artifact; static calibrates (min-max) on full windows of the calibration split;
+  artifact; static calibrates (min-max) on full windows of the calibration split and quantizes products and look-ups;
 - `naive-dynamic`, `naive-static`: `quantize_dynamic` (QInt8) and `quantize_static` (QDQ, activations u8, weights s8,
   min-max, per tensor) of ONNX Runtime straight on fp32; static calibrates on 8 sentences, the first of each of the
-  first 8 calibration documents;
+  first 8 calibration documents. By default the static tool quantizes every operator that it knows, the sum with the
+  attention mask among them, and a grid that reaches to the mask's −10³⁰ leaves nothing of the scores;
+  `ort-static` names its operators;
 - `optimum-dynamic`, `optimum-static`: optimum's `ORTQuantizer` straight on fp32, with
   `AutoQuantizationConfig.avx512_vnni(per_channel=False)`; static calibrates min-max on the same 8 sentences.
 """

@@ -149,9 +149,14 @@ def _measured(output: Path, inputs: dict) -> dict | None:
     """The report that is there, where it is of these inputs."""
     try:
         done = json.loads((output / JSON).read_text(encoding="utf-8"))
-        return done if done["inputs"] == inputs else None
+        return done if done["inputs"] == inputs and done["sha256"] == _digest(done) else None
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
+
+
+def _digest(report: dict) -> str:
+    """sha256 of what was measured: a report that was damaged must not be shown again."""
+    return artifact.digest({key: value for key, value in report.items() if key not in ("sha256", "pages")})
 
 
 def _publish(report: dict, output: Path, language: str) -> bool:
@@ -163,6 +168,7 @@ def _publish(report: dict, output: Path, language: str) -> bool:
     from eval.report import markdown
 
     pages = {MARKDOWN: markdown(report, language), HTML: render(report, language)}
+    report["sha256"] = _digest(report)
     report["pages"] = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in pages.items()}
     pages[JSON] = json.dumps(report, indent=1, ensure_ascii=False) + "\n"
     if all(_holds(output / name, text) for name, text in pages.items()):

@@ -17,6 +17,7 @@ from core import artifact
 from core.errors import UserError, run
 from core.progress import report as say
 from core.progress import track
+from core.threads import check_threads
 
 
 def main() -> int:
@@ -127,7 +128,9 @@ def _arguments() -> argparse.Namespace:
     default = Path("reports/bench")
     parser.add_argument("--output", type=Path, default=default, help=f"folder of the reports (default {default})")
     args = parser.parse_args()
-    for option in ("rounds", "threads", "batches"):
+    for threads in args.threads:
+        check_threads(threads)
+    for option in ("rounds", "batches"):
         given = getattr(args, option)
         if min(given if isinstance(given, list) else [given]) < 1:
             raise UserError(f"--{option}: has a number below 1; give numbers from 1 on")

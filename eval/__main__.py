@@ -14,7 +14,7 @@ from core.corpus import Split, add_arguments, load_splits, source_of
 from core.errors import UserError, run
 from core.hub import checkpoint_digest, model_name, resolve_model
 from core.progress import report as say
-from core.threads import default_threads
+from core.threads import check_threads, default_threads
 from eval.subject import Subject
 
 JSON, MARKDOWN, HTML = "report.json", "report.md", "report.html"
@@ -62,7 +62,8 @@ def main() -> int:
     parser.add_argument("--language", choices=LANGUAGES, default="en", help="of the pages (default en)")
     add_arguments(parser)
     args = parser.parse_args()
-    for option, least in (("tokens", 2), ("window", 2), ("rounds", 1), ("threads", 1)):
+    check_threads(args.threads)
+    for option, least in (("tokens", 2), ("window", 2), ("rounds", 1)):
         if getattr(args, option) < least:
             raise UserError(f"--{option} {getattr(args, option)}: give a number from {least} on")
     name = model_name(args.model)

@@ -11,7 +11,7 @@ from core.artifact import open_artifact
 from core.errors import UserError, run
 from core.generate import Sampling, generate, text_of
 from core.model_config import max_positions, read_config, start_token
-from core.threads import default_threads
+from core.threads import check_threads, default_threads
 from core.tokenizer import load_tokenizer
 
 
@@ -79,7 +79,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same text (default 0)")
     parser.add_argument("--threads", type=int, default=default_threads(), help="threads (default: all processors)")
     args = parser.parse_args()
-    for option, least in (("tokens", 1), ("threads", 1), ("seed", 0)):
+    check_threads(args.threads)
+    for option, least in (("tokens", 1), ("seed", 0)):
         if getattr(args, option) < least:
             raise UserError(f"--{option} {getattr(args, option)}: give a number from {least} on")
     return args

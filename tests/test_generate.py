@@ -136,6 +136,7 @@ def test_it_ends_at_the_models_last_position(es_mini_fp32):
 def test_no_artifact(tmp_path):
     assert_user_error(stage("generate", "--artifact", tmp_path), "manifest.json", "make export quantize")
     assert_user_error(stage("generate", "--tokens", 0), "--tokens 0")
+    assert_user_error(stage("generate", "--threads", 100_000), "--threads 100000", "each processor")
 
 
 def test_ctrl_c_ends_it(es_mini_fp32):

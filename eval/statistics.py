@@ -34,14 +34,18 @@ def text_size(documents: tuple[str, ...]) -> TextSize:
 
 
 def mean_per_token(values: np.ndarray, document: np.ndarray) -> Estimate:
-    """Mean of a per-token value [N] with the standard error of a ratio estimator over documents.
+    """Mean of a per-token value [N] with its standard error over documents; `document` [N] numbers each token's."""
+    _, index = np.unique(document, return_inverse=True)
+    return mean_by_document(np.bincount(index, weights=values), np.bincount(index))
 
-    Tokens of one document are correlated, so the document is the sampling unit: with sums s and counts n
-    per document, mean = Σs / Σn, and variance = D/(D−1) · Σ(s − mean·n)² / (Σn)² (Cochran, Sampling
+
+def mean_by_document(sums: np.ndarray, counts: np.ndarray) -> Estimate:
+    """Mean per token of a value whose sums [D] and numbers of tokens [D] by document are given.
+
+    Tokens of one document are correlated, so the document is the sampling unit of a ratio estimator: with sums s and
+    counts n per document, mean = Σs / Σn, and variance = D/(D−1) · Σ(s − mean·n)² / (Σn)² (Cochran, Sampling
     Techniques, 6.4). One document gives no standard error.
     """
-    _, index = np.unique(document, return_inverse=True)
-    sums, counts = np.bincount(index, weights=values), np.bincount(index)
     mean, number = sums.sum() / counts.sum(), len(counts)
     if number < 2:
         return Estimate(float(mean), None)

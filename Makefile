@@ -9,6 +9,9 @@
 # make bundle                    dist/<model>: a folder for the Hugging Face Hub, with a card of the measured table
 # make generate                  text in the terminal: PROMPT="..." RECIPE=int8-dynamic GENERATE="--top-k 50 --seed 1"
 # make demo                      a page that continues text in the browser; RECIPE=..., PORT=8000, BUILD=folder
+# make runtimes                  docs/runtimes.md: every artifact in every runtime that is installed or can be by pip and npm
+# make emulation                 the same on other processors, by qemu-user: docs/runtimes-emulation.json
+# make torture                   kills, full disks, flipped bits at many moments; TORTURE="--moments 20 --kinds kill"
 # make fuzz                      10,000 broken files of every format; FUZZ="--cases 500 --formats ONNX"
 # make compare                   BASE=... HEAD=..., reports or folders of artifacts: is anything worse than its budget?
 # make chapters                  docs/es/cuantizacion.md and its English twin anew, with their figures
@@ -19,6 +22,7 @@
 PYTHON  ?= python3
 VENV    ?= .venv
 OPTIMUM_VENV ?= .venv-optimum
+RUNTIMES_VENV ?= .venv-runtimes
 PEERS_VENV ?= .venv-peers
 
 MODEL   ?= models/es-mini
@@ -34,7 +38,7 @@ EVAL    ?=
 BENCH   ?=
 RECIPE  ?= int8-dynamic
 # As core/hub.py names the folder of a model: its own name, or owner--name.
-NAME    = $(if $(wildcard $(MODEL)/.),$(notdir $(abspath $(MODEL))),$(subst /,--,$(MODEL)))
+NAME    = $(if $(wildcard $(MODEL)/.),$(notdir $(realpath $(MODEL))),$(subst /,--,$(MODEL)))
 ARTIFACT ?= $(OUT)/$(NAME)/$(RECIPE)
 PROMPT  ?= Me gusta mucho el futbol
 PORT    ?= 8000
@@ -45,7 +49,7 @@ ready    = $(VENV)/.stamp
 corpus   = --corpus "$(CORPUS)" $(if $(CORPUS_CONFIG),--corpus-config "$(CORPUS_CONFIG)") \
            $(if $(CORPUS_SPLIT),--corpus-split "$(CORPUS_SPLIT)") $(if $(CORPUS_COLUMN),--corpus-column "$(CORPUS_COLUMN)")
 
-.PHONY: export quantize eval accuracy bench bundle chapters compare demo fuzz generate js optimum peers test lint clean help
+.PHONY: export quantize eval accuracy bench bundle chapters compare demo emulation torture runtimes runtimes-env fuzz generate js optimum peers test lint clean help
 .DEFAULT_GOAL := help
 
 help:
@@ -65,6 +69,11 @@ js: js/node_modules/.stamp
 js/node_modules/.stamp: js/package.json js/package-lock.json
 	@cd js && npm ci --ignore-scripts --no-audit --no-fund && touch node_modules/.stamp
 
+$(RUNTIMES_VENV)/.stamp: pyproject.toml pins/runtimes.txt tools/setup_env.py
+	@$(PYTHON) tools/setup_env.py "$(RUNTIMES_VENV)" pins/runtimes.txt
+
+runtimes-env: $(RUNTIMES_VENV)/.stamp
+
 optimum: $(OPTIMUM_VENV)/.stamp
 
 peers: optimum $(PEERS_VENV)/.stamp
@@ -80,6 +89,17 @@ eval: quantize
 
 accuracy: $(ready)
 	@OPTIMUM_PYTHON="$(OPTIMUM_VENV)/bin/python" $(VENV)/bin/python tools/accuracy.py $(if $(MODELS),--models $(MODELS)) $(if $(TEXT),--text "$(TEXT)")
+
+MATRIX = int8-dynamic int8-static int8-weight int4-weight fp16 bf16
+runtimes: $(ready) runtimes-env optimum js
+	@$(MAKE) quantize RECIPES="$(MATRIX) fp32-ort $(MATRIX:=-ort)" OUT="$(OUT)"
+	@OPTIMUM_PYTHON="$(OPTIMUM_VENV)/bin/python" RUNTIMES_PYTHON="$(RUNTIMES_VENV)/bin/python" $(run) runtimes --model "$(MODEL)" --artifacts "$(OUT)"
+
+emulation: $(ready)
+	@$(run) runtimes.emulation --artifacts "$(OUT)/$(NAME)" $(EMULATION)
+
+torture: $(ready)
+	@$(VENV)/bin/python tools/torture.py $(TORTURE)
 
 compare: $(ready)
 	@$(run) eval compare "$(BASE)" "$(HEAD)" $(ARGS)
@@ -98,8 +118,12 @@ bundle: RECIPES = int8-dynamic int4-weight fp16
 bundle: eval
 	@$(run) bundle --model "$(MODEL)" --recipes $(RECIPES) --artifacts "$(OUT)" --reports "$(REPORTS)" --output "$(DIST)"
 
+# What is missing of these is built, unless RECIPES= is given.
+generate demo: RECIPES = $(RECIPE)
+# Through the environment, since a prompt may hold anything.
+generate: export PROMPT := $(PROMPT)
 generate: $(if $(wildcard $(ARTIFACT)/manifest.json),$(ready),quantize)
-	@$(run) generate --artifact "$(ARTIFACT)" --prompt "$(PROMPT)" $(GENERATE)
+	@$(run) generate --artifact "$(ARTIFACT)" --prompt "$$PROMPT" $(GENERATE)
 
 demo: js $(if $(wildcard $(ARTIFACT)/manifest.json),$(ready),quantize)
 	@$(run) demo --artifact "$(ARTIFACT)" --port "$(PORT)" $(if $(BUILD),--build "$(BUILD)")

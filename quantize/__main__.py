@@ -42,6 +42,8 @@ _CODE = {
     OrtDynamic: ("quantize.ort",),
     OrtStatic: ("quantize.ort", "quantize.calibrate"),
 }
+# What the target ort has beside its graph.
+_ORT_CODE = ("core.genai_config",)
 
 
 def main() -> int:
@@ -106,7 +108,9 @@ def quantize_one(parent: Artifact, target: Path, name: str, recipe: Recipe, sour
         "parent": parent.digest,
         "recipe": to_json(recipe),
         "calibration": calibration.sha256 if calibration else None,
-        "code": artifact.code_digest(*_CODE[type(recipe)]),
+        "code": artifact.code_digest(
+            *_CODE[type(recipe)], *(_ORT_CODE if getattr(recipe, "target", "portable") == "ort" else ())
+        ),
         "versions": artifact.versions("numpy", "onnx", "onnx-ir", "onnxruntime", "tokenizers"),
     }
     reason = artifact.rebuild_reason(target, inputs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict
 from pathlib import Path
 
@@ -11,6 +12,8 @@ import onnx_ir as ir
 from core import artifact, onnx_file
 from core.corpus import Split
 from core.errors import UserError
+from core.genai_config import GENAI_CONFIG, genai_config
+from core.model_config import max_positions, read_config
 from quantize.calibrate import calibrate, calibration_windows
 from quantize.dynamic import quantize_dynamic
 from quantize.fuse import check_attention, fuse_attention
@@ -36,7 +39,10 @@ from quantize.weight_only import choose_weights, quantize_weights
 
 
 def apply(recipe: Recipe, parent: Path, work: Path, split: Split | None) -> dict:
-    """Write work/model.onnx; returns what the manifest says of it. Runs in a process of its own."""
+    """Write work/model.onnx, and what its target needs beside it; returns what the manifest says of it.
+
+    Runs in a process of its own.
+    """
     path = parent / artifact.MODEL
     settings = calibration_of(recipe)
     windows = calibration_windows(parent, split, settings) if settings else None
@@ -61,8 +67,26 @@ def apply(recipe: Recipe, parent: Path, work: Path, split: Split | None) -> dict
             details |= _quantize(model, recipe, windows, parent, work) | {"left_in_float": kept}
     if recipe.target == "ort":
         details["fused_attention"] = fuse_attention(model)
+        _write_genai_config(model.graph, parent, work)
     onnx_file.save(model, work)
     return details
+
+
+def _write_genai_config(graph: ir.Graph, parent: Path, work: Path) -> None:
+    """genai_config.json of a graph whose cache is updated in place."""
+    keys = [value for value in graph.inputs if value.name.startswith("past_") and value.name.endswith(".key")]
+    config = read_config(parent)
+    fields = genai_config(
+        config,
+        json.loads((parent / "generation_config.json").read_text(encoding="utf-8")),
+        layers=len(keys),
+        heads=int(keys[0].shape[1]),
+        head_dim=int(keys[0].shape[3]),
+        vocabulary=int(graph.outputs[0].shape[-1]),
+        positions=max_positions(config),
+        in_place=True,
+    )
+    (work / GENAI_CONFIG).write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")
 
 
 def _quantize(model: ir.Model, recipe: Recipe, windows: np.ndarray, parent: Path, work: Path) -> dict:

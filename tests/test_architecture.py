@@ -38,7 +38,7 @@ def test_bench_imports_core_and_the_machine_alone():
         assert "torch" not in set(imports(path))
 
 
-@pytest.mark.parametrize("room", ["bundle", "demo", "generate"])
+@pytest.mark.parametrize("room", ["bundle", "demo", "generate", "runtimes"])
 def test_what_is_made_of_artifacts_imports_core_alone(room):
     for path in (ROOT / room).rglob("*.py"):
         others = set(imports(path)) & {*STAGES, "bench"} - {room, "core"}
@@ -52,6 +52,10 @@ def test_what_runs_in_every_environment_imports_next_to_nothing():
     for path in (ROOT / "bench/peers").glob("*.py"):
         own = {name for name in modules(path) if name.split(".")[0] in {*STAGES, "bench"}}
         assert all(name.startswith("bench.peers") for name in own), f"{path} imports {own}"
+    for path in (ROOT / "runtimes/python").glob("*.py"):
+        own = {name for name in modules(path) if name.split(".")[0] in {*STAGES, "bench", "runtimes"}}
+        others = {name for name in own if not name.startswith("runtimes.python")}
+        assert others <= {"core.genai_config", "core.model_config"}, f"{path} imports {others}"
 
 
 def test_torch_is_imported_where_it_is_needed_only():

@@ -1,0 +1,64 @@
+"""genai_config.json: what onnxruntime-genai, ONNX Runtime's own generation loop, needs to know of an artifact.
+
+Its tokenizer is made of tokenizer.json and tokenizer_config.json, which lie in the folder already.
+"""
+
+from __future__ import annotations
+
+GENAI_CONFIG = "genai_config.json"
+# Any decoder with a pair of tensors, keys and values, a layer; "gpt2" stands for graphs that have one joint tensor.
+_TYPE = "decoder"
+
+
+def genai_config(
+    config: dict,
+    generation: dict,
+    *,
+    layers: int,
+    heads: int,
+    head_dim: int,
+    vocabulary: int,
+    positions: int,
+    in_place: bool,
+) -> dict:
+    """The fields of genai_config.json for a graph with the inputs and outputs of the README's contract.
+
+    `config` and `generation` are config.json and generation_config.json, of which the special tokens are taken, the
+    second's first. `heads` is the count of keys and values, which is that of queries too; `positions` the longest
+    sequence in tokens. `in_place`: past and present may be one buffer of [B, heads, capacity, head_dim].
+    """
+    tokens = {key: value for key, value in (config | generation).items() if value is not None}
+    end = tokens.get("eos_token_id", tokens.get("bos_token_id"))  # one number, or a list of them
+    first_end = end[0] if isinstance(end, list) else end
+    return {
+        "model": {
+            "type": _TYPE,
+            "vocab_size": vocabulary,
+            "context_length": positions,
+            "bos_token_id": tokens.get("bos_token_id", first_end),
+            "eos_token_id": end,
+            "pad_token_id": tokens.get("pad_token_id", first_end),
+            "decoder": {
+                "filename": "model.onnx",
+                "head_size": head_dim,
+                "hidden_size": heads * head_dim,
+                "num_attention_heads": heads,
+                "num_key_value_heads": heads,
+                "num_hidden_layers": layers,
+                "session_options": {"provider_options": []},
+                "inputs": {
+                    "input_ids": "input_ids",
+                    "attention_mask": "attention_mask",
+                    "position_ids": "position_ids",
+                    "past_key_names": "past_key_values.%d.key",
+                    "past_value_names": "past_key_values.%d.value",
+                },
+                "outputs": {
+                    "logits": "logits",
+                    "present_key_names": "present.%d.key",
+                    "present_value_names": "present.%d.value",
+                },
+            },
+        },
+        "search": {"do_sample": False, "max_length": positions, "past_present_share_buffer": in_place},
+    }

@@ -1,0 +1,1 @@
+"""The same artifacts in other runtimes, their logits compared with ONNX Runtime's: docs/runtimes.md."""

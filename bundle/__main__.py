@@ -14,6 +14,7 @@ from bundle.files import assemble, open_all
 from core import artifact
 from core.errors import UserError, run
 from core.hub import checkpoint_digest, model_name, resolve_model
+from core.model_config import read_config
 from core.progress import report as say
 
 
@@ -51,7 +52,7 @@ def main() -> int:
     hub_id = None if Path(args.model).is_dir() else args.model.split("@")[0]
     target = args.output / name
     with artifact.locked(args.output), artifact.staging(target) as work:
-        assemble(artifacts, checkpoint, card(report, rows, name, checkpoint, hub_id), work)
+        assemble(artifacts, checkpoint, card(report, rows, name, checkpoint, read_config(checkpoint), hub_id), work)
         work.chmod(0o755)
         artifact.replace(work, target)
     say(f"bundle    {target}: {len(artifacts)} graphs; upload it by `hf upload owner/{name} {target}`")

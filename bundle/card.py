@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import yaml
+
 from bundle.files import DTYPES, graph_name
 from core.artifact import Artifact
 from core.errors import UserError
@@ -35,6 +37,12 @@ def rows_of(report: dict, artifacts: list[Artifact], path: Path) -> list[dict]:
     """The report's row of each artifact. Raises UserError where `report` (read from `path`) is not about these files."""
     try:
         digests, rows = dict(report["inputs"]["artifacts"]), {row["name"]: row for row in report["artifacts"]}
+        _ = (
+            report["prompt"],
+            report["corpus"]["source"],
+            report["machine"]["threads"],
+            report["versions"]["onnxruntime"],
+        )
     except (KeyError, TypeError, ValueError):
         raise UserError(f"{path}: is no report of `make eval`; run it again") from None
     for item in artifacts:
@@ -46,38 +54,36 @@ def rows_of(report: dict, artifacts: list[Artifact], path: Path) -> list[dict]:
     return [rows[item.manifest.name] for item in artifacts]
 
 
-def front_matter(checkpoint: Path) -> dict[str, str]:
-    """`key: value` lines of the YAML at the head of the checkpoint's own card; empty where it has none."""
+def front_matter(checkpoint: Path) -> dict:
+    """The YAML at the head of the checkpoint's own card; empty where it has none."""
     try:
         text = (checkpoint / "README.md").read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
+        found = yaml.safe_load(text[4 : text.index("\n---\n", 3)]) if text.startswith("---\n") else {}
+    except (OSError, ValueError, yaml.YAMLError):
         return {}
-    if not text.startswith("---\n") or "\n---\n" not in text[4:]:
-        return {}
-    lines = text[4 : text.index("\n---\n", 3)].splitlines()
-    pairs = (line.split(":", 1) for line in lines if ":" in line and not line.startswith((" ", "-", "#")))
-    return {key.strip(): value.strip() for key, value in pairs if value.strip()}
+    return found if isinstance(found, dict) else {}
 
 
-def card(report: dict, rows: list[dict], model: str, checkpoint: Path, hub_id: str | None) -> str:
-    """README.md of a bundle. `hub_id`: where the checkpoint came from, None for a folder."""
+def card(report: dict, rows: list[dict], model: str, checkpoint: Path, config: dict, hub_id: str | None) -> str:
+    """README.md of a bundle. `config`: the fields of config.json; `hub_id`: where the checkpoint came from, None for a folder."""
     own = front_matter(checkpoint)
     head = {key: own[key] for key in ("language", "license", "license_name", "license_link") if key in own}
-    head = {"language": "es"} | head | {"library_name": "onnx", "pipeline_tag": "text-generation"}
+    head |= {"library_name": "onnx", "pipeline_tag": "text-generation"}
     if hub_id:
         head["base_model"] = hub_id
+    kind = [str(config["model_type"])] if isinstance(config.get("model_type"), str) else []
     prompt, small = report["prompt"], graph_name(rows[1]["name"] if len(rows) > 1 else rows[0]["name"])
     fill = {"id": f"owner/{model}", "prompt": prompt, "small": small, "dtype": DTYPES[rows[-1]["name"]]}
     corpus, machine = report["corpus"], report["machine"]
     lines = [
         "---",
-        *(f"{key}: {value}" for key, value in head.items()),
-        "tags: [onnx, onnxruntime, transformers.js, gpt2, quantized]",
+        yaml.safe_dump(head, allow_unicode=True, sort_keys=False).rstrip(),
+        f"tags: [{', '.join(['onnx', 'onnxruntime', 'transformers.js', *kind, 'quantized'])}]",
         "---",
         "",
         f"# {model}, in ONNX",
         "",
-        f"The GPT-2 `{hub_id or model}` for ONNX Runtime, optimum and transformers.js, quantized and measured by cuantiza.",
+        f"`{hub_id or model}` for ONNX Runtime, optimum and transformers.js, quantized and measured by cuantiza.",
         "",
         *_table(rows),
         "",
@@ -128,7 +134,7 @@ def _table(rows: list[dict]) -> list[str]:
     return lines
 
 
-def _licence(own: dict[str, str], checkpoint: Path, hub_id: str | None) -> str:
+def _licence(own: dict, checkpoint: Path, hub_id: str | None) -> str:
     if "license" in own:
         return f"That of the checkpoint: {own.get('license_name', own['license'])}."
     if any(checkpoint.glob("LICENSE*")):

@@ -61,6 +61,6 @@ def assemble(artifacts: list[Artifact], checkpoint: Path, card: str, folder: Pat
     if external:
         config = read_config(first.path) | {"transformers.js_config": {"use_external_data_format": external}}
         (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    for licence in sorted(checkpoint.glob("LICENSE*")):
+    for licence in sorted(path for path in checkpoint.glob("LICENSE*") if path.is_file()):
         shutil.copyfile(licence, folder / licence.name)
     (folder / "README.md").write_text(card, encoding="utf-8")

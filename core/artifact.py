@@ -17,7 +17,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -120,9 +120,13 @@ def open_artifact(path: Path) -> Artifact:
     """
     manifest_path = path / MANIFEST
     try:
-        fields = json.loads(manifest_path.read_text(encoding="utf-8"))
+        text = manifest_path.read_bytes().decode()
+        fields = json.loads(text)
         if fields["schema"] != SCHEMA:
             raise ValueError(f"schema {fields['schema']!r} is not {SCHEMA!r}")
+        # Those of before have no sum of their own.
+        if "sha256" in fields and (fields.pop("sha256") != digest(fields) or _manifest_text(fields) != text):
+            raise ValueError("changed since it was published")
         files = {name: File(**file) for name, file in fields.pop("files").items()}
         manifest = Manifest(**fields, files=files)
         if not isinstance(manifest.inputs, dict) or MODEL not in files:
@@ -178,11 +182,17 @@ def locked(folder: Path) -> Iterator[None]:
         print(f"waiting for another run to finish with {folder}", file=sys.stderr)
         lock.acquire()
     try:
-        for leftover in folder.glob(".tmp-*"):
-            shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink()
+        _sweep(folder)
         yield
     finally:
+        with suppress(OSError):
+            _sweep(folder)  # a signal may have broken off a removal
         lock.release()
+
+
+def _sweep(folder: Path) -> None:
+    for leftover in folder.glob(".tmp-*"):
+        shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink()
 
 
 @contextmanager
@@ -191,6 +201,10 @@ def staging(target: Path) -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(prefix=".tmp-", dir=target.parent))
     try:
         yield folder
+    except OSError as error:
+        if error.filename is None:  # of a write: say at least which disk it was
+            error.filename = str(target)
+        raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -198,16 +212,20 @@ def staging(target: Path) -> Iterator[Path]:
 def replace(source: Path, target: Path) -> None:
     """Put folder `source` in the place of `target` by renaming, after everything in it has reached the disk.
 
-    A kill between the two renames leaves no `target`; no moment shows a mixture.
+    A kill between the two renames leaves no `target`, an error there the old one; no moment shows a mixture.
     """
     for path in source.rglob("*"):
         _fsync(path)
     _fsync(source)
     if target.exists():
         old = Path(tempfile.mkdtemp(prefix=".tmp-", dir=target.parent))
-        target.rename(old / "old")
-        source.rename(target)
-        shutil.rmtree(old, ignore_errors=True)
+        try:
+            target.rename(old / "old")
+            source.rename(target)
+        finally:
+            if not target.exists():
+                (old / "old").rename(target)
+            shutil.rmtree(old, ignore_errors=True)
     else:
         source.rename(target)
     _fsync(target.parent)
@@ -229,11 +247,16 @@ def publish(
     """Write the manifest of the files in `work` and publish them as `target`."""
     files = {file.name: File(file.stat().st_size, sha256_file(file)) for file in sorted(work.iterdir())}
     manifest = Manifest(name, model, recipe, inputs, parent, calibration, files, versions, details)
-    text = json.dumps(dataclasses.asdict(manifest), indent=1, ensure_ascii=False, sort_keys=True)
-    (work / MANIFEST).write_text(text + "\n", encoding="utf-8")
+    fields = json.loads(json.dumps(dataclasses.asdict(manifest)))  # keys as whoever reads it sorts them
+    (work / MANIFEST).write_bytes(_manifest_text(fields).encode())
     work.chmod(0o755)
     replace(work, target)
     return Artifact(target, manifest)
+
+
+def _manifest_text(fields: dict) -> str:
+    """manifest.json of `fields`, with their digest as `sha256`."""
+    return json.dumps(fields | {"sha256": digest(fields)}, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
 
 
 def _fsync(path: Path) -> None:

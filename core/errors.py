@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import errno
 import os
 import signal
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 # How a user mends what the operating system refuses, by error number.
 _DISK_FULL = dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space")
@@ -14,7 +16,10 @@ _FORBIDDEN = dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "check its 
 _NO_SUCH_PLACE = dict.fromkeys(
     (errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP), "choose another path"
 )
-MENDS = _DISK_FULL | _FORBIDDEN | _NO_SUCH_PLACE
+_TOO_LARGE = {errno.EFBIG: "choose a place that takes files of that size (`ulimit -f`, another file system)"}
+_BROKEN_DISK = {errno.EIO: "check the disk"}
+MENDS = _DISK_FULL | _FORBIDDEN | _NO_SUCH_PLACE | _TOO_LARGE | _BROKEN_DISK
+_STOPS = (signal.SIGINT, signal.SIGTERM)
 
 
 class UserError(Exception):
@@ -29,9 +34,12 @@ def run(main: Callable[[], int]) -> None:
     """Run a stage's `main` and exit: bad input is one line and status 2, never a traceback.
 
     A full disk and a path that cannot be read or written are the user's to mend as well (status 2).
-    SIGINT exits 130 and SIGTERM 143, both through `finally`, so that temporary folders are removed.
+    SIGINT exits 130 and SIGTERM 143, both through `finally`, so that temporary folders are removed; a second one
+    does not break that off.
     """
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    for number in _STOPS:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as in the background of a script
+            signal.signal(number, _stop)
     try:
         status = main()
     except UserError as error:
@@ -49,7 +57,22 @@ def run(main: Callable[[], int]) -> None:
         status = _fail(
             f"{where}{error.strerror.lower()}; {MENDS[error.errno]} and run the command again (nothing was published)"
         )
+    finally:
+        # While the interpreter ends there is nothing left to unwind, and an exception would be a traceback.
+        atexit.register(_set_handlers, signal.SIG_DFL)
     sys.exit(status)
+
+
+def _stop(number: int, _frame: object) -> NoReturn:
+    _set_handlers(signal.SIG_IGN)
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
+    sys.exit(128 + number)
+
+
+def _set_handlers(handler: signal.Handlers) -> None:
+    for number in _STOPS:
+        signal.signal(number, handler)
 
 
 def _fail(message: str) -> int:

@@ -6,11 +6,12 @@ The order is transformers' own: no-repeat n-grams, temperature, top-k, top-p (it
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
 
 from core.errors import UserError
 from core.runtime import Runtime
@@ -30,8 +31,11 @@ class Sampling:
     no_repeat_ngram: int = 0
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise UserError(f"--temperature {self.temperature}: give a number from 0 (the likeliest token) on")
+        # Logits over less than this are beyond what a softmax can tell apart from the likeliest alone.
+        if not (self.temperature == 0 or 1e-3 <= self.temperature < math.inf):
+            raise UserError(
+                f"--temperature {self.temperature}: give 0 (the likeliest token), or a number from 0.001 on"
+            )
         if self.top_k < 0:
             raise UserError(f"--top-k {self.top_k}: give a number of tokens, or 0 for all")
         if not 0 < self.top_p <= 1:
@@ -46,6 +50,8 @@ def scores(logits: np.ndarray, before: list[int], sampling: Sampling) -> np.ndar
     logits float32 [V]. With a temperature of 0 they are not scaled, since the likeliest is the same.
     """
     left = logits.astype(np.float64)
+    if np.isnan(left).any():
+        raise UserError("the model's logits are not numbers; check it by `make eval`")
     left[_repeating(before, sampling.no_repeat_ngram)] = -np.inf
     if sampling.temperature:
         left /= sampling.temperature
@@ -71,34 +77,33 @@ def draw(logits: np.ndarray, before: list[int], sampling: Sampling, generator: n
 
 
 def generate(
-    runtime: Runtime, ids: list[int], count: int, sampling: Sampling, seed: int = 0, stop: int | None = None
+    runtime: Runtime, ids: list[int], count: int, sampling: Sampling, seed: int = 0, stop: Collection[int] = ()
 ) -> Iterator[int]:
-    """Up to `count` token ids that follow `ids`, through the cache; ends before the token `stop`."""
+    """Up to `count` token ids that follow `ids`, through the cache; ends before a token of `stop`."""
     generator = np.random.default_rng(seed)
     cache, before = runtime.cache(1, len(ids) + count), list(ids)
     step = np.asarray([ids], np.int64)
     for _ in range(count):
         token = draw(runtime.step(cache, step)[0], before, sampling, generator)
-        if token == stop:
+        if token in stop:
             return
         yield token
         before.append(token)
         step = np.asarray([[token]], np.int64)
 
 
-def text_of(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
-    """The text of token ids as they come, a piece for each that completes one: never half a character.
+def text_of(tokenizer: Tokenizer, ids: Iterable[int], before: Sequence[int] = ()) -> Iterator[str]:
+    """The text of token ids as they come behind `before`, a piece for each that completes one: never half a character.
 
-    A character of several bytes may lie in several tokens, and decodes to U+FFFD until the last of them is there.
+    What a piece looks like depends on what stands before it: some decoders drop the space at a text's beginning.
     """
-    held: list[int] = []
+    stream, held = DecodeStream(list(before)), []
     for token in ids:
         held.append(token)
-        text = tokenizer.decode(held, skip_special_tokens=False)
-        if not text.endswith("\ufffd") or len(held) > 8:
-            yield text
+        if (piece := stream.step(tokenizer, token)) is not None:
+            yield piece
             held = []
-    if held:
+    if held:  # a character that was cut off
         yield tokenizer.decode(held, skip_special_tokens=False)
 
 

@@ -35,6 +35,20 @@ def start_token(folder: Path) -> int:
     )
 
 
+def end_tokens(folder: Path) -> frozenset[int]:
+    """The ids that end a text: generation_config.json's eos_token_id, else config.json's; each one id or a list."""
+    try:
+        generation = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        generation = {}
+    for fields in (generation, read_config(folder)):
+        found = fields.get("eos_token_id") if isinstance(fields, dict) else None
+        ids = found if isinstance(found, list) else [found]
+        if ids and all(isinstance(item, int) for item in ids):
+            return frozenset(ids)
+    return frozenset()
+
+
 def max_positions(config: dict) -> int:
     """The longest sequence in tokens that the model of config.json's fields takes; 1024 where it names none.
 

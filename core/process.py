@@ -8,6 +8,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from typing import Any, NoReturn
 
@@ -27,9 +28,14 @@ class Remote:
         self._label = label or f"{factory.__name__}({', '.join(map(str, args))})"
         self._here, there = _context.Pipe()
         self._process = _context.Process(target=_serve, args=(there, factory, args), daemon=True)
-        self._process.start()
-        there.close()
-        self.result()
+        try:
+            _start(self._process)
+            there.close()
+            self.result()
+        except BaseException:
+            if self._process.pid is not None:
+                self.__exit__()
+            raise
 
     def call(self, method: str, *args: Any) -> Any:
         """The result of the object's `method(*args)`."""
@@ -66,6 +72,22 @@ class Remote:
         self._process.terminate()
         self._process.join()
         self._here.close()
+
+
+def _start(process: multiprocessing.Process) -> None:
+    """Start it without SIGINT: a Ctrl-C while it imports its modules, before `_serve`, would show a traceback of its own.
+
+    What this process is sent meanwhile waits until it has started.
+    """
+    if not hasattr(signal, "pthread_sigmask"):
+        process.start()
+        return
+    resource_tracker.ensure_running()  # the first start of a child starts it, and it unblocks SIGINT
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        process.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class _Call:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from core import artifact
 from core.errors import UserError, run
-from demo.site import HEADERS, assemble
+from demo.site import HEADERS, assemble, names
 
 
 class Handler(SimpleHTTPRequestHandler):
@@ -57,9 +57,12 @@ def build(found: artifact.Artifact, target: Path) -> None:
 
     Raises UserError where `target` holds something else.
     """
-    ours = target.is_dir() and ((target / "demo.json").is_file() or not any(target.iterdir()))
-    if target.exists() and not ours:
-        raise UserError(f"{target}: holds files that are not ours; name another folder by --build")
+    if target.exists():
+        there = {file.name for file in target.iterdir()} if target.is_dir() else {target.name}
+        if foreign := sorted(there - names(found)):
+            raise UserError(
+                f"{target}: holds {foreign[0]!r}, which is not ours and would be lost; name another folder by --build"
+            )
     target.parent.mkdir(parents=True, exist_ok=True)
     with artifact.staging(target) as work:
         site = work / "site"

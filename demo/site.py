@@ -9,7 +9,7 @@ from pathlib import Path
 
 from core.artifact import MODEL, Artifact
 from core.errors import UserError
-from core.model_config import max_positions, read_config, start_token
+from core.model_config import end_tokens, max_positions, read_config, start_token
 
 HERE = Path(__file__).resolve().parent
 JS = HERE.parent / "js"
@@ -53,6 +53,11 @@ def sources(artifact: Artifact) -> dict[str, Path]:
     }
 
 
+def names(artifact: Artifact) -> set[str]:
+    """What `assemble` puts into a folder."""
+    return {*sources(artifact), "demo.json"}
+
+
 def description(artifact: Artifact) -> dict:
     """What the page has to know of the artifact before it downloads it."""
     config = read_config(artifact.path)
@@ -60,7 +65,7 @@ def description(artifact: Artifact) -> dict:
         "model": artifact.manifest.model,
         "recipe": artifact.manifest.name,
         "start": start_token(artifact.path),
-        "end": config.get("eos_token_id"),
+        "end": sorted(end_tokens(artifact.path)),
         "positions": max_positions(config),
         "bytes": {
             "model": artifact.manifest.files[MODEL].bytes,

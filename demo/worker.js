@@ -102,7 +102,7 @@ async function generate({ threads, prompt, length, temperature, topK, seed }) {
     const elapsed = performance.now() - start;
     if (first === null) first = elapsed;
     else times.push(elapsed);
-    if (token === about.end) {
+    if (about.end.includes(token)) {
       reason = "end";
       break;
     }

@@ -1,6 +1,7 @@
 """The plots of the HTML report as SVG: text stays text, and colours are the page's own variables, light or dark.
 
-Drawn 400 wide, a phone's width, and larger on larger screens.
+Drawn 400 wide, a phone's width, and larger on larger screens. Room for text is reckoned in characters, from above: the
+reader's font is not known here.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from eval.conclusion import is_torch, shape
 from eval.wording import number, significant
 
 WIDTH, HEIGHT, COLOURS = 400, 300, 8
-_LEFT, _TOP, _BOTTOM = 46, 12, 38
+_TOP, _BOTTOM, _CHARACTER, _LINE = 26, 36, 7.2, 13
+# Of the names at the ends of lines, in characters: longer ones are cut.
+_LONGEST = 22
 # Of Δ ln perplexity: linear below, logarithmic above.
 _LINEAR = 0.001
 
@@ -38,54 +41,98 @@ class Line:
     colour: int
     points: list[tuple[float, float]]
     band: list[tuple[float, float, float]]
+    dashed: bool = False
+
+
+@dataclass(frozen=True)
+class Area:
+    """Where a plot's axes lie in its drawing: from `left` to `right`."""
+
+    x_axis: Axis
+    y_axis: Axis
+    left: float
+    right: float
+
+    def x(self, value: float) -> float:
+        return self.left + self.x_axis.place(value) * (self.right - self.left)
+
+    def y(self, value: float) -> float:
+        return HEIGHT - _BOTTOM - self.y_axis.place(value) * (HEIGHT - _BOTTOM - _TOP)
+
+
+@dataclass(frozen=True)
+class Box:
+    """A rectangle that text keeps clear of."""
+
+    left: float
+    right: float
+    top: float
+    bottom: float
+
+    def meets(self, other: Box) -> bool:
+        apart = self.right <= other.left or other.right <= self.left
+        return not (apart or self.bottom <= other.top or other.bottom <= self.top)
+
+
+@dataclass(frozen=True)
+class Dot:
+    """A named point of the trade-off, in the drawing's units."""
+
+    name: str
+    colour: int
+    x: float
+    y: float
+    radius: float
 
 
 def tradeoff(report: dict, labels: dict, language: str) -> str:
-    """Size against Δ ln perplexity; the area of a dot is proportional to tokens decoded a second."""
+    """Size against Δ ln perplexity; a dot's area is proportional to tokens decoded a second, down to a least size."""
     rows = [row for row in report["artifacts"] if not is_torch(row)]
-    sizes = [row["bytes"] / 1e6 for row in rows]
-    deltas = [row["delta_ln_ppl"] for row in rows]
     errors = [row["delta_ln_ppl_stderr"] or 0 for row in rows]
-    bottom = min(delta - error for delta, error in zip(deltas, errors, strict=True))
-    top = max(*(delta + error for delta, error in zip(deltas, errors, strict=True)), 2 * _LINEAR)
-    x_axis = _linear_axis(labels["size"], 0, max(sizes) * 1.08, language)
-    y_axis = _symlog_axis(labels["delta"], bottom, top, language)
+    bottom = min(row["delta_ln_ppl"] - error for row, error in zip(rows, errors, strict=True))
+    top = max(2 * _LINEAR, *(row["delta_ln_ppl"] + error for row, error in zip(rows, errors, strict=True)))
+    x_axis = _linear_axis(labels["size_axis"], 0, max(row["bytes"] for row in rows) / 1e6 * 1.08, language)
+    area = _area(x_axis, _symlog_axis(labels["delta_axis"], bottom, top, language), WIDTH - 8)
     speeds = [shape(row, "decode")["tokens_per_second"] for row in rows]
-    parts, anchors = [], []
-    for index, (row, size, delta, error, speed) in enumerate(zip(rows, sizes, deltas, errors, speeds, strict=True)):
-        x, y = _x(x_axis.place(size), 14), _y(y_axis.place(delta))
-        radius = 4 + 8 * math.sqrt(speed / max(speeds))
-        low, high = _y(y_axis.place(delta - error)), _y(y_axis.place(delta + error))
+    parts, dots, taken = [], [], []
+    for index, (row, error, speed) in enumerate(zip(rows, errors, speeds, strict=True)):
+        size, delta = row["bytes"] / 1e6, row["delta_ln_ppl"]
+        radius = max(3.0, 10 * math.sqrt(speed / max(speeds)))
+        dot = Dot(row["name"], index % COLOURS, area.x(size), area.y(delta), radius)
+        low, high = area.y(delta - error), area.y(delta + error)
         title = f"{row['name']}: {number(size, 1, language)} MB, Δ {number(delta, 4, language)}, {number(speed, 0, language)} tokens/s"
         parts.append(
-            f'<g class="c{index % COLOURS}"><title>{escape(title)}</title><line x1="{x:.1f}" x2="{x:.1f}" y1="{low:.1f}" y2="{high:.1f}"/>'
-            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{radius:.1f}"/></g>'
+            f'<g class="c{dot.colour}"><title>{escape(title)}</title><line x1="{dot.x:.1f}" x2="{dot.x:.1f}" y1="{low:.1f}" y2="{high:.1f}"/>'
+            f'<circle cx="{dot.x:.1f}" cy="{dot.y:.1f}" r="{radius:.1f}"/></g>'
         )
-        anchors.append((x, y, radius, row["name"], index % COLOURS))
-    return _svg(labels["tradeoff"], [_frame(x_axis, y_axis, 14), *parts, *_names(anchors)])
+        dots.append(dot)
+        taken.append(Box(dot.x - radius, dot.x + radius, dot.y - radius, dot.y + radius))
+        taken.append(Box(dot.x - 1, dot.x + 1, high, low))
+    plot = Box(area.left, WIDTH, _TOP, HEIGHT - _BOTTOM)
+    return _svg(labels["tradeoff"], [_frame(area), *parts, *_names(dots, taken, plot)])
 
 
 def lines(title: str, series: Sequence[Line], x_axis: Axis, y_axis: Axis) -> str:
     """Curves with their bands, named at their right ends."""
-    right = 108
-    parts, ends = [], []
+    names = [_short(line.name) for line in series]
+    area = _area(x_axis, y_axis, WIDTH - 16 - _CHARACTER * max(map(len, names)))
+    bands, curves = [], []
     for line in series:
-        at = [(_x(x_axis.place(x), right), _y(y_axis.place(y))) for x, y in line.points]
-        upper = [f"{_x(x_axis.place(x), right):.1f},{_y(y_axis.place(high)):.1f}" for x, _, high in line.band]
-        lower = [f"{_x(x_axis.place(x), right):.1f},{_y(y_axis.place(low)):.1f}" for x, low, _ in reversed(line.band)]
-        band = f'<polygon points="{" ".join(upper + lower)}"/>' if line.band else ""
+        if line.band:
+            edge = [(x, high) for x, _, high in line.band] + [(x, low) for x, low, _ in reversed(line.band)]
+            points = " ".join(f"{area.x(x):.1f},{area.y(y):.1f}" for x, y in edge)
+            bands.append(f'<g class="c{line.colour}"><polygon points="{points}"/></g>')
+        at = [(area.x(x), area.y(y)) for x, y in line.points]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in at)
         dots = "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.2"/>' for x, y in at)
-        parts.append(
-            f'<g class="c{line.colour}"><title>{escape(line.name)}</title>{band}<polyline points="{path}"/>{dots}</g>'
-        )
-        ends.append((at[-1][1], line))
-    placed = _apart([y for y, _ in ends])
-    for (y, line), label in zip(ends, placed, strict=True):
-        x = WIDTH - right + 4
-        parts.append(f'<path class="lead c{line.colour}" d="M{x},{y:.1f} L{x + 8},{label:.1f}"/>')
-        parts.append(f'<text class="name c{line.colour}" x="{x + 11}" y="{label + 3.5:.1f}">{escape(line.name)}</text>')
-    return _svg(title, [_frame(x_axis, y_axis, right), *parts])
+        kind = f"c{line.colour} dashed" if line.dashed else f"c{line.colour}"
+        curves.append(f'<g class="{kind}"><title>{escape(line.name)}</title><polyline points="{path}"/>{dots}</g>')
+    ends = [area.y(line.points[-1][1]) for line in series]
+    for line, name, y, label in zip(series, names, ends, _apart(ends), strict=True):
+        x = area.right + 4
+        curves.append(f'<path class="lead c{line.colour}" d="M{x:.1f},{y:.1f} L{x + 7:.1f},{label:.1f}"/>')
+        curves.append(_text("name", x + 10, label + 4, name, line.colour))
+    return _svg(title, [_frame(area), *bands, *curves])
 
 
 def latency(report: dict, labels: dict, language: str) -> str:
@@ -94,11 +141,11 @@ def latency(report: dict, labels: dict, language: str) -> str:
     for index, row in enumerate(report["artifacts"]):
         points = [(item["position"], item["p50_ms"]) for item in row["decode"]]
         band = [(item["position"], *np.quantile(item["samples_ns"], [0.1, 0.9]) / 1e6) for item in row["decode"]]
-        series.append(Line(row["name"], index % COLOURS, points, band))
+        series.append(Line(row["name"], index % COLOURS, points, band, is_torch(row)))
     xs = [item["position"] for item in report["artifacts"][0]["decode"]]
     ys = [value for line in series for _, low, high in line.band for value in (low, high)]
     x_axis = _log_axis(labels["context"], min(xs), max(xs), [(x, number(x, 0, language)) for x in xs])
-    y_axis = _log_axis(labels["ms"], min(ys), max(ys), _steps(min(ys), max(ys), language))
+    y_axis = _log_axis(labels["ms"], min(ys), max(ys), _steps(min(ys), max(ys), language), 0.04)
     return lines(labels["latency"], series, x_axis, y_axis)
 
 
@@ -123,16 +170,22 @@ def layers(report: dict, labels: dict, language: str) -> str | None:
     every = max(1, count // 6)
     ticks = [(layer, str(layer)) for layer in range(0, count, every)]
     x_axis = Axis(labels["layer"], lambda x: x / max(count - 1, 1), ticks)
-    y_axis = _log_axis(labels["error"], min(ys), max(ys), _steps(min(ys), max(ys), language))
+    y_axis = _log_axis(labels["error"], min(ys), max(ys), _steps(min(ys), max(ys), language), 0.04)
     return lines(labels["layers"], series, x_axis, y_axis)
 
 
-def _x(share: float, right: int) -> float:
-    return _LEFT + share * (WIDTH - right - _LEFT)
+def _area(x_axis: Axis, y_axis: Axis, right: float) -> Area:
+    """With as much room on the left as the labels of the ticks need."""
+    return Area(x_axis, y_axis, 8 + _CHARACTER * max((len(label) for _, label in y_axis.ticks), default=1), right)
 
 
-def _y(share: float) -> float:
-    return HEIGHT - _BOTTOM - share * (HEIGHT - _BOTTOM - _TOP)
+def _short(name: str) -> str:
+    return name if len(name) <= _LONGEST else name[: _LONGEST - 1] + "…"
+
+
+def _text(kind: str, x: float, y: float, text: str, colour: int | None = None, anchor: str = "start") -> str:
+    classes = kind if colour is None else f"{kind} c{colour}"
+    return f'<text class="{classes}" text-anchor="{anchor}" x="{x:.1f}" y="{y:.1f}">{escape(text)}</text>'
 
 
 def _linear_axis(title: str, low: float, high: float, language: str) -> Axis:
@@ -155,9 +208,11 @@ def _symlog_axis(title: str, low: float, high: float, language: str) -> Axis:
     return Axis(title, lambda value: (squeeze(value) - start) / (end - start), ticks)
 
 
-def _log_axis(title: str, low: float, high: float, ticks: list[tuple[float, str]]) -> Axis:
+def _log_axis(title: str, low: float, high: float, ticks: list[tuple[float, str]], margin: float = 0.0) -> Axis:
+    """From `low` to `high`, with a `margin` on both sides as a share of what lies between them."""
     span = math.log(high / low) or 1.0
-    return Axis(title, lambda value: math.log(max(value, low) / low) / span, ticks)
+    whole = span * (1 + 2 * margin)
+    return Axis(title, lambda value: (math.log(max(value, low) / low) + margin * span) / whole, ticks)
 
 
 def _steps(low: float, high: float, language: str) -> list[tuple[float, str]]:
@@ -170,47 +225,55 @@ def _steps(low: float, high: float, language: str) -> list[tuple[float, str]]:
     return [(tick, significant(tick, language, 1)) for tick in ticks]
 
 
-def _frame(x_axis: Axis, y_axis: Axis, right: int) -> str:
-    """Grid, ticks and titles."""
-    parts = []
-    for value, label in x_axis.ticks:
-        x = _x(x_axis.place(value), right)
-        parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{_TOP}" y2="{HEIGHT - _BOTTOM}"/>')
-        parts.append(
-            f'<text class="tick" text-anchor="middle" x="{x:.1f}" y="{HEIGHT - _BOTTOM + 14}">{escape(label)}</text>'
-        )
-    for value, label in y_axis.ticks:
-        y = _y(y_axis.place(value))
-        parts.append(f'<line class="grid" x1="{_LEFT}" x2="{WIDTH - right}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text class="tick" text-anchor="end" x="{_LEFT - 5}" y="{y + 3.5:.1f}">{escape(label)}</text>')
-    middle = (_LEFT + WIDTH - right) / 2
-    parts.append(f'<text class="axis" text-anchor="middle" x="{middle}" y="{HEIGHT - 6}">{escape(x_axis.title)}</text>')
-    y = (HEIGHT - _BOTTOM + _TOP) / 2
-    parts.append(
-        f'<text class="axis" text-anchor="middle" transform="translate(11 {y}) rotate(-90)">{escape(y_axis.title)}</text>'
-    )
+def _frame(area: Area) -> str:
+    """Grid, ticks and titles; a tick whose label would touch the one before has none."""
+    parts, clear = [], -math.inf
+    bottom = HEIGHT - _BOTTOM
+    for value, label in area.x_axis.ticks:
+        x, half = area.x(value), _CHARACTER * len(label) / 2
+        parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{_TOP}" y2="{bottom}"/>')
+        if x - half > clear:
+            parts.append(_text("tick", x, bottom + 14, label, anchor="middle"))
+            clear = x + half
+    clear = math.inf
+    for value, label in area.y_axis.ticks:
+        y = area.y(value)
+        parts.append(f'<line class="grid" x1="{area.left:.1f}" x2="{area.right:.1f}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        if y + _LINE <= clear:
+            parts.append(_text("tick", area.left - 6, y + 4, label, anchor="end"))
+            clear = y
+    parts.append(_text("axis", (area.left + area.right) / 2, HEIGHT - 5, area.x_axis.title, anchor="middle"))
+    parts.append(_text("axis", 2, 12, area.y_axis.title))
     return "".join(parts)
 
 
-def _names(anchors: list[tuple[float, float, float, str, int]]) -> list[str]:
-    """A name beside each dot, on the side with more room, moved up or down from those that are there already."""
-    parts, taken = [], []
-    for x, y, radius, name, colour in sorted(anchors, key=lambda anchor: anchor[1]):
-        width = 6.2 * len(name)
-        left = x + radius + 4 + width > WIDTH - 4
-        start = x - radius - 4 - width if left else x + radius + 4
-        down = y
-        while any(abs(down - other) < 12 and start < end and begin < start + width for begin, end, other in taken):
-            down += 2
-        taken.append((start, start + width, down))
-        anchor = ' text-anchor="end"' if left else ""
-        at = start + width if left else start
-        parts.append(f'<text class="name c{colour}"{anchor} x="{at:.1f}" y="{down + 3.5:.1f}">{escape(name)}</text>')
+def _names(dots: list[Dot], taken: list[Box], plot: Box) -> list[str]:
+    """A name beside each dot within `plot`, as near to its height as is clear of the boxes `taken` and other names."""
+    parts, taken = [], list(taken)
+    steps = [0, *(sign * step for step in range(4, HEIGHT, 4) for sign in (-1, 1))]
+    for dot in sorted(dots, key=lambda dot: dot.y):
+        name, away = _short(dot.name), dot.radius + 4
+        width = _CHARACTER * len(name)
+        places = [
+            (down, side, Box(left, left + width, dot.y + down - _LINE / 2, dot.y + down + _LINE / 2))
+            for down in steps
+            for side, left in ((1, dot.x + away), (-1, dot.x - away - width))
+        ]
+        inside = [place for place in places if plot.left <= place[2].left and place[2].right <= plot.right]
+        inside = [place for place in inside if plot.top <= place[2].top and place[2].bottom <= plot.bottom] or places
+        clear = (place for place in inside if not any(place[2].meets(box) for box in taken))
+        down, side, box = next(clear, inside[0])
+        taken.append(box)
+        x, y = (box.left, dot.y + down) if side > 0 else (box.right, dot.y + down)
+        if abs(down) > dot.radius:
+            parts.append(f'<path class="lead c{dot.colour}" d="M{dot.x:.1f},{dot.y:.1f} L{x - side:.1f},{y:.1f}"/>')
+        parts.append(_text("name", x, y + 4, name, dot.colour, "start" if side > 0 else "end"))
     return parts
 
 
-def _apart(wanted: list[float], gap: float = 12) -> list[float]:
-    """Heights near `wanted`, in their order, no two nearer than `gap`, within the plot."""
+def _apart(wanted: list[float]) -> list[float]:
+    """Heights near `wanted`, in their order, a line apart, within the plot as far as they fit."""
+    gap = min(_LINE, (HEIGHT - _BOTTOM - _TOP) / len(wanted))
     order = sorted(range(len(wanted)), key=wanted.__getitem__)
     placed = [0.0] * len(wanted)
     last = _TOP - gap

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from eval.wording import number, percent, signed_percent
+from eval.wording import number, percent, signed_percent, significant
 
 RUINED, CLOSE = 0.1, 0.005
 PREFILL, DECODE = 512, 128
@@ -39,6 +39,9 @@ def picks(report: dict) -> list[Pick]:
     found = [Pick("smallest", min(usable, key=lambda row: row["bytes"]))]
     for phase in ("decode", "prefill"):
         best = min(usable, key=lambda row: shape(row, phase)["p50_ms"])
+        if shape(best, phase)["speedup"] <= 1:
+            found.append(Pick(f"no {phase}", best))
+            continue
         level = [row["name"] for row in usable if row is not best and _level(shape(best, phase), shape(row, phase))]
         found.append(Pick(phase, best, tuple(level)))
     found.append(Pick("nearest", min(usable, key=lambda row: row["kl_divergence"])))
@@ -70,9 +73,11 @@ def conclusion(report: dict, language: str) -> list[str]:
     if not found:
         lines.append(say["none"].format(first=first["name"]))
     for row in others:
-        if row["delta_ln_ppl"] > RUINED:
-            cost = signed_percent(math.expm1(row["delta_ln_ppl"]), language, 0)
-            lines.append(say["ruined"].format(name=row["name"], cost=cost))
+        if not math.isfinite(row["delta_ln_ppl"]):
+            lines.append(say["not finite"].format(name=row["name"]))
+        elif row["delta_ln_ppl"] > RUINED:
+            cost = percent(math.expm1(row["delta_ln_ppl"]), language, 0)
+            lines.append(say["ruined"].format(name=row["name"], cost=cost, first=first["name"]))
     quantized = [row for row in others if is_torch(row) and row["modules_quantized"]]
     for row in quantized:
         lines.append(
@@ -80,7 +85,7 @@ def conclusion(report: dict, language: str) -> list[str]:
                 name=row["name"],
                 some=number(row["modules_quantized"], 0, language),
                 all=number(row["modules_with_weights"], 0, language),
-                size=signed_percent(row["bytes"] / first["bytes"] - 1, language, 0),
+                size=percent(row["bytes"] / first["bytes"], language, 0),
                 speed=number(shape(row, "decode")["speedup"], 2, language),
                 first=first["name"],
             )
@@ -102,7 +107,7 @@ def _facts(pick: Pick, first: dict, language: str, say: dict) -> dict[str, str]:
         "prefill": number(prefill["p50_ms"], 0, language),
         "prefill_speedup": number(prefill["speedup"], 2, language),
         "tokens": number(prefill["tokens"], 0, language),
-        "kl": number(row["kl_divergence"], 5, language),
+        "kl": _nats(row["kl_divergence"], language),
         "same_top": percent(row["top1_agreement"], language, 1),
         "close": percent(math.expm1(CLOSE), language, 1),
         "cost": _quality(row, language, say),
@@ -110,9 +115,16 @@ def _facts(pick: Pick, first: dict, language: str, say: dict) -> dict[str, str]:
     }
 
 
+def _nats(value: float, language: str) -> str:
+    """Five decimals as in the table; of less than they show, two significant figures; a plain 0 of none."""
+    return number(value, 5, language) if value >= 1e-5 else significant(value, language, 2 if value else 1)
+
+
 def _quality(row: dict, language: str, say: dict) -> str:
-    """What the row loses, and whether that is more than chance: two standard errors."""
+    """What the row loses, and whether that is more than the sampling error: two standard errors."""
     cost, stderr = math.expm1(row["delta_ln_ppl"]), row["delta_ln_ppl_stderr"]
+    if row["delta_ln_ppl"] == 0:
+        return say["cost none"]
     if stderr is None:
         return say["cost alone"].format(cost=signed_percent(cost, language))
     key = "cost within" if abs(row["delta_ln_ppl"]) <= 2 * stderr else "cost"
@@ -120,36 +132,49 @@ def _quality(row: dict, language: str, say: dict) -> str:
 
 
 _EN = {
-    "smallest": "**Smallest: {name}**, {megabytes} MB, {share} of {first}. {cost}",
-    "decode": "**Fastest to write: {name}**, {decode} ms a token behind {position}, {decode_speedup} × {first}{level}. {cost}",
-    "prefill": "**Fastest to read: {name}**, {prefill} ms for a prompt of {tokens} tokens, {prefill_speedup} × {first}{level}. {cost}",
-    "nearest": "**Nearest to {first}: {name}**, KL divergence {kl} nats a token, the same likeliest token at {same_top} of "
+    "no decode": "**Nothing writes faster than {first}** on this machine.",
+    "no prefill": "**Nothing reads faster than {first}** on this machine.",
+    "not finite": "**Do not use {name}**: its likelihoods are not finite.",
+    "smallest": "**Smallest: {name}**, {megabytes} MB, {share} of {first}'s size. {cost}",
+    "decode": "**Fastest to write: {name}**, {decode} ms per token after {position} tokens of context, {decode_speedup} times as "
+    "fast as {first}{level}. {cost}",
+    "prefill": "**Fastest to read: {name}**, {prefill} ms for a prompt of {tokens} tokens, {prefill_speedup} times as fast as "
+    "{first}{level}. {cost}",
+    "nearest": "**Closest to {first}: {name}**, KL divergence {kl} nats per token, the same likeliest token at {same_top} of "
     "positions. {cost}",
-    "all-round": "**All round: {name}**. Of what loses less than {close} of perplexity it has the least product of size, decode "
-    "and prefill time: {megabytes} MB, {decode_speedup} × in decode, {prefill_speedup} × in prefill.",
-    "none": "Nothing beside {first} is usable: build recipes, or look at what is marked as ruined.",
-    "ruined": "**Do not use {name}**: its perplexity is {cost}.",
-    "course": "`{name}` is the exercise's call: PyTorch quantized {some} of {all} modules with weights; its file is {size} beside "
-    "{first}'s, and it decodes {speed} × as fast.",
-    "level": " (by the spread of the rounds no faster than {names})",
+    "all-round": "**Best all round: {name}**. Of those whose perplexity rises by at most {close}, it has the smallest product of size, "
+    "decode time and prefill time: {megabytes} MB, decode {decode_speedup} times and prefill {prefill_speedup} times as fast as {first}.",
+    "none": "No artifact beside {first} is usable; `make quantize` builds others.",
+    "ruined": "**Do not use {name}**: its perplexity is {cost} higher than {first}'s.",
+    "course": "`{name}` is the exercise's call, `quantize_dynamic`: PyTorch quantized {some} of {all} modules with weights; its file is "
+    "{size} of {first}'s size, and it decodes at {speed} times its speed.",
+    "level": " (the spread of the rounds does not tell it from {names})",
     "cost": "Perplexity {cost} ± {stderr}.",
-    "cost within": "Perplexity {cost} ± {stderr}: no more than chance.",
+    "cost within": "Perplexity {cost} ± {stderr}, within the sampling error.",
     "cost alone": "Perplexity {cost}; one document gives no standard error.",
+    "cost none": "Perplexity unchanged.",
 }
 _ES = {
-    "smallest": "**El más pequeño: {name}**, {megabytes} MB, el {share} de {first}. {cost}",
-    "decode": "**El más rápido al escribir: {name}**, {decode} ms por token con {position} de contexto, {decode_speedup} × {first}{level}. {cost}",
-    "prefill": "**El más rápido al leer: {name}**, {prefill} ms para un texto de {tokens} tokens, {prefill_speedup} × {first}{level}. {cost}",
-    "nearest": "**El más fiel a {first}: {name}**, divergencia KL de {kl} nats por token, el mismo token más probable en el "
+    "no decode": "**Nada escribe más rápido que {first}** en esta máquina.",
+    "no prefill": "**Nada lee más rápido que {first}** en esta máquina.",
+    "not finite": "**No use {name}**: sus verosimilitudes no son finitas.",
+    "smallest": "**El más pequeño: {name}**, {megabytes} MB, el {share} de lo que ocupa {first}. {cost}",
+    "decode": "**El más rápido al escribir: {name}**, {decode} ms por token tras {position} tokens de contexto, {decode_speedup} veces la "
+    "velocidad de {first}{level}. {cost}",
+    "prefill": "**El más rápido al leer: {name}**, {prefill} ms para un prompt de {tokens} tokens, {prefill_speedup} veces la velocidad de "
+    "{first}{level}. {cost}",
+    "nearest": "**El más fiel a {first}: {name}**, divergencia KL de {kl} nats por token; el token más probable coincide en el "
     "{same_top} de las posiciones. {cost}",
-    "all-round": "**Para todo: {name}**. De los que pierden menos del {close} de perplejidad, tiene el menor producto de tamaño, tiempo "
-    "de decode y tiempo de prefill: {megabytes} MB, {decode_speedup} × en decode, {prefill_speedup} × en prefill.",
-    "none": "Aparte de {first} no hay nada utilizable: construya recetas, o mire lo que está marcado como inservible.",
-    "ruined": "**No use {name}**: su perplejidad es {cost}.",
-    "course": "`{name}` es la llamada del ejercicio: PyTorch cuantizó {some} de {all} módulos con pesos; su fichero ocupa {size} respecto "
-    "a {first} y descodifica a {speed} × su velocidad.",
-    "level": " (la dispersión de las rondas no lo distingue de {names})",
-    "cost": "Perplejidad {cost} ± {stderr}.",
-    "cost within": "Perplejidad {cost} ± {stderr}: no se distingue del azar.",
-    "cost alone": "Perplejidad {cost}; con un solo documento no hay error estándar.",
+    "all-round": "**El más equilibrado: {name}**. De aquellos cuya perplejidad sube como máximo un {close}, es el de menor producto de "
+    "tamaño, tiempo de decode y tiempo de prefill: {megabytes} MB, decode a {decode_speedup} veces y prefill a {prefill_speedup} veces "
+    "la velocidad de {first}.",
+    "none": "Aparte de {first} no hay ningún artefacto utilizable; `make quantize` crea otros.",
+    "ruined": "**No use {name}**: su perplejidad es un {cost} más alta que la de {first}.",
+    "course": "`{name}` es la llamada del ejercicio, `quantize_dynamic`: PyTorch cuantizó {some} de {all} módulos con pesos; su archivo "
+    "ocupa el {size} de lo que ocupa {first}, y decodifica a {speed} veces su velocidad.",
+    "level": " (la dispersión de las rondas no permite distinguirlo de {names})",
+    "cost": "Perplejidad: {cost} ± {stderr}.",
+    "cost within": "Perplejidad: {cost} ± {stderr}, dentro del error de muestreo.",
+    "cost alone": "Perplejidad: {cost}; con un solo documento no hay error estándar.",
+    "cost none": "Perplejidad sin cambios.",
 }

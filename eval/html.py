@@ -40,7 +40,8 @@ def render(report: dict, language: str = "en") -> str:
         tradeoff=Markup(charts.tradeoff(report, labels, language)),
         latency=Markup(charts.latency(report, labels, language)),
         layers=Markup(layers) if layers else None,
-        texts=[(row["name"], _marked(first["continuation"], row["continuation"])) for row in report["artifacts"]],
+        torch=any(map(is_torch, report["artifacts"])),
+        texts=_texts(report),
         protocols=_protocols(report, labels, language),
         method=[line.format(**facts, threads=report["machine"]["threads"]) for line in METHOD[language]],
         environment=_environment(report, labels, language),
@@ -48,10 +49,10 @@ def render(report: dict, language: str = "en") -> str:
 
 
 def _summary(report: dict, labels: dict, language: str) -> str:
-    corpus = report["corpus"]
+    corpus, scored = report["corpus"], report["artifacts"][0]["tokens_scored"]
     return (
-        f"{number(report['artifacts'][0]['tokens_scored'], 0, language)} {labels['tokens_scored']}, {corpus['documents']} "
-        f"{labels['of']} {corpus['documents_in_split']} {labels['documents']}: {corpus['source']}"
+        f"{number(scored, 0, language)} {labels['tokens_scored']} · {corpus['documents']} {labels['of']} "
+        f"{corpus['documents_in_split']} {labels['documents']} ({corpus['split']}) · {corpus['source']}"
     )
 
 
@@ -60,7 +61,7 @@ def _columns(report: dict, labels: dict) -> list[str]:
     return [
         labels["artifact"],
         labels["size"],
-        labels["ratio"].format(first=first["name"]),
+        labels["ratio"].format(first=first["name"]).replace(" ", "\N{NO-BREAK SPACE}"),
         labels["perplexity"],
         labels["delta"],
         labels["kl"],
@@ -127,9 +128,19 @@ def _environment(report: dict, labels: dict, language: str) -> list[tuple[str, s
 
 
 def _emphasis(text: str) -> Markup:
-    """The conclusion's own `**` and backticks as HTML; all else escaped."""
-    safe = re.sub(r"\*\*(.+?)\*\*", r"<strong>\1</strong>", escape(text))
+    """The conclusion's own `**` and backticks as HTML, figures kept with their units; all else escaped."""
+    whole = re.sub(r"(?<=\d) (?=%|MB|ms|nats)| (?=±)|(?<=±) ", "\N{NO-BREAK SPACE}", text)
+    safe = re.sub(r"\*\*(.+?)\*\*", r"<strong>\1</strong>", escape(whole))
     return Markup(re.sub(r"`(.+?)`", r"<code>\1</code>", safe))
+
+
+def _texts(report: dict) -> list[tuple[str, Markup]]:
+    """Each continuation once, with the names of all rows that wrote it."""
+    names: dict[str, list[str]] = {}
+    for row in report["artifacts"]:
+        names.setdefault(row["continuation"], []).append(row["name"])
+    first = report["artifacts"][0]["continuation"]
+    return [(", ".join(who), _marked(first, text)) for text, who in names.items()]
 
 
 def _marked(baseline: str, text: str) -> Markup:
@@ -137,6 +148,8 @@ def _marked(baseline: str, text: str) -> Markup:
     theirs, ours = (re.findall(r"\s*\S+|\s+$", value) for value in (baseline, text))
     out = []
     for action, _, _, begin, end in difflib.SequenceMatcher(None, theirs, ours, autojunk=False).get_opcodes():
-        piece = escape("".join(ours[begin:end]))
-        out.append(piece if action == "equal" or not piece else f"<mark>{piece}</mark>")
+        piece = "".join(ours[begin:end])
+        words = piece.lstrip()
+        out.append(escape(piece[: len(piece) - len(words)]))
+        out.append(escape(words) if action == "equal" or not words else f"<mark>{escape(words)}</mark>")
     return Markup("".join(out))

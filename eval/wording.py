@@ -39,30 +39,34 @@ LABELS = {
         "conclusion": "Conclusion",
         "artifacts": "Every artifact",
         "tradeoff": "Size, quality and speed",
-        "tradeoff_note": "Down and to the left is better; the larger the dot, the faster a token is decoded. The scale of "
-        "Δ ln perplexity is linear near zero and logarithmic beyond; bars are one standard error.",
+        "tradeoff_note": "Lower and further left is better; the larger a dot, the more tokens a second it decodes. The vertical "
+        "scale is linear near zero and logarithmic beyond; bars are ± one standard error.",
         "latency": "Latency by context length",
-        "latency_note": "Milliseconds to decode one token behind a context, batch of 1: median, and the band from the 10th "
-        "to the 90th percentile.",
+        "latency_note": "Milliseconds to decode one token after a context of that length, batch of 1. Line: median. Band: 10th "
+        "to 90th percentile.",
+        "dashed": "Dashed: PyTorch.",
         "layers": "Quantization error by layer",
-        "layers_note": "How far each layer's keys are from the baseline's: ‖difference‖ / ‖keys‖ over 128 tokens of the text.",
+        "layers_note": "How far each layer's attention keys are from the baseline's: ‖difference‖ / ‖keys‖ over 128 tokens of "
+        "the text. What has no error is not drawn.",
         "texts": "The same prompt, continued",
-        "texts_note": "Greedy. Marked: where a row's text is not the baseline's.",
+        "texts_note": "Greedy decoding. Marked: words that differ from the baseline's.",
         "protocols": "Other protocols",
         "method": "How it was measured",
         "environment": "Environment",
         "artifact": "artifact",
         "size": "MB",
+        "size_axis": "size, MB",
         "ratio": "× {first}",
         "perplexity": "perplexity",
         "delta": "Δ ln ppl",
+        "delta_axis": "Δ ln perplexity",
         "kl": "KL, nats",
         "same_top": "same top",
         "bits": "bits/byte",
         "prefill": "prefill {at}, ms",
         "decode": "decode @{at}, ms",
         "load": "load, ms",
-        "peak": "peak MB",
+        "peak": "peak, MB",
         "baseline": "baseline",
         "context": "tokens of context",
         "ms": "ms per token",
@@ -86,26 +90,30 @@ LABELS = {
         "conclusion": "Conclusión",
         "artifacts": "Todos los artefactos",
         "tradeoff": "Tamaño, calidad y velocidad",
-        "tradeoff_note": "Cuanto más abajo y a la izquierda, mejor; cuanto mayor el punto, más rápido se descodifica un token. "
-        "La escala de Δ ln perplejidad es lineal cerca de cero y logarítmica más allá; las barras son un error estándar.",
+        "tradeoff_note": "Mejor cuanto más abajo y más a la izquierda; cuanto mayor es el punto, más tokens por segundo decodifica. "
+        "La escala vertical es lineal cerca de cero y logarítmica más allá; las barras son ± un error estándar.",
         "latency": "Latencia según la longitud del contexto",
-        "latency_note": "Milisegundos para descodificar un token detrás de un contexto, lote de 1: mediana, y banda del "
-        "percentil 10 al 90.",
+        "latency_note": "Milisegundos para decodificar un token tras un contexto de esa longitud, con un lote de 1. Línea: "
+        "mediana. Banda: del percentil 10 al 90.",
+        "dashed": "Línea discontinua: PyTorch.",
         "layers": "Error de cuantización por capa",
-        "layers_note": "Cuánto se apartan las claves de cada capa de las de la referencia: ‖diferencia‖ / ‖claves‖ en "
-        "128 tokens del texto.",
-        "texts": "El mismo comienzo, continuado",
-        "texts_note": "Siempre el token más probable. Marcado: donde el texto no es el de la referencia.",
+        "layers_note": "Cuánto se apartan las claves de atención de cada capa de las de la referencia: ‖diferencia‖ / ‖claves‖ "
+        "en 128 tokens del texto. Lo que no tiene error no se dibuja.",
+        "texts": "Continuaciones del mismo prompt",
+        "texts_note": "Decodificación voraz: siempre el token más probable. Marcadas: las palabras que difieren de las de la "
+        "referencia.",
         "protocols": "Otros protocolos",
         "method": "Cómo se midió",
         "environment": "Entorno",
         "artifact": "artefacto",
         "size": "MB",
+        "size_axis": "tamaño, MB",
         "ratio": "× {first}",
         "perplexity": "perplejidad",
         "delta": "Δ ln ppl",
+        "delta_axis": "Δ ln perplejidad",
         "kl": "KL, nats",
-        "same_top": "mismo 1.º",
+        "same_top": "mismo token",
         "bits": "bits/byte",
         "prefill": "prefill {at}, ms",
         "decode": "decode @{at}, ms",
@@ -126,24 +134,24 @@ LABELS = {
         "memory": "memoria",
         "rounds": "rondas intercaladas",
         "versions": "versiones",
-        "tokens_scored": "tokens puntuados",
+        "tokens_scored": "tokens evaluados",
         "documents": "documentos",
         "of": "de",
     },
 }
 METHOD = {
     "en": (
-        "Quality: whole documents behind one start token, windows of at most {window} tokens, every token scored once; "
-        "differences are paired with {first} token by token, and ± is one standard error over documents.",
-        "Latency: {rounds} rounds, each artifact in a fresh process with nothing else loaded, {threads} threads, batch of 1; "
-        "in brackets the speed-up over {first} within a round, as a median. Tokenizing and sampling are not timed.",
+        "Quality: whole documents, each after one start token, in windows of at most {window} tokens; every token is scored "
+        "once. Differences are paired with {first} token by token; ± is one standard error over documents.",
+        "Latency (rounds: {rounds}, threads: {threads}, batch: 1): each artifact in a fresh process with nothing else loaded; in "
+        "brackets the speed-up over {first}, the median of the rounds. Tokenizing and sampling are not timed.",
         "Size: every file that inference needs. Peak: the largest resident set of the process that measured the latency.",
     ),
     "es": (
-        "Calidad: documentos enteros detrás de un token inicial, ventanas de {window} tokens como mucho, cada token puntuado "
-        "una vez; las diferencias están emparejadas con {first} token a token, y ± es un error estándar entre documentos.",
-        "Latencia: {rounds} rondas, cada artefacto en un proceso nuevo y sin nada más cargado, {threads} hilos, lote de 1; entre "
-        "paréntesis, cuántas veces más rápido que {first} dentro de una ronda (mediana). No se cronometra ni la tokenización ni el muestreo.",
-        "Tamaño: todos los ficheros que necesita la inferencia. Pico: la mayor memoria residente del proceso que midió la latencia.",
+        "Calidad: documentos enteros, cada uno tras un token inicial, en ventanas de {window} tokens como máximo; cada token se "
+        "evalúa una sola vez. Las diferencias se toman token a token frente a {first}; ± es un error estándar entre documentos.",
+        "Latencia (rondas: {rounds}, hilos: {threads}, lote: 1): cada artefacto en un proceso nuevo, sin nada más cargado; entre "
+        "paréntesis, la aceleración respecto a {first}, mediana de las rondas. No se cronometran ni la tokenización ni el muestreo.",
+        "Tamaño: todos los archivos que necesita la inferencia. Pico: la mayor memoria residente del proceso que midió la latencia.",
     ),
 }

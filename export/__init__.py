@@ -1,1 +1,3 @@
 """Checkpoint -> fp32 artifact."""
+
+import core.startup  # noqa: F401

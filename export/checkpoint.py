@@ -119,6 +119,12 @@ def _read_bin(path: Path) -> dict[str, Weight]:
             f"{path}: holds more than tensors and was refused unexecuted ({reason.strip()}); "
             "ask its author for a model.safetensors"
         ) from None
+    except MemoryError:
+        raise UserError(
+            f"{path}: asks for more memory than there is; free some, or ask its author for a model.safetensors"
+        ) from None
+    except PermissionError:
+        raise
     except Exception:  # the loader meets a broken file with whatever its code comes to
         raise UserError(f"{path}: is cut short or no PyTorch file; download it again") from None
     if not isinstance(state, dict):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 from core.errors import UserError, run
@@ -24,6 +25,10 @@ def main() -> int:
     parser.add_argument("--findings", type=Path, default=Path("reports/fuzz"), help="folder for what was found")
     parser.add_argument("--json", type=Path, help="write the counts to this file")
     args = parser.parse_args()
+    if args.engine == "atheris" and not find_spec("atheris"):
+        raise UserError("--engine atheris: is not installed; `pip install atheris` (Linux)")
+    if args.json and not args.json.parent.is_dir():
+        raise UserError(f"--json {args.json}: its folder is not there; make it, or name another file")
     if args.cases < 1:
         raise UserError(f"--cases {args.cases}: give a number from 1 on")
     rows = [

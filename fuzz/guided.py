@@ -6,20 +6,13 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from core.errors import UserError
-
 READERS = ("core", "export", "quantize", "eval")
 
 
 def run_guided(attempt: Callable[[bytes], None], valid: bytes, corpus: Path, cases: int, seed: int) -> None:
-    """Call `attempt` on `cases` contents that grow from `valid`, kept in the empty folder `corpus`; ends the process.
+    """Call `attempt` on `cases` contents that grow from `valid`, kept in the empty folder `corpus`; ends the process."""
+    import atheris
 
-    Raises UserError where atheris is not installed.
-    """
-    try:
-        import atheris
-    except ImportError:
-        raise UserError("--engine atheris: is not installed; `pip install atheris` (Linux)") from None
     for name, module in list(sys.modules.items()):
         if name.split(".")[0] in READERS and module is not None:
             for attribute, value in list(vars(module).items()):

@@ -10,7 +10,7 @@ from pathlib import Path
 from core.artifact import open_artifact
 from core.errors import UserError, run
 from core.generate import Sampling, generate, text_of
-from core.model_config import max_positions, read_config, start_token
+from core.model_config import end_tokens, max_positions, read_config, start_token
 from core.threads import check_threads, default_threads
 from core.tokenizer import load_tokenizer
 
@@ -18,7 +18,7 @@ from core.tokenizer import load_tokenizer
 def main() -> int:
     args = _arguments()
     sampling = Sampling(0.0 if args.greedy else args.temperature, args.top_k, args.top_p, args.no_repeat_ngram)
-    prompt = sys.stdin.read().rstrip("\n") if args.prompt == "-" else args.prompt
+    prompt = _prompt(args.prompt)
     artifact = open_artifact(args.artifact)
     tokenizer, config, start = (
         load_tokenizer(artifact.path),
@@ -34,21 +34,32 @@ def main() -> int:
 
     from core.runtime import Runtime
 
+    stop = end_tokens(artifact.path)
     runtime = Runtime(artifact.model, args.threads, spin=True)
     out, times = sys.stdout, [time.perf_counter()]
 
     def timed():
-        for token in generate(runtime, ids, min(args.tokens, room), sampling, args.seed, config.get("eos_token_id")):
+        for token in generate(runtime, ids, min(args.tokens, room), sampling, args.seed, stop):
             times.append(time.perf_counter())
             yield token
 
     print(prompt, end="", flush=True)
-    for piece in text_of(tokenizer, timed()):
+    for piece in text_of(tokenizer, timed(), ids):
         out.write(piece)
         out.flush()
     print(flush=True)
     _account(times, len(ids), args, room)
     return 0
+
+
+def _prompt(given: str) -> str:
+    """`given`, or what stands on standard input for "-". Raises UserError where that is no UTF-8."""
+    try:
+        text = sys.stdin.buffer.read().decode().rstrip("\n") if given == "-" else given
+        text.encode()
+    except UnicodeError:
+        raise UserError("--prompt: is not UTF-8; convert it, for example with `iconv -f latin1 -t utf8`") from None
+    return text
 
 
 def _account(times: list[float], prompt: int, args: argparse.Namespace, room: int) -> None:

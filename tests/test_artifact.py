@@ -69,6 +69,7 @@ def test_round_trip(tmp_path: Path) -> None:
         told = subprocess.run(["sha256sum", target / name], capture_output=True, text=True, check=True).stdout
         assert told.split()[0] == file.sha256
     fields = json.loads((target / "manifest.json").read_text(encoding="utf-8"))
+    assert fields.pop("sha256") == digest(fields)
     assert fields == dataclasses.asdict(published.manifest) and fields["schema"] == "cuantiza/artifact/1"
     assert target.stat().st_mode & 0o777 == 0o755
 
@@ -157,6 +158,32 @@ def test_manifest_is_no_manifest(built: Path, content: bytes) -> None:
         open_artifact(built)
 
 
+@pytest.mark.parametrize("part", ["name", "parity", "checkpoint", "sha256"])
+def test_every_flipped_bit_of_the_manifest_is_noticed(built: Path, part: str) -> None:
+    """Also where it is JSON still, and of what no file depends on; its last line end included."""
+    path = built / "manifest.json"
+    data = path.read_bytes()
+    start = data.index(f'"{part}": '.encode())
+    for bit in range(8 * start, 8 * (data.index(b"\n", start) + 1)):
+        spoilt = bytearray(data)
+        spoilt[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(spoilt)
+        with pytest.raises(UserError, match=r"manifest\.json: broken manifest|missing or changed"):
+            open_artifact(built)
+    path.write_bytes(data[:-1])
+    with pytest.raises(UserError, match="changed since it was published"):
+        open_artifact(built)
+
+
+def test_a_manifest_without_a_sum_of_its_own(built: Path) -> None:
+    """As they were published before."""
+    path = built / "manifest.json"
+    fields = json.loads(path.read_text(encoding="utf-8"))
+    del fields["sha256"]
+    path.write_text(json.dumps(fields, indent=1), encoding="utf-8")
+    open_artifact(built)
+
+
 # Reasons to rebuild
 
 
@@ -202,8 +229,8 @@ NEW = CONTENT | {"model.onnx": b"new"}
 
 
 @pytest.mark.parametrize("rename", [1, 2])
-def test_replace_leaves_the_old_or_none(built: Path, monkeypatch: pytest.MonkeyPatch, rename: int) -> None:
-    """The process dies at the first or the second rename: the old one whole, or nothing; the next run sweeps and publishes."""
+def test_an_error_while_replacing_leaves_the_old_one(built: Path, monkeypatch: pytest.MonkeyPatch, rename: int) -> None:
+    """Interrupted at the first or the second rename: the old one is there, whole, and nothing else."""
     calls, real = [], Path.rename
 
     def dying(self: Path, target: Path) -> Path:
@@ -216,10 +243,8 @@ def test_replace_leaves_the_old_or_none(built: Path, monkeypatch: pytest.MonkeyP
         patch.setattr(Path, "rename", dying)
         with pytest.raises(KeyboardInterrupt):
             build(built, NEW)
-    if rename == 1:
-        assert open_artifact(built).model.read_bytes() == CONTENT["model.onnx"]
-    else:
-        assert not built.exists()
+    assert open_artifact(built).model.read_bytes() == CONTENT["model.onnx"]
+    assert names(built.parent) == {"fp32"}
     (built.parent / ".cuantiza.lock").touch()
     with locked(built.parent):
         build(built, NEW)
@@ -334,6 +359,20 @@ def test_other_folders_are_not_locked(tmp_path: Path) -> None:
     with locked(tmp_path / "a"), hold(tmp_path / "b") as other:
         assert other.stdout.readline() == "held\n"
         other.communicate("\n")
+
+
+def test_what_a_signal_left_is_swept(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It breaks off the removal of a temporary folder: the holder of the lock removes it on its way out."""
+    (built.parent / ".cuantiza.lock").touch()
+
+    def interrupted(folder: Path, ignore_errors: bool) -> None:
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(artifact.shutil, "rmtree", interrupted)
+    with pytest.raises(KeyboardInterrupt), locked(built.parent), staging(built) as work:
+        (work / "model.onnx").write_bytes(b"half")
+    assert names(built.parent) == {"fp32", ".cuantiza.lock"}
 
 
 def test_leftovers_are_swept(built: Path) -> None:

@@ -116,12 +116,19 @@ def test_the_conclusion_says_what_was_measured(report, language):
     assert percent(math.expm1(0.002), language) in text and percent(math.expm1(1.2), language, 0) in text
     assert ("1 of 40" if language == "en" else "1 de 40") in text
     # 0.002 is two standard errors, 0.02 is twenty.
-    chance = "chance" if language == "en" else "azar"
+    within = "within the sampling error" if language == "en" else "dentro del error de muestreo"
     lines = text.splitlines()
     quick, small = (next(line for line in lines if f" {name}**" in line) for name in ("quick", "small"))
-    assert chance in quick and chance not in small
+    assert within in quick and within not in small
     alone = report | {"artifacts": report["artifacts"][:1]}
     assert len(conclusion(alone, language)) == 1
+
+
+def test_what_changes_nothing_is_said_to(report):
+    report["artifacts"][3] |= {"delta_ln_ppl": 0.0, "delta_ln_ppl_stderr": 0.0, "kl_divergence": 0.0}
+    assert next(line for line in conclusion(report, "en") if "Closest" in line).endswith("Perplexity unchanged.")
+    report["artifacts"][3]["kl_divergence"] = 1.25e-7  # which five decimals would show as none
+    assert "0,00000012 nats" in next(line for line in conclusion(report, "es") if "fiel" in line)
 
 
 def test_numbers_by_language():
@@ -177,6 +184,56 @@ def test_the_page_is_whole_and_needs_no_other(report, language):
     assert names.count("mark") == 5
 
 
+def test_a_text_that_many_wrote_is_shown_once(report):
+    for item in report["artifacts"][:4]:
+        item["continuation"] = " y el perro"
+    html = render(report)
+    assert "<dt>fp32, quick, small, faithful</dt>" in html and html.count("<dt>broken</dt>") == 1
+
+
+def contrast(one, other):
+    """Of two colours #rrggbb, by WCAG 2: 1 to 21."""
+
+    def luminance(colour):
+        channels = (int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5))
+        linear = [channel / 12.92 if channel <= 0.04045 else ((channel + 0.055) / 1.055) ** 2.4 for channel in channels]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    dark, light = sorted((luminance(one), luminance(other)))
+    return (light + 0.05) / (dark + 0.05)
+
+
+def test_every_text_can_be_read_in_light_and_dark(report):
+    themes = re.findall(r":root \{(.*?)\}", render(report), re.DOTALL)
+    assert len(themes) == 2
+    for theme in themes:
+        colours = dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6})", theme))
+        texts = {"ink", "soft", "bad", *(f"c{index}" for index in range(8))}
+        assert min(contrast(colours[name], colours["paper"]) for name in texts) >= 4.5
+        assert contrast(colours["ink"], colours["mark"]) >= 4.5
+
+
+def test_names_in_a_plot_do_not_overlap(report):
+    """Twins at almost the same place, and a name too long for any place."""
+    for index, item in enumerate(report["artifacts"][1:5] * 2):
+        item = copy.deepcopy(item)
+        item["name"] += f"-twin-{index}" if index else "-with-a-name-of-no-use-at-all.onnx"
+        item["bytes"] += index
+        report["artifacts"].insert(5, item)
+    for plot in render(report).split("<svg")[1:]:
+        names = re.findall(r'<text class="name c\d" text-anchor="(\w+)" x="([\d.-]+)" y="([\d.-]+)">(.*?)</text>', plot)
+        assert len(names) >= 12
+        boxes = []
+        for anchor, x, y, name in names:
+            width = 7 * len(name)  # above what any usual font takes at 11.5 px
+            left = float(x) - (width if anchor == "end" else 0)
+            assert left >= 0 and left + width <= 400 and 0 <= float(y) <= 300
+            boxes.append((left, left + width, float(y)))
+        for index, (left, right, y) in enumerate(boxes):
+            for other_left, other_right, other_y in boxes[:index]:
+                assert right <= other_left or other_right <= left or abs(y - other_y) >= 11
+
+
 def test_nothing_in_a_report_breaks_out_of_the_page(report):
     evil = '"><script>alert(1)</script><b onload=x>'
     report["model"] = report["prompt"] = report["machine"]["cpu"] = report["corpus"]["source"] = report["versions"][
@@ -219,3 +276,16 @@ def test_nothing_is_wider_than_a_phone(report, tmp_path):
         pytest.skip("no Chromium here")
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) == 390
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_nothing_is_called_fast_that_is_slower_than_the_baseline(report, language):
+    for item in report["artifacts"][1:]:
+        for shapes in (item["decode"], item["prefill"]):
+            for one in shapes:
+                one |= {"speedup": 0.5, "speedup_min": 0.4, "speedup_max": 0.6}
+    report["artifacts"][4]["delta_ln_ppl"] = math.inf
+    needs = [pick.need for pick in picks(report)]
+    assert "decode" not in needs and {"no decode", "no prefill"} <= set(needs)
+    text = "\n".join(conclusion(report, language))
+    assert ("Nothing writes faster" if language == "en" else "Nada escribe") in text and "broken" in text

@@ -99,6 +99,15 @@ def noisy(share: float) -> Callable[[ir.Model], None]:
     return change
 
 
+@pytest.fixture(scope="module")
+def es_mini_fp32(es_mini_fp32, tmp_path_factory):
+    """A copy in a folder of its own, since other tests put further artifacts beside the one that they share."""
+    folder = tmp_path_factory.mktemp("gate") / "es-mini"
+    shutil.copytree(es_mini_fp32.path, folder / "fp32")
+    (folder / artifact.LOCK).touch()
+    return artifact.open_artifact(folder / "fp32")
+
+
 def spoilt_by(base: artifact.Artifact, folder: Path, wanted: float) -> artifact.Artifact:
     """`base` with noise that costs `wanted` nats per token of the text that is compared, to a tenth."""
     task = make_task(base.path, load_splits(Source(str(CORPUS)))[1], TOKENS, 512)

@@ -9,6 +9,7 @@ import numpy as np
 import onnxruntime as ort
 
 from core.errors import UserError
+from core.saturation import exact_products
 from core.threads import default_threads
 
 # Set in the metadata of a file whose past and present may be one buffer [B, H, capacity, d].
@@ -207,13 +208,16 @@ def open_session(model: Path, threads: int | None = None, spin: bool = False) ->
     """A session over any ONNX file, on `threads` threads (all processors where not given).
 
     Threads that `spin` on after a run begin the next one sooner, and slow every other session down meanwhile: for one
-    that has the processors to itself. Raises UserError where ONNX Runtime refuses the file.
+    that has the processors to itself. Integer products are exact on every processor (core/saturation.py). Raises
+    UserError where ONNX Runtime refuses the file.
     """
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads or default_threads()
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
     options.add_session_config_entry("session.force_spinning_stop", "0" if spin else "1")
+    for name, value in exact_products().items():
+        options.add_session_config_entry(name, value)
     try:
         return ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime's exceptions share no base class

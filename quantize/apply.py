@@ -14,6 +14,7 @@ from core.corpus import Split
 from core.errors import UserError
 from core.genai_config import GENAI_CONFIG, genai_config
 from core.model_config import max_positions, read_config
+from core.saturation import EXACT
 from quantize.calibrate import calibrate, calibration_windows
 from quantize.dynamic import quantize_dynamic
 from quantize.fuse import check_attention, fuse_attention
@@ -43,6 +44,14 @@ def apply(recipe: Recipe, parent: Path, work: Path, split: Split | None) -> dict
 
     Runs in a process of its own.
     """
+    details = _apply(recipe, parent, work, split)
+    if isinstance(recipe, DynamicInt8 | StaticInt8 | MixedStaticInt8 | OrtDynamic | OrtStatic):
+        # For whoever makes a session of it elsewhere; core/runtime.py does so by itself.
+        details["session_options"] = {"x86-64 without VNNI": EXACT}
+    return details
+
+
+def _apply(recipe: Recipe, parent: Path, work: Path, split: Split | None) -> dict:
     path = parent / artifact.MODEL
     settings = calibration_of(recipe)
     windows = calibration_windows(parent, split, settings) if settings else None

@@ -155,15 +155,19 @@ def _multiply_portable(tape: ir.tape.Tape, stored: _Stored, x: ir.Value, bias: i
     if stored.channel_axis == 0:
         parts = [_transpose(tape, part) for part in parts]
     if block is None:
-        q, scale, *zero_point = parts
-        matrix = tape.op("Cast", [q], {"to": ir.DataType.FLOAT})
-        if zero_point:
-            matrix = tape.op("Sub", [matrix, tape.op("Cast", zero_point, {"to": ir.DataType.FLOAT})])
-        matrix = tape.op("Mul", [matrix, scale])
+        matrix = _dequantize(tape, *parts)
     else:
         matrix = tape.op("DequantizeLinear", parts, {"axis": 0, "block_size": block})
     result = tape.op("MatMul", [x, matrix])  # [.., N]
     return result if bias is None else tape.op("Add", [result, bias])
+
+
+def _dequantize(tape: ir.tape.Tape, q: ir.Value, scale: ir.Value, zero_point: ir.Value | None = None) -> ir.Value:
+    """(q − zero point) · scale in float32, by broadcasting."""
+    result = tape.op("Cast", [q], {"to": ir.DataType.FLOAT})
+    if zero_point is not None:
+        result = tape.op("Sub", [result, tape.op("Cast", [zero_point], {"to": ir.DataType.FLOAT})])
+    return tape.op("Mul", [result, scale])
 
 
 def _transpose(tape: ir.tape.Tape, part: ir.Value) -> ir.Value:
@@ -185,8 +189,10 @@ def _look_up_portable(graph: ir.Graph, tape: ir.tape.Tape, stored: _Stored, ids:
             # whose scale something else reads.
             source = tape.op("Unsqueeze", [source, _vector(graph, "axis_last", -1)])
         rows.append(tape.op("Gather", [source, ids]))
-    # The scales are looked up as well, so these are blocks of the last axis even where a row has a single one.
-    return tape.op("DequantizeLinear", rows, {"axis": -1, "block_size": grid.block or stored.inputs})
+    if grid.block is None:
+        # DequantizeLinear could say it as blocks of a whole row, which OpenVINO 2026.4 takes of constants alone.
+        return _dequantize(tape, *rows)
+    return tape.op("DequantizeLinear", rows, {"axis": -1, "block_size": grid.block})
 
 
 def _store_ort(graph: ir.Graph, name: str, weight: IntWeight, channel_axis: int) -> _Stored:

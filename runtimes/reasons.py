@@ -15,24 +15,12 @@ class Reason:
     cure: str | None
 
 
-_PORTABLE = "Take the recipe without -ort, which consists of standard operators."
 # (what the message says, in a few words, cure), the first that fits.
 _KNOWN = (
     (
-        r"com\.microsoft\.GatherBlockQuantized with a message",
-        "operators of ONNX Runtime",
-        "Take int8-dynamic. The recipe without -ort needs the change of its own cell.",
-    ),
-    (
         r"from domain 'com\.microsoft' is unknown|com\.microsoft\.\w+ with a message",
         "operators of ONNX Runtime",
-        _PORTABLE,
-    ),
-    (
-        r"DequantizeLinear cannot operate with dynamic shapes",
-        "blocked DequantizeLinear",
-        "Of a table that is no constant, it takes no scales by block: Cast, Sub and Mul say the same of looked-up rows, "
-        "which is a change to the recipe (quantize/weight_only.py); with them OpenVINO runs it.",
+        "Take the recipe without -ort, which consists of standard operators.",
     ),
     (
         r"custom/reshape\.cpp",

@@ -10,8 +10,9 @@ from conftest import CORPUS, ES_MINI, ROOT, assert_user_error, stage
 
 from core.corpus import Source, load_splits
 from core.errors import UserError
+from core.saturation import EXACT, exact_products, probe, saturates
 from runtimes import emulation
-from runtimes.emulation import EXACT, PROCESSORS, driver
+from runtimes.emulation import PROCESSORS
 from runtimes.emulation.__main__ import Outcome, notes, row, token_windows
 
 needs_x86 = pytest.mark.skipif(
@@ -120,7 +121,8 @@ def test_every_aarch64_processor_has_a_cpuinfo_of_its_own():
 
 
 def test_the_option_makes_products_exact_on_this_processor():
-    assert not driver.saturates(emulation.probe(), EXACT)
+    assert not saturates(probe(), EXACT)
+    assert not saturates(probe(), exact_products())
 
 
 @needs_x86

@@ -13,6 +13,8 @@ from conftest import CORPUS, assert_user_error, stage
 from core import onnx_file
 from core.artifact import open_artifact
 from core.corpus import Source, Split, load_splits
+from core.runtime import Runtime, window_feeds
+from core.saturation import EXACT, exact_products
 from quantize.activation import ROW_ZERO_POINTS, PerRow, PerTensor
 from quantize.dynamic import quantize_dynamic
 from quantize.plan import Site
@@ -96,6 +98,21 @@ def test_onnx_runtime_computes_every_static_product_in_integers(artifacts, tmp_p
     ort.InferenceSession(str(artifacts / "int8-static/model.onnx"), options)
     operators = [node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node]
     assert operators.count("MatMulIntegerToFloat") == PROJECTIONS and "DequantizeLinear" not in operators
+
+
+@pytest.mark.parametrize("name", [*OURS, "ort-dynamic", "ort-static"])
+def test_the_option_for_processors_without_vnni_loads_and_changes_no_exact_product(artifacts, name):
+    found = open_artifact(artifacts / name)
+    (options,) = found.manifest.details["session_options"].values()
+    assert options == EXACT
+    settings = ort.SessionOptions()
+    for key, value in (exact_products() | options).items():
+        settings.add_session_config_entry(key, value)
+    session = ort.InferenceSession(str(found.model), settings, providers=["CPUExecutionProvider"])
+    ids = np.arange(100, 140)
+    logits = session.run(["logits"], window_feeds(session.get_inputs(), ids))[0]
+    # Exact sums are the same by whatever kernel.
+    assert (logits == Runtime(found.model).forward(ids[None])).all()
 
 
 @pytest.mark.parametrize("transposed", [False, True])

@@ -1,8 +1,7 @@
 """The artifacts on processors that this machine is not, under QEMU's user-mode emulation: their quality, not their speed.
 
-x86-64 without VNNI: ONNX Runtime multiplies u8 by s8 with vpmaddubsw there, which clips the sum of two neighbouring
-products to 16 bits. Its session option `session.x64quantprecision` makes those weights u8, which takes kernels that
-widen first. aarch64: the wheels of that architecture, in a Debian that nothing outside of its folder knows of.
+x86-64 without VNNI, where products of u8 and s8 are not exact unless told (core/saturation.py). aarch64: the wheels of
+that architecture, in a Debian that nothing outside of its folder knows of.
 """
 
 from __future__ import annotations
@@ -21,16 +20,14 @@ import numpy as np
 from core import artifact
 from core.errors import UserError
 from core.logits import compare
+from core.saturation import probe
 
 DRIVER = Path(__file__).with_name("driver.py")
-EXACT = {"session.x64quantprecision": "1"}
 # What NumPy and ONNX Runtime need of a system: Debian finds what those need in turn.
 _PACKAGES = ("python3.11-minimal", "libpython3.11-stdlib", "libstdc++6", "zlib1g")
 _SUITE = "http://deb.debian.org/debian bookworm main"
 _KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 _WHEELS = ("manylinux_2_28_aarch64", "manylinux_2_27_aarch64", "manylinux2014_aarch64")
-# Enough inputs and channels for the main loop of every kernel.
-PROBE_INPUTS, PROBE_CHANNELS = 32, 16
 
 
 class Failed(Exception):
@@ -112,26 +109,6 @@ def run(prefix: list[str], job: dict, work: Path) -> dict:
         lines = [line.strip() for line in done.stderr.splitlines() if line.strip() and "TCG doesn't" not in line]
         raise Failed(lines[-1] if lines else f"ended with status {done.returncode}")
     return json.loads(done.stdout.splitlines()[-1])
-
-
-def probe() -> bytes:
-    """An ONNX file with the one product that shows it: `rows` u8 [M, 32] by columns of 127, s8 [32, 16].
-
-    255 · 127 + 255 · 127 = 64,770 is clipped to 32,767.
-    """
-    from onnx import TensorProto, helper
-
-    weights = np.full((PROBE_INPUTS, PROBE_CHANNELS), 127, np.int8)
-    tensor = helper.make_tensor("columns", TensorProto.INT8, weights.shape, weights.tobytes(), raw=True)
-    graph = helper.make_graph(
-        [helper.make_node("MatMulInteger", ["rows", "columns"], ["sums"])],
-        "probe",
-        [helper.make_tensor_value_info("rows", TensorProto.UINT8, ["M", PROBE_INPUTS])],
-        [helper.make_tensor_value_info("sums", TensorProto.INT32, ["M", PROBE_CHANNELS])],
-        [tensor],
-    )
-    opset = [helper.make_opsetid("", 21)]
-    return helper.make_model(graph, opset_imports=opset, ir_version=10).SerializeToString()
 
 
 @dataclass(frozen=True)

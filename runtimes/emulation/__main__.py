@@ -16,10 +16,11 @@ from core.errors import UserError, run
 from core.model_config import max_positions, read_config, start_token
 from core.progress import report as say
 from core.progress import track
+from core.saturation import EXACT
 from core.threads import default_threads
 from core.tokenizer import load_tokenizer
 from runtimes import emulation
-from runtimes.emulation import EXACT, PROCESSORS, Difference, Failed, Processor
+from runtimes.emulation import PROCESSORS, Difference, Failed, Processor
 
 SCHEMA = "cuantiza/emulation/1"
 # Tokens of the first window that go through the cache one by one: one row takes other kernels than many.

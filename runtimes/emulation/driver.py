@@ -17,6 +17,9 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from core.saturation import EXACT, saturates
+
 # Bits of the auxiliary vector that ONNX Runtime chooses its aarch64 kernels by, each (entry, bit); Linux's asm/hwcap.h.
 _AARCH64 = {"asimddp": (16, 20), "sve": (16, 22), "i8mm": (26, 13), "bf16": (26, 14)}
 
@@ -59,17 +62,6 @@ def logits(opened: ort.InferenceSession, windows: np.ndarray, cached: int) -> di
     return {"whole": whole, "cached": np.stack(rows)}
 
 
-def saturates(probe: bytes, options: dict[str, str]) -> bool:
-    """Whether u8 · s8 products come out wrong here: ONNX file `probe` multiplies rows [M, K] by columns of 127.
-
-    For one row and for several, which take different kernels.
-    """
-    opened = session(probe, options, 1)
-    inputs = opened.get_inputs()[0].shape[1]
-    found = [opened.run(None, {"rows": np.full((rows, inputs), 255, np.uint8)})[0] for rows in (1, 5)]
-    return any(bool((sums != 255 * 127 * inputs).any()) for sums in found)
-
-
 def features() -> list[str]:
     """What this processor says it has of _AARCH64; nothing on others, where ONNX Runtime asks the instruction cpuid."""
     if platform.machine() != "aarch64":
@@ -95,7 +87,7 @@ def main(job: dict) -> None:
         "numpy": np.__version__,
         "features": features(),
         "saturates": saturates(probe, {}),
-        "saturates_with_option": saturates(probe, {"session.x64quantprecision": "1"}),
+        "saturates_with_option": saturates(probe, EXACT),
     }
     print(json.dumps(about))
 

@@ -77,6 +77,13 @@ def _compare(arguments: Sequence[str]) -> int:
             f"{base} and {head}: one is a folder of artifacts, the other a report; give two reports, or two folders such as artifacts/es-mini"
         )
     comparison = _folders(args, base, head, budgets) if kinds[0] else _reports(args, base, head, budgets)
+    if not args.recipes:
+        found = {check.recipe for check in comparison.checks}
+        comparison.notes.extend(
+            f"{args.budgets}: [recipes.{name}] is of no artifact that was compared"
+            for name in budgets.recipes
+            if name not in found
+        )
     return _show(comparison, args)
 
 

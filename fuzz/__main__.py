@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import platform
 from importlib.util import find_spec
 from pathlib import Path
 
+from core.artifact import versions
 from core.errors import UserError, run
 from core.progress import report as say
 from core.progress import track
+from eval.machine import cpu_name
 from fuzz.campaign import campaign
 from fuzz.formats import FORMATS
 
@@ -40,7 +43,12 @@ def main() -> int:
             f"{row['format']:20} {row['cases']:6} cases, {row['accepted']:5} read, {row['seconds']:6.0f} s: {row['finding'] or 'no finding'}"
         )
     if args.json:
-        args.json.write_text(json.dumps({"engine": args.engine, "seed": args.seed, "formats": rows}, indent=1) + "\n")
+        about = {"engine": args.engine, "seed": args.seed, "cases": args.cases, "cpu": cpu_name()}
+        about |= {
+            "python": platform.python_version(),
+            "versions": versions(args.engine, "onnx", "safetensors", "torch"),
+        }
+        args.json.write_text(json.dumps({**about, "formats": rows}, indent=1) + "\n")
     return 1 if any(row["finding"] for row in rows) else 0
 
 

@@ -176,6 +176,48 @@ def _read_recipe(folder: Path) -> None:
     assert "/" not in name and dataclasses.is_dataclass(recipe)
 
 
+def _report(folder: Path) -> None:
+    def row(name: str, nats: float) -> dict:
+        rounds = {"samples_per_round": [1] * 6, "samples_ns": [1000 + number for number in range(6)]}
+        latency = {"prefill": [{"tokens": 32, **rounds}], "decode": [{"position": 32, **rounds}]}
+        return {"name": name, "bytes": 1000, "nll_by_document": [nats, 2 * nats, nats], **latency}
+
+    report = {
+        "schema": "cuantiza/report/1",
+        "model": "m",
+        "corpus": {"source": "c", "document_tokens": [9, 9, 9], "tokens_sha256": "ab", "window_tokens": 9},
+        "machine": {"cpu": "a", "processors": 2, "threads": 2, "memory_bytes": 10**9, "system": "Linux"},
+        "versions": {"onnxruntime": "1"},
+        "inputs": {"artifacts": [["fp32", "a"], ["q", "b"]]},
+        "artifacts": [row("fp32", 9.0), row("q", 9.5)],
+    }
+    for name in ("base", "report"):
+        (folder / f"{name}.json").write_text(json.dumps(report))
+
+
+def _compare_report(folder: Path) -> None:
+    """With a valid base, against a budget, as far as the page that a comparison writes."""
+    from eval.compare import Comparison, compare_reports
+    from eval.compare_budgets import Budget, Budgets
+    from eval.compare_page import markdown
+    from eval.compare_reports import read_report
+
+    base, head = read_report(folder / "base.json"), read_report(folder / "report.json")
+    checks, new = compare_reports(base, head, Budgets(Budget(0.01, 0.01, 0.1), {}), None, True)
+    markdown(Comparison(head.model, "base", "head", "", checks, new, []))
+
+
+def _budgets(folder: Path) -> None:
+    text = "quality = 0.01\nsize = 2\nlatency = 10\n[recipes.int8-dynamic]\nlatency = 20\n"
+    (folder / "budgets.toml").write_text(text)
+
+
+def _read_budgets(folder: Path) -> None:
+    from eval.compare_budgets import read_budgets
+
+    read_budgets(folder / "budgets.toml").of("int8-dynamic")
+
+
 def _shards(folder: Path) -> None:
     _safetensors(folder)
     shutil.move(folder / "model.safetensors", folder / "model-00001-of-00001.safetensors")
@@ -340,5 +382,7 @@ FORMATS = {
         Format("corpus .parquet", "corpus.parquet", _corpus(".parquet"), broken_bytes, _read_corpus("corpus.parquet")),
         Format("corpus index", "index.json", _index, broken_json, _read_corpus("")),
         Format("recipe", "mine.json", _recipe, broken_json, _read_recipe),
+        Format("report.json", "report.json", _report, broken_json, _compare_report),
+        Format("budgets.toml", "budgets.toml", _budgets, broken_bytes, _read_budgets),
     )
 }

@@ -15,7 +15,21 @@ from fuzz.formats import CANARY, Format
 
 SECONDS, BYTES = 10, 2 * 10**9
 # What Python announces before it does it (docs.python.org/3/library/audit_events.html), and no reader may do.
-_FORBIDDEN = ("os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.Popen", "socket.connect", "os.remove")
+_FORBIDDEN = {
+    *("os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.Popen"),
+    *("socket.connect", "socket.bind", "socket.sendto", "socket.getaddrinfo"),
+    *(
+        "os.remove",
+        "os.rename",
+        "os.rmdir",
+        "os.mkdir",
+        "os.symlink",
+        "os.link",
+        "os.truncate",
+        "os.chmod",
+        "shutil.rmtree",
+    ),
+}
 
 
 class Finding(AssertionError):

@@ -142,6 +142,59 @@ def fault_section(report: dict) -> str:
     return "\n".join(parts)
 
 
+_FUZZ = {
+    "hypothesis": """\
+## Hostile input
+
+`python -m fuzz --seed {seed} --json docs/fuzz.json` breaks a valid file of every format {cases} times and reads each as the
+stage that takes it does: fields of JSON and of protobufs replaced by other types, huge, negative and nested values; paths that
+lead out; frames that lie of their lengths; pickles that call functions; archives that unpack to 300 MB; cyclic graphs; bytes flipped, cut, repeated.
+A reader may take the file, or refuse it with one line. A finding is anything else: a traceback, more than 10 s, more than 2 GB, a file
+opened, written, renamed or removed outside of what it reads, a program started, a connection made, a process that dies.
+""",
+    "atheris": """\
+### The same by coverage
+
+`python -m fuzz --engine atheris --json docs/fuzz-atheris.json`: libFuzzer changes bytes of the same files, and keeps what reaches new code of
+the readers. It reads its first inputs on top of the number that is asked for.
+""",
+}
+
+
+def fuzz_section(report: dict) -> str:
+    """The section of one engine's run of `python -m fuzz` (docs/fuzz*.json)."""
+    rows = [
+        (
+            row["format"],
+            f"{row['cases']:,}",
+            f"{row['accepted']:,}",
+            f"{row['seconds']:.0f} s",
+            row["finding"] or "none",
+        )
+        for row in report["formats"]
+    ]
+    findings = [row["finding"] for row in report["formats"] if row["finding"]]
+    seconds = sum(row["seconds"] for row in report["formats"])
+    totals = ("all", *(f"{sum(row[key] for row in report['formats']):,}" for key in ("cases", "accepted")))
+    engine, versions = report["engine"], ", ".join(f"{name} {item}" for name, item in report["versions"].items())
+    parts = [
+        wrapped(_FUZZ[engine].format(seed=report["seed"], cases=f"{report['cases']:,}")),
+        table(
+            ("format", "cases", "read", "time", "finding"),
+            [*rows, (*totals, f"{seconds / 60:.0f} min", str(len(findings)) if findings else "none")],
+        ),
+        wrapped(f"On {report['cpu']}, Python {report['python']}, {versions}."),
+    ]
+    if engine == "hypothesis":
+        parts += [
+            wrapped(
+                "What earlier runs found lies as a file in [tests/hostile](../tests/hostile), and `tests/test_fuzz.py` reads "
+                "each again; it also runs every format with 100 new cases."
+            )
+        ]
+    return "\n".join(parts)
+
+
 def _findings(findings: list[dict]) -> str:
     if not findings:
         return "No moment of this campaign had a finding.\n"
@@ -152,7 +205,11 @@ def _findings(findings: list[dict]) -> str:
 
 
 # File in docs/ -> the function that makes a section of it; in the order of the page.
-SECTIONS: dict[str, Callable[[dict], str]] = {JSON: fault_section}
+SECTIONS: dict[str, Callable[[dict], str]] = {
+    JSON: fault_section,
+    "fuzz.json": fuzz_section,
+    "fuzz-atheris.json": fuzz_section,
+}
 
 
 def page(docs: Path) -> str:

@@ -10,6 +10,7 @@ B batch, T new tokens, P tokens in the past, D width, H heads, d = D/H, V vocabu
 from __future__ import annotations
 
 import re
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -65,9 +66,13 @@ def build(config: GPT2Config, weights: dict[str, Weight], opset: int, folder: Pa
         scale, bias = weight(f"{name}.weight", width), weight(f"{name}.bias", width)
         return op.LayerNormalization(x, scale, bias, axis=-1, epsilon=config.layer_norm_epsilon, _name=name)
 
-    if beyond := next(
-        (name for name in weights if (found := _BLOCK.match(name)) and int(found[1]) >= config.n_layer), None
-    ):
+    layers = {int(found[1]): name for name in weights if (found := _BLOCK.match(name))}
+    # Before anything is built: two billion layers are a number like another.
+    if (missing := next(layer for layer in count() if layer not in layers)) < config.n_layer:
+        raise UserError(
+            f"{folder}: has no weight h.{missing}.* where config.json says n_layer {config.n_layer}; take the config.json of the same checkpoint"
+        )
+    if beyond := next((name for layer, name in layers.items() if layer >= config.n_layer), None):
         raise UserError(
             f"{folder}: has a weight {beyond} where config.json says n_layer {config.n_layer}; take the config.json of the same checkpoint"
         )

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import seed as seeded
+from hypothesis.errors import Flaky
 from hypothesis.strategies import SearchStrategy
 
 from core.errors import UserError
@@ -80,8 +81,10 @@ def _work(there: Connection, name: str, folder: Path, cases: int, seed: int, eng
         run_guided(guided_attempt, content, folder / "corpus", cases, seed)
     try:
         _run_hypothesis(attempt, form.cases(content), cases, seed)
-    except Finding as finding:
-        state["finding"] = " ".join(str(finding).split())
+    except (Finding, Flaky) as found:
+        # What is slow at times, or fails in different ways, is a group of findings.
+        first = found.exceptions[0] if isinstance(found, BaseExceptionGroup) else found
+        state["finding"] = " ".join(str(first).split())
     there.send(dict(state))
 
 

@@ -15,6 +15,7 @@
 # make fuzz                      10,000 broken files of every format; FUZZ="--cases 500 --formats ONNX"
 # make compare                   BASE=... HEAD=..., reports or folders of artifacts: is anything worse than its budget?
 # make chapters                  docs/es/cuantizacion.md and its English twin anew, with their figures
+# make sbom | audit              what is installed, as CycloneDX, in dist/; known vulnerabilities of it
 # make lint | clean              the linter | remove artifacts and reports
 #
 # MODEL=folder | owner/name[@revision]   CORPUS=file | folder | owner/name   RECIPES="int8-dynamic ort-static ..."
@@ -24,6 +25,7 @@ VENV    ?= .venv
 OPTIMUM_VENV ?= .venv-optimum
 RUNTIMES_VENV ?= .venv-runtimes
 PEERS_VENV ?= .venv-peers
+RELEASE_VENV ?= .venv-release
 
 MODEL   ?= models/es-mini
 CORPUS  ?= corpus/es
@@ -49,7 +51,7 @@ ready    = $(VENV)/.stamp
 corpus   = --corpus "$(CORPUS)" $(if $(CORPUS_CONFIG),--corpus-config "$(CORPUS_CONFIG)") \
            $(if $(CORPUS_SPLIT),--corpus-split "$(CORPUS_SPLIT)") $(if $(CORPUS_COLUMN),--corpus-column "$(CORPUS_COLUMN)")
 
-.PHONY: export quantize eval accuracy bench bundle chapters compare demo emulation torture runtimes runtimes-env fuzz generate js optimum peers test lint clean help
+.PHONY: export quantize eval accuracy bench bundle chapters compare demo emulation torture runtimes runtimes-env fuzz generate js optimum peers sbom audit test lint clean help
 .DEFAULT_GOAL := help
 
 help:
@@ -73,6 +75,23 @@ $(RUNTIMES_VENV)/.stamp: pyproject.toml pins/runtimes.txt tools/setup_env.py
 	@$(PYTHON) tools/setup_env.py "$(RUNTIMES_VENV)" pins/runtimes.txt
 
 runtimes-env: $(RUNTIMES_VENV)/.stamp
+
+$(RELEASE_VENV)/.stamp: pyproject.toml pins/release.txt tools/setup_env.py
+	@$(PYTHON) tools/setup_env.py "$(RELEASE_VENV)" pins/release.txt
+
+# Each set of pins is an environment of its own.
+sbom: $(RELEASE_VENV)/.stamp
+	@mkdir -p "$(DIST)"
+	@for pins in default optimum peers runtimes; do \
+	  $(RELEASE_VENV)/bin/cyclonedx-py requirements --pyproject pyproject.toml --output-reproducible \
+	    -o "$(DIST)/sbom-$$pins.cdx.json" pins/$$pins.txt || exit; done
+	@cd js && npm sbom --sbom-format cyclonedx --package-lock-only > "$(abspath $(DIST))/sbom-javascript.cdx.json"
+
+# A package that the database does not answer for is a failure too.
+audit: $(RELEASE_VENV)/.stamp
+	@for pins in pins/*.txt; do \
+	  $(RELEASE_VENV)/bin/pip-audit --strict --require-hashes --disable-pip --requirement $$pins || exit; done
+	@cd js && npm audit --package-lock-only
 
 optimum: $(OPTIMUM_VENV)/.stamp
 

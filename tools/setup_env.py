@@ -1,5 +1,6 @@
 """Make a virtual environment with pinned packages: `python tools/setup_env.py .venv pins/default.txt`.
 
+Nothing is installed that the pins do not have a hash of, but for torch's CUDA packages where its CPU build cannot be had.
 Runs before anything is installed, so it uses the standard library alone. Two makes at once take turns.
 """
 
@@ -12,6 +13,7 @@ import platform
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 # The CPU build of torch; PyPI's own for x86-64 Linux brings CUDA.
@@ -46,13 +48,26 @@ def install(venv: Path, pins: Path) -> None:
         # A half-made environment, or one of another Python: its packages would be in the wrong place.
         subprocess.run([sys.executable, "-m", "venv", "--clear", venv], check=True)
     pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    torch = re.search(r"^torch==(\S+)", pins.read_text(), re.MULTILINE)
+    # The pins are all that there is to install: what they do not name has no hash.
+    hashed = ["--require-hashes", "--no-deps"]
+    torch = re.search(r"^torch==(\S+)((?:.*\\\n)*.*)", pins.read_text(), re.MULTILINE)
     if torch and sys.platform == "linux":
-        # Where the CPU index cannot be reached, PyPI's build does the same, only larger.
-        command = [*pip, "--retries", "1", "--no-deps", "--extra-index-url", CPU_INDEX, f"torch=={torch[1]}+cpu"]
-        if subprocess.run(command, stderr=subprocess.DEVNULL).returncode:
-            print(f"no CPU build of torch {torch[1]} at {CPU_INDEX}; taking the package index's", file=sys.stderr)
-    subprocess.run([*pip, "-r", pins], check=True)
+        with tempfile.TemporaryDirectory() as folder:
+            pin = Path(folder) / "torch.txt"
+            pin.write_text(f"torch=={torch[1]}+cpu{torch[2]}\n")
+            command = [*pip, *hashed, "--retries", "1", "--extra-index-url", CPU_INDEX, "-r", pin]
+            found = not subprocess.run(command, stderr=subprocess.DEVNULL).returncode
+        if not found:
+            # PyPI's build does the same, only larger. Which of its CUDA packages fit is for pip to find.
+            print(
+                f"no CPU build of torch {torch[1]} with a known hash at {CPU_INDEX}; "
+                "taking the package index's, whose CUDA packages have no hash here",
+                file=sys.stderr,
+            )
+            subprocess.run([*pip, f"torch=={torch[1]}"], check=True)
+    subprocess.run([*pip, *hashed, "-r", pins], check=True)
+    # What a package asks for on another platform, and the pins leave out, would be missed at run time alone.
+    subprocess.run([python, "-m", "pip", "check", "--quiet", "--disable-pip-version-check"], check=True)
 
 
 def version_of(python: Path) -> str | None:

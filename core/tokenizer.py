@@ -8,6 +8,8 @@ from tokenizers import Tokenizer
 
 from core.errors import UserError
 
+_RARE = "\0 a ñ 中 \U0010ffff"
+
 
 def load_tokenizer(folder: Path) -> Tokenizer:
     """Read `folder`/tokenizer.json. Raises UserError where it is missing or broken."""
@@ -15,7 +17,10 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     if not path.is_file():
         raise UserError(f"{folder}: has no tokenizer.json; put the model's own beside it")
     try:
-        return Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_file(str(path))
+        # An unknown token that is in no vocabulary, say, shows at the first character that nothing else stands for.
+        tokenizer.encode(_RARE)
+        return tokenizer
     except Exception as error:  # the Rust library raises bare Exception
         raise UserError(f"{path}: is no tokenizer ({error})") from None
 

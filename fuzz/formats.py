@@ -296,7 +296,9 @@ def _broken_bin(draw: st.DrawFn, seed: bytes) -> bytes:
     elif kind == "bomb":
         members[target] = bytes(300_000_000)
     elif kind == "names":
-        members[draw(st.sampled_from([name for name in NAMES if 0 < len(name) < 1000]))] = members.pop(target)
+        members[draw(st.sampled_from([name for name in NAMES if 0 < len(name.split("\0")[0]) < 1000]))] = members.pop(
+            target
+        )
     else:
         members[target] = draw(broken_bytes(members[target]))
     out = io.BytesIO()

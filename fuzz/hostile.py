@@ -162,4 +162,6 @@ def _scalar(draw: st.DrawFn, field: FieldDescriptor) -> Any:
         return draw(st.floats(width=32))
     if field.type == kinds.TYPE_INT64:
         return draw(st.one_of(st.sampled_from((0, -1, 1, 2**31, 2**40, 2**63 - 1, -(2**63))), st.integers(-9, 99)))
+    if field.type == kinds.TYPE_ENUM:  # protobuf takes no others, but for those of broken bytes
+        return draw(st.sampled_from([value.number for value in field.enum_type.values]))
     return draw(st.one_of(st.sampled_from((0, 1, 2**31 - 1, -(2**31), -1)), st.integers(0, 40)))

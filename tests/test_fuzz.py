@@ -12,6 +12,7 @@ from fuzz.formats import FORMATS
 # What each did before it was mended: a traceback, but for the first, which never ended.
 FOUND = {
     "two-billion-layers.config.json": "config.json",
+    "unknown-token.tokenizer.json": "tokenizer.json",
     "few-inputs.onnx": "ONNX",
     "bad-name.parquet": "corpus .parquet",
     "two-disks.bin": "pytorch_model.bin",

@@ -61,6 +61,8 @@ SHAPES = {
         Shape("es-mini", layers=6, width=256, heads=4, vocabulary=8192, folder=ES_MINI),
         Shape("gpt2", layers=12, width=768, heads=12),
         Shape("gpt2-medium", layers=24, width=1024, heads=16),
+        Shape("gpt2-large", layers=36, width=1280, heads=20),
+        Shape("gpt2-xl", layers=48, width=1600, heads=25),
     )
 }
 

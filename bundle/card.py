@@ -31,6 +31,9 @@ for past in session.get_inputs():
     if past.name.startswith("past_key_values."):
         feeds[past.name] = np.zeros((1, past.shape[1], 0, past.shape[3]), np.float32)
 logits = session.run(["logits"], feeds)[0]  # [1, tokens, vocabulary]"""
+# Of cards with integer products.
+_WITHOUT_VNNI = """On x86-64 without VNNI (before Ice Lake and Zen 4), ONNX Runtime multiplies int8 exactly only with the \
+session option `session.x64quantprecision` at `1`: `options.add_session_config_entry("session.x64quantprecision", "1")`."""
 
 
 def rows_of(report: dict, artifacts: list[Artifact], path: Path) -> list[dict]:
@@ -109,6 +112,7 @@ def card(report: dict, rows: list[dict], model: str, checkpoint: Path, config: d
         _PLAIN.format(**fill),
         "```",
         "",
+        *([_WITHOUT_VNNI, ""] if any(row["name"].startswith("int8-") for row in rows) else []),
         "Past keys and values go in as `past_key_values.*` and come out as `present.*`; the graphs are standard operators.",
         "",
         "## Licence",

@@ -21,7 +21,9 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         # An unknown token that is in no vocabulary, say, shows at the first character that nothing else stands for.
         tokenizer.encode(_RARE)
         return tokenizer
-    except Exception as error:  # the Rust library raises bare Exception
+    except BaseException as error:  # the Rust library raises bare Exception, and panics as something beside it
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise
         raise UserError(f"{path}: is no tokenizer ({error})") from None
 
 

@@ -133,7 +133,7 @@ def _read_bin(path: Path) -> dict[str, Weight]:
         )
 
     def reader(tensor: torch.Tensor) -> Callable[[], np.ndarray]:
-        return lambda: tensor.to(torch.float32).contiguous().numpy()
+        return lambda: tensor.detach().to(torch.float32).contiguous().numpy()
 
     return {
         name: Weight(tuple(tensor.shape), reader(tensor))

@@ -13,6 +13,7 @@ from fuzz.formats import FORMATS
 FOUND = {
     "two-billion-layers.config.json": "config.json",
     "unknown-token.tokenizer.json": "tokenizer.json",
+    "panic.tokenizer.json": "tokenizer.json",
     "few-inputs.onnx": "ONNX",
     "bad-name.parquet": "corpus .parquet",
     "two-disks.bin": "pytorch_model.bin",

@@ -188,8 +188,9 @@ def fuzz_section(report: dict) -> str:
     if engine == "hypothesis":
         parts += [
             wrapped(
-                "What earlier runs found lies as a file in [tests/hostile](../tests/hostile), and `tests/test_fuzz.py` reads "
-                "each again; it also runs every format with 100 new cases."
+                "What this and earlier runs found is mended, and lies as a file in [tests/hostile](../tests/hostile), each of "
+                "which `tests/test_fuzz.py` reads again; it also runs every format with 100 new cases. A format ends "
+                "at its first finding."
             )
         ]
     return "\n".join(parts)

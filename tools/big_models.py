@@ -1,0 +1,184 @@
+"""What big models cost: every step over GPT-2's four sizes, in time and memory -> docs/big-models.json and .md.
+
+python tools/big_models.py --shapes gpt2 gpt2-medium gpt2-large gpt2-xl    measures, a shape at a time
+python tools/big_models.py --reprint                                       the page anew from the JSON
+
+Steps are the stages' own commands. Their memory is the anonymous one: RssAnon of /proc/PID/status, summed over the
+process and its children, the largest of samples 20 ms apart. Pages of a mapped file are the page cache's, which gives
+them back when somebody needs them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from bench.models import SHAPES, Shape, checkpoint
+from core import artifact
+from core.errors import UserError, run
+from core.progress import report as say
+from eval.machine import cpu_name, memory_bytes
+from tools.reliability_page import table, wrapped
+
+ROOT = Path(__file__).resolve().parent.parent
+JSON = ROOT / "docs/big-models.json"
+ORDER = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+RECIPES = ("int8-dynamic", "int8-static", "int4-weight")
+_INTRO = """\
+# Big models on a small machine
+
+GPT-2's four sizes with random weights, exported, quantized and evaluated by the commands that a user gives, on {cpu} with
+{processors} processors and {memory:.0f} GB. Made by `python tools/big_models.py --shapes {shapes}`; `--reprint` prints this page anew from
+[big-models.json](big-models.json).
+
+Memory is the largest sum of anonymous memory (RssAnon) over a step's processes, in samples 20 ms apart; the checkpoint and
+the files that are written are mapped or stream, and are the page cache's. `nothing` is what a stage's own modules take, which
+the other figures include. Evaluation is of {tokens} tokens in windows of 512, with one round of latency; a random model's
+perplexity says nothing, so of quality the table has only how far each recipe moves it.
+"""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python tools/big_models.py", description=__doc__)
+    parser.add_argument("--shapes", nargs="+", choices=ORDER, default=list(ORDER), help="sizes (default: all four)")
+    parser.add_argument("--tokens", type=int, default=1024, help="tokens to evaluate (default 1024)")
+    parser.add_argument("--work", type=Path, help="folder to work in: 20 GB for gpt2-xl (a temporary one)")
+    parser.add_argument("--output", type=Path, default=JSON, help=f"the figures (default {JSON.relative_to(ROOT)})")
+    parser.add_argument("--reprint", action="store_true", help="print the page anew and measure nothing")
+    args = parser.parse_args()
+    if args.reprint:
+        write_page(args.output)
+        return 0
+    if not sys.platform.startswith("linux"):
+        raise UserError("tools/big_models.py: reads /proc, which is Linux's; run it there")
+    rows: list[dict] = []
+    for name in args.shapes:
+        with tempfile.TemporaryDirectory(prefix="cuantiza-big-", dir=args.work) as work:
+            rows.append(measure(SHAPES[name], Path(work), args.tokens))
+        # After every size, so that what was measured is there if a larger one does not come through.
+        fields = {
+            "cpu": cpu_name(),
+            "processors": os.cpu_count(),
+            "memory_bytes": memory_bytes(),
+            "tokens": args.tokens,
+        }
+        fields |= {"versions": artifact.versions("onnxruntime", "onnx", "onnx-ir", "numpy", "torch"), "rows": rows}
+        args.output.write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")
+    write_page(args.output)
+    return 0
+
+
+def measure(shape: Shape, work: Path, tokens: int) -> dict:
+    """Time in seconds and peak of anonymous memory in bytes of every step on one size."""
+    model, out, reports = checkpoint(shape, work), work / "artifacts", work / "reports"
+    stages = {
+        "nothing": ["quantize", "--help"],
+        "export": ["export", "--model", model, "--output", out],
+        **{name: ["quantize", "--model", model, "--recipes", name, "--output", out] for name in RECIPES},
+        "eval": [
+            *("eval", "--model", model, "--recipes", "fp32", *RECIPES, "--artifacts", out, "--output", reports),
+            *("--without-torch", "--tokens", tokens, "--rounds", 1),
+        ],
+    }
+    steps = {}
+    for name, command in stages.items():
+        steps[name] = step(command)
+        say(f"{shape.name:12} {name:14} {steps[name]['seconds']:6.0f} s {steps[name]['anonymous_bytes'] / 1e9:6.2f} GB")
+    report = json.loads((reports / model.name / "report.json").read_text(encoding="utf-8"))
+    sizes = {path.name: sum(file.stat().st_size for file in path.glob("model.onnx*")) for path in out.glob("*/*")}
+    return {
+        "shape": shape.name,
+        "parameters": shape.parameters,
+        "checkpoint_bytes": (model / "model.safetensors").stat().st_size,
+        "largest_layer_bytes": 16 * shape.width**2,  # of mlp.c_fc or mlp.c_proj, in fp32
+        "steps": steps,
+        "file_bytes": {name: sizes[name] for name in ("fp32", *RECIPES)},
+        "ln_ppl": {row["name"]: sum(row["nll_by_document"]) for row in report["artifacts"]},
+        "scored": sum(report["corpus"]["document_tokens"]),
+    }
+
+
+def step(arguments: list[object]) -> dict:
+    """Run `python -m ARGUMENTS`. Raises UserError where it fails."""
+    start, peak, main = time.monotonic(), 0, 0
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", *map(str, arguments)], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=log
+        )
+        while process.poll() is None:
+            tree = anonymous(process.pid)
+            peak, main = max(peak, sum(tree)), max(main, tree[0])
+            time.sleep(0.02)
+        log.seek(0)
+        errors = log.read().decode(errors="replace").strip().splitlines()
+    if process.returncode:
+        raise UserError(
+            f"{arguments[0]} {arguments[-1]}: ended with {process.returncode} ({errors[-1] if errors else ''})"
+        )
+    return {"seconds": time.monotonic() - start, "anonymous_bytes": peak, "anonymous_bytes_of_the_first": main}
+
+
+def anonymous(pid: int) -> tuple[int, int]:
+    """Bytes of anonymous memory of a process, and of all below it; those that end meanwhile count as none."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+        children = " ".join(path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/children")).split()
+    except OSError:
+        return 0, 0
+    own = next((int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("RssAnon")), 0)
+    return own, sum(sum(anonymous(int(child))) for child in children)
+
+
+def write_page(path: Path) -> None:
+    """The page beside the JSON at `path`."""
+    fields = json.loads(path.read_text(encoding="utf-8"))
+    shapes = " ".join(row["shape"] for row in fields["rows"])
+    about = {"cpu": fields["cpu"], "memory": fields["memory_bytes"] / 1e9, "tokens": fields["tokens"]}
+    steps = list(fields["rows"][0]["steps"])
+    parts = [wrapped(_INTRO.format(**about, shapes=shapes, processors=fields["processors"]))]
+    for title, key, unit in (
+        ("Time, s", "seconds", 1),
+        ("Anonymous memory at its peak, GB", "anonymous_bytes", 1e9),
+        (
+            "Of that, a stage's first process: without parity, and without what sessions hold, GB",
+            "anonymous_bytes_of_the_first",
+            1e9,
+        ),
+    ):
+        digits = 0 if unit == 1 else 2
+        lines = [
+            (
+                row["shape"],
+                f"{row['checkpoint_bytes'] / 1e9:.2f}",
+                *(f"{row['steps'][name][key] / unit:.{digits}f}" for name in steps),
+            )
+            for row in fields["rows"]
+        ]
+        parts += [f"## {title}\n", table(("model", "checkpoint, GB", *steps), lines)]
+    lines = [
+        (
+            row["shape"],
+            *(f"{size / 1e9:.2f}" for size in row["file_bytes"].values()),
+            *(f"{(row['ln_ppl'][name] - row['ln_ppl']['fp32']) / row['scored']:+.4f}" for name in RECIPES),
+        )
+        for row in fields["rows"]
+    ]
+    columns = (
+        "model",
+        *(f"{name}, GB" for name in fields["rows"][0]["file_bytes"]),
+        *(f"Δ ln ppl {name}" for name in RECIPES),
+    )
+    parts += ["## Files, and what each recipe moves\n", table(columns, lines)]
+    path.with_suffix(".md").write_text("\n".join(parts), encoding="utf-8")
+    say(f"big models {path.with_suffix('.md')}: written")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -67,5 +67,15 @@ def test_what_was_found_is_refused(file, tmp_path):
     assert form.file.split("/")[-1] in str(refused.value)
 
 
+def test_a_tensor_that_requires_grad_is_a_tensor(tmp_path):
+    import torch
+
+    form = FORMATS["pytorch_model.bin"]
+    form.prepare(tmp_path)
+    state = torch.load(tmp_path / form.file, weights_only=True)
+    torch.save({name: torch.nn.Parameter(tensor) for name, tensor in state.items()}, tmp_path / form.file)
+    form.read(tmp_path)
+
+
 def test_every_file_that_was_found_is_kept_in_use():
     assert {path.name for path in (ROOT / "tests/hostile").iterdir()} == set(FOUND)

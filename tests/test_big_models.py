@@ -1,0 +1,52 @@
+"""tools/big_models.py: what counts as anonymous memory, and the page that is made of its figures."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from tools.big_models import RECIPES, anonymous, write_page
+
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+
+
+def test_anonymous_memory_of_a_process_and_of_those_below_it(tmp_path):
+    """What is filled counts, there and in children; what a file is mapped to does not."""
+    np.full(40_000_000, 1, np.uint8).tofile(tmp_path / "file")
+    program = f"""
+import subprocess, sys, numpy as np
+mapped = np.memmap({str(tmp_path / "file")!r}, np.uint8, "r")
+filled = np.full(60_000_000, 1, np.uint8)
+child = subprocess.Popen([sys.executable, "-c", "b = b'x' * 100_000_000; print('', flush=True); input()"], stdin=-1, stdout=-1)
+child.stdout.readline()
+print(int(mapped.sum()), flush=True)
+input()
+"""
+    with subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        own, below = anonymous(process.pid)
+        process.communicate(b"\n")
+    assert 60e6 < own < 100e6  # and not the mapped 40 MB, with what Python and NumPy take
+    assert 100e6 < below < 120e6
+    assert anonymous(process.pid) == (0, 0)
+
+
+def test_the_page_is_made_of_the_figures(tmp_path):
+    names = ("fp32", *RECIPES)
+    step = {"seconds": 12.0, "anonymous_bytes": 2_500_000_000, "anonymous_bytes_of_the_first": 340_000_000}
+    row = {
+        "shape": "gpt2",
+        "checkpoint_bytes": 498_000_000,
+        "steps": dict.fromkeys(("export", *RECIPES, "eval"), step),
+        "file_bytes": dict.fromkeys(names, 123_000_000),
+        "ln_ppl": {"fp32": 1000.0} | dict.fromkeys(RECIPES, 1010.0),
+        "scored": 100,
+    }
+    about = {"cpu": "a CPU", "processors": 2, "memory_bytes": 24e9, "tokens": 1024}
+    (tmp_path / "big.json").write_text(json.dumps({**about, "rows": [row]}))
+    write_page(tmp_path / "big.json")
+    page = (tmp_path / "big.md").read_text()
+    assert "| gpt2 | 0.50 | 12 | 12 | 12 | 12 | 12 |" in page and "| 2.50 |" in page and "| 0.34 |" in page
+    assert page.count("+0.1000") == len(RECIPES)

@@ -50,7 +50,13 @@ def held(*folders: Path) -> Iterator[None]:
 
 
 def is_artifacts(folder: Path) -> bool:
-    return folder.is_dir() and any(folder.glob(f"*/{artifact.MANIFEST}"))
+    return folder.is_dir() and bool(_names(folder))
+
+
+def _names(folder: Path) -> list[str]:
+    """The artifacts in `folder`, but for those that are being made."""
+    names = (path.parent.name for path in folder.glob(f"*/{artifact.MANIFEST}"))
+    return [name for name in names if not name.startswith(".")]
 
 
 def compare_folders(
@@ -90,7 +96,7 @@ def compare_folders(
 
 def _recipes(folder: Path) -> list[str]:
     """fp32 first."""
-    names = [path.parent.name for path in folder.glob(f"*/{artifact.MANIFEST}")]
+    names = _names(folder)
     if odd := next((name for name in names if not name.isprintable()), None):
         raise UserError(f"{folder}: holds a folder named {odd!a}; rename it")
     return sorted(names, key=lambda name: (name != "fp32", name))

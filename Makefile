@@ -82,9 +82,9 @@ $(RELEASE_VENV)/.stamp: pyproject.toml pins/release.txt tools/setup_env.py
 # Each set of pins is an environment of its own.
 sbom: $(RELEASE_VENV)/.stamp
 	@mkdir -p "$(DIST)"
-	@for pins in default optimum peers runtimes; do \
+	@for pins in pins/*.txt; do \
 	  $(RELEASE_VENV)/bin/cyclonedx-py requirements --pyproject pyproject.toml --output-reproducible \
-	    -o "$(DIST)/sbom-$$pins.cdx.json" pins/$$pins.txt || exit; done
+	    -o "$(DIST)/sbom-$$(basename $$pins .txt).cdx.json" $$pins || exit; done
 	@cd js && npm sbom --sbom-format cyclonedx --package-lock-only > "$(abspath $(DIST))/sbom-javascript.cdx.json"
 
 # A package that the database does not answer for is a failure too.

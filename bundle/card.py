@@ -32,7 +32,7 @@ for past in session.get_inputs():
         feeds[past.name] = np.zeros((1, past.shape[1], 0, past.shape[3]), np.float32)
 logits = session.run(["logits"], feeds)[0]  # [1, tokens, vocabulary]"""
 # Of cards with integer products.
-_WITHOUT_VNNI = """On x86-64 without VNNI (before Ice Lake and Zen 4), ONNX Runtime multiplies int8 exactly only with the \
+_WITHOUT_VNNI = """On x86-64 without VNNI (AMD before Zen 4, most of Intel before 2019), ONNX Runtime multiplies int8 exactly only with the \
 session option `session.x64quantprecision` at `1`: `options.add_session_config_entry("session.x64quantprecision", "1")`."""
 
 

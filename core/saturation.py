@@ -16,7 +16,7 @@ import onnxruntime as ort
 
 EXACT = {"session.x64quantprecision": "1"}
 # Enough inputs and channels for the main loop of every kernel.
-INPUTS, CHANNELS = 32, 16
+_INPUTS, _CHANNELS = 32, 16
 
 
 @functools.cache
@@ -34,13 +34,13 @@ def probe() -> bytes:
     """
     from onnx import TensorProto, helper  # here, as emulated processors have no such package
 
-    weights = np.full((INPUTS, CHANNELS), 127, np.int8)
+    weights = np.full((_INPUTS, _CHANNELS), 127, np.int8)
     tensor = helper.make_tensor("columns", TensorProto.INT8, weights.shape, weights.tobytes(), raw=True)
     graph = helper.make_graph(
         [helper.make_node("MatMulInteger", ["rows", "columns"], ["sums"])],
         "probe",
-        [helper.make_tensor_value_info("rows", TensorProto.UINT8, ["M", INPUTS])],
-        [helper.make_tensor_value_info("sums", TensorProto.INT32, ["M", CHANNELS])],
+        [helper.make_tensor_value_info("rows", TensorProto.UINT8, ["M", _INPUTS])],
+        [helper.make_tensor_value_info("sums", TensorProto.INT32, ["M", _CHANNELS])],
         [tensor],
     )
     opset = [helper.make_opsetid("", 21)]
@@ -57,5 +57,5 @@ def saturates(model: bytes, options: dict[str, str]) -> bool:
     for name, value in options.items():
         settings.add_session_config_entry(name, value)
     session = ort.InferenceSession(model, settings, providers=["CPUExecutionProvider"])
-    found = [session.run(None, {"rows": np.full((rows, INPUTS), 255, np.uint8)})[0] for rows in (1, 5)]
-    return any(bool((sums != 255 * 127 * INPUTS).any()) for sums in found)
+    found = [session.run(None, {"rows": np.full((rows, _INPUTS), 255, np.uint8)})[0] for rows in (1, 5)]
+    return any(bool((sums != 255 * 127 * _INPUTS).any()) for sums in found)

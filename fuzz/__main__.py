@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -44,10 +43,7 @@ def main() -> int:
         )
     if args.json:
         about = {"engine": args.engine, "seed": args.seed, "cases": args.cases, "cpu": cpu_name()}
-        about |= {
-            "python": platform.python_version(),
-            "versions": versions(args.engine, "onnx", "safetensors", "torch"),
-        }
+        about["versions"] = versions(args.engine, "onnx", "safetensors", "torch")
         args.json.write_text(json.dumps({**about, "formats": rows}, indent=1) + "\n")
     return 1 if any(row["finding"] for row in rows) else 0
 

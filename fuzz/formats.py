@@ -177,13 +177,15 @@ def _read_recipe(folder: Path) -> None:
 
 
 def _report(folder: Path) -> None:
+    from eval.measure import SCHEMA
+
     def row(name: str, nats: float) -> dict:
         rounds = {"samples_per_round": [1] * 6, "samples_ns": [1000 + number for number in range(6)]}
         latency = {"prefill": [{"tokens": 32, **rounds}], "decode": [{"position": 32, **rounds}]}
         return {"name": name, "bytes": 1000, "nll_by_document": [nats, 2 * nats, nats], **latency}
 
     report = {
-        "schema": "cuantiza/report/1",
+        "schema": SCHEMA,
         "model": "m",
         "corpus": {"source": "c", "document_tokens": [9, 9, 9], "tokens_sha256": "ab", "window_tokens": 9},
         "machine": {"cpu": "a", "processors": 2, "threads": 2, "memory_bytes": 10**9, "system": "Linux"},

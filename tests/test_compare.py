@@ -395,6 +395,15 @@ def test_markdown_is_one_table(written):
 # Budgets
 
 
+def test_budgets_of_a_recipe_that_is_not_there_are_named(written, compare, tmp_path):
+    text = "quality = 0.01\nsize = 2\nlatency = 10\n[recipes.q]\nsize = 3\n[recipes.int8-dinamic]\nsize = 3\n"
+    (tmp_path / "b.toml").write_text(text)
+    both = written("a", report(1)), written("b", report(2))
+    compare(*both, "--budgets", tmp_path / "b.toml")
+    page = (tmp_path / "out/compare.md").read_text()
+    assert r"\[recipes.int8-dinamic\] is of no artifact" in page and "recipes.q" not in page
+
+
 def test_budgets_of_the_repository():
     budgets = read_budgets(ROOT / "budgets.toml")
     assert budgets.default == Budget(quality=0.005, size=0.01, latency=0.1) and not budgets.recipes

@@ -34,18 +34,22 @@ def test_this_environment_is_what_the_pins_say():
     assert {name: version(name).split("+")[0] for name, *_ in pins} == {name: number for name, number, _ in pins}
 
 
-def wheel(folder: Path) -> Path:
-    """A package of one empty module."""
-    path = folder / "tiny-1.0-py3-none-any.whl"
+def wheel(folder: Path, name: str = "tiny", needs: str = "") -> str:
+    """Make a package of one empty module in `folder`; returns its sha256 in hex."""
+    path, about = folder / f"{name}-1.0-py3-none-any.whl", f"{name}-1.0.dist-info"
     files = {
-        "tiny.py": "",
-        "tiny-1.0.dist-info/METADATA": "Metadata-Version: 2.1\nName: tiny\nVersion: 1.0\n",
-        "tiny-1.0.dist-info/WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        f"{name}.py": "",
+        f"{about}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n{needs}",
+        f"{about}/WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        f"{about}/RECORD": "",
     }
     with zipfile.ZipFile(path, "w") as archive:
-        for name, text in {**files, "tiny-1.0.dist-info/RECORD": ""}.items():
-            archive.writestr(name, text)
-    return path
+        for file, text in files.items():
+            archive.writestr(file, text)
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+PACKAGES = f"venv/lib/python3.{sys.version_info.minor}/site-packages"
 
 
 def set_up(folder: Path, pins: str) -> subprocess.CompletedProcess:
@@ -56,8 +60,8 @@ def set_up(folder: Path, pins: str) -> subprocess.CompletedProcess:
 
 
 def test_a_file_with_another_hash_is_not_installed(tmp_path):
-    digest = hashlib.sha256(wheel(tmp_path).read_bytes()).hexdigest()
-    module = tmp_path / f"venv/lib/python3.{sys.version_info.minor}/site-packages/tiny.py"
+    digest = wheel(tmp_path)
+    module = tmp_path / PACKAGES / "tiny.py"
     for pins in (f"tiny==1.0 --hash=sha256:{digest[::-1]}\n", "tiny==1.0\n"):
         refused = set_up(tmp_path, pins)
         assert refused.returncode == 2 and not module.exists(), refused.stderr
@@ -65,6 +69,18 @@ def test_a_file_with_another_hash_is_not_installed(tmp_path):
         assert "hash" in refused.stderr.lower()  # pip's own words say which file
     accepted = set_up(tmp_path, f"tiny==1.0 --hash=sha256:{digest}\n")
     assert accepted.returncode == 0 and module.exists(), accepted.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="torch's CPU build is asked for on Linux alone")
+def test_where_torch_has_no_cpu_build_the_other_has_a_hash_too(tmp_path):
+    """What that needs, CUDA on real machines, has none, which is said."""
+    digest = wheel(tmp_path, "torch", needs="Requires-Dist: tiny\n")
+    wheel(tmp_path)
+    refused = set_up(tmp_path, f"torch==1.0 --hash=sha256:{digest[::-1]}\n")
+    assert refused.returncode == 2 and not (tmp_path / PACKAGES / "torch.py").exists()
+    done = set_up(tmp_path, f"torch==1.0 --hash=sha256:{digest}\n")
+    assert done.returncode == 0 and "CUDA packages have no hash" in done.stderr
+    assert (tmp_path / PACKAGES / "torch.py").exists() and (tmp_path / PACKAGES / "tiny.py").exists()
 
 
 @pytest.mark.skipif(

@@ -25,7 +25,7 @@ from core import artifact
 from core.errors import UserError, run
 from core.progress import report as say
 from eval.machine import cpu_name, memory_bytes
-from tools.reliability_page import table, wrapped
+from tools.reliability_page import table, wrapped, write
 
 ROOT = Path(__file__).resolve().parent.parent
 JSON = ROOT / "docs/big-models.json"
@@ -39,8 +39,7 @@ GPT-2's four sizes with random weights, exported, quantized and evaluated by the
 [big-models.json](big-models.json).
 
 Memory is the largest sum of anonymous memory (RssAnon) over a step's processes, in samples 20 ms apart; the checkpoint and
-the files that are written are mapped or stream, and are the page cache's. `nothing` is what a stage's own modules take, which
-the other figures include. Evaluation is of {tokens} tokens in windows of 512, with one round of latency; a random model's
+the files that are written are mapped or stream, and are the page cache's. Evaluation is of {tokens} tokens in windows of 512, with one round of latency; a random model's
 perplexity says nothing, so of quality the table has only how far each recipe moves it.
 """
 
@@ -70,7 +69,7 @@ def main() -> int:
             "tokens": args.tokens,
         }
         fields |= {"versions": artifact.versions("onnxruntime", "onnx", "onnx-ir", "numpy", "torch"), "rows": rows}
-        args.output.write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")
+        write(args.output, json.dumps(fields, indent=1) + "\n")
     write_page(args.output)
     return 0
 
@@ -79,7 +78,6 @@ def measure(shape: Shape, work: Path, tokens: int) -> dict:
     """Time in seconds and peak of anonymous memory in bytes of every step on one size."""
     model, out, reports = checkpoint(shape, work), work / "artifacts", work / "reports"
     stages = {
-        "nothing": ["quantize", "--help"],
         "export": ["export", "--model", model, "--output", out],
         **{name: ["quantize", "--model", model, "--recipes", name, "--output", out] for name in RECIPES},
         "eval": [
@@ -95,9 +93,7 @@ def measure(shape: Shape, work: Path, tokens: int) -> dict:
     sizes = {path.name: sum(file.stat().st_size for file in path.glob("model.onnx*")) for path in out.glob("*/*")}
     return {
         "shape": shape.name,
-        "parameters": shape.parameters,
         "checkpoint_bytes": (model / "model.safetensors").stat().st_size,
-        "largest_layer_bytes": 16 * shape.width**2,  # of mlp.c_fc or mlp.c_proj, in fp32
         "steps": steps,
         "file_bytes": {name: sizes[name] for name in ("fp32", *RECIPES)},
         "ln_ppl": {row["name"]: sum(row["nll_by_document"]) for row in report["artifacts"]},
@@ -176,7 +172,7 @@ def write_page(path: Path) -> None:
         *(f"Δ ln ppl {name}" for name in RECIPES),
     )
     parts += ["## Files, and what each recipe moves\n", table(columns, lines)]
-    path.with_suffix(".md").write_text("\n".join(parts), encoding="utf-8")
+    write(path.with_suffix(".md"), "\n".join(parts))
     say(f"big models {path.with_suffix('.md')}: written")
 
 

@@ -17,7 +17,13 @@ import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from packaging.utils import InvalidSdistFilename, InvalidWheelFilename, parse_sdist_filename, parse_wheel_filename
+from packaging.utils import (
+    InvalidSdistFilename,
+    InvalidWheelFilename,
+    canonicalize_name,
+    parse_sdist_filename,
+    parse_wheel_filename,
+)
 from packaging.version import InvalidVersion, Version
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -60,7 +66,7 @@ def hashes(name: str, version: str, wheels: Path | None) -> set[str]:
     indexes = [INDEX, CPU_INDEX] if name == "torch" else [INDEX]
     found = {digest for index in indexes for file, digest in _listing(index, name) if suits(file, version)}
     for path in sorted(wheels.glob("*") if wheels else ()):
-        if path.name.lower().startswith(name.lower().replace("-", "_") + "-") and suits(path.name, version):
+        if canonicalize_name(path.name.split("-")[0]) == canonicalize_name(name) and suits(path.name, version):
             with path.open("rb") as file:
                 found.add(hashlib.file_digest(file, "sha256").hexdigest())
     return found
@@ -69,7 +75,7 @@ def hashes(name: str, version: str, wheels: Path | None) -> set[str]:
 def _listing(index: str, name: str) -> list[tuple[str, str]]:
     """(file name, sha256) of every file of a package."""
     request = urllib.request.Request(
-        f"{index}/{re.sub(r'[-_.]+', '-', name).lower()}/", headers={"Accept": "application/vnd.pypi.simple.v1+json"}
+        f"{index}/{canonicalize_name(name)}/", headers={"Accept": "application/vnd.pypi.simple.v1+json"}
     )
     try:
         with urllib.request.urlopen(request, timeout=60) as answer:

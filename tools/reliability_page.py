@@ -173,7 +173,7 @@ def fuzz_section(report: dict) -> str:
         )
         for row in report["formats"]
     ]
-    findings = [row["finding"] for row in report["formats"] if row["finding"]]
+    findings = sum(bool(row["finding"]) for row in report["formats"])
     seconds = sum(row["seconds"] for row in report["formats"])
     totals = ("all", *(f"{sum(row[key] for row in report['formats']):,}" for key in ("cases", "accepted")))
     engine, versions = report["engine"], ", ".join(f"{name} {item}" for name, item in report["versions"].items())
@@ -181,16 +181,16 @@ def fuzz_section(report: dict) -> str:
         wrapped(_FUZZ[engine].format(seed=report["seed"], cases=f"{report['cases']:,}")),
         table(
             ("format", "cases", "read", "time", "finding"),
-            [*rows, (*totals, f"{seconds / 60:.0f} min", str(len(findings)) if findings else "none")],
+            [*rows, (*totals, f"{seconds / 60:.0f} min", str(findings or "none"))],
         ),
-        wrapped(f"On {report['cpu']}, Python {report['python']}, {versions}."),
+        wrapped(f"On {report['cpu']}, {versions}."),
     ]
     if engine == "hypothesis":
         parts += [
             wrapped(
-                "What this and earlier runs found is mended, and lies as a file in [tests/hostile](../tests/hostile), each of "
-                "which `tests/test_fuzz.py` reads again; it also runs every format with 100 new cases. A format ends "
-                "at its first finding."
+                "A format ends at its first finding. What was found and mended, by this run and earlier ones, "
+                "`tests/test_fuzz.py` holds, most of it by a file in [tests/hostile](../tests/hostile); it also runs "
+                "every format with 100 new cases."
             )
         ]
     return "\n".join(parts)

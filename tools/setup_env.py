@@ -1,6 +1,6 @@
 """Make a virtual environment with pinned packages: `python tools/setup_env.py .venv pins/default.txt`.
 
-Nothing is installed that the pins do not have a hash of, but for torch's CUDA packages where its CPU build cannot be had.
+Nothing is installed that the pins have no hash of, but for torch's CUDA packages where its CPU build cannot be had.
 Runs before anything is installed, so it uses the standard library alone. Two makes at once take turns.
 """
 
@@ -51,21 +51,22 @@ def install(venv: Path, pins: Path) -> None:
     # The pins are all that there is to install: what they do not name has no hash.
     hashed = ["--require-hashes", "--no-deps"]
     torch = re.search(r"^torch==(\S+)((?:.*\\\n)*.*)", pins.read_text(), re.MULTILINE)
+    cpu_build = True
     if torch and sys.platform == "linux":
         with tempfile.TemporaryDirectory() as folder:
             pin = Path(folder) / "torch.txt"
             pin.write_text(f"torch=={torch[1]}+cpu{torch[2]}\n")
             command = [*pip, *hashed, "--retries", "1", "--extra-index-url", CPU_INDEX, "-r", pin]
-            found = not subprocess.run(command, stderr=subprocess.DEVNULL).returncode
-        if not found:
-            # PyPI's build does the same, only larger. Which of its CUDA packages fit is for pip to find.
-            print(
-                f"no CPU build of torch {torch[1]} with a known hash at {CPU_INDEX}; "
-                "taking the package index's, whose CUDA packages have no hash here",
-                file=sys.stderr,
-            )
-            subprocess.run([*pip, f"torch=={torch[1]}"], check=True)
+            cpu_build = not subprocess.run(command, stderr=subprocess.DEVNULL).returncode
     subprocess.run([*pip, *hashed, "-r", pins], check=True)
+    if not cpu_build:
+        # The package index's build does the same, only larger. Which CUDA packages it needs is for pip to find.
+        print(
+            f"no CPU build of torch {torch[1]} with a known hash at {CPU_INDEX}; "
+            "took the package index's, whose CUDA packages have no hash here",
+            file=sys.stderr,
+        )
+        subprocess.run([*pip, f"torch=={torch[1]}"], check=True)
     # What a package asks for on another platform, and the pins leave out, would be missed at run time alone.
     subprocess.run([python, "-m", "pip", "check", "--quiet", "--disable-pip-version-check"], check=True)
 

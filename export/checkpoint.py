@@ -106,6 +106,8 @@ def _read_bin(path: Path) -> dict[str, Weight]:
 
     try:
         mapped = zipfile.is_zipfile(path)
+        if mapped:
+            _refuse_bomb(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about the protocol of the pickle, which is no concern of the user's
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
@@ -123,7 +125,7 @@ def _read_bin(path: Path) -> dict[str, Weight]:
         raise UserError(
             f"{path}: asks for more memory than there is; free some, or ask its author for a model.safetensors"
         ) from None
-    except PermissionError:
+    except (PermissionError, UserError):
         raise
     except Exception:  # the loader meets a broken file with whatever its code comes to
         raise UserError(f"{path}: is cut short or no PyTorch file; download it again") from None
@@ -140,6 +142,17 @@ def _read_bin(path: Path) -> dict[str, Weight]:
         for name, tensor in state.items()
         if isinstance(name, str) and isinstance(tensor, torch.Tensor) and tensor.is_floating_point()
     }
+
+
+def _refuse_bomb(path: Path) -> None:
+    """Raises UserError where the members of an archive unpack to more than its size: torch.save never compresses."""
+    with zipfile.ZipFile(path) as archive:
+        unpacked = sum(member.file_size for member in archive.infolist())
+    if unpacked > path.stat().st_size:
+        raise UserError(
+            f"{path}: unpacks to {unpacked} bytes, more than the file has, which torch.save never writes; "
+            "save it again with torch.save, or ask its author for a model.safetensors"
+        )
 
 
 def check_finite(name: str, array: np.ndarray, folder: Path) -> np.ndarray:

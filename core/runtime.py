@@ -54,15 +54,16 @@ class Runtime:
         last_only: bool = True,
         chunk: int | None = CHUNK,
         spin: bool = False,
+        prepack: bool = True,
     ) -> None:
-        """`outputs` replaces the contract's, for a graph that shows something else of the same model; `spin` as in
-        `open_session`.
+        """`outputs` replaces the contract's, for a graph that shows something else of the same model; `spin` and
+        `prepack` as in `open_session`.
 
         The others concern `step`, and are there for measuring what each is worth: whether to update the cache in
         place and to compute the last position's logits alone, where the file can do so, and how many tokens of a
         prompt go through at a time (None: all).
         """
-        self.session = open_session(model, threads, spin)
+        self.session = open_session(model, threads, spin, prepack)
         inputs = {item.name: item.shape for item in self.session.get_inputs()}
         found = {*inputs, *(item.name for item in self.session.get_outputs())}
         self.layers = sum(name.startswith("past_key_values.") for name in inputs) // 2
@@ -204,11 +205,14 @@ def window_feeds(inputs: Iterable, ids: np.ndarray) -> dict[str, np.ndarray]:
     return {name: array for name, array in feeds.items() if name in shapes} | past
 
 
-def open_session(model: Path, threads: int | None = None, spin: bool = False) -> ort.InferenceSession:
+def open_session(
+    model: Path, threads: int | None = None, spin: bool = False, prepack: bool = True
+) -> ort.InferenceSession:
     """A session over any ONNX file, on `threads` threads (all processors where not given).
 
     Threads that `spin` on after a run begin the next one sooner, and slow every other session down meanwhile: for one
-    that has the processors to itself. Integer products are exact on every processor (core/saturation.py). Raises
+    that has the processors to itself. Without `prepack`, weights stay where they are (those of external data in the
+    mapped file) and are packed at every product, which is slower. Integer products are exact on every processor (core/saturation.py). Raises
     UserError where ONNX Runtime refuses the file.
     """
     options = ort.SessionOptions()
@@ -216,6 +220,7 @@ def open_session(model: Path, threads: int | None = None, spin: bool = False) ->
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
     options.add_session_config_entry("session.force_spinning_stop", "0" if spin else "1")
+    options.add_session_config_entry("session.disable_prepacking", "0" if prepack else "1")
     for name, value in exact_products().items():
         options.add_session_config_entry(name, value)
     try:

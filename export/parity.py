@@ -71,7 +71,7 @@ def check_parity(checkpoint: Path, work: Path, positions: int) -> Parity:
 
 def _onnx_logits(model: Path, row: np.ndarray, batch: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, ...]:
     """Logits of ONNX Runtime: of row [1, T] whole and through the cache, of batch [3, T] whole and through it."""
-    runtime = Runtime(model)
+    runtime = Runtime(model, prepack=False)  # a big model is compared without a copy of it in memory
 
     def cached(ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
         past, steps = runtime.empty_past(len(ids)), []

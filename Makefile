@@ -14,6 +14,9 @@
 # make torture                   kills, full disks, flipped bits at many moments; TORTURE="--moments 20 --kinds kill"
 # make fuzz                      10,000 broken files of every format; FUZZ="--cases 500 --formats ONNX"
 # make compare                   BASE=... HEAD=..., reports or folders of artifacts: is anything worse than its budget?
+# make sweep                     a grid, MODELS="..." RECIPES="..." CORPORA="..." -> reports/sweep; RAY=auto or host:port: on
+#                                the machines of a Ray cluster, SWEEP="--tokens 4000 --threads 8 ..." are further options
+# make ray                       the environment of those machines; sweep-speedup: what two of them are worth
 # make chapters                  docs/es/cuantizacion.md and its English twin anew, with their figures
 # make sbom | audit              what is installed, as CycloneDX, in dist/; known vulnerabilities of it
 # make lint | clean              the linter | remove artifacts and reports
@@ -25,6 +28,7 @@ VENV    ?= .venv
 OPTIMUM_VENV ?= .venv-optimum
 RUNTIMES_VENV ?= .venv-runtimes
 PEERS_VENV ?= .venv-peers
+RAY_VENV ?= .venv-ray
 RELEASE_VENV ?= .venv-release
 
 MODEL   ?= models/es-mini
@@ -51,7 +55,7 @@ ready    = $(VENV)/.stamp
 corpus   = --corpus "$(CORPUS)" $(if $(CORPUS_CONFIG),--corpus-config "$(CORPUS_CONFIG)") \
            $(if $(CORPUS_SPLIT),--corpus-split "$(CORPUS_SPLIT)") $(if $(CORPUS_COLUMN),--corpus-column "$(CORPUS_COLUMN)")
 
-.PHONY: export quantize eval accuracy bench bundle chapters compare demo emulation torture runtimes runtimes-env fuzz generate js optimum peers sbom audit test lint clean help
+.PHONY: export quantize eval accuracy bench bundle chapters compare demo emulation torture runtimes runtimes-env fuzz generate js optimum peers ray sweep sweep-speedup sbom audit test lint clean help
 .DEFAULT_GOAL := help
 
 help:
@@ -79,6 +83,9 @@ runtimes-env: $(RUNTIMES_VENV)/.stamp
 $(RELEASE_VENV)/.stamp: pyproject.toml pins/release.txt tools/setup_env.py
 	@$(PYTHON) tools/setup_env.py "$(RELEASE_VENV)" pins/release.txt
 
+$(RAY_VENV)/.stamp: pyproject.toml pins/ray.txt tools/setup_env.py
+	@$(PYTHON) tools/setup_env.py "$(RAY_VENV)" pins/ray.txt
+
 # Each set of pins is an environment of its own.
 sbom: $(RELEASE_VENV)/.stamp
 	@mkdir -p "$(DIST)"
@@ -96,6 +103,8 @@ audit: $(RELEASE_VENV)/.stamp
 optimum: $(OPTIMUM_VENV)/.stamp
 
 peers: optimum $(PEERS_VENV)/.stamp
+
+ray: $(RAY_VENV)/.stamp
 
 export: $(ready) $(if $(filter optimum,$(EXPORTER)),optimum)
 	@OPTIMUM_PYTHON="$(OPTIMUM_VENV)/bin/python" $(run) export --model "$(MODEL)" --exporter "$(EXPORTER)" --opset "$(OPSET)" --output "$(OUT)"
@@ -134,6 +143,8 @@ bench: $(ready)
 
 # Unless RECIPES= is given.
 bundle: RECIPES = int8-dynamic int4-weight fp16
+# A report of its own: that of other recipes stays.
+bundle: override REPORTS := $(REPORTS)/bundle
 bundle: eval
 	@$(run) bundle --model "$(MODEL)" --recipes $(RECIPES) --artifacts "$(OUT)" --reports "$(REPORTS)" --output "$(DIST)"
 
@@ -146,6 +157,15 @@ generate: $(if $(wildcard $(ARTIFACT)/manifest.json),$(ready),quantize)
 
 demo: js $(if $(wildcard $(ARTIFACT)/manifest.json),$(ready),quantize)
 	@$(run) demo --artifact "$(ARTIFACT)" --port "$(PORT)" $(if $(BUILD),--build "$(BUILD)")
+
+# Ray's own environment has all that the other has: a cluster's processes must agree on versions.
+sweep: VENV := $(if $(RAY),$(RAY_VENV),$(VENV))
+sweep: $(if $(RAY),ray,$(ready))
+	@$(run) sweep --models $(or $(MODELS),"$(MODEL)") --recipes $(RECIPES) --corpora $(or $(CORPORA),"$(CORPUS)") \
+	  $(if $(RAY),--ray "$(RAY)") --work "$(OUT)/sweep" --output "$(REPORTS)/sweep" $(SWEEP)
+
+sweep-speedup: ray
+	@$(RAY_VENV)/bin/python tools/sweep_speedup.py $(SPEEDUP)
 
 fuzz: $(ready)
 	@$(run) fuzz $(FUZZ)

@@ -30,7 +30,7 @@ from bench.rounds import CHECK, Answer, Measured, Setting, agreement
 from bench.rows import Prepared, Row
 from bench.worker import STEPS
 from core import artifact
-from eval.machine import machine
+from core.machine import machine
 
 SCHEMA = "cuantiza/bench/1"
 

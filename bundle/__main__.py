@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 from bundle.card import card, rows_of
@@ -36,6 +37,13 @@ def main() -> int:
     source, path = args.artifacts / name, args.reports / name / "report.json"
     if not source.is_dir():
         raise UserError(f"{source}: is not there; run `make export quantize eval` first")
+    # What is copied must not be replaced meanwhile; a folder that came from elsewhere has no lock, and no stage at work.
+    with artifact.locked(source) if (source / artifact.LOCK).exists() else nullcontext():
+        _bundle(args, name, source, path)
+    return 0
+
+
+def _bundle(args: argparse.Namespace, name: str, source: Path, path: Path) -> None:
     artifacts = open_all(source, args.recipes)
     checkpoint = resolve_model(args.model).folder
     if artifacts[0].manifest.inputs.get("checkpoint") != checkpoint_digest(checkpoint):
@@ -56,7 +64,6 @@ def main() -> int:
         work.chmod(0o755)
         artifact.replace(work, target)
     say(f"bundle    {target}: {len(artifacts)} graphs; upload it by `hf upload owner/{name} {target}`")
-    return 0
 
 
 if __name__ == "__main__":

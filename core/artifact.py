@@ -168,11 +168,11 @@ def locked(folder: Path) -> Iterator[None]:
     from filelock import FileLock, Timeout
 
     if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder}: is a file; choose another output folder (OUT=, REPORTS=)")
+        raise UserError(f"{folder}: is a file; choose another output folder (OUT=, REPORTS=, DIST=)")
     names = os.listdir(folder) if folder.is_dir() else []  # noqa: PTH208 - one listing: another run may be starting here
     if names and LOCK not in names:
         raise UserError(
-            f"{folder}: holds files that are not ours; move them away or choose another output folder (OUT=, REPORTS=)"
+            f"{folder}: holds files that are not ours; move them away or choose another output folder (OUT=, REPORTS=, DIST=)"
         )
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / LOCK)

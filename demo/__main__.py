@@ -7,6 +7,7 @@ import sys
 import tempfile
 from contextlib import suppress
 from functools import partial
+from http import HTTPStatus
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -24,6 +25,13 @@ class Handler(SimpleHTTPRequestHandler):
         for name, value in {**HEADERS, "Cache-Control": "no-cache"}.items():
             self.send_header(name, value)
         super().end_headers()
+
+    def send_head(self) -> object:
+        try:
+            return super().send_head()
+        except ValueError:  # a name with a zero byte
+            self.send_error(HTTPStatus.NOT_FOUND)
+            return None
 
     def log_message(self, format: str, *args: object) -> None:
         """Nothing: the terminal keeps the one line that says where the page is."""
@@ -77,7 +85,7 @@ def serve(folder: Path, port: int) -> None:
         server = Server(("127.0.0.1", port), partial(Handler, directory=str(folder)))
     except OSError as error:
         raise UserError(
-            f"--port {port}: {error.strerror.lower()}; give another one, such as --port {port + 1}"
+            f"--port {port}: {error.strerror.lower()}; give another one, or --port 0 for any that is free"
         ) from None
     with server:
         print(f"demo      http://127.0.0.1:{server.server_address[1]}/ (Ctrl-C ends it)", flush=True)

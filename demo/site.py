@@ -13,13 +13,14 @@ from core.model_config import end_tokens, max_positions, read_config, start_toke
 
 HERE = Path(__file__).resolve().parent
 JS = HERE.parent / "js"
-PAGE = ("index.html", "demo.css", "demo.js", "texts.js", "worker.js", "sampling.js")
+PAGE = ("index.html", "demo.css", "demo.js", "texts.js", "worker.js", "sampling.js", "licenses.txt")
 # Names end in .js throughout, as not every web server knows that .mjs is JavaScript.
 PACKAGES = {
     "ort.js": "onnxruntime-web/dist/ort.wasm.min.mjs",
     "ort-wasm.js": "onnxruntime-web/dist/ort-wasm-simd-threaded.mjs",
     "ort-wasm.wasm": "onnxruntime-web/dist/ort-wasm-simd-threaded.wasm",
     "tokenizers.js": "@huggingface/tokenizers/dist/tokenizers.min.mjs",
+    "license-tokenizers.txt": "@huggingface/tokenizers/LICENSE",
 }
 ARTIFACT = (MODEL, "tokenizer.json", "tokenizer_config.json")
 # What a server has to send for a page to run on several threads; without them it runs on one.

@@ -130,7 +130,7 @@ def _foreign_digest(path: Path) -> str:
 
 def _inputs(args: argparse.Namespace, published: list[artifact.Artifact], test: Split) -> dict:
     """All that a report depends on, the machine and the settings of the measurement included."""
-    from eval.machine import machine, software
+    from core.machine import machine, software
 
     return {
         "artifacts": [[item.manifest.name, item.digest] for item in published],  # in order: the first is the baseline

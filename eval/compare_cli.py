@@ -131,9 +131,9 @@ def _reports(args: argparse.Namespace, base: Path, head: Path, budgets):
 
 
 def _folders(args: argparse.Namespace, base: Path, head: Path, budgets):
+    from core.machine import cpu_name
     from eval.compare import FIRST_LEVEL, Comparison
     from eval.compare_folders import CONFIRMING_ROUNDS, Measure, compare_folders, held
-    from eval.machine import cpu_name
 
     how = Measure(args.tokens, args.window, 0 if args.without_latency else args.rounds, args.threads)
     split = load_splits(source_of(args))[1]

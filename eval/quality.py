@@ -12,12 +12,12 @@ from tokenizers import Tokenizer
 from core.artifact import digest
 from core.corpus import Split
 from core.errors import UserError
+from core.machine import memory_bytes
 from core.model_config import max_positions, read_config, start_token
 from core.process import Remote
 from core.progress import track
 from core.tokenizer import encode, load_tokenizer
 from eval.engines import Engine
-from eval.machine import memory_bytes
 from eval.score import score
 from eval.size import loaded_bytes
 from eval.statistics import TextSize, perplexity, quality, text_size

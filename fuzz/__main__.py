@@ -9,9 +9,9 @@ from pathlib import Path
 
 from core.artifact import versions
 from core.errors import UserError, run
+from core.machine import cpu_name
 from core.progress import report as say
 from core.progress import track
-from eval.machine import cpu_name
 from fuzz.campaign import campaign
 from fuzz.formats import FORMATS
 

@@ -13,6 +13,7 @@ from core.artifact import staging
 from core.corpus import add_arguments, load_splits, source_of
 from core.errors import UserError, run
 from core.hub import model_name
+from core.machine import cpu_name
 from core.progress import report
 from core.threads import default_threads
 from runtimes.matrix import (
@@ -83,7 +84,7 @@ def main() -> int:
         "schema": SCHEMA,
         "model": model_name(args.model),
         "artifacts": [[name, artifact.digest] for name, artifact in found.items()],
-        "machine": {"cpu": _cpu(), "system": platform.platform(), "threads": args.threads},
+        "machine": {"cpu": cpu_name(), "system": platform.platform(), "threads": args.threads},
         "date": time.strftime("%Y-%m-%d"),
         "tokens": TOKENS,
         "prefill": PREFILL,
@@ -131,13 +132,6 @@ def _read(path: Path) -> dict:
         raise UserError(f"{path}: is not there; make it with `make runtimes`") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: is no JSON ({error}); make it anew") from None
-
-
-def _cpu() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The import arrows: export -> core <- quantize, core <- eval, core <- bench -> eval.machine; torch where it is needed."""
+"""The import arrows: every stage and what is beside it -> core; sweep -> all stages; torch and ray where they are needed."""
 
 import ast
 import sys
@@ -30,16 +30,8 @@ def test_stages_import_core_alone(stage):
         assert not others, f"{path} imports {others}"
 
 
-def test_bench_imports_core_and_the_machine_alone():
-    for path in (ROOT / "bench").glob("*.py"):
-        own = {name for name in modules(path) if name.split(".")[0] in STAGES}
-        others = {name for name in own if name.split(".")[0] != "core"} - {"eval.machine"}
-        assert not others, f"{path} imports {others}"
-        assert "torch" not in set(imports(path))
-
-
-@pytest.mark.parametrize("room", ["bundle", "demo", "generate", "runtimes"])
-def test_what_is_made_of_artifacts_imports_core_alone(room):
+@pytest.mark.parametrize("room", ["bench", "bundle", "demo", "generate", "runtimes"])
+def test_what_is_beside_the_stages_imports_core_alone(room):
     for path in (ROOT / room).rglob("*.py"):
         others = set(imports(path)) & {*STAGES, "bench"} - {room, "core"}
         assert not others, f"{path} imports {others}"
@@ -66,6 +58,18 @@ def test_torch_is_imported_where_it_is_needed_only():
         if "torch" in set(imports(path))
     }
     assert found == TORCH
+
+
+def test_ray_is_imported_in_one_file_and_sweep_by_none():
+    rooms = [path.parent for path in ROOT.glob("*/__init__.py")]
+    assert ROOT / "sweep" in rooms
+    for path in (file for room in rooms for file in room.rglob("*.py")):
+        found = set(imports(path))
+        assert ("ray" in found) == (path == ROOT / "sweep/on_ray.py"), path
+        assert path.parent.name == "sweep" or "sweep" not in found, path
+        if path.parent.name == "sweep":
+            own = found & {room.name for room in rooms}
+            assert own <= {*STAGES, "sweep"} and "torch" not in found, path
 
 
 def test_files_stay_small():

@@ -13,7 +13,9 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.error import HTTPError
 from urllib.parse import urlsplit
+from urllib.request import urlopen
 
 import numpy as np
 import pytest
@@ -147,6 +149,8 @@ def test_a_built_folder_works_from_any_server(int8, tmp_path):
     for _ in range(2):  # a second time replaces it
         result = stage("demo", "--artifact", int8, "--build", site)
         assert result.status == 0, result.stderr
+    assert "Copyright (c) Microsoft" in (site / "licenses.txt").read_text(encoding="utf-8")
+    assert "Apache License" in (site / "license-tokenizers.txt").read_text(encoding="utf-8")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -191,6 +195,12 @@ def test_sampling():
     shares = np.bincount(found["drawn"], minlength=5) / 20000
     np.testing.assert_allclose(shares, [0.1, 0.2, 0, 0.5, 0.2], atol=0.015)
     assert found["medians"] == [None, 3, 2, 3]
+
+
+@needs_packages
+def test_a_broken_name_is_not_found(int8):
+    with served("demo", "--artifact", int8, "--port", 0) as url, pytest.raises(HTTPError, match="404"):
+        urlopen(f"{url}%00")
 
 
 def test_a_missing_artifact_is_one_line(tmp_path):

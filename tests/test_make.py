@@ -151,6 +151,27 @@ def test_a_kill_leaves_whole_artifacts_or_none(clone: Path, make: Callable[..., 
     assert not list(clone.rglob(".tmp-*"))
 
 
+@pytest.mark.skipif(not (ROOT / "js/node_modules").is_dir(), reason="no js/node_modules here; `make js` creates it")
+def test_the_goals_behind_the_pipeline(clone: Path, make: Callable[..., Result]) -> None:
+    """What is missing is built; the report of other recipes stays as it is."""
+    for name in ("bundle", "demo", "generate", "sweep"):
+        shutil.copytree(ROOT / name, clone / name)
+    (clone / "js").symlink_to(ROOT / "js")
+    made = make("generate", "RECIPE=fp16", "PROMPT=¿Y $$HOME?", "GENERATE=--tokens 5 --seed 1")
+    assert made.status == 0 and made.stdout.startswith("¿Y $HOME?"), made.stderr
+    assert {path.name for path in (clone / "artifacts/tiny").glob("[!.]*")} == {"fp32", "fp16"}
+    made = make("demo", "RECIPE=fp16", "BUILD=site")
+    assert made.status == 0 and (clone / "site/index.html").is_file(), made.stderr
+    assert make("eval", "RECIPES=fp16").status == 0
+    before = (clone / "reports/tiny/report.json").read_bytes()
+    made = make("bundle", "RECIPES=int8-dynamic")
+    assert made.status == 0, made.stderr
+    assert {path.name for path in (clone / "dist/tiny/onnx").iterdir()} == {"model.onnx", "model_quantized.onnx"}
+    assert (clone / "reports/tiny/report.json").read_bytes() == before
+    made = make("sweep", "RECIPES=fp16", "SWEEP=--tokens 300 --rounds 1")
+    assert made.status == 0 and "fp16" in (clone / "reports/sweep/sweep.md").read_text(), made.stderr
+
+
 def test_help_names_the_goals(make: Callable[..., Result]) -> None:
     assert "make export quantize eval" in make().stdout
 

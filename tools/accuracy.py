@@ -25,11 +25,11 @@ from core import artifact, onnx_file
 from core.artifact import Artifact
 from core.corpus import Source, Split, load_splits
 from core.errors import UserError, run
+from core.machine import machine, software
 from core.process import isolated
 from core.progress import report as say
 from core.runtime import window_feeds
 from core.tokenizer import encode, load_tokenizer
-from eval.machine import machine, software
 from eval.quality import Task, make_task, measure_quality
 from eval.size import onnx_bytes
 from eval.subject import Subject

@@ -23,8 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from bench.models import SHAPES, Shape, checkpoint
 from core import artifact
 from core.errors import UserError, run
+from core.machine import cpu_name, memory_bytes
 from core.progress import report as say
-from eval.machine import cpu_name, memory_bytes
 from tools.reliability_page import table, wrapped, write
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -23,9 +23,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from core.errors import UserError, run
+from core.machine import machine, software
 from core.progress import report as say
 from core.progress import track
-from eval.machine import machine, software
 from tools import torture_disk, torture_faults
 from tools.reliability_page import SCHEMA, publish
 from tools.torture_faults import Fault, Outcome

@@ -8,7 +8,8 @@ from collections.abc import Callable
 from functools import partial
 
 from rich.console import Console
-from rich.table import Table
+
+from core.terminal import new_table, show
 
 _LIMITS = {
     "read_bytes_per_second": "GB/s read",
@@ -55,19 +56,16 @@ def page(result: dict, name: str) -> str:
 
 def print_table(result: dict) -> None:
     """The main setting on standard output, and what was skipped."""
-    console = Console() if Console().is_terminal else Console(width=220)
     setting = result["settings"][0]
     title = f"{result['shape']['name']}, {_count(setting['threads'], 'thread')}, batch of {setting['batch']}: ms"
-    table = Table(title=title, title_justify="left", caption_justify="left")
     columns, lines = _speed(result, 0, _short)
-    for column in columns:
-        table.add_column(column, justify="left" if column == "row" else "right", no_wrap=True)
+    caption = f"medians, in brackets the speed-up over {result['baseline']} within a round"
+    table = new_table(title, *columns, caption=caption)
     for line in lines:
         table.add_row(*line)
-    table.caption = f"medians, in brackets the speed-up over {result['baseline']} within a round"
-    console.print(table)
+    show(table)
     for row, why in _skipped(result):
-        console.print(f"skipped {row}: {why}", markup=False, highlight=False)
+        Console().print(f"skipped {row}: {why}", markup=False, highlight=False)
 
 
 def _speed(result: dict, number: int, show: Callable[[dict], str]) -> tuple[list[str], list[list[str]]]:

@@ -11,12 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
-from rich.console import Console
-from rich.table import Table
 
 from core.artifact import MODEL
 from core.errors import UserError, run
 from core.runtime import Runtime
+from core.terminal import new_table, show
 from core.threads import default_threads
 
 WARM_UP = 3
@@ -34,12 +33,13 @@ def main() -> int:
         if getattr(args, option) < least:
             raise UserError(f"--{option} {getattr(args, option)}: give a number from {least} on")
     rows, whole = profile(args.artifact / MODEL, args.tokens, args.past, args.steps, args.threads)
-    table = Table("operator", "times", "ms a step", title=f"{args.artifact}: {args.tokens} behind {args.past} tokens")
+    title = f"{args.artifact}: {args.tokens} behind {args.past} tokens"
+    table = new_table(title, "operator", "times", "ms a step")
     for name, (count, milliseconds) in sorted(rows.items(), key=lambda item: -item[1][1]):
         table.add_row(name, f"{count:g}", f"{milliseconds:.3f}")
     table.add_row("between operators", "", f"{whole - sum(milliseconds for _, milliseconds in rows.values()):.3f}")
     table.add_row("all", "", f"{whole:.3f}")
-    Console().print(table)
+    show(table)
     return 0
 
 

@@ -6,12 +6,13 @@ import html
 import re
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
+from core.terminal import new_table, show
 from eval.compare import FALSE_ALARMS, STANDARD_ERRORS, Check, Comparison
 
 COLUMNS = ("recipe", "figure", "base", "head", "change", "interval", "budget", "verdict")
+_WORDS = 2  # the first columns
 _COLORS = {"regression": "bold red", "better": "green", "open": "yellow"}
 
 
@@ -62,16 +63,15 @@ def markdown(comparison: Comparison) -> str:
 
 
 def print_table(comparison: Comparison) -> None:
-    """The table on standard output, the verdict last; as wide as it needs to be where that is not a terminal."""
-    console = Console() if Console().is_terminal else Console(width=180)
-    table = Table(title=Text(f"{comparison.base} → {comparison.head}"), title_justify="left")
-    for column in COLUMNS:
-        table.add_column(column, justify="left" if column in ("recipe", "figure", "verdict") else "right")
+    """The table on standard output, the verdict last."""
+    table = new_table(Text(f"{comparison.base} → {comparison.head}"), *COLUMNS[:-1], words=_WORDS)
+    table.add_column(COLUMNS[-1])  # its notes may be long
     for number, check in enumerate(comparison.checks):
         *row, noted = cells(check)
         last = number + 1 == len(comparison.checks) or comparison.checks[number + 1].recipe != check.recipe
         table.add_row(*map(Text, row), Text(noted, style=_COLORS.get(check.verdict, "")), end_section=last)
-    console.print(table)
+    show(table, _WORDS)
+    console = Console()
     for note in _notes(comparison):
         console.print(Text(note, style="dim"))
     console.print(Text(verdict(comparison), style="bold red" if comparison.regressions else "bold"))

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from rich.console import Console
-from rich.table import Table
-
+from core.terminal import new_table, show
 from eval.conclusion import conclusion
 from eval.wording import LABELS
 
@@ -66,15 +64,12 @@ def _columns(report: dict) -> list[Column]:
 
 
 def print_table(report: dict) -> None:
-    """The table on standard output; as wide as it needs to be where that is not a terminal."""
-    console = Console() if Console().is_terminal else Console(width=200)
-    table = Table(title=_headline(report), title_justify="left", caption=_footnote(report), caption_justify="left")
+    """The table on standard output."""
     columns = _columns(report)
-    for column in columns:
-        table.add_column(column.title, justify="left" if column.title == "artifact" else "right", no_wrap=True)
+    table = new_table(_headline(report), *(column.title for column in columns), caption=_footnote(report))
     for row in report["artifacts"]:
         table.add_row(*(column.show(row) for column in columns))
-    console.print(table)
+    show(table)
 
 
 def markdown(report: dict, language: str = "en") -> str:

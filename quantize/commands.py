@@ -16,6 +16,7 @@ from core.corpus import Split, add_arguments, load_splits, source_of
 from core.errors import UserError
 from core.hub import model_name
 from core.progress import report
+from core.terminal import new_table, show
 from quantize import plots
 from quantize.activation import PerTensor
 from quantize.plots import Range, Sensitivity
@@ -97,7 +98,7 @@ def print_recipes(args: argparse.Namespace) -> int:
     if args.json is not None:
         print(json.dumps(to_json(get_recipe(args.json)[1]), indent=1, ensure_ascii=False))
     else:
-        plots.show(recipe_table(read_accuracy(ACCURACY)))
+        show(recipe_table(read_accuracy(ACCURACY)))
     return 0
 
 
@@ -130,7 +131,8 @@ _COSTS: dict[str, Callable[[float], str]] = {
 
 def recipe_table(models: list[dict]) -> Table:
     """A line for every recipe; what it costs on each of `models` (as `read_accuracy` gives them)."""
-    table = plots.text_table("python -m quantize --recipes RECIPE ...", "recipe", "what it is")
+    table = new_table("python -m quantize --recipes RECIPE ...", "recipe")
+    table.add_column("what it is")
     columns = [(model, "\n× fp32", ("ratio",)) for model in models[:1]]
     columns += [(model, f"{model['model']}\nΔ ln ppl, top", ("delta_ln_ppl", "top1_agreement")) for model in models]
     for _, title, _ in columns:
@@ -185,7 +187,7 @@ def print_sensitivity(args: argparse.Namespace) -> int:
         )
     found = _work(args, measure_sensitivity, recipe)
     title = f"{model_name(args.model)}, {name}: each projection quantized alone"
-    plots.show(plots.sensitivity_table(found, title))
+    show(plots.sensitivity_table(found, title))
     if args.plot is not None:
         plots.plot_sensitivity(found, title, args.plot)
         report(f"quantize  {args.plot}: written")
@@ -227,8 +229,8 @@ def print_histogram(args: argparse.Namespace) -> int:
     chosen = recipe.ranges if isinstance(recipe, StaticInt8) else recipe.static.ranges
     ranges = ranges_of(histogram)
     title = f"{model_name(args.model)}, {name}: input of {args.tensor}"
-    plots.show(plots.histogram_table(histogram, ranges[chosen], f"{title}, as smoothing left it"))
-    plots.show(plots.ranges_table(ranges, chosen, account))
+    show(plots.histogram_table(histogram, ranges[chosen], f"{title}, as smoothing left it"))
+    show(plots.ranges_table(ranges, chosen, account))
     if args.plot is not None:
         plots.plot_histogram(histogram, ranges, chosen, account, title, args.plot)
         report(f"quantize  {args.plot}: written")

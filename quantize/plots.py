@@ -11,6 +11,7 @@ import numpy as np
 
 from core import artifact
 from core.errors import UserError
+from core.terminal import new_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -57,27 +58,10 @@ class Range:
     clipped_weight: float
 
 
-def text_table(title: str, *columns: str) -> Table:
-    """An empty table with `columns` of text; its title and caption start at the left."""
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left", caption_justify="left")
-    for column in columns:
-        table.add_column(column)
-    return table
-
-
-def show(table: Table) -> None:
-    """`table` on standard output; as wide as it needs to be where that is not a terminal."""
-    from rich.console import Console
-
-    console = Console() if Console().is_terminal else Console(width=300)
-    console.print(table)
-
-
 def sensitivity_table(found: Sensitivity, title: str) -> Table:
     """A line with a bar for every projection, in the order of `found`."""
-    table = text_table(f"{title}\n{found.text}", "projection")
+    table = new_table(f"{title}\n{found.text}")
+    table.add_column("projection")
     for column in ("KL, nats", "", "Δ ln ppl"):
         table.add_column(column, justify="left" if column == "" else "right", no_wrap=True)
     most = max(effect.kl_divergence for effect in found.effects.values()) or 1.0
@@ -101,7 +85,7 @@ def sensitivity_table(found: Sensitivity, title: str) -> Table:
 
 def histogram_table(histogram: Histogram, chosen: Range, title: str) -> Table:
     """A line for every 64 bins: how many elements, as a bar of log(1 + count), hollow where `chosen` clips them."""
-    table = text_table(title)
+    table = new_table(title)
     for column in ("from", "to", "elements", "weight"):
         table.add_column(column, justify="right")
     table.add_column("log count, ░ clipped", no_wrap=True)
@@ -119,7 +103,8 @@ def histogram_table(histogram: Histogram, chosen: Range, title: str) -> Table:
 
 def ranges_table(ranges: dict[str, Range], chosen: str, account: dict) -> Table:
     """A line for every method of `ranges`, the `chosen` one marked; `account` is the manifest's of the projection."""
-    table = text_table("ranges (→ chosen by the recipe)", "method")
+    table = new_table("ranges (→ chosen by the recipe)")
+    table.add_column("method")
     for column in ("low", "high", "step", "zero\npoint", "elements\nclipped", "weight\nclipped"):
         table.add_column(column, justify="right")
     for method, found in ranges.items():

@@ -7,10 +7,9 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
-from rich.console import Console
-from rich.table import Table
 
 from core import artifact
+from core.terminal import new_table, show
 from eval import charts
 from eval.conclusion import shape
 from eval.html import plus_minus
@@ -86,14 +85,11 @@ def _row(row: dict, base: dict) -> list[str]:
 
 
 def print_table(result: dict) -> None:
-    """On standard output; as wide as it needs to be where that is not a terminal."""
-    console = Console() if Console().is_terminal else Console(width=220)
-    table = Table(title=headline(result), title_justify="left")
-    for index, column in enumerate(COLUMNS):
-        table.add_column(column, justify="left" if index < _TEXT else "right", no_wrap=True)
+    """On standard output."""
+    table = new_table(headline(result), *COLUMNS, words=_TEXT)
     for line in rows(result):
         table.add_row(*line)
-    console.print(table)
+    show(table, _TEXT)
 
 
 def headline(result: dict) -> str:

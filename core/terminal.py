@@ -1,0 +1,63 @@
+"""Tables on the terminal: whole where it is wide enough, else a row after the other."""
+
+from __future__ import annotations
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+_WIDE = 400  # columns of what is no terminal: no table of ours is wider
+
+
+def new_table(title: str | Text, *columns: str, words: int = 1, caption: str = "") -> Table:
+    """An empty table whose first `words` columns hold words; in the others, figures, a heading breaks behind a comma."""
+    table = Table(
+        title=title,
+        title_justify="left",
+        caption=caption or None,
+        caption_justify="left",
+        box=SIMPLE_HEAD,
+        padding=(0, 1),
+    )
+    for index, column in enumerate(columns):
+        table.add_column(column.replace(", ", ",\n"), justify="left" if index < words else "right", no_wrap=True)
+    return table
+
+
+def show(table: Table, words: int = 1) -> None:
+    """`table` on standard output.
+
+    A terminal that is narrower than it gets a block of lines for each row: its first `words` cells, and below them
+    the others with their headings.
+    """
+    console = Console() if Console().is_terminal else Console(width=_WIDE)
+    if _least_width(console, table) <= console.width:
+        console.print(table)
+        return
+    console.print(table.title, style="italic", end="\n\n", highlight=False)
+    headings = [str(column.header).replace("\n", " ").strip() for column in table.columns]
+    for cells in zip(*(column.cells for column in table.columns), strict=True):
+        console.print(Text(" ").join(_text(cell) for cell in cells[:words] if str(cell)), style="bold")
+        block = Table.grid(padding=(0, 2, 0, 0))
+        block.add_column(no_wrap=True)
+        block.add_column()
+        for heading, cell in zip(headings[words:], cells[words:], strict=True):
+            if str(cell):
+                block.add_row(f"  {heading}", _text(cell))
+        console.print(block)
+    if table.caption:
+        console.print(table.caption, style="dim", highlight=False)
+
+
+def _least_width(console: Console, table: Table) -> int:
+    """Of `table`, with every column that may not wrap in full."""
+    width = 0
+    for column in table.columns:
+        sizes = [console.measure(cell) for cell in (column.header, *column.cells)]
+        width += max(size.maximum if column.no_wrap else size.minimum for size in sizes) + 2
+    return width
+
+
+def _text(cell: object) -> Text:
+    return cell if isinstance(cell, Text) else Text(str(cell))

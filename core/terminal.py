@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -12,14 +11,7 @@ _WIDE = 400  # columns of what is no terminal: no table of ours is wider
 
 def new_table(title: str | Text, *columns: str, words: int = 1, caption: str = "") -> Table:
     """An empty table whose first `words` columns hold words; in the others, figures, a heading breaks behind a comma."""
-    table = Table(
-        title=title,
-        title_justify="left",
-        caption=caption or None,
-        caption_justify="left",
-        box=SIMPLE_HEAD,
-        padding=(0, 1),
-    )
+    table = Table(title=title, title_justify="left", caption=caption or None, caption_justify="left")
     for index, column in enumerate(columns):
         table.add_column(column.replace(", ", ",\n"), justify="left" if index < words else "right", no_wrap=True)
     return table
@@ -52,10 +44,10 @@ def show(table: Table, words: int = 1) -> None:
 
 def _least_width(console: Console, table: Table) -> int:
     """Of `table`, with every column that may not wrap in full."""
-    width = 0
+    width = 1
     for column in table.columns:
         sizes = [console.measure(cell) for cell in (column.header, *column.cells)]
-        width += max(size.maximum if column.no_wrap else size.minimum for size in sizes) + 2
+        width += max(size.maximum if column.no_wrap else size.minimum for size in sizes) + 3
     return width
 
 

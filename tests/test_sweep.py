@@ -176,7 +176,7 @@ def interrupted(command: list[str], work: Path, line: str) -> None:
         time.sleep(0.5)
         os.killpg(process.pid, signal.SIGINT)
         said.append(process.stderr.read())
-        assert process.wait(120) == 130 and "Traceback" not in "".join(said), said
+        assert process.wait(120) == 130 and "Traceback" not in "".join(said), "".join(said)
     assert not leftovers(work) and not list((work / "cells").glob("latency-*"))
 
 

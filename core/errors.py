@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import errno
 import os
 import signal
@@ -19,7 +18,8 @@ _NO_SUCH_PLACE = dict.fromkeys(
 _TOO_LARGE = {errno.EFBIG: "choose a place that takes files of that size (`ulimit -f`, another file system)"}
 _BROKEN_DISK = {errno.EIO: "check the disk"}
 MENDS = _DISK_FULL | _FORBIDDEN | _NO_SUCH_PLACE | _TOO_LARGE | _BROKEN_DISK
-_STOPS = (signal.SIGINT, signal.SIGTERM)
+_STOPS = {signal.SIGINT, signal.SIGTERM}
+_IGNORED = {number for number in _STOPS if signal.getsignal(number) is signal.SIG_IGN}
 
 
 class UserError(Exception):
@@ -37,9 +37,7 @@ def run(main: Callable[[], int]) -> None:
     SIGINT exits 130 and SIGTERM 143, both through `finally`, so that temporary folders are removed; a second one
     does not break that off.
     """
-    for number in _STOPS:
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as in the background of a script
-            signal.signal(number, _stop)
+    _set_handlers(_stop)
     try:
         status = main()
     except UserError as error:
@@ -58,8 +56,9 @@ def run(main: Callable[[], int]) -> None:
             f"{where}{error.strerror.lower()}; {MENDS[error.errno]} and run the command again (nothing was published)"
         )
     finally:
-        # While the interpreter ends there is nothing left to unwind, and an exception would be a traceback.
-        atexit.register(_set_handlers, signal.SIG_DFL)
+        # While the interpreter ends (it joins threads first) nothing is left to unwind, and an exception would be a
+        # traceback.
+        _set_handlers(signal.SIG_DFL)
     sys.exit(status)
 
 
@@ -70,8 +69,9 @@ def _stop(number: int, _frame: object) -> NoReturn:
     sys.exit(128 + number)
 
 
-def _set_handlers(handler: signal.Handlers) -> None:
-    for number in _STOPS:
+def _set_handlers(handler: signal.Handlers | Callable) -> None:
+    """Of both signals, but where a shell has one ignored, as in the background of a script."""
+    for number in _STOPS - _IGNORED:
         signal.signal(number, handler)
 
 

@@ -12,22 +12,21 @@ import onnx_ir as ir
 from google.protobuf.message import DecodeError
 
 from core.errors import UserError
+from core.onnx_wire import GRAPH_INITIALIZER, MODEL_GRAPH, TENSOR_RAW_DATA, frame, read_without_weights
 
 DATA = "model.onnx.data"
 # A protobuf message is limited to 2 GiB; the graph itself and the framing need a little of it.
 INLINE_LIMIT_BYTES = 2**31 - 2**24
-# Field numbers of onnx.proto3.
-_MODEL_GRAPH, _GRAPH_INITIALIZER, _TENSOR_RAW_DATA = 7, 5, 9
 
 
 def load(path: Path) -> ir.Model:
-    """Read an ONNX file; its weights stay where they are (external ones are memory-mapped).
+    """Read an ONNX file; its weights stay where they are, and are mapped when somebody reads them.
 
     Raises UserError where the file is corrupt or no valid model, or its external data is missing, too short, or
     outside its folder.
     """
     try:
-        proto = onnx.load(path, load_external_data=False)
+        proto = read_without_weights(path)
         _check_external_data(proto, path)
         onnx.checker.check_model(_without_data(proto))
         model = ir.from_proto(proto)
@@ -94,8 +93,7 @@ def save(model: ir.Model, folder: Path) -> None:
 
     Weights are evaluated and written one at a time: serializing through one protobuf message would hold
     every weight twice (GPT-2 small peaks at 2.3 GB so, and at 0.8 GB here). Only the framing of the three enclosing messages
-    is written here, by the protobuf encoding (protobuf.dev/programming-guides/encoding); every message
-    inside is the library's.
+    is written here (core/onnx_wire.py); every message inside is the library's.
     """
     weights = {name: value.const_value for name, value in model.graph.initializers.items()}
     if sum(tensor.nbytes for tensor in weights.values()) > INLINE_LIMIT_BYTES:
@@ -109,16 +107,19 @@ def save(model: ir.Model, folder: Path) -> None:
         for name, tensor in weights.items()
     }
     lengths = {
-        name: len(heads[name]) + len(_frame(_TENSOR_RAW_DATA, tensor.nbytes)) + tensor.nbytes
+        name: len(heads[name]) + len(frame(TENSOR_RAW_DATA, tensor.nbytes)) + tensor.nbytes
         for name, tensor in weights.items()
     }
-    total = len(graph) + sum(len(_frame(_GRAPH_INITIALIZER, length)) + length for length in lengths.values())
-    with (folder / "model.onnx").open("wb") as file:
+    total = len(graph) + sum(len(frame(GRAPH_INITIALIZER, length)) + length for length in lengths.values())
+    # Under another name, since weights may be mapped from the file that is there.
+    new = folder / ".tmp-model.onnx"
+    with new.open("wb") as file:
         file.write(skeleton.SerializeToString(deterministic=True))
-        file.write(_frame(_MODEL_GRAPH, total) + graph)
+        file.write(frame(MODEL_GRAPH, total) + graph)
         for name, tensor in weights.items():
-            file.write(_frame(_GRAPH_INITIALIZER, lengths[name]) + heads[name])
+            file.write(frame(GRAPH_INITIALIZER, lengths[name]) + heads[name])
             _write_raw(file, tensor)
+    new.replace(folder / "model.onnx")
 
 
 def _without_weights(model: ir.Model, weights: dict) -> ir.Model:
@@ -133,15 +134,5 @@ def _write_raw(file: BinaryIO, tensor: ir.TensorProtocol) -> None:
     data = tensor.tobytes()
     if len(data) != tensor.nbytes:
         raise ValueError(f"{tensor.name}: {len(data)} bytes where its type and shape say {tensor.nbytes}")
-    file.write(_frame(_TENSOR_RAW_DATA, len(data)))
+    file.write(frame(TENSOR_RAW_DATA, len(data)))
     file.write(data)
-
-
-def _frame(field: int, length: int) -> bytes:
-    """Tag of a length-delimited field, and the length as a varint."""
-    out = bytearray([field << 3 | 2])
-    while length > 0x7F:
-        out.append(length & 0x7F | 0x80)
-        length >>= 7
-    out.append(length)
-    return bytes(out)

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import onnx
-
 from core.artifact import COMPANIONS
 from core.onnx_file import external_data
+from core.onnx_wire import read_without_weights
 from eval.subject import Subject
 
 
 def inference_files(model: Path) -> list[Path]:
     """All that inference with an ONNX file needs: itself, its external data, configuration and tokenizer."""
-    proto = onnx.load(model, load_external_data=False)
-    external = {info.location for _, info in external_data(proto)}
+    external = {info.location for _, info in external_data(read_without_weights(model))} - {model.name}
     return [model, *(model.parent / name for name in sorted(external)), *_companions(model.parent)]
 
 

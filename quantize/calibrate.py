@@ -9,6 +9,7 @@ So each product has one thread, and the processors share the tensors instead: th
 
 from __future__ import annotations
 
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -87,7 +88,7 @@ def _calibrate(
                 smooth.apply(model.graph, tensor.group, tensor.smoothing)
         histograms = _histograms(model, block, windows, before, tensors, work) if _is_static(plan) else {}
         inputs = [(projection, tensor) for tensor in tensors for projection in tensor.projections]
-        decided = pool.map(lambda pair: _site(*pair, histograms.get(pair[1].name), tables, plan), inputs)  # noqa: B023
+        decided = pool.map(lambda pair: _site(*pair, histograms.get(pair[1].name), tables, plan, work), inputs)  # noqa: B023
         sites |= {projection.name: site for (projection, _), site in zip(inputs, decided, strict=True)}
         if until in sites:
             break
@@ -240,7 +241,7 @@ def _histograms(
 
 
 def _site(
-    projection: Projection, tensor: _Tensor, histogram: Histogram | None, tables: set[ir.Value], plan: Plan
+    projection: Projection, tensor: _Tensor, histogram: Histogram | None, tables: set[ir.Value], plan: Plan, work: Path
 ) -> Site:
     keep, activation = tensor.keep, None
     rows, output = tensor.moments.rows[:, keep], tensor.output(tensor.moments.rows)
@@ -254,13 +255,24 @@ def _site(
         activation = min(map(PerRow, ROW_ZERO_POINTS), key=error)
     weight = projection.matrix
     taken = np.flatnonzero(~keep)
-    rounded = None if projection.weight in tables else _round(weight, tensor.moments.gram, keep, plan)
+    rounded = None
+    if projection.weight not in tables:
+        rounded = _round(weight, tensor.moments.gram, keep, plan)
+        rounded = replace(rounded, q=_on_disk(rounded.q, work))
     account = {"alpha": tensor.smoothing.alpha} if plan.alphas else {}
     if activation is not None:
         account |= asdict(activation) | {"relative_error": error(activation)}
     if len(taken):
         account |= {"float_channels": taken.tolist(), "float_bytes": 4 * weight[taken].size}
     return Site(rounded, activation, taken, np.ascontiguousarray(weight[taken]), account, histogram)
+
+
+def _on_disk(array: np.ndarray, folder: Path) -> np.ndarray:
+    """`array` mapped from a file in `folder` that has no name: all of a model's integers would be a quarter of it."""
+    with tempfile.TemporaryFile(dir=folder) as file:
+        np.ascontiguousarray(array).tofile(file)
+        file.flush()
+        return np.memmap(file, array.dtype, "r", shape=array.shape)
 
 
 def _round(weight: np.ndarray, gram: np.ndarray | None, keep: np.ndarray, plan: Plan) -> IntWeight:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import NameFixPass, RemoveUnusedNodesPass
@@ -15,6 +17,21 @@ def constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
             ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
         )
     return graph.initializers[name]
+
+
+def lazy_constant(
+    graph: ir.Graph, name: str, dtype: ir.DataType, shape: Sequence[int], make: Callable[[], np.ndarray]
+) -> ir.Value:
+    """An initializer that `make` gives whenever it is read: all of a model's at once would be as large as the file."""
+
+    def tensor() -> ir.Tensor:
+        return ir.tensor(np.ascontiguousarray(make()), name=name)
+
+    sizes = ir.Shape(shape)
+    value = ir.Value(name=name, shape=sizes, type=ir.TensorType(dtype))
+    value.const_value = ir.LazyTensor(tensor, dtype, sizes, name=name)
+    graph.register_initializer(value)
+    return value
 
 
 def replace_node(graph: ir.Graph, node: ir.Node, tape: ir.tape.Tape, result: ir.Value) -> None:

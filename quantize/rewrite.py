@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from quantize.graph import constant, replace_node
+from quantize.graph import constant, lazy_constant, replace_node
 from quantize.plan import Site
 from quantize.rounding import Grid, IntWeight, round_to_nearest
 from quantize.sites import Embedding, Projection, find_embeddings, find_projections
@@ -34,10 +34,10 @@ class Weights:
         self._put(projection.weight, projection.channel_axis, weight)
 
     def _put(self, weight: ir.Value, axis: int, rounded: IntWeight) -> None:
-        q = np.ascontiguousarray(rounded.q if axis == 1 else rounded.q.T)
+        q = rounded.q if axis == 1 else rounded.q.T
         suffix = "" if not any(name == weight.name for name, _ in self._stored) else f"_{axis}"
         self._stored[weight.name, axis] = (
-            constant(self._graph, f"{weight.name}_int8{suffix}", q),
+            lazy_constant(self._graph, f"{weight.name}_int8{suffix}", ir.DataType.INT8, q.shape, lambda: q),
             constant(self._graph, f"{weight.name}_scale{suffix}", rounded.scale[0]),
         )
 

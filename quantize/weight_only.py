@@ -33,7 +33,7 @@ import onnx_ir as ir
 
 from core.errors import UserError
 from quantize.fuse import ORT
-from quantize.graph import clean, constant, replace_node
+from quantize.graph import clean, constant, lazy_constant, replace_node
 from quantize.plan import Site
 from quantize.recipes import Target
 from quantize.rounding import Grid, IntWeight, round_to_nearest
@@ -135,16 +135,20 @@ def _scale(weight: IntWeight) -> np.ndarray:
 
 def _store_portable(graph: ir.Graph, name: str, weight: IntWeight, channel_axis: int) -> _Stored:
     grid = weight.grid
-    integer = _TYPES[grid.bits, grid.symmetric].numpy()
+    dtype, turned = _TYPES[grid.bits, grid.symmetric], channel_axis == 0
     scale, zero_point = _scale(weight), weight.zero_point
     if grid.block is None:
         scale, zero_point = scale[0], zero_point[0]
-    arrays = {f"int{grid.bits}": weight.q.astype(integer), "scale": scale}
+    q = weight.q.T if turned else weight.q
+    arrays = {"scale": scale}
     if not grid.symmetric:
-        arrays["zero_point"] = zero_point.astype(integer)
+        arrays["zero_point"] = zero_point.astype(dtype.numpy())
     parts = [
-        constant(graph, f"{name}_{suffix}", np.ascontiguousarray(array.T if channel_axis == 0 else array))
-        for suffix, array in arrays.items()
+        lazy_constant(graph, f"{name}_int{grid.bits}", dtype, q.shape, lambda: q.astype(dtype.numpy(), copy=False)),
+        *(
+            constant(graph, f"{name}_{suffix}", np.ascontiguousarray(array.T if turned else array))
+            for suffix, array in arrays.items()
+        ),
     ]
     return _Stored(weight, channel_axis, parts)
 
@@ -204,13 +208,18 @@ def _store_ort(graph: ir.Graph, name: str, weight: IntWeight, channel_axis: int)
         )
     shift = 2 ** (grid.bits - 1) if grid.symmetric else 0
     blocks = -(-inputs // block)
-    q = np.zeros((channels, blocks * block), np.uint8)
-    q[:, :inputs] = weight.q.T.view(np.uint8) + np.uint8(shift)  # modulo 256
+
+    def packed() -> np.ndarray:
+        q = np.zeros((channels, blocks * block), np.uint8)
+        q[:, :inputs] = weight.q.T.view(np.uint8) + np.uint8(shift)  # modulo 256
+        return _pack(q, grid.bits).reshape(shape)
+
+    shape = (channels, blocks, block * grid.bits // 8)
     scale, zero_point = np.ascontiguousarray(_scale(weight).T), None if grid.symmetric else weight.zero_point.T
     if grid.block is None and zero_point is not None:
         zero_point = np.repeat(zero_point, blocks, axis=1)
     parts = [
-        constant(graph, f"{name}_int{grid.bits}", _pack(q, grid.bits).reshape(channels, blocks, -1)),
+        lazy_constant(graph, f"{name}_int{grid.bits}", ir.DataType.UINT8, shape, packed),
         constant(graph, f"{name}_scale", scale),
     ]
     if grid.block is None:

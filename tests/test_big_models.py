@@ -7,7 +7,10 @@ import sys
 import numpy as np
 import pytest
 
-from tools.big_models import RECIPES, anonymous, write_page
+from bench.models import Shape, checkpoint
+from quantize.recipes import RECIPES as RECIPES_BY_NAME
+from quantize.recipes import to_json
+from tools.big_models import RECIPES, anonymous, join, step, write_page
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 
@@ -31,6 +34,35 @@ input()
     assert 60e6 < own < 100e6  # and not the mapped 40 MB, with what Python and NumPy take
     assert 100e6 < below < 120e6
     assert anonymous(process.pid) == (0, 0)
+
+
+def test_memory_does_not_grow_with_the_model(tmp_path):
+    """Export streams weights from the checkpoint to the file, and so does rounding to nearest."""
+    recipe = to_json(RECIPES_BY_NAME["int8-weight"]) | {"rounding": "nearest", "smoothing": []}
+    (tmp_path / "nearest.json").write_text(json.dumps(recipe))
+    sizes, peaks = [], []
+    for layers in (2, 14):
+        shape = Shape(f"layers-{layers}", layers=layers, width=512, heads=8, vocabulary=8192, positions=128)
+        model = checkpoint(shape, tmp_path)
+        sizes.append((model / "model.safetensors").stat().st_size)
+        export = step(["export", "--model", model, "--output", tmp_path / "out"])
+        nearest = step(
+            ["quantize", "--model", model, "--output", tmp_path / "out", "--recipes", tmp_path / "nearest.json"]
+        )
+        peaks.append((export["anonymous_bytes_of_the_first"], nearest["anonymous_bytes"]))
+    growth = np.subtract(*peaks[::-1]) / np.subtract(*sizes[::-1])
+    assert growth[0] < 0.1 and growth[1] < 0.1, growth
+
+
+def test_another_size_joins_what_was_measured(tmp_path):
+    about = {"cpu": "a CPU", "processors": 2, "memory_bytes": 24e9, "tokens": 1024, "versions": {"numpy": "2"}}
+    path = tmp_path / "big.json"
+    assert join(path, about, []) == []
+    rows = [{"shape": name, "n": number} for number, name in enumerate(("gpt2", "gpt2-xl"))]
+    path.write_text(json.dumps(about | {"rows": rows}))
+    assert [row["shape"] for row in join(path, about, [{"shape": "gpt2-medium"}])] == ["gpt2", "gpt2-medium", "gpt2-xl"]
+    assert join(path, about, [{"shape": "gpt2", "n": 7}])[0]["n"] == 7
+    assert join(path, about | {"versions": {"numpy": "3"}}, [{"shape": "gpt2-xl"}]) == [{"shape": "gpt2-xl"}]
 
 
 def test_the_page_is_made_of_the_figures(tmp_path):

@@ -47,7 +47,7 @@ def save_both(model: ir.Model, tmp_path: Path) -> Path:
     for name in ("ours", "theirs"):
         (tmp_path / name).mkdir(exist_ok=True)
     onnx_file.save(model, tmp_path / "ours")
-    ir.save(model, tmp_path / "theirs" / "model.onnx")
+    ir.save(ir.external_data.load_to_model(model), tmp_path / "theirs" / "model.onnx")
     assert [file.name for file in (tmp_path / "ours").iterdir()] == ["model.onnx"]
     assert_same_model(tmp_path / "ours" / "model.onnx", tmp_path / "theirs" / "model.onnx")
     return tmp_path / "ours" / "model.onnx"

@@ -26,6 +26,7 @@ from sweep.page import html, markdown
 from sweep.parts import groups, shards
 from sweep.result import front
 from sweep.store import Store
+from tools import sweep_speedup
 from tools.ray_cluster import Cluster
 
 VENV = ROOT / ".venv-ray"
@@ -414,3 +415,17 @@ def test_a_node_that_dies_changes_nothing(cluster: Cluster, place: Path, here: R
     assert "again     " in said
     assert not leftovers(place / "ray")
     assert_equal(place, "here", "ray")
+
+
+def test_the_page_of_the_speed_up_is_made_of_its_figures() -> None:
+    tasks = {"export": [10.0, 10.0], "quantize": [20.0] * 10, "quality": [6.0] * 12, "latency": [5.0] * 12}
+    runs = {
+        str(workers): [{"seconds": seconds, "tasks": tasks}] * 3 for workers, seconds in ((0, 350), (1, 360), (2, 200))
+    }
+    fields = {"cpu": "a CPU", "recipes": ["a"] * 5, "tokens": 1000, "cells": 12, "runs": runs}
+    text = sweep_speedup.page(fields)
+    assert "| 2 workers | 200 200 200 | 1.80 | 20 | 200 | 72 | 60 |" in text
+    # 20 exports of 10 s, 900 quantizations of 20 s, 1,000 cells of 72 / 12 s, 920 latencies of 5 s.
+    plain = " ".join(text.split())
+    assert "20 exports of 10.0 s, 900 quantizations of 20.0 s, 1000 cells to score of 6.0 s, 920 latencies" in plain
+    assert "| 1 | 3.3 | 300.0 | 100.0 | 76.7 | 8.00 |" in text and "| 50 | 0.2 | 6.0 | 2.0 | 1.5 | 0.16 |" in text

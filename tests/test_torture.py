@@ -345,6 +345,25 @@ def test_a_second_signal_does_not_break_off_the_cleaning(number: int, status: in
     assert (done.returncode, done.stdout, done.stderr) == (status, "cleaned\n", "")
 
 
+AT_THE_END = """
+import os, signal, sys, threading, time
+sys.path.insert(0, sys.argv[1])
+from core.errors import run
+def main():
+    threading.Thread(target=time.sleep, args=[1]).start()
+    threading.Timer(0.3, os.kill, [os.getpid(), int(sys.argv[2])]).start()
+    return 0
+run(main)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_the_interpreter_ends_says_nothing(number: int) -> None:
+    """It joins threads then, outside of all code of ours (interrupt/36, /50 and /61 of the campaign of seed 0)."""
+    done = subprocess.run([sys.executable, "-c", AT_THE_END, ROOT, str(int(number))], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (-number, "")
+
+
 def test_ctrl_c_is_ignored_where_it_was(tmp_path: Path) -> None:
     """A script that starts us in the background has us ignore it."""
     command = f"{sys.executable} -c 'import sys; sys.path.insert(0, sys.argv[1]); import os, signal\n"

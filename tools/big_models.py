@@ -1,6 +1,7 @@
 """What big models cost: every step over GPT-2's four sizes, in time and memory -> docs/big-models.json and .md.
 
-python tools/big_models.py --shapes gpt2 gpt2-medium gpt2-large gpt2-xl    measures, a shape at a time
+python tools/big_models.py --shapes gpt2 gpt2-medium gpt2-large gpt2-xl    measures, a shape at a time; the others that
+                                                                           the JSON has stay, where they are of this machine
 python tools/big_models.py --reprint                                       the page anew from the JSON
 
 Steps are the stages' own commands. Their memory is the anonymous one: RssAnon of /proc/PID/status, summed over the
@@ -57,21 +58,32 @@ def main() -> int:
         return 0
     if not sys.platform.startswith("linux"):
         raise UserError("tools/big_models.py: reads /proc, which is Linux's; run it there")
-    rows: list[dict] = []
+    about = {
+        "cpu": cpu_name(),
+        "processors": os.cpu_count(),
+        "memory_bytes": memory_bytes(),
+        "tokens": args.tokens,
+        "versions": artifact.versions("onnxruntime", "onnx", "onnx-ir", "numpy", "torch"),
+    }
     for name in args.shapes:
         with tempfile.TemporaryDirectory(prefix="cuantiza-big-", dir=args.work) as work:
-            rows.append(measure(SHAPES[name], Path(work), args.tokens))
+            row = measure(SHAPES[name], Path(work), args.tokens)
         # After every size, so that what was measured is there if a larger one does not come through.
-        fields = {
-            "cpu": cpu_name(),
-            "processors": os.cpu_count(),
-            "memory_bytes": memory_bytes(),
-            "tokens": args.tokens,
-        }
-        fields |= {"versions": artifact.versions("onnxruntime", "onnx", "onnx-ir", "numpy", "torch"), "rows": rows}
-        write(args.output, json.dumps(fields, indent=1) + "\n")
+        rows = join(args.output, about, [row])
+        write(args.output, json.dumps(about | {"rows": rows}, indent=1) + "\n")
     write_page(args.output)
     return 0
+
+
+def join(path: Path, about: dict, rows: list[dict]) -> list[dict]:
+    """`rows` and those of other sizes in `path`, smallest first; what was measured elsewhere or otherwise is left out."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        known = found.pop("rows") if found.items() >= about.items() else []
+    except FileNotFoundError:
+        known = []
+    own = {row["shape"]: row for row in [*known, *rows]}
+    return [own[name] for name in ORDER if name in own]
 
 
 def measure(shape: Shape, work: Path, tokens: int) -> dict:
@@ -158,6 +170,14 @@ def write_page(path: Path) -> None:
             for row in fields["rows"]
         ]
         parts += [f"## {title}\n", table(("model", "checkpoint, GB", *steps), lines)]
+    lines = [
+        (
+            row["shape"],
+            *(f"{row['steps'][name]['seconds'] / row['checkpoint_bytes'] * 1e9:.0f}" for name in steps),
+        )
+        for row in fields["rows"]
+    ]
+    parts += ["## Seconds for each GB of the checkpoint\n", table(("model", *steps), lines)]
     lines = [
         (
             row["shape"],

@@ -92,6 +92,11 @@ MENDED = (
         "test_torture.py::test_ctrl_c_while_a_stage_loads_its_modules",
     ),
     Mended(
+        "A signal after a stage's last line, while Python joins threads, showed a traceback of Python's own",
+        "What is published is whole by then: the signal ends the process as if nobody handled it",
+        "test_torture.py::test_a_signal_while_the_interpreter_ends_says_nothing",
+    ),
+    Mended(
         "A file beyond what `ulimit -f` or the file system allows was a traceback, as was an error of the disk itself",
         "One line, status 2",
         "test_torture.py::test_a_file_too_large",

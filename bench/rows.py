@@ -41,7 +41,9 @@ ABLATION: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("int8-dynamic portable", "int8-dynamic", {}),
     ("int8-dynamic-ort, all logits", "int8-dynamic-ort", {"last_only": False}),
     ("int8-dynamic-ort, cache concatenated", "int8-dynamic-ort", {"in_place": False}),
+    ("int8-dynamic-ort, small pages", "int8-dynamic-ort", {"large_pages": False}),
     ("int8-dynamic-ort", "int8-dynamic-ort", {}),
+    ("int8-weight-ort, small pages", "int8-weight-ort", {"large_pages": False}),
     ("int8-weight-ort", "int8-weight-ort", {}),
     ("int4-weight-ort", "int4-weight-ort", {}),
 )

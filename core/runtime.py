@@ -9,6 +9,7 @@ import numpy as np
 import onnxruntime as ort
 
 from core.errors import UserError
+from core.large_pages import use_large_pages
 from core.saturation import exact_products
 from core.threads import default_threads
 
@@ -55,15 +56,18 @@ class Runtime:
         chunk: int | None = CHUNK,
         spin: bool = False,
         prepack: bool = True,
+        large_pages: bool = True,
     ) -> None:
         """`outputs` replaces the contract's, for a graph that shows something else of the same model; `spin` and
-        `prepack` as in `open_session`.
+        `prepack` as in `open_session`; `large_pages` as core/large_pages.py has it.
 
         The others concern `step`, and are there for measuring what each is worth: whether to update the cache in
         place and to compute the last position's logits alone, where the file can do so, and how many tokens of a
         prompt go through at a time (None: all).
         """
         self.session = open_session(model, threads, spin, prepack)
+        if large_pages:
+            use_large_pages()
         inputs = {item.name: item.shape for item in self.session.get_inputs()}
         found = {*inputs, *(item.name for item in self.session.get_outputs())}
         self.layers = sum(name.startswith("past_key_values.") for name in inputs) // 2

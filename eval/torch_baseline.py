@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.utils import logging
 
 from core.errors import UserError
+from core.large_pages import use_large_pages
 
 
 @dataclass
@@ -45,6 +46,7 @@ class TorchRuntime:
             torch.quantization.quantize_dynamic(
                 self._model, {torch.nn.Linear, torch.nn.LayerNorm}, dtype=torch.qint8, inplace=True
             )
+        use_large_pages()  # as core.runtime.Runtime does
 
     def forward(self, ids: np.ndarray) -> np.ndarray:
         """Logits float32 [B, T, V] of token ids [B, T]."""

@@ -2,6 +2,7 @@
 
 python tools/torture.py [--moments 200] [--seed 0] [--output docs/reliability.json] [--kinds KIND ...]
 python tools/torture.py --seed 0 --only kill/17      one moment again
+python tools/torture.py --kinds interrupt --output docs/reliability.json   one kind again; the others stay as they were
 
 After each: every artifact that exists is whole, and the next make ends with the bytes of an undisturbed run. Status 1
 where that does not hold; each finding names the command that meets its moment again. `--moments` counts the kills;
@@ -11,6 +12,7 @@ the other kinds have their share of it.
 from __future__ import annotations
 
 import argparse
+import json
 import random
 import signal
 import sys
@@ -112,7 +114,7 @@ def main() -> int:
     say(f"torture   {len(results)} moments, {findings} with findings")
     if args.output:
         counts = {"kills": args.moments, "changes": changes, "seconds": round(time.monotonic() - start)}
-        publish(to_json(results, args.seed, counts), args.output)
+        publish(join(to_json(results, args.seed, counts), args.output), args.output)
         say(f"torture   {args.output}: written")
     return 1 if findings else 0
 
@@ -191,6 +193,24 @@ def to_json(results: list[Result], seed: int, counts: dict) -> dict:
             {"moment": item.outcome.what, "wrong": list(item.outcome.wrong), "again": item.moment.command}
             for item in found
         ],
+    }
+
+
+def join(report: dict, path: Path) -> dict:
+    """`report`, and of the kinds that it has not tried, what `path` has of a campaign of the same seed and size."""
+    try:
+        old = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return report
+    if any(old[key] != report[key] for key in ("schema", "seed", "kills", "machine", "versions")):
+        return report
+    tried = {row["kind"] for row in report["kinds"]}
+    rows = {row["kind"]: row for row in [*old["kinds"], *report["kinds"]]}
+    kept = [item for item in old["findings"] if item["again"].split()[-1].split("/")[0] not in tried]
+    return report | {
+        "kinds": [rows[kind] for kind in KINDS if kind in rows],
+        "findings": [*kept, *report["findings"]],
+        "seconds": old["seconds"] + report["seconds"],
     }
 
 

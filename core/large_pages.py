@@ -1,0 +1,41 @@
+"""A process's memory in large pages: a product that reads every weight once misses the page table at every 4 KiB.
+
+GPT-2 small's int8 weights are 30,000 pages of 4 KiB, ten times what a processor's second table of translations holds,
+and how the kernel laid them out makes processes of one file differ by a fifth. ONNX Runtime asks for no large pages, and
+the kernel's usual setting (madvise) gives none unasked.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+_PAGE = 2**21
+_MADV_COLLAPSE = 25  # since Linux 6.1: now, whatever the system's setting
+
+
+def use_large_pages() -> int:
+    """Move this process's anonymous memory into pages of 2 MiB where it fills them; returns the bytes that moved.
+
+    0 where the system knows no such request: nothing depends on it but time. Copies what it moves, once.
+    """
+    if not sys.platform.startswith("linux"):
+        return 0
+    madvise = ctypes.CDLL(None).madvise
+    moved = 0
+    for start, end in list(_anonymous()):
+        start, end = -(-start // _PAGE) * _PAGE, end // _PAGE * _PAGE
+        if start < end and madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _MADV_COLLAPSE) == 0:
+            moved += end - start
+    return moved
+
+
+def _anonymous() -> Iterator[tuple[int, int]]:
+    """The ranges of addresses that are writable, private and of no file."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        addresses, access, _, _, inode, *name = line.split(maxsplit=5)
+        if access.startswith("rw") and access.endswith("p") and inode == "0" and name in ([], ["[heap]"]):
+            start, end = addresses.split("-")
+            yield int(start, 16), int(end, 16)

@@ -136,8 +136,9 @@ _INTRO = """\
 
 {cells} cells (es-mini and its twin × fp32 and {recipes} recipes × corpus/es, {tokens} tokens each) done from nothing by
 one process, by one Ray worker and by two, in turns, {rounds} times each. A worker is a Ray node with one processor
-({cpu}), which its processes are bound to, and tasks have one thread. The sweep's own process and the cluster's head run
-beside them where there is room, so that one worker is faster than the one process that does everything. All ways gave the same figures of quality, to the
+({cpu}), which its processes are bound to, and tasks have one thread. The one process is
+slower in latency because each of the fresh processes that it measures in loads the tool's modules first, 0.4 s a process,
+which Ray's workers spare them. All ways gave the same figures of quality, to the
 last bit. Made by `make sweep-speedup`; `python tools/sweep_speedup.py --reprint` prints this page anew from
 [sweep-speedup.json](sweep-speedup.json).
 """

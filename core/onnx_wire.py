@@ -15,7 +15,7 @@ from google.protobuf.message import DecodeError
 
 # Field numbers of onnx.proto3.
 MODEL_GRAPH, GRAPH_INITIALIZER, TENSOR_RAW_DATA = 7, 5, 9
-_TENSOR_EXTERNAL_DATA, _TENSOR_DATA_LOCATION = 13, 14
+_TENSOR_EXTERNAL_DATA = 13
 _VARINT, _FIXED64, _DELIMITED, _FIXED32 = 0, 1, 2, 5
 # Smaller ones are read: shapes and axes, which the library wants to look at.
 _LEAST_BYTES = 4096
@@ -55,7 +55,7 @@ def _rewritten(data: mmap.mmap, span: Span, descend: list[int], file: str) -> It
 def _without_raw_data(data: mmap.mmap, span: Span, file: str) -> Iterator[bytes]:
     fields = list(_fields(data, span))
     raw = [content for number, _, content in fields if number == TENSOR_RAW_DATA]
-    outside = any(number in (_TENSOR_EXTERNAL_DATA, _TENSOR_DATA_LOCATION) for number, _, _ in fields)
+    outside = any(number == _TENSOR_EXTERNAL_DATA for number, _, _ in fields)
     if len(raw) != 1 or outside or raw[0][1] - raw[0][0] < _LEAST_BYTES:
         yield data[slice(*span)]
         return

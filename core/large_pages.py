@@ -1,8 +1,7 @@
 """A process's memory in large pages: a product that reads every weight once misses the page table at every 4 KiB.
 
-GPT-2 small's int8 weights are 30,000 pages of 4 KiB, ten times what a processor's second table of translations holds,
-and how the kernel laid them out makes processes of one file differ by a fifth. ONNX Runtime asks for no large pages, and
-the kernel's usual setting (madvise) gives none unasked.
+GPT-2 small's int8 weights are 30,000 pages of 4 KiB, ten times what a processor's second table of translations holds.
+ONNX Runtime asks for no large pages, and the kernel's usual setting (madvise) gives none unasked.
 """
 
 from __future__ import annotations

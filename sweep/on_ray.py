@@ -65,6 +65,34 @@ class _Try:
     node: str | None = None
 
 
+class _Held:
+    """SIGINT and SIGTERM, kept until `deliver`: an exception in the midst of Ray's own code can make it abort."""
+
+    def __enter__(self) -> _Held:
+        self._kept: int | None = None
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        self._before = {number: handler for number, handler in handlers.items() if callable(handler)}
+        for number in self._before:
+            signal.signal(number, self._keep)
+        return self
+
+    def _keep(self, number: int, _frame: object) -> None:
+        self._kept = number
+
+    def deliver(self) -> None:
+        """Do what was to be done at the signal that came, if one did."""
+        if self._kept is not None:
+            number, self._kept = self._kept, None
+            self._before[number](number, None)
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        for number, handler in self._before.items():
+            if signal.getsignal(number) == self._keep:  # and not what `deliver` has set
+                signal.signal(number, handler)
+        if kind is None:
+            self.deliver()
+
+
 class OnRay:
     """The nodes of the cluster at `address` that have at least `threads` processors; `work` is on all of them.
 
@@ -80,6 +108,7 @@ class OnRay:
             # What Ray says of workers that died would stand before the table.
             stack.enter_context(redirect_stdout(sys.stderr))
             self._connect()
+            self._signals = stack.enter_context(_Held())
             stack.callback(ray.shutdown)
             self._check()
             self._open = stack.pop_all()
@@ -121,6 +150,7 @@ class OnRay:
         waiting = deque(_Try(task) for task in tasks)
         seen = time.monotonic()
         while waiting or self._running:
+            self._signals.deliver()
             nodes = self._nodes()
             if nodes:
                 seen = time.monotonic()

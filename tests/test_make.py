@@ -158,7 +158,7 @@ def test_the_goals_behind_the_pipeline(clone: Path, make: Callable[..., Result])
         shutil.copytree(ROOT / name, clone / name)
     (clone / "js").symlink_to(ROOT / "js")
     made = make("generate", "RECIPE=fp16", "PROMPT=¿Y $$HOME?", "GENERATE=--tokens 5 --seed 1")
-    assert made.status == 0 and made.stdout.startswith("¿Y $HOME?"), made.stderr
+    assert made.status == 0 and "¿Y $HOME?" in made.stdout, made.stderr  # within make, make says where it is first
     assert {path.name for path in (clone / "artifacts/tiny").glob("[!.]*")} == {"fp32", "fp16"}
     made = make("demo", "RECIPE=fp16", "BUILD=site")
     assert made.status == 0 and (clone / "site/index.html").is_file(), made.stderr

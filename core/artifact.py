@@ -195,6 +195,25 @@ def _sweep(folder: Path) -> None:
         shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink()
 
 
+def publish_texts(folder: Path, texts: dict[str, str]) -> bool:
+    """Write {name: text} as files of `folder`, each renamed into place, where one differs from what is there; whether so."""
+    if all(_holds(folder / name, text) for name, text in texts.items()):
+        return False
+    with staging(folder / "texts") as work:
+        for name, text in texts.items():
+            (work / name).write_text(text, encoding="utf-8")
+        for name in texts:
+            (work / name).replace(folder / name)
+    return True
+
+
+def _holds(file: Path, text: str) -> bool:
+    try:
+        return file.read_bytes() == text.encode()
+    except OSError:
+        return False
+
+
 @contextmanager
 def staging(target: Path) -> Iterator[Path]:
     """A temporary folder beside `target`: whatever is left in it at the end goes."""

@@ -172,21 +172,7 @@ def _publish(report: dict, output: Path, language: str) -> bool:
     report["sha256"] = _digest(report)
     report["pages"] = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in pages.items()}
     pages[JSON] = json.dumps(report, indent=1, ensure_ascii=False) + "\n"
-    if all(_holds(output / name, text) for name, text in pages.items()):
-        return False
-    with artifact.staging(output / JSON) as work:
-        for name, text in pages.items():
-            (work / name).write_text(text, encoding="utf-8")
-        for name in pages:
-            (work / name).replace(output / name)
-    return True
-
-
-def _holds(file: Path, text: str) -> bool:
-    try:
-        return file.read_bytes() == text.encode()
-    except OSError:
-        return False
+    return artifact.publish_texts(output, pages)
 
 
 if __name__ == "__main__":

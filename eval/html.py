@@ -17,34 +17,42 @@ from eval.wording import LABELS, METHOD, number, percent
 _TEMPLATES = Path(__file__).resolve().parent / "templates"
 
 
-def render(report: dict, language: str = "en") -> str:
-    """The page of `report` (docs/report.md) in `language`, en or es. Whatever the report says is escaped."""
-    environment = Environment(
-        loader=FileSystemLoader(_TEMPLATES),
+def templates(folder: Path) -> Environment:
+    """The pages' templates in `folder`: what they are given is escaped, and all of it must be given."""
+    return Environment(
+        loader=FileSystemLoader(folder),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+
+
+def render(report: dict, language: str = "en") -> str:
+    """The page of `report` (docs/report.md) in `language`, en or es. Whatever the report says is escaped."""
     labels, first = LABELS[language], report["artifacts"][0]
     facts = {"window": report["corpus"]["window_tokens"], "first": first["name"], "rounds": report["rounds"]}
     layers = charts.layers(report, labels, language)
-    return environment.get_template("report.html.j2").render(
-        language=language,
-        labels=labels,
-        report=report,
-        summary=_summary(report, labels, language),
-        conclusion=[_emphasis(line) for line in conclusion(report, language)],
-        columns=_columns(report, labels),
-        rows=[_cells(report, row, labels, language) for row in report["artifacts"]],
-        tradeoff=Markup(charts.tradeoff(report, labels, language)),
-        latency=Markup(charts.latency(report, labels, language)),
-        layers=Markup(layers) if layers else None,
-        torch=any(map(is_torch, report["artifacts"])),
-        texts=_texts(report),
-        protocols=_protocols(report, labels, language),
-        method=[line.format(**facts, threads=report["machine"]["threads"]) for line in METHOD[language]],
-        environment=_environment(report, labels, language),
+    return (
+        templates(_TEMPLATES)
+        .get_template("report.html.j2")
+        .render(
+            language=language,
+            labels=labels,
+            report=report,
+            summary=_summary(report, labels, language),
+            conclusion=[_emphasis(line) for line in conclusion(report, language)],
+            columns=_columns(report, labels),
+            rows=[_cells(report, row, labels, language) for row in report["artifacts"]],
+            tradeoff=Markup(charts.tradeoff(report, labels, language)),
+            latency=Markup(charts.latency(report, labels, language)),
+            layers=Markup(layers) if layers else None,
+            torch=any(map(is_torch, report["artifacts"])),
+            texts=_texts(report),
+            protocols=_protocols(report, labels, language),
+            method=[line.format(**facts, threads=report["machine"]["threads"]) for line in METHOD[language]],
+            environment=_environment(report, labels, language),
+        )
     )
 
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from core import artifact
 from core.terminal import new_table, show
 from eval import charts
 from eval.conclusion import shape
-from eval.html import plus_minus
+from eval.html import plus_minus, templates
 from eval.wording import LABELS, number, percent
 from sweep.grid import BASELINE
 from sweep.result import grouped
@@ -43,14 +42,7 @@ def write(result: dict, output: Path) -> bool:
         HTML: html(result),
         JSON: json.dumps(result, indent=1, ensure_ascii=False) + "\n",
     }
-    if all((output / name).is_file() and (output / name).read_bytes() == text.encode() for name, text in pages.items()):
-        return False
-    with artifact.staging(output / JSON) as work:
-        for name, text in pages.items():
-            (work / name).write_text(text, encoding="utf-8")
-        for name in pages:
-            (work / name).replace(output / name)
-    return True
+    return artifact.publish_texts(output, pages)
 
 
 def rows(result: dict) -> list[list[str]]:
@@ -147,26 +139,23 @@ def markdown(result: dict) -> str:
 
 def html(result: dict) -> str:
     """sweep.html: one file, no network; whatever the result says is escaped."""
-    environment = Environment(
-        loader=FileSystemLoader(_TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     labels = LABELS["en"]
     plots = []
     for group in grouped(result["cells"]):
         named = [row | {"name": row["recipe"]} for row in group]
         plot = Markup(charts.tradeoff({"artifacts": named}, labels, "en"))
         plots.append((f"{group[0]['model']} · {group[0]['corpus']}", plot))
-    return environment.get_template("sweep.html.j2").render(
-        title=headline(result),
-        columns=COLUMNS,
-        text=_TEXT,
-        rows=rows(result),
-        plots=plots,
-        note=labels["tradeoff_note"],
-        method=[line for line in method(result) if line],
-        failed=result["failed"],
+    return (
+        templates(_TEMPLATES)
+        .get_template("sweep.html.j2")
+        .render(
+            title=headline(result),
+            columns=COLUMNS,
+            text=_TEXT,
+            rows=rows(result),
+            plots=plots,
+            note=labels["tradeoff_note"],
+            method=[line for line in method(result) if line],
+            failed=result["failed"],
+        )
     )

@@ -58,7 +58,7 @@ class _Here:
 def merge(parts: Sequence[list[Scores]]) -> list[Scores]:
     """Scores of consecutive parts of a text, joined: those of the whole text, to the last bit.
 
-    Sums by document would do for perplexity, and not for the quantiles of KL. So a token is what is sent: 17 bytes.
+    Sums by document would do for perplexity, and not for the quantiles of KL. So a token is what is sent: 25 bytes.
     """
 
     def joined(scores: Sequence[Scores], field: str) -> np.ndarray | None:

@@ -85,12 +85,9 @@ def print_table(result: dict) -> None:
 
 
 def headline(result: dict) -> str:
-    counts = [
-        f"{count} {noun}" + ("" if count == 1 else "s")
-        for count, noun in ((len(result["models"]), "model"), (len(result["recipes"]) + 1, "recipe"))
-    ]
+    models, recipes = _count(len(result["models"]), "model"), _count(len(result["recipes"]) + 1, "recipe")
     corpora = f"{len(result['corpora'])} " + ("corpus" if len(result["corpora"]) == 1 else "corpora")
-    return f"{', '.join(counts)}, {corpora}: {len(result['cells'])} cells"
+    return f"{models}, {recipes}, {corpora}: {len(result['cells'])} cells"
 
 
 def method(result: dict) -> list[str]:

@@ -41,7 +41,7 @@ def test_memory_does_not_grow_with_the_model(tmp_path):
     recipe = to_json(RECIPES_BY_NAME["int8-weight"]) | {"rounding": "nearest", "smoothing": []}
     (tmp_path / "nearest.json").write_text(json.dumps(recipe))
     sizes, peaks = [], []
-    for layers in (2, 14):
+    for layers in (2, 26):
         shape = Shape(f"layers-{layers}", layers=layers, width=512, heads=8, vocabulary=8192, positions=128)
         model = checkpoint(shape, tmp_path)
         sizes.append((model / "model.safetensors").stat().st_size)
@@ -51,7 +51,7 @@ def test_memory_does_not_grow_with_the_model(tmp_path):
         )
         peaks.append((export["anonymous_bytes_of_the_first"], nearest["anonymous_bytes"]))
     growth = np.subtract(*peaks[::-1]) / np.subtract(*sizes[::-1])
-    assert growth[0] < 0.1 and growth[1] < 0.1, growth
+    assert growth[0] < 0.1 and growth[1] < 0.2, growth
 
 
 def test_another_size_joins_what_was_measured(tmp_path):

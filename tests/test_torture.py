@@ -46,6 +46,8 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
         ("kill", 12),  # at a change, from nothing
         ("interrupt", 1),  # SIGTERM to make alone
         ("full-disk", 17),
+        ("size-limit", 9),  # the least limit
+        ("read-only", 5),  # nothing has to be written
         ("damage", 40),
     ],
 )

@@ -100,7 +100,7 @@ MENDED = (
         "The campaign expected what is not due: a line in a log that may hold 0 bytes (size-limit/9), and a refusal where "
         "all is up to date and nothing has to be written (read-only/5)",
         "A limit leaves room for the line, and what is up to date may say so",
-        "tools/torture_disk.py",
+        "test_torture.py::test_a_moment",
     ),
     Mended(
         "A file beyond what `ulimit -f` or the file system allows was a traceback, as was an error of the disk itself",

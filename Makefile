@@ -83,8 +83,9 @@ runtimes-env: $(RUNTIMES_VENV)/.stamp
 $(RELEASE_VENV)/.stamp: pyproject.toml pins/release.txt tools/setup_env.py
 	@$(PYTHON) tools/setup_env.py "$(RELEASE_VENV)" pins/release.txt
 
-$(RAY_VENV)/.stamp: pyproject.toml pins/ray.txt tools/setup_env.py
-	@$(PYTHON) tools/setup_env.py "$(RAY_VENV)" pins/ray.txt
+# Stands on the first one, which has all but Ray and what it brings.
+$(RAY_VENV)/.stamp: pyproject.toml pins/ray.txt tools/setup_env.py $(VENV)/.stamp
+	@$(PYTHON) tools/setup_env.py "$(RAY_VENV)" pins/ray.txt "$(VENV)"
 
 # Each set of pins is an environment of its own.
 sbom: $(RELEASE_VENV)/.stamp
@@ -158,10 +159,8 @@ generate: $(if $(wildcard $(ARTIFACT)/manifest.json),$(ready),quantize)
 demo: js $(if $(wildcard $(ARTIFACT)/manifest.json),$(ready),quantize)
 	@$(run) demo --artifact "$(ARTIFACT)" --port "$(PORT)" $(if $(BUILD),--build "$(BUILD)")
 
-# Ray's own environment has all that the other has: a cluster's processes must agree on versions.
-sweep: VENV := $(if $(RAY),$(RAY_VENV),$(VENV))
 sweep: $(if $(RAY),ray,$(ready))
-	@$(run) sweep --models $(or $(MODELS),"$(MODEL)") --recipes $(RECIPES) --corpora $(or $(CORPORA),"$(CORPUS)") \
+	@$(if $(RAY),$(RAY_VENV),$(VENV))/bin/python -m sweep --models $(or $(MODELS),"$(MODEL)") --recipes $(RECIPES) --corpora $(or $(CORPORA),"$(CORPUS)") \
 	  $(if $(RAY),--ray "$(RAY)") --work "$(OUT)/sweep" --output "$(REPORTS)/sweep" $(SWEEP)
 
 sweep-speedup: ray

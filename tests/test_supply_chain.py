@@ -52,9 +52,9 @@ def wheel(folder: Path, name: str = "tiny", needs: str = "") -> str:
 PACKAGES = f"venv/lib/python3.{sys.version_info.minor}/site-packages"
 
 
-def set_up(folder: Path, pins: str) -> subprocess.CompletedProcess:
+def set_up(folder: Path, pins: str, venv: str = "venv", *below: Path) -> subprocess.CompletedProcess:
     (folder / "pins.txt").write_text(pins)
-    command = [sys.executable, ROOT / "tools/setup_env.py", folder / "venv", folder / "pins.txt"]
+    command = [sys.executable, ROOT / "tools/setup_env.py", folder / venv, folder / "pins.txt", *below]
     env = {**os.environ, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(folder)}
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
 
@@ -69,6 +69,15 @@ def test_a_file_with_another_hash_is_not_installed(tmp_path):
         assert "hash" in refused.stderr.lower()  # pip's own words say which file
     accepted = set_up(tmp_path, f"tiny==1.0 --hash=sha256:{digest}\n")
     assert accepted.returncode == 0 and module.exists(), accepted.stderr
+
+
+def test_an_environment_that_stands_on_another_installs_only_what_that_lacks(tmp_path):
+    pins = {name: f"{name}==1.0 --hash=sha256:{wheel(tmp_path, name)}\n" for name in ("tiny", "other")}
+    assert set_up(tmp_path, pins["tiny"]).returncode == 0
+    done = set_up(tmp_path, "".join(pins.values()), "above", tmp_path / "venv")
+    assert done.returncode == 0, done.stderr
+    assert {file.name for file in (tmp_path / "above").rglob("*.py")} & {"tiny.py", "other.py"} == {"other.py"}
+    subprocess.run([tmp_path / "above/bin/python", "-c", "import tiny, other"], check=True)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="torch's CPU build is asked for on Linux alone")

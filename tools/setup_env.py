@@ -1,5 +1,6 @@
 """Make a virtual environment with pinned packages: `python tools/setup_env.py .venv pins/default.txt`.
 
+A third argument, `.venv`, is an environment that the new one stands on: what that has of the pins is not installed again.
 Nothing is installed that the pins have no hash of, but for torch's CUDA packages where its CPU build cannot be had.
 Runs before anything is installed, so it uses the standard library alone. Two makes at once take turns.
 """
@@ -13,6 +14,7 @@ import platform
 import re
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from pathlib import Path
 
@@ -27,7 +29,7 @@ def main() -> int:
             file=sys.stderr,
         )
         return 2
-    venv, pins = Path(sys.argv[1]), Path(sys.argv[2])
+    venv, pins, *below = map(Path, sys.argv[1:])
     venv.parent.mkdir(parents=True, exist_ok=True)
     with (venv.parent / f"{venv.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -35,18 +37,22 @@ def main() -> int:
         wanted = f"{hashlib.sha256(pins.read_bytes()).hexdigest()} {platform.python_version()}"
         if not (stamp.is_file() and stamp.read_text() == wanted):
             print(f"setting up {venv} (once; a few minutes)", file=sys.stderr)
-            install(venv, pins)
+            install(venv, pins, *below)
             stamp.write_text(wanted)
         stamp.touch()
     return 0
 
 
-def install(venv: Path, pins: Path) -> None:
+def install(venv: Path, pins: Path, below: Path | None = None) -> None:
     (venv / ".stamp").unlink(missing_ok=True)
     python = venv / "bin" / "python"
     if version_of(python) != platform.python_version():
         # A half-made environment, or one of another Python: its packages would be in the wrong place.
         subprocess.run([sys.executable, "-m", "venv", "--clear", venv], check=True)
+    if below:
+        # pip takes what it finds there for installed, where the version is the pinned one; torch alone is 0.8 GB.
+        site, other = (Path(sysconfig.get_path("purelib", "venv", vars={"base": root})) for root in (venv, below))
+        (site / "below.pth").write_text(f"{os.path.relpath(other.absolute(), site.absolute())}\n")
     pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     # The pins are all that there is to install: what they do not name has no hash.
     hashed = ["--require-hashes", "--no-deps"]

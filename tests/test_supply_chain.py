@@ -34,12 +34,12 @@ def test_this_environment_is_what_the_pins_say():
     assert {name: version(name).split("+")[0] for name, *_ in pins} == {name: number for name, number, _ in pins}
 
 
-def wheel(folder: Path, name: str = "tiny", needs: str = "") -> str:
+def wheel(folder: Path, name: str = "tiny", needs: str = "", version: str = "1.0") -> str:
     """Make a package of one empty module in `folder`; returns its sha256 in hex."""
-    path, about = folder / f"{name}-1.0-py3-none-any.whl", f"{name}-1.0.dist-info"
+    path, about = folder / f"{name}-{version}-py3-none-any.whl", f"{name}-{version}.dist-info"
     files = {
         f"{name}.py": "",
-        f"{about}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n{needs}",
+        f"{about}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n{needs}",
         f"{about}/WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
         f"{about}/RECORD": "",
     }
@@ -73,11 +73,16 @@ def test_a_file_with_another_hash_is_not_installed(tmp_path):
 
 def test_an_environment_that_stands_on_another_installs_only_what_that_lacks(tmp_path):
     pins = {name: f"{name}==1.0 --hash=sha256:{wheel(tmp_path, name)}\n" for name in ("tiny", "other")}
+    own = lambda: {file.name for file in (tmp_path / "above").rglob("*.py")} & {"tiny.py", "other.py"}  # noqa: E731
     assert set_up(tmp_path, pins["tiny"]).returncode == 0
     done = set_up(tmp_path, "".join(pins.values()), "above", tmp_path / "venv")
-    assert done.returncode == 0, done.stderr
-    assert {file.name for file in (tmp_path / "above").rglob("*.py")} & {"tiny.py", "other.py"} == {"other.py"}
+    assert done.returncode == 0 and own() == {"other.py"}, done.stderr
     subprocess.run([tmp_path / "above/bin/python", "-c", "import tiny, other"], check=True)
+    # The lower one has another version now, which is not the upper one's pin: that gets its own.
+    newer = wheel(tmp_path, version="2.0")
+    assert set_up(tmp_path, f"tiny==2.0 --hash=sha256:{newer}\n").returncode == 0
+    done = set_up(tmp_path, "".join(pins.values()), "above", tmp_path / "venv")
+    assert done.returncode == 0 and own() == {"tiny.py", "other.py"}, done.stderr
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="torch's CPU build is asked for on Linux alone")

@@ -29,21 +29,25 @@ def main() -> int:
             file=sys.stderr,
         )
         return 2
-    venv, pins, *below = map(Path, sys.argv[1:])
+    venv, pins, *rest = map(Path, sys.argv[1:])
+    below = rest[0] if rest else None
     venv.parent.mkdir(parents=True, exist_ok=True)
     with (venv.parent / f"{venv.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         stamp = venv / ".stamp"
         wanted = f"{hashlib.sha256(pins.read_bytes()).hexdigest()} {platform.python_version()}"
+        if below:
+            # With other versions there, what the pins ask for may be missing.
+            wanted += f" on {(below / '.stamp').read_text()}"
         if not (stamp.is_file() and stamp.read_text() == wanted):
             print(f"setting up {venv} (once; a few minutes)", file=sys.stderr)
-            install(venv, pins, *below)
+            install(venv, pins, below)
             stamp.write_text(wanted)
         stamp.touch()
     return 0
 
 
-def install(venv: Path, pins: Path, below: Path | None = None) -> None:
+def install(venv: Path, pins: Path, below: Path | None) -> None:
     (venv / ".stamp").unlink(missing_ok=True)
     python = venv / "bin" / "python"
     if version_of(python) != platform.python_version():

@@ -7,10 +7,10 @@ import sys
 import numpy as np
 import pytest
 
-from bench.models import Shape, checkpoint
+from bench.models import SHAPES, Shape, checkpoint
 from quantize.recipes import RECIPES as RECIPES_BY_NAME
 from quantize.recipes import to_json
-from tools.big_models import RECIPES, anonymous, join, step, write_page
+from tools.big_models import RECIPES, anonymous, growth, join, step, write_page
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 
@@ -82,3 +82,18 @@ def test_the_page_is_made_of_the_figures(tmp_path):
     page = (tmp_path / "big.md").read_text()
     assert "| gpt2 | 0.50 | 12 | 12 | 12 | 12 | 12 |" in page and "| 2.50 |" in page and "| 0.34 |" in page
     assert page.count("+0.1000") == len(RECIPES)
+
+
+def test_growth_of_what_is_linear_is_one():
+    """Time 3 s a GB of the blocks and memory of half the checkpoint and 1 GB, over sizes that differ in both."""
+
+    def row(name):
+        shape = SHAPES[name]
+        blocks = 4 * shape.layers * 12 * shape.width**2
+        whole = blocks + 4 * shape.width * (shape.vocabulary + shape.positions)
+        steps = {"export": {"seconds": 3e-9 * blocks, "anonymous_bytes": whole / 2 + 1e9}}
+        return {"shape": name, "checkpoint_bytes": whole, "steps": steps}
+
+    whole, blocks, memory = growth([row(name) for name in ("gpt2", "gpt2-medium", "gpt2-xl")], ["export"])
+    assert (blocks[1], memory[1]) == ("1.00", "0.50")
+    assert 1 < float(whole[1]) < 1.2  # the embedding's share falls

@@ -54,15 +54,16 @@ def test_memory_does_not_grow_with_the_model(tmp_path):
     assert growth[0] < 0.1 and growth[1] < 0.2, growth
 
 
-def test_another_size_joins_what_was_measured(tmp_path):
+def test_another_size_or_step_joins_what_was_measured(tmp_path):
     about = {"cpu": "a CPU", "processors": 2, "memory_bytes": 24e9, "tokens": 1024, "versions": {"numpy": "2"}}
     path = tmp_path / "big.json"
     assert join(path, about, []) == []
-    rows = [{"shape": name, "n": number} for number, name in enumerate(("gpt2", "gpt2-xl"))]
+    rows = [{"shape": name, "steps": {"export": 1, "eval": 2}, "n": 3} for name in ("gpt2", "gpt2-xl")]
     path.write_text(json.dumps(about | {"rows": rows}))
-    assert [row["shape"] for row in join(path, about, [{"shape": "gpt2-medium"}])] == ["gpt2", "gpt2-medium", "gpt2-xl"]
-    assert join(path, about, [{"shape": "gpt2", "n": 7}])[0]["n"] == 7
-    assert join(path, about | {"versions": {"numpy": "3"}}, [{"shape": "gpt2-xl"}]) == [{"shape": "gpt2-xl"}]
+    medium, export = {"shape": "gpt2-medium", "steps": {"export": 9}}, {"shape": "gpt2", "steps": {"export": 8}}
+    assert join(path, about, [medium]) == [rows[0], medium, rows[1]]
+    assert join(path, about, [export])[0] == {"shape": "gpt2", "steps": {"export": 8, "eval": 2}, "n": 3}
+    assert join(path, about | {"versions": {"numpy": "3"}}, [medium]) == [medium]
 
 
 def test_the_page_is_made_of_the_figures(tmp_path):

@@ -2,6 +2,7 @@
 
 python tools/big_models.py --shapes gpt2 gpt2-medium gpt2-large gpt2-xl    measures, a shape at a time; the others that
                                                                            the JSON has stay, where they are of this machine
+python tools/big_models.py --steps int8-weight-nearest                     export and this step alone, anew or besides
 python tools/big_models.py --reprint                                       the page anew from the JSON
 
 Steps are the stages' own commands. Their memory is the anonymous one: RssAnon of /proc/PID/status, summed over the
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from math import log
 from pathlib import Path
 from statistics import linear_regression
@@ -28,12 +30,16 @@ from core import artifact
 from core.errors import UserError, run
 from core.machine import cpu_name, memory_bytes
 from core.progress import report as say
+from quantize.recipes import RECIPES as RECIPES_BY_NAME
+from quantize.recipes import to_json
 from tools.reliability_page import table, wrapped, write
 
 ROOT = Path(__file__).resolve().parent.parent
 JSON = ROOT / "docs/big-models.json"
 ORDER = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 RECIPES = ("int8-dynamic", "int8-static", "int4-weight")
+NEAREST = "int8-weight-nearest"
+STEPS = (NEAREST, *RECIPES, "eval")
 _INTRO = """\
 # Big models on a small machine
 
@@ -42,7 +48,9 @@ GPT-2's four sizes with random weights, exported, quantized and evaluated by the
 [big-models.json](big-models.json).
 
 Memory is the largest sum of anonymous memory (RssAnon) over a step's processes, in samples 20 ms apart; the checkpoint and
-the files that are written are mapped or stream, and are the page cache's. Evaluation is of {tokens} tokens in windows of 512, with one round of latency; a random model's
+the files that are written are mapped or stream, and are the page cache's. `int8-weight-nearest` is the recipe `int8-weight` with weights
+rounded to nearest and no calibration; the others are calibrated and rounded by GPTQ. Export includes parity, for which a model below 2 GB is
+one file that ONNX Runtime copies as it loads it; a larger one has external data, which it maps. Evaluation is of {tokens} tokens in windows of 512, with one round of latency; a random model's
 perplexity says nothing, so of quality the table has only how far each recipe moves it.
 """
 
@@ -56,6 +64,7 @@ calibration. Memory grows by so many bytes for each byte of the checkpoint (leas
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python tools/big_models.py", description=__doc__)
     parser.add_argument("--shapes", nargs="+", choices=ORDER, default=list(ORDER), help="sizes (default: all four)")
+    parser.add_argument("--steps", nargs="+", choices=STEPS, default=STEPS, help="besides export (default: all)")
     parser.add_argument("--tokens", type=int, default=1024, help="tokens to evaluate (default 1024)")
     parser.add_argument("--work", type=Path, help="folder to work in: 20 GB for gpt2-xl (a temporary one)")
     parser.add_argument("--output", type=Path, default=JSON, help=f"the figures (default {JSON.relative_to(ROOT)})")
@@ -75,7 +84,7 @@ def main() -> int:
     }
     for name in args.shapes:
         with tempfile.TemporaryDirectory(prefix="cuantiza-big-", dir=args.work) as work:
-            row = measure(SHAPES[name], Path(work), args.tokens)
+            row = measure(SHAPES[name], Path(work), args.tokens, args.steps)
         # After every size, so that what was measured is there if a larger one does not come through.
         rows = join(args.output, about, [row])
         write(args.output, json.dumps(about | {"rows": rows}, indent=1) + "\n")
@@ -84,22 +93,34 @@ def main() -> int:
 
 
 def join(path: Path, about: dict, rows: list[dict]) -> list[dict]:
-    """`rows` and those of other sizes in `path`, smallest first; what was measured elsewhere or otherwise is left out."""
+    """`rows` and those of other sizes in `path`, smallest first, with the steps that only those there have.
+
+    What was measured elsewhere or otherwise is left out.
+    """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         known = found.pop("rows") if found.items() >= about.items() else []
     except FileNotFoundError:
         known = []
-    own = {row["shape"]: row for row in [*known, *rows]}
+    own = {row["shape"]: row for row in known}
+    for row in rows:
+        before = own.get(row["shape"], {"steps": {}})
+        own[row["shape"]] = before | row | {"steps": before["steps"] | row["steps"]}
     return [own[name] for name in ORDER if name in own]
 
 
-def measure(shape: Shape, work: Path, tokens: int) -> dict:
-    """Time in seconds and peak of anonymous memory in bytes of every step on one size."""
+def measure(shape: Shape, work: Path, tokens: int, wanted: Sequence[str]) -> dict:
+    """Time in seconds and peak of anonymous memory in bytes of export and the `wanted` steps on one size."""
     model, out, reports = checkpoint(shape, work), work / "artifacts", work / "reports"
+    nearest = to_json(RECIPES_BY_NAME["int8-weight"]) | {"rounding": "nearest", "smoothing": []}
+    (work / f"{NEAREST}.json").write_text(json.dumps(nearest), encoding="utf-8")
+    recipes = {NEAREST: work / f"{NEAREST}.json", **{name: name for name in RECIPES}}
     stages = {
         "export": ["export", "--model", model, "--output", out],
-        **{name: ["quantize", "--model", model, "--recipes", name, "--output", out] for name in RECIPES},
+        **{
+            name: ["quantize", "--model", model, "--recipes", recipe, "--output", out]
+            for name, recipe in recipes.items()
+        },
         "eval": [
             *("eval", "--model", model, "--recipes", "fp32", *RECIPES, "--artifacts", out, "--output", reports),
             *("--without-torch", "--tokens", tokens, "--rounds", 1),
@@ -107,14 +128,20 @@ def measure(shape: Shape, work: Path, tokens: int) -> dict:
     }
     steps = {}
     for name, command in stages.items():
+        if name not in ("export", *wanted):
+            continue
         steps[name] = step(command)
-        say(f"{shape.name:12} {name:14} {steps[name]['seconds']:6.0f} s {steps[name]['anonymous_bytes'] / 1e9:6.2f} GB")
-    report = json.loads((reports / model.name / "report.json").read_text(encoding="utf-8"))
-    sizes = {path.name: sum(file.stat().st_size for file in path.glob("model.onnx*")) for path in out.glob("*/*")}
-    return {
+        say(f"{shape.name:12} {name:20} {steps[name]['seconds']:6.0f} s {steps[name]['anonymous_bytes'] / 1e9:6.2f} GB")
+    row = {
         "shape": shape.name,
         "checkpoint_bytes": (model / "model.safetensors").stat().st_size,
         "steps": steps,
+    }
+    if "eval" not in steps:
+        return row
+    report = json.loads((reports / model.name / "report.json").read_text(encoding="utf-8"))
+    sizes = {path.name: sum(file.stat().st_size for file in path.glob("model.onnx*")) for path in out.glob("*/*")}
+    return row | {
         "file_bytes": {name: sizes[name] for name in ("fp32", *RECIPES)},
         "ln_ppl": {row["name"]: sum(row["nll_by_document"]) for row in report["artifacts"]},
         "scored": sum(report["corpus"]["document_tokens"]),
@@ -179,7 +206,7 @@ def write_page(path: Path) -> None:
     fields = json.loads(path.read_text(encoding="utf-8"))
     shapes = " ".join(row["shape"] for row in fields["rows"])
     about = {"cpu": fields["cpu"], "memory": fields["memory_bytes"] / 1e9, "tokens": fields["tokens"]}
-    steps = list(fields["rows"][0]["steps"])
+    steps = [name for name in ("export", *STEPS) if all(name in row["steps"] for row in fields["rows"])]
     parts = [wrapped(_INTRO.format(**about, shapes=shapes, processors=fields["processors"]))]
     for title, key, unit in (
         ("Time, s", "seconds", 1),
@@ -209,10 +236,11 @@ def write_page(path: Path) -> None:
             *(f"{(row['ln_ppl'][name] - row['ln_ppl']['fp32']) / row['scored']:+.4f}" for name in RECIPES),
         )
         for row in fields["rows"]
+        if "ln_ppl" in row
     ]
     columns = (
         "model",
-        *(f"{name}, GB" for name in fields["rows"][0]["file_bytes"]),
+        *(f"{name}, GB" for name in ("fp32", *RECIPES)),
         *(f"Δ ln ppl {name}" for name in RECIPES),
     )
     parts += ["## Files, and what each recipe moves\n", table(columns, lines)]

@@ -50,14 +50,14 @@ console.log(JSON.stringify([Array.from(inputs.input_ids.data, Number), out]));
 
 
 @pytest.fixture(scope="module")
-def built(es_mini_fp32, tmp_path_factory):
+def built(tmp_path_factory):
     """(folder of the artifacts, of the reports, of the bundle)"""
-    # A folder of its own: which recipes are missing in the shared one depends on the tests that ran before.
+    # Artifacts of its own: which recipes are missing among the shared ones depends on the tests that ran before.
     artifacts, reports, dist = (tmp_path_factory.mktemp(name) for name in ("a", "r", "d"))
     artifacts /= "es-mini"
-    shutil.copytree(es_mini_fp32.path, artifacts / "fp32")
     little = ("--tokens", 300, "--rounds", 1, "--without-torch")
     for arguments in (
+        ("export", "--output", artifacts.parent),
         ("quantize", "--recipes", *RECIPES, "--output", artifacts.parent),
         ("eval", "--recipes", "fp32", *RECIPES, "--artifacts", artifacts.parent, "--output", reports, *little),
         ("bundle", "--artifacts", artifacts.parent, "--reports", reports, "--output", dist),

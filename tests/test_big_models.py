@@ -8,9 +8,7 @@ import numpy as np
 import pytest
 
 from bench.models import SHAPES, Shape, checkpoint
-from quantize.recipes import RECIPES as RECIPES_BY_NAME
-from quantize.recipes import to_json
-from tools.big_models import RECIPES, anonymous, growth, join, step, write_page
+from tools.big_models import RECIPES, anonymous, growth, join, nearest_recipe, step, write_page
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 
@@ -38,20 +36,17 @@ input()
 
 def test_memory_does_not_grow_with_the_model(tmp_path):
     """Export streams weights from the checkpoint to the file, and so does rounding to nearest."""
-    recipe = to_json(RECIPES_BY_NAME["int8-weight"]) | {"rounding": "nearest", "smoothing": []}
-    (tmp_path / "nearest.json").write_text(json.dumps(recipe))
+    recipe = nearest_recipe(tmp_path)
     sizes, peaks = [], []
     for layers in (2, 26):
         shape = Shape(f"layers-{layers}", layers=layers, width=512, heads=8, vocabulary=8192, positions=128)
         model = checkpoint(shape, tmp_path)
         sizes.append((model / "model.safetensors").stat().st_size)
         export = step(["export", "--model", model, "--output", tmp_path / "out"])
-        nearest = step(
-            ["quantize", "--model", model, "--output", tmp_path / "out", "--recipes", tmp_path / "nearest.json"]
-        )
+        nearest = step(["quantize", "--model", model, "--output", tmp_path / "out", "--recipes", recipe])
         peaks.append((export["anonymous_bytes_of_the_first"], nearest["anonymous_bytes"]))
-    growth = np.subtract(*peaks[::-1]) / np.subtract(*sizes[::-1])
-    assert growth[0] < 0.1 and growth[1] < 0.2, growth
+    slopes = np.subtract(*peaks[::-1]) / np.subtract(*sizes[::-1])
+    assert slopes[0] < 0.1 and slopes[1] < 0.2, slopes
 
 
 def test_another_size_or_step_joins_what_was_measured(tmp_path):

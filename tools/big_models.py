@@ -112,9 +112,7 @@ def join(path: Path, about: dict, rows: list[dict]) -> list[dict]:
 def measure(shape: Shape, work: Path, tokens: int, wanted: Sequence[str]) -> dict:
     """Time in seconds and peak of anonymous memory in bytes of export and the `wanted` steps on one size."""
     model, out, reports = checkpoint(shape, work), work / "artifacts", work / "reports"
-    nearest = to_json(RECIPES_BY_NAME["int8-weight"]) | {"rounding": "nearest", "smoothing": []}
-    (work / f"{NEAREST}.json").write_text(json.dumps(nearest), encoding="utf-8")
-    recipes = {NEAREST: work / f"{NEAREST}.json", **{name: name for name in RECIPES}}
+    recipes = {NEAREST: nearest_recipe(work), **{name: name for name in RECIPES}}
     stages = {
         "export": ["export", "--model", model, "--output", out],
         **{
@@ -146,6 +144,14 @@ def measure(shape: Shape, work: Path, tokens: int, wanted: Sequence[str]) -> dic
         "ln_ppl": {row["name"]: sum(row["nll_by_document"]) for row in report["artifacts"]},
         "scored": sum(report["corpus"]["document_tokens"]),
     }
+
+
+def nearest_recipe(folder: Path) -> Path:
+    """The file of a recipe in `folder`: `int8-weight`, rounded to nearest, without calibration."""
+    recipe = to_json(RECIPES_BY_NAME["int8-weight"]) | {"rounding": "nearest", "smoothing": []}
+    path = folder / f"{NEAREST}.json"
+    path.write_text(json.dumps(recipe), encoding="utf-8")
+    return path
 
 
 def step(arguments: list[object]) -> dict:

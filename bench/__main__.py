@@ -53,7 +53,7 @@ def benchmark(shape: Shape, args: argparse.Namespace, work: Path, temporary: Pat
     except Failed as error:
         raise UserError(f"the machine's limits could not be measured: {error}") from None
     others = Others()
-    measured, answers = measure(present, wanted, ids, args.rounds, temporary, f"bench {shape.name}")
+    measured, answers = measure(present, baseline, wanted, ids, args.rounds, temporary, f"bench {shape.name}")
     busy = others.processors()
     with suppress(Failed):  # those before will do, rather than lose the rounds
         found += [limits.measure(count) for count in threads]
@@ -118,7 +118,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--without-peers", action="store_true", help="our own rows alone")
     parser.add_argument("--ablation", action="store_true", help="what each choice of ours buys, instead of the rows")
     parser.add_argument("--baseline", metavar="ROW", help="what the speed-ups are over (default: the first row)")
-    parser.add_argument("--rounds", type=int, default=3, help="interleaved rounds (default 3)")
+    parser.add_argument("--rounds", type=int, default=7, help="interleaved rounds (default 7)")
     parser.add_argument(
         "--threads", nargs="+", type=int, default=[1, 2], help="numbers of threads; the most is the main one (1 2)"
     )

@@ -6,6 +6,7 @@ import shlex
 import textwrap
 from collections.abc import Callable
 from functools import partial
+from statistics import median
 
 from rich.console import Console
 
@@ -16,11 +17,15 @@ _LIMITS = {
     "fp32_ops_per_second": "GFLOP/s fp32",
     "int8_ops_per_second": "GOP/s int8",
 }
+_BESIDE = """\
+Of artifacts of the same precision, within a round: median [range of the rounds]; above 1 ours is the faster.
+"""
 _HOW = """\
-Every round runs every row once, each in a fresh process with nothing else loaded, in an order that rotates; every \
-library is told the number of threads. A time is the median of all samples, in brackets the medians of the fastest \
-and slowest round; a speed-up is the baseline's median over the row's **within one round**, likewise.
-Prefill: that many tokens through an empty cache, to the logits of the last one. Decode @p: one token behind a cache \
+Every row has a process of its own that stays loaded, stopped but for its turns; of each shape every row is timed in \
+turn, in an order that rotates with the rounds. What memory does not hold at once is measured in groups, each with the \
+baseline. Every library is told the number of threads. A time is the median of all samples, in brackets the medians of \
+the fastest and slowest round; a speed-up is the baseline's median over the row's **within one round**, likewise.
+Prefill: that many tokens through an empty cache, to the logits of the last one, after one to warm up. Decode @p: one token behind a cache \
 of p, which grows with each of {steps} steps. Generation: {generate}, greedy, as a whole. Neither loading nor \
 tokenizing is timed. A library that cannot be stepped tells when each token is there.
 Agreement: the logits of the last of {prompt} tokens, and of {check} more through the cache, against those of \
@@ -46,19 +51,29 @@ def page(result: dict, name: str) -> str:
     ]
     for number, setting in enumerate(result["settings"]):
         title = f"{_count(setting['threads'], 'thread')}, batch of {setting['batch']}"
-        parts.append(f"## {title}\n\n{_markdown(*_speed(result, number, _long))}")
-    parts.append(f"## Size, memory, agreement\n\n{_markdown(*_facts(result))}")
-    parts.append(f"## Share of the limit, %\n\n{_markdown(*_shares(result))}")
+        parts.append(f"## {title}\n\n{markdown_table(*speed_table(result, number, _long))}")
+    if lines := _beside(result):
+        columns = ["theirs", "ours", *(title for title, _, _ in _shapes(result["settings"][0]))]
+        parts.append(f"## Their time over ours\n\n{_BESIDE}\n{markdown_table(columns, lines)}")
+    parts.append(f"## Size, memory, agreement\n\n{markdown_table(*_facts(result))}")
+    parts.append(f"## Share of the limit, %\n\n{markdown_table(*_shares(result))}")
     if skipped := _skipped(result):
         parts.append("## Skipped\n\n" + "\n".join(f"- **{row}**: {why}" for row, why in skipped) + "\n")
     return "\n".join([*parts, _how(result)])
+
+
+def ratios(ours: dict, theirs: dict) -> dict:
+    """Of one shape: how many times as long theirs takes, {ratio, ratio_min, ratio_max}: the median and the range of
+    the rounds. Taken over the baseline, so that it holds for rows measured in different groups, too."""
+    found = [own / other for own, other in zip(ours["speedups"], theirs["speedups"], strict=True)]
+    return {"ratio": median(found), "ratio_min": min(found), "ratio_max": max(found)}
 
 
 def print_table(result: dict) -> None:
     """The main setting on standard output, and what was skipped."""
     setting = result["settings"][0]
     title = f"{result['shape']['name']}, {_count(setting['threads'], 'thread')}, batch of {setting['batch']}: ms"
-    columns, lines = _speed(result, 0, _short)
+    columns, lines = speed_table(result, 0, _short)
     caption = f"medians, in brackets the speed-up over {result['baseline']} within a round"
     table = new_table(title, *columns, caption=caption)
     for line in lines:
@@ -68,7 +83,7 @@ def print_table(result: dict) -> None:
         Console().print(f"skipped {row}: {why}", markup=False, highlight=False)
 
 
-def _speed(result: dict, number: int, show: Callable[[dict], str]) -> tuple[list[str], list[list[str]]]:
+def speed_table(result: dict, number: int, show: Callable[[dict], str]) -> tuple[list[str], list[list[str]]]:
     """Columns and lines of the setting `number`: MB, and times of every shape as `show` writes them."""
     setting = result["settings"][number]
     shapes = _shapes(setting)
@@ -82,6 +97,21 @@ def _speed(result: dict, number: int, show: Callable[[dict], str]) -> tuple[list
             cells.append(f"{found['generate'][0]['tokens_per_second']:.0f}")
         lines.append([row["name"], f"{row['bytes'] / 1e6:.1f}", *cells])
     return columns, lines
+
+
+def _beside(result: dict) -> list[list[str]]:
+    """Of the main setting, a line for each peer and each `ort` artifact of its precision."""
+    shapes = _shapes(result["settings"][0])
+    rows = [(row, found) for row, found in _measured(result, 0) if found[shapes[0][1]][0]["speedups"]]
+    ours = [(row, found) for row, found in rows if row["ours"] and row["engine"]["kind"].endswith("-ort")]
+    lines = []
+    for peer, theirs in rows:
+        for row, found in ours:
+            if peer["ours"] or row["precision"] != peer["precision"].split()[0]:
+                continue
+            pairs = [ratios(found[phase][index], theirs[phase][index]) for _, phase, index in shapes]
+            lines.append([peer["name"], row["name"], *(spread(pair, *pair) for pair in pairs)])
+    return lines
 
 
 def _facts(result: dict) -> tuple[list[str], list[list[str]]]:
@@ -188,13 +218,13 @@ def _limit(values: list[float], unit: str) -> str:
 
 def _long(item: dict) -> str:
     """`5.21 [5.10–5.62]` in ms, and in a line below, where there is one, the speed-up `3.42 [3.40–3.47] ×`."""
-    time = _spread(item, "median_ms", "min_ms", "max_ms")
-    return time if _is_baseline(item) else f"{time}<br>{_spread(item, 'speedup', 'speedup_min', 'speedup_max')} ×"
+    time = spread(item, "median_ms", "min_ms", "max_ms")
+    return time if _is_baseline(item) else f"{time}<br>{spread(item, 'speedup', 'speedup_min', 'speedup_max')} ×"
 
 
 def _short(item: dict) -> str:
     """`5.21 (3.42 ×)`."""
-    return _number(item["median_ms"]) + ("" if _is_baseline(item) else f" ({_number(item['speedup'])} ×)")
+    return three_digits(item["median_ms"]) + ("" if _is_baseline(item) else f" ({three_digits(item['speedup'])} ×)")
 
 
 def _is_baseline(item: dict) -> bool:
@@ -202,11 +232,11 @@ def _is_baseline(item: dict) -> bool:
     return item["speedup"] is None or item["speedup_min"] == item["speedup_max"] == 1
 
 
-def _spread(item: dict, middle: str, low: str, high: str) -> str:
-    return f"{_number(item[middle])} [{_number(item[low])}–{_number(item[high])}]"
+def spread(item: dict, middle: str, low: str, high: str) -> str:
+    return f"{three_digits(item[middle])} [{three_digits(item[low])}–{three_digits(item[high])}]"
 
 
-def _number(value: float) -> str:
+def three_digits(value: float) -> str:
     """Three digits that matter, and no more than two behind the point."""
     return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f}"
 
@@ -215,7 +245,7 @@ def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
-def _markdown(columns: list[str], lines: list[list[str]]) -> str:
+def markdown_table(columns: list[str], lines: list[list[str]]) -> str:
     align = "|---|" + "---:|" * (len(columns) - 1)
     return (
         "\n".join(["| " + " | ".join(columns) + " |", align, *("| " + " | ".join(line) + " |" for line in lines)])

@@ -1,6 +1,6 @@
 """The content of reports/bench/<shape>.json.
 
-schema             "cuantiza/bench/1"
+schema             "cuantiza/bench/2"
 shape              name, layers, width, heads, vocabulary, positions, parameters
 others_processors  how many processors other processes kept busy during the rounds, on average
 baseline           the row that every speedup is over: its median over the row's, both of one round
@@ -13,7 +13,8 @@ rows               name, ours, precision, bytes (of the model's files), ratio (t
     skipped, load_ms, load_samples_ns, peak_rss_bytes, and prefill, decode, generate; of each of their shapes
         median_ms of all samples; min_ms and max_ms, the medians of the fastest and the slowest round
         tokens_per_second of the whole batch
-        speedup, speedup_min, speedup_max: median, least and largest of the rounds; null where the baseline has none
+        speedup, speedup_min, speedup_max: median, least and largest of `speedups`, one a round; null and none where
+        the baseline has no times
         share_of_limit, 0 to 1 (bench/limits.py)
         samples_per_round; samples_ns, raw, in the order they were taken
 """
@@ -26,13 +27,13 @@ from statistics import median
 
 from bench.limits import Limits, best, decode_share, prefill_share
 from bench.models import Shape
-from bench.rounds import CHECK, Answer, Measured, Setting, agreement
+from bench.rounds import CHECK, Answer, Case, Measured, Setting, agreement
 from bench.rows import Prepared, Row
 from bench.worker import STEPS
 from core import artifact
 from core.machine import machine
 
-SCHEMA = "cuantiza/bench/1"
+SCHEMA = "cuantiza/bench/2"
 
 
 def result(
@@ -64,19 +65,19 @@ def result(
         }
         if row.name in prepared:
             files = prepared[row.name]
-            runs = [run for found in measured[row.name] for run in found.runs]
+            times_found = [found for found in measured[row.name] if not found.skipped]
             close = agreement(answers.get(row.name), reference)
             fields |= {
                 "bytes": files.bytes,
                 "ratio": files.bytes / (4 * shape.parameters),
-                "version": runs[0]["version"] if runs else files.version,
+                "version": times_found[0].version if times_found else files.version,
                 "agreement": asdict(close) if close else None,
                 "settings": [
-                    _setting(shape, row, files, setting, found, base, by_threads[setting.threads])
-                    for setting, found, base in zip(wanted, measured[row.name], measured[baseline], strict=True)
+                    _setting(shape, row, files, setting, found, by_threads[setting.threads])
+                    for setting, found in zip(wanted, measured[row.name], strict=True)
                 ],
             }
-            if not runs:
+            if not times_found:
                 fields["skipped"] = measured[row.name][0].skipped
         out.append(fields)
     return {
@@ -113,42 +114,40 @@ def times(rounds: list[list[int]], base: list[list[int]], tokens: int) -> dict:
         "speedup": median(speedups) if speedups else None,
         "speedup_min": min(speedups, default=None),
         "speedup_max": max(speedups, default=None),
+        "speedups": speedups,
         "samples_per_round": [len(run) for run in rounds],
         "samples_ns": samples,
     }
 
 
-def _setting(
-    shape: Shape, row: Row, files: Prepared, setting: Setting, found: Measured, base: Measured, limits: Limits
-) -> dict:
+def _setting(shape: Shape, row: Row, files: Prepared, setting: Setting, found: Measured, limits: Limits) -> dict:
     fields: dict = {"threads": setting.threads, "batch": setting.batch, "skipped": found.skipped}
     if found.skipped:
         return fields
-    load = [run["load_ns"] for run in found.runs]
     fields |= {
-        "load_ms": median(load) / 1e6,
-        "load_samples_ns": load,
-        "peak_rss_bytes": max(run["peak_rss_bytes"] for run in found.runs),
+        "load_ms": median(found.load_ns) / 1e6,
+        "load_samples_ns": found.load_ns,
+        "peak_rss_bytes": found.peak_rss_bytes,
         "prefill": [],
         "decode": [],
         "generate": [],
     }
 
-    def samples(measured: Measured, phase: str, at: int) -> list[list[int]]:
-        return [run[phase][str(at)] for run in measured.runs]
+    def figures(case: Case, tokens: int) -> dict:
+        own, base = ([samples[case] for samples in rounds] for rounds in (found.rounds, found.base))
+        return times(own, base, tokens * setting.batch)
 
     for count in setting.prefill:
-        item = times(samples(found, "prefill", count), samples(base, "prefill", count), count * setting.batch)
+        item = figures(("prefill", count), count)
         share = prefill_share(shape, limits, row.precision, count, setting.batch, item["median_ms"] * 1e6)
         fields["prefill"].append({"tokens": count, "share_of_limit": share} | item)
     for position in setting.decode:
-        item = times(samples(found, "decode", position), samples(base, "decode", position), setting.batch)
+        item = figures(("decode", position), 1)
         share = decode_share(
             shape, limits, files.bytes, row.cache_bytes, position, setting.batch, item["median_ms"] * 1e6
         )
         fields["decode"].append({"position": position, "share_of_limit": share} | item)
     if setting.generate:
         prompt, count = setting.generate
-        own, other = ([run["generate"] for run in measured.runs] for measured in (found, base))
-        fields["generate"].append({"prompt": prompt, "tokens": count} | times(own, other, count * setting.batch))
+        fields["generate"].append({"prompt": prompt, "tokens": count} | figures(("generate", prompt, count), count))
     return fields

@@ -1,6 +1,7 @@
-"""`python -m bench.worker REQUEST.json`: prepare or measure one row, in the interpreter that has its library.
+"""`python -m bench.worker REQUEST.json`: prepare or serve one row, in the interpreter that has its library.
 
-Prints one line of JSON. Imports the standard library and NumPy, and the row's module, which has
+Prints lines of JSON: one of what was prepared; or one when the row is loaded, and then one for each question on
+standard input. Imports the standard library and NumPy, and the row's module, which has
 
     prepare(kind, checkpoint, ours, folder)    makes the files of the row in `folder` (not of our rows)
     files(kind, folder) -> list[Path]          those whose bytes count as its size
@@ -24,17 +25,14 @@ import resource
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
 
-# Of a prefill: one run to warm up, then samples until there are enough, or until the time is up.
-SAMPLES, LEAST_SAMPLES, BUDGET_NS = 5, 2, 2_000_000_000
 # Of a decode: steps to warm up, and steps that are timed. The position grows with each, as in generation.
 WARM_UP_STEPS, STEPS = 3, 20
-GENERATE_SAMPLES = 2
 # A cache is filled in pieces, so that it takes no more memory than the prefills that are measured.
 FILL_TOKENS = 512
 
@@ -43,7 +41,11 @@ def main(path: Path, out: TextIO) -> int:
     request = json.loads(path.read_text(encoding="utf-8"))
     try:
         module = importlib.import_module(request["module"])
-        answer = {"prepare": prepare, "measure": measure}[request["task"]](module, request)
+        if request["task"] == "prepare":
+            print(json.dumps(prepare(module, request)), file=out, flush=True)
+        else:
+            for answer in serve(module, request, sys.stdin):
+                print(json.dumps(answer), file=out, flush=True)
     except ModuleNotFoundError as error:
         traceback.print_exc()
         print(f"{error.name} is not installed: run `make peers`", file=sys.stderr)
@@ -52,24 +54,28 @@ def main(path: Path, out: TextIO) -> int:
         traceback.print_exc()
         print(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}", file=sys.stderr)
         return 1
-    print(json.dumps(answer | {"version": module.version()}), file=out, flush=True)
     return 0
 
 
 def prepare(module: Any, request: dict) -> dict:
-    """Make the row's files in `request["folder"]`, which is there and empty: {files: [path]}."""
+    """Make the row's files in `request["folder"]`, which is there and empty: {files: [path], version}."""
     folder = Path(request["folder"])
     module.prepare(request["kind"], Path(request["checkpoint"]), Path(request["ours"]), folder)
-    return {"files": [str(file) for file in module.files(request["kind"], folder)]}
+    return {"files": [str(file) for file in module.files(request["kind"], folder)], "version": module.version()}
 
 
-def measure(module: Any, request: dict) -> dict:
-    """Raw samples in ns, as lists by shape, and what the row answers to the check.
+def serve(module: Any, request: dict, questions: Iterable[str]) -> Iterator[Any]:
+    """{load_ns, version} once the row is loaded, then the answer to each of `questions`, a JSON list in a line:
 
-    {load_ns, peak_rss_bytes, prefill: {tokens: [..]}, decode: {position: [..]}, generate: [..] | None,
-    top: [token] | None}; `request` has the fields of bench.rounds.Setting, ids [B, N], and of the check `prompt` and
-    `steps`: the logits of the last prompt token and of each token behind it, float32 [1 + steps, V], are saved as
-    `request["logits"]`.
+        ["prefill", count]            [ns] of one prefill, after one to warm up
+        ["decode", position]          [ns] of each of STEPS steps
+        ["generate", prompt, count]   [ns] of one generation
+        ["check", prompt, count]      the likeliest tokens, [1 + count] or fewer; the logits of the last prompt token and
+                                      of each token behind it, float32 [1 + count, V], where the library gives any, are
+                                      saved as `request["logits"]`
+        ["peak"]                      the largest resident set so far, bytes
+
+    Tokens are `request["ids"]` [B, N].
     """
     ids = np.asarray(request["ids"], np.int64)
     start = time.perf_counter_ns()
@@ -79,20 +85,25 @@ def measure(module: Any, request: dict) -> dict:
     if len(ids) > most:
         raise ValueError(f"takes batches of at most {most}")
     clock = Stepped(engine, ids) if getattr(engine, "steps", True) else Whole(engine, ids)
-    answer = {
-        "load_ns": load,
-        "prefill": {count: _samples(lambda count=count: clock.prefill(count)) for count in request["prefill"]},
-        "decode": {position: clock.decode(position) for position in request["decode"]},
-        "generate": _generate(clock, *request["generate"]) if request["generate"] else None,
-        "peak_rss_bytes": peak_rss_bytes(),
-        "top": None,
-    }
-    if request["check"]:
-        top, logits = clock.check(*request["check"])
-        answer["top"] = top
-        if logits is not None:
-            np.save(request["logits"], logits)
-    return answer
+    yield {"load_ns": load, "version": module.version()}
+    for line in questions:
+        what, *shape = json.loads(line)
+        if what == "prefill":
+            clock.prefill(*shape)
+            yield [clock.prefill(*shape)]
+        elif what == "decode":
+            yield clock.decode(*shape)
+        elif what == "generate":
+            yield [clock.generate(*shape)]
+        elif what == "check":
+            top, logits = clock.check(*shape)
+            if logits is not None:
+                np.save(request["logits"], logits)
+            yield top
+        elif what == "peak":
+            yield peak_rss_bytes()
+        else:
+            raise ValueError(f"no such question: {what}")
 
 
 class Stepped:
@@ -172,24 +183,6 @@ def _elapsed(run: Callable[[], object]) -> int:
     start = time.perf_counter_ns()
     run()
     return time.perf_counter_ns() - start
-
-
-def _samples(run: Callable[[], int]) -> list[int]:
-    """What `run` gives, once to warm up and then again and again."""
-    run()
-    samples: list[int] = []
-    start = time.perf_counter_ns()
-    while len(samples) < LEAST_SAMPLES or (len(samples) < SAMPLES and time.perf_counter_ns() - start < BUDGET_NS):
-        samples.append(run())
-    return samples
-
-
-def _generate(clock: Stepped | Whole, prompt: int, count: int) -> list[int]:
-    """Without a warm-up: prefills and decodes have been."""
-    samples = [clock.generate(prompt, count)]
-    while len(samples) < GENERATE_SAMPLES and sum(samples) < BUDGET_NS:
-        samples.append(clock.generate(prompt, count))
-    return samples
 
 
 if __name__ == "__main__":

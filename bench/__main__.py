@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-from contextlib import suppress
 from pathlib import Path
 
-from bench import limits, models, rows
+from bench import models, rows
 from bench.child import Failed
 from bench.models import SHAPES, Shape
 from bench.rounds import Others, measure, settings
@@ -45,19 +44,17 @@ def benchmark(shape: Shape, args: argparse.Namespace, work: Path, temporary: Pat
         if needed in failed:
             raise UserError(f"{needed}: is what the others are compared with, and {failed[needed]}")
     wanted = settings(args.threads, args.batches)
-    threads = sorted({setting.threads for setting in wanted}, reverse=True)
     ids = models.prompts(shape, max(args.batches), max(setting.context for setting in wanted))
     present = [row for row in chosen if row.name in prepared]
+    others = Others()
     try:
-        found = [limits.measure(count) for count in threads]
+        measured, answers, limits = measure(
+            present, baseline, wanted, ids, args.rounds, temporary, f"bench {shape.name}"
+        )
     except Failed as error:
         raise UserError(f"the machine's limits could not be measured: {error}") from None
-    others = Others()
-    measured, answers = measure(present, baseline, wanted, ids, args.rounds, temporary, f"bench {shape.name}")
     busy = others.processors()
-    with suppress(Failed):  # those before will do, rather than lose the rounds
-        found += [limits.measure(count) for count in threads]
-    return result(shape, chosen, prepared, failed, wanted, measured, answers, found, args.rounds, baseline, busy)
+    return result(shape, chosen, prepared, failed, wanted, measured, answers, limits, args.rounds, baseline, busy)
 
 
 def prepare(

@@ -22,12 +22,13 @@ Of artifacts of the same precision, within a round: median [range of the rounds]
 """
 _HOW = """\
 Every row has a process of its own that stays loaded, stopped but for its turns; of each shape every row is timed in \
-turn, in an order that rotates with the rounds. What memory does not hold at once is measured in groups, each with the \
-baseline. Every library is told the number of threads. A time is the median of all samples, in brackets the medians of \
-the fastest and slowest round; a speed-up is the baseline's median over the row's **within one round**, likewise.
-Prefill: that many tokens through an empty cache, to the logits of the last one, after one to warm up. Decode @p: one token behind a cache \
-of p, which grows with each of {steps} steps. Generation: {generate}, greedy, as a whole. Neither loading nor \
-tokenizing is timed. A library that cannot be stepped tells when each token is there.
+turn, those of one precision side by side, in an order that rotates with the rounds. What memory does not hold at \
+once is measured in groups, each with the baseline. Every library is told the number of threads. A time is the median \
+of all samples, in brackets the medians of the fastest and slowest round; a speed-up is the baseline's median over \
+the row's **within one round**, likewise.
+Prefill: that many tokens through an empty cache, to the logits of the last one, after one to warm up. Decode @p: one \
+token behind a cache of p, which grows with each of {steps} steps. Generation: {generate}, greedy, as a whole. \
+Neither loading nor tokenizing is timed. A library that cannot be stepped tells when each token is there.
 Agreement: the logits of the last of {prompt} tokens, and of {check} more through the cache, against those of \
 `{first}`; of a library that gives no logits, the first token that it generates.
 MB: the model's files; × fp32: over 4 bytes for each of the {parameters:,} parameters. Peak MB: the whole process.
@@ -35,8 +36,7 @@ Share of the limit: of a decode, the bytes that a step has to read (the model's 
 of each sequence) over the memory bandwidth; of a prefill, its multiplications and additions (attention as full \
 squares, the head for one position) over the peak of int8 for weights in integers, else of fp32. A table that a file \
 holds beside the head counts as read, and a model that fits the processor's caches is not held to the limit. The \
-limits are the most that was seen before and after the rounds (in brackets the least, which a disturbed machine \
-lowers): {limits}.
+limits are measured before every round, and the most counts (in brackets the least): {limits}.
 {machine}; {rounds}{busy}; `{command}`.
 """
 
@@ -233,6 +233,7 @@ def _is_baseline(item: dict) -> bool:
 
 
 def spread(item: dict, middle: str, low: str, high: str) -> str:
+    """`5.21 [5.10–5.62]`."""
     return f"{three_digits(item[middle])} [{three_digits(item[low])}–{three_digits(item[high])}]"
 
 
@@ -246,6 +247,7 @@ def _count(number: int, noun: str) -> str:
 
 
 def markdown_table(columns: list[str], lines: list[list[str]]) -> str:
+    """Of which all columns but the first stand to the right."""
     align = "|---|" + "---:|" * (len(columns) - 1)
     return (
         "\n".join(["| " + " | ".join(columns) + " |", align, *("| " + " | ".join(line) + " |" for line in lines)])

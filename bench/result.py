@@ -5,7 +5,7 @@ shape              name, layers, width, heads, vocabulary, positions, parameters
 others_processors  how many processors other processes kept busy during the rounds, on average
 baseline           the row that every speedup is over: its median over the row's, both of one round
 settings           threads, batch and shapes; `settings` of a row have the same order
-limits             for each number of threads, measured before and after the rounds; shares are of the larger
+limits             of the machine, measured before each round; shares are of the largest with as many threads
 rows               name, ours, precision, bytes (of the model's files), ratio (to 4 bytes a parameter), version of its
                    libraries, engine (how it is started), skipped (why there are no times, or null), agreement (with
                    the first row, or null), settings; of each of these

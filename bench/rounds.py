@@ -17,7 +17,9 @@ from pathlib import Path
 
 import numpy as np
 
+from bench import limits
 from bench.child import Failed, Resident
+from bench.limits import Limits
 from bench.rows import Row
 from bench.worker import STEPS, WARM_UP_STEPS
 from core.machine import memory_bytes
@@ -129,34 +131,38 @@ class Others:
 
 def measure(
     rows: list[Row], baseline: str, wanted: list[Setting], ids: np.ndarray, rounds: int, work: Path, label: str
-) -> tuple[dict[str, list[Measured]], dict[str, Answer]]:
-    """(for each row what was measured in each setting, for each row its answer to the check).
+) -> tuple[dict[str, list[Measured]], dict[str, Answer], list[Limits]]:
+    """(for each row what was measured in each setting, for each row its answer to the check, the machine's limits as
+    each round found them).
 
     Prompts are `ids` int64 [batch, context]; `work` is a folder for temporary files. A row that fails in a setting is
-    not tried there again.
+    not tried there again. Raises Failed where the limits cannot be measured.
     """
     measured = {row.name: [Measured() for _ in wanted] for row in rows}
     answers: dict[str, Answer] = {}
+    found_limits: list[Limits] = []
 
     def turns() -> Iterator[None]:
         for number, setting in enumerate(wanted):
             found = {row.name: measured[row.name][number] for row in rows}
             if number == 0:
                 yield from _load(rows, setting, ids, work, found)
-            waiting = [row for row in rows if not found[row.name].skipped]
+            # Those of one precision side by side: they are what is compared.
+            waiting = sorted((row for row in rows if not found[row.name].skipped), key=lambda row: row.precision)
             base = next((row for row in waiting if row.name == baseline), None)
             while waiting:
                 with ExitStack() as stack:
                     group = _Group(setting, ids, work, stack, found, base)
                     yield from group.open(waiting)
                     for round_ in range(rounds):
+                        found_limits.append(limits.measure(setting.threads))
                         yield from group.round(round_)
                     answers.update(group.close(checks=number == 0))
 
     steps = sum(len(rows) * (1 + rounds * len(setting.cases)) for setting in wanted) + (LOADS - 1) * len(rows)
     for _ in track(turns(), label, steps):
         pass
-    return measured, answers
+    return measured, answers, found_limits
 
 
 class _Group:

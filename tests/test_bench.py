@@ -61,7 +61,7 @@ def run(own: dict[str, tuple[Row, Prepared]], tmp_path_factory: pytest.TempPathF
     prepared = {row.name: own["fp32" if row.kind == "fp32" else row.kind][1] for row in present}
     ids = models.prompts(TINY, 3, max(SHORT.context, BATCH.context))
     temporary = tmp_path_factory.mktemp("run")
-    measured, answers = measure(present, "fp32", [SHORT, BATCH], ids, 2, temporary, "bench")
+    measured, answers, _ = measure(present, "fp32", [SHORT, BATCH], ids, 2, temporary, "bench")
     chosen, failed = [*present, absent], {"absent": "not installed: run `make peers`"}
     arguments = ([SHORT, BATCH], measured, answers, [LIMITS], 2, "fp32", 0.25)
     return json.loads(json.dumps(result(TINY, chosen, prepared, failed, *arguments)))
@@ -288,7 +288,7 @@ def test_the_command_writes_a_report(tmp_path: Path) -> None:
     assert sorted(file.name for file in output.iterdir()) == ["es-mini.json", "es-mini.md", "es-mini.svg"]
     report = json.loads((output / "es-mini.json").read_text())
     assert report["schema"] == "cuantiza/bench/2" and report["command"][:3] == ["python", "-m", "bench"]
-    assert [item["threads"] for item in report["limits"]] == [1, 1] and report["machine"]["threads"] == 1
+    assert [item["threads"] for item in report["limits"]] == [1] and report["machine"]["threads"] == 1
     for item in report["limits"]:
         assert min(item[key] for key in item if key != "threads") > 1e8
     assert not list((tmp_path / "work").glob(".tmp-*"))

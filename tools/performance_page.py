@@ -1,8 +1,9 @@
-"""docs/bench/*.json -> the tables of docs/performance.md; what stands between them is written by hand.
+"""docs/bench/*.json -> their pages and figures, and the tables of docs/performance.md.
 
-python tools/performance_page.py    the tables anew
+python tools/performance_page.py    all of them anew, from what `make bench` wrote to reports/bench
 
-A table stands between the lines `<!-- NAME -->` and `<!-- end -->`, for each NAME of TABLES.
+What stands between the tables is written by hand; a table stands between the lines `<!-- NAME -->` and `<!-- end -->`,
+for each NAME of TABLES.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from bench.page import markdown_table, ratios, speed_table, spread, three_digits
+from bench.page import markdown_table, page, ratios, speed_table, spread, three_digits
 from core import artifact
 from core.errors import UserError, run
 from core.progress import report as say
@@ -51,13 +52,16 @@ SHAPES = (
 
 
 def main() -> int:
+    from bench.plot import draw
+
+    for file in sorted((DOCS / "bench").glob("*.json")):
+        result = json.loads(file.read_text(encoding="utf-8"))
+        _write(file.with_suffix(".md"), page(result, file.stem))
+        with artifact.staging(file) as work:
+            draw(result, work / "figure.svg")
+            (work / "figure.svg").replace(file.with_suffix(".svg"))
     path = DOCS / PAGE
-    text = path.read_text(encoding="utf-8")
-    made = filled(text, DOCS / "bench")
-    with artifact.staging(path) as work:
-        (work / PAGE).write_text(made, encoding="utf-8")
-        (work / PAGE).replace(path)
-    say(f"performance {path}: {'unchanged' if made == text else 'written'}")
+    _write(path, filled(path.read_text(encoding="utf-8"), DOCS / "bench"))
     return 0
 
 
@@ -70,6 +74,13 @@ def filled(text: str, folder: Path) -> str:
         table = make(folder).strip()
         text = place.sub(lambda found, table=table: found[1] + table + found[2], text)
     return text
+
+
+def _write(path: Path, text: str) -> None:
+    with artifact.staging(path) as work:
+        (work / path.name).write_text(text, encoding="utf-8")
+        (work / path.name).replace(path)
+    say(f"performance {path}: written")
 
 
 def _load(folder: Path, name: str) -> dict:

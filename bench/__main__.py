@@ -115,7 +115,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--without-peers", action="store_true", help="our own rows alone")
     parser.add_argument("--ablation", action="store_true", help="what each choice of ours buys, instead of the rows")
     parser.add_argument("--baseline", metavar="ROW", help="what the speed-ups are over (default: the first row)")
-    parser.add_argument("--rounds", type=int, default=7, help="interleaved rounds (default 7)")
+    parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds (default 5)")
     parser.add_argument(
         "--threads", nargs="+", type=int, default=[1, 2], help="numbers of threads; the most is the main one (1 2)"
     )

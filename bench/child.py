@@ -8,6 +8,7 @@ import selectors
 import signal
 import subprocess
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,8 @@ class Resident:
         if self._process.poll() is None:
             os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
-        self._process.stdin.close()
+        with suppress(BrokenPipeError):  # a question that it did not live to read
+            self._process.stdin.close()
         self._process.stdout.close()
         self._errors.close()
 

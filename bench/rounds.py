@@ -1,8 +1,8 @@
 """Interleaved rounds: of each shape, such as a prefill of 512, every row is timed in turn, in an order that rotates.
 
 Each row has a process of its own that stays loaded and stands still, stopped, but for its turns. So no thread pool
-disturbs another, and what is compared was measured within seconds: the speed of a shared machine was seen to change by
-a third for tens of seconds, and not for all kinds of work alike.
+disturbs another, and what is compared was measured within seconds: the speed of a virtual machine was seen to change by
+a third for tens of seconds, faster for one kind of work and slower for another (docs/performance.md).
 """
 
 from __future__ import annotations

@@ -37,10 +37,7 @@ def ask(python: Path, request: dict, work: Path, timeout: float) -> dict:
 
     Raises Failed.
     """
-    require(python)
-    path = work / "request.json"
-    path.write_text(json.dumps(request), encoding="utf-8")
-    answer = run(command(python, "bench.worker", path), timeout, _OFFLINE)
+    answer = run(_worker(python, request, work), timeout, _OFFLINE)
     return json.loads(answer.splitlines()[-1])
 
 
@@ -53,15 +50,13 @@ class Resident:
 
     def __init__(self, python: Path, request: dict, work: Path, timeout: float, threads: int) -> None:
         """`threads` is what the libraries under the row's own may use as well. Raises Failed."""
-        require(python)
-        path = work / "request.json"
-        path.write_text(json.dumps(request), encoding="utf-8")
+        arguments = _worker(python, request, work)
         self._timeout = timeout
         self._errors = tempfile.TemporaryFile("w+", dir=work, errors="replace")  # noqa: SIM115 (closed by close)
         # A group of its own, to be stopped as a whole; of our session, so that the system ends it, stopped or not,
         # when this process dies.
         self._process = subprocess.Popen(
-            command(python, "bench.worker", path),
+            arguments,
             cwd=ROOT,
             env=os.environ | _OFFLINE | {"OMP_NUM_THREADS": str(threads), "OPENBLAS_NUM_THREADS": str(threads)},
             stdin=subprocess.PIPE,
@@ -136,6 +131,14 @@ def run(arguments: list[str], timeout: float, environment: dict[str, str] | None
     if process.returncode:
         raise Failed(_reason(process.returncode, errors))
     return output
+
+
+def _worker(python: Path, request: dict, work: Path) -> list[str]:
+    """The command line of `bench.worker` for `request`, which is written to folder `work`. Raises Failed."""
+    require(python)
+    path = work / "request.json"
+    path.write_text(json.dumps(request), encoding="utf-8")
+    return command(python, "bench.worker", path)
 
 
 def _reason(status: int, errors: str) -> str:

@@ -25,6 +25,8 @@ from bench.rows import Row
 
 SHORT = Setting(threads=1, batch=1, prefill=(8,), decode=(16,), generate=(8, 4))
 BATCH = Setting(threads=1, batch=3, prefill=(8,), decode=(), generate=None)
+# For a worker that serves SPINNER.
+SPIN = {"task": "serve", "module": "spinner", "kind": "x", "folder": "", "threads": 1, "options": {}, "ids": [[1]]}
 
 
 class Fake:
@@ -100,18 +102,9 @@ def test_what_memory_does_not_hold_is_measured_in_groups_with_the_baseline(
 
 def test_a_process_stands_still_but_for_its_turns_and_fails_with_its_reason(tmp_path: Path) -> None:
     (tmp_path / "spinner.py").write_text(SPINNER)
-    request = {
-        "task": "serve",
-        "module": "spinner",
-        "kind": "x",
-        "folder": "",
-        "threads": 1,
-        "options": {},
-        "ids": [[1]],
-    }
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(tmp_path))
-        resident = child.Resident(Path(sys.executable), request, tmp_path, 60, 1)
+        resident = child.Resident(Path(sys.executable), SPIN, tmp_path, 60, 1)
     try:
         assert resident.first["version"] == "1" and resident.first["load_ns"] > 0
         before = resident.ask("decode", 0)[0]
@@ -250,15 +243,6 @@ def test_a_child_that_fails_hangs_or_dies_gives_one_reason(tmp_path: Path) -> No
 
 def test_who_dies_leaves_no_process_that_stands_still(tmp_path: Path) -> None:
     (tmp_path / "spinner.py").write_text(SPINNER)
-    request = {
-        "task": "serve",
-        "module": "spinner",
-        "kind": "x",
-        "folder": "",
-        "threads": 1,
-        "options": {},
-        "ids": [[1]],
-    }
     code = """
 import json, os, signal, sys
 from pathlib import Path
@@ -268,7 +252,7 @@ print(resident._process.pid, flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
 """
     done = subprocess.run(
-        [sys.executable, "-c", code, json.dumps(request), tmp_path],
+        [sys.executable, "-c", code, json.dumps(SPIN), tmp_path],
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": f"{ROOT}:{tmp_path}"},
         capture_output=True,

@@ -94,7 +94,7 @@ class Runtime:
         _, self.heads, _, self.head_dim = inputs[self._past[0]]
         self.in_place = in_place and IN_PLACE in self.session.get_modelmeta().custom_metadata_map
         keeps = last_only and KEEP in (item.name for item in self.session.get_overridable_initializers())
-        self._keep = ort.OrtValue.ortvalue_from_numpy(np.array(1, np.int64)) if keeps else None
+        self._keep_last = ort.OrtValue.ortvalue_from_numpy(np.array(1, np.int64)) if keeps else None
         self._chunk = chunk
 
     def forward(self, ids: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
@@ -157,14 +157,18 @@ class Runtime:
         # GroupQueryAttention takes several tokens behind a past for a batch of one alone.
         together = count if batch > 1 and cache.length == 0 else 1 if batch > 1 and self.in_place else self._chunk
         together = together or count
-        logits = np.empty(0)
-        for start in range(0, count, together):
-            logits = self._step(cache, ids[:, start : start + together])
-        return logits
+        *before, last = (ids[:, start : start + together] for start in range(0, count, together))
+        for piece in before:
+            keep_none = self._keep_last and ort.OrtValue.ortvalue_from_numpy(np.array(-piece.shape[1], np.int64))
+            self._step(cache, piece, keep_none)
+        return self._step(cache, last, self._keep_last)[:, -1]
 
-    def _step(self, cache: Cache, ids: np.ndarray) -> np.ndarray:
+    def _step(self, cache: Cache, ids: np.ndarray, keep: ort.OrtValue | None) -> np.ndarray:
+        """Logits [B, n, V] of token ids [B, T], which are added to `cache`; `keep` says which, None: all."""
         cache.length += ids.shape[1]
         binding = cache.binding or self._binding()
+        if keep is not None:
+            binding.bind_ortvalue_input(KEEP, keep)
         for name, array in self._feeds(ids, cache.mask[:, : cache.length]).items():
             binding.bind_cpu_input(name, array)
         binding.bind_output("logits")  # anew, as their shape may have changed
@@ -176,13 +180,11 @@ class Runtime:
         logits, *grown = binding.get_outputs()
         if cache.binding is None:
             cache.past = grown
-        return logits.numpy()[:, -1]
+        return logits.numpy()
 
     def _binding(self) -> ort.IOBinding:
         binding = self.session.io_binding()
         binding.bind_output("logits")  # before all others, so that it is the first of get_outputs()
-        if self._keep is not None:
-            binding.bind_ortvalue_input(KEEP, self._keep)
         return binding
 
     def _feeds(self, ids: np.ndarray, mask: np.ndarray) -> dict[str, np.ndarray]:

@@ -2,7 +2,8 @@
 
 Inputs   input_ids [B, T], attention_mask [B, P+T], position_ids [B, T], past_key_values.{l}.key|value [B, H, P, d]
 Outputs  logits [B, T, V], present.{l}.key|value [B, H, P+T, d]
-Optional num_logits_to_keep [], 0 where it is not fed: all. n > 0 gives the logits of the last n positions, [B, n, V]
+Optional num_logits_to_keep [], 0 where it is not fed: all. n > 0 gives the logits of the last n positions, [B, n, V],
+         n < 0 those of all but the first −n: of none where n is −T, to fill the cache alone
 
 B batch, T new tokens, P tokens in the past, D width, H heads, d = D/H, V vocabulary.
 """

@@ -53,8 +53,7 @@ class Resident:
         arguments = _worker(python, request, work)
         self._timeout = timeout
         self._errors = tempfile.TemporaryFile("w+", dir=work, errors="replace")  # noqa: SIM115 (closed by close)
-        # A group of its own, to be stopped as a whole; of our session, so that the system ends it, stopped or not,
-        # when this process dies.
+        # A group of its own, to be stopped as a whole. It sees to it itself that it ends with this process.
         self._process = subprocess.Popen(
             arguments,
             cwd=ROOT,

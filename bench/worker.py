@@ -18,10 +18,12 @@ standard input. Imports the standard library and NumPy, and the row's module, wh
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import json
 import os
 import resource
+import signal
 import sys
 import time
 import traceback
@@ -35,6 +37,7 @@ import numpy as np
 WARM_UP_STEPS, STEPS = 3, 20
 # A cache is filled in pieces, so that it takes no more memory than the prefills that are measured.
 FILL_TOKENS = 512
+_PR_SET_PDEATHSIG = 1
 
 
 def main(path: Path, out: TextIO) -> int:
@@ -44,6 +47,7 @@ def main(path: Path, out: TextIO) -> int:
         if request["task"] == "prepare":
             print(json.dumps(prepare(module, request)), file=out, flush=True)
         else:
+            _end_with_parent()
             for answer in serve(module, request, sys.stdin):
                 print(json.dumps(answer), file=out, flush=True)
     except ModuleNotFoundError as error:
@@ -168,6 +172,16 @@ class Whole:
     def check(self, prompt: int, steps: int) -> tuple[list[int], None]:
         """The token behind the prompt alone."""
         return [int(self.engine.generate(self.ids[:1, :prompt], 1)[0][0])], None
+
+
+def _end_with_parent() -> None:
+    """Linux kills this process when its parent dies.
+
+    A stopped one reads no end of file, and what the system sends to those that stand stopped when their parent dies
+    misses one whose stop is still on its way.
+    """
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def peak_rss_bytes() -> int:

@@ -158,7 +158,7 @@ class Runtime:
         together = count if batch > 1 and cache.length == 0 else 1 if batch > 1 and self.in_place else self._chunk
         together = together or count
         *before, last = (ids[:, start : start + together] for start in range(0, count, together))
-        for piece in before:
+        for piece in before:  # of which the cache is all that anybody reads
             keep_none = self._keep_last and ort.OrtValue.ortvalue_from_numpy(np.array(-piece.shape[1], np.int64))
             self._step(cache, piece, keep_none)
         return self._step(cache, last, self._keep_last)[:, -1]

@@ -177,8 +177,8 @@ class Whole:
 def _end_with_parent() -> None:
     """Linux kills this process when its parent dies.
 
-    A stopped one reads no end of file, and what the system sends to those that stand stopped when their parent dies
-    misses one whose stop is still on its way.
+    A stopped one reads no end of file, a thread that waits for the parent (core/process.py) stands still with it, and
+    what the system sends to those that stand stopped when their parent dies misses one whose stop is still on its way.
     """
     if sys.platform.startswith("linux"):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

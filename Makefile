@@ -4,7 +4,7 @@
 # make optimum                   the second environment, for EXPORTER=optimum
 # make peers                     the environments of the other libraries that `make bench` compares with
 # make bench                     speed, size and memory beside them, in reports/bench; BENCH=full adds gpt2-medium,
-#                                BENCH_ARGS="--without-peers --rounds 5 ..." are options of `python -m bench`
+#                                BENCH_ARGS="--without-peers --rounds 5 ..." are options of `python -m lab.bench`
 # make accuracy                  docs/accuracy.md anew; MODELS="FOLDER ..." and TEXT=file add to it
 # make bundle                    dist/<model>: a folder for the Hugging Face Hub, with a card of the measured table
 # make generate                  text in the terminal: PROMPT="..." RECIPE=int8-dynamic GENERATE="--top-k 50 --seed 1"
@@ -43,7 +43,7 @@ QUANTIZE ?=
 EVAL    ?=
 BENCH   ?=
 RECIPE  ?= int8-dynamic
-# As core/hub.py names the folder of a model: its own name, or owner--name.
+# As cuantiza/core/inputs/checkpoints.py names the folder of a model: its own name, or owner--name.
 NAME    = $(if $(wildcard $(MODEL)/.),$(notdir $(realpath $(MODEL))),$(subst /,--,$(MODEL)))
 ARTIFACT ?= $(OUT)/$(NAME)/$(RECIPE)
 PROMPT  ?= Me gusta mucho el futbol
@@ -61,43 +61,43 @@ corpus   = --corpus "$(CORPUS)" $(if $(CORPUS_CONFIG),--corpus-config "$(CORPUS_
 help:
 	@sed -n 's/^# //p' Makefile
 
-$(VENV)/.stamp: pyproject.toml pins/default.txt tools/setup_env.py
-	@$(PYTHON) tools/setup_env.py "$(VENV)" pins/default.txt
+$(VENV)/.stamp: pyproject.toml setup/default.txt setup/make_env.py
+	@$(PYTHON) setup/make_env.py "$(VENV)" setup/default.txt
 
-$(OPTIMUM_VENV)/.stamp: pyproject.toml pins/optimum.txt tools/setup_env.py
-	@$(PYTHON) tools/setup_env.py "$(OPTIMUM_VENV)" pins/optimum.txt
+$(OPTIMUM_VENV)/.stamp: pyproject.toml setup/optimum.txt setup/make_env.py
+	@$(PYTHON) setup/make_env.py "$(OPTIMUM_VENV)" setup/optimum.txt
 
-$(PEERS_VENV)/.stamp: pyproject.toml pins/peers.txt tools/setup_env.py
-	@CMAKE_ARGS="-DGGML_NATIVE=on" $(PYTHON) tools/setup_env.py "$(PEERS_VENV)" pins/peers.txt
+$(PEERS_VENV)/.stamp: pyproject.toml setup/peers.txt setup/make_env.py
+	@CMAKE_ARGS="-DGGML_NATIVE=on" $(PYTHON) setup/make_env.py "$(PEERS_VENV)" setup/peers.txt
 
 js: js/node_modules/.stamp
 
 js/node_modules/.stamp: js/package.json js/package-lock.json
 	@cd js && npm ci --ignore-scripts --no-audit --no-fund && touch node_modules/.stamp
 
-$(RUNTIMES_VENV)/.stamp: pyproject.toml pins/runtimes.txt tools/setup_env.py
-	@$(PYTHON) tools/setup_env.py "$(RUNTIMES_VENV)" pins/runtimes.txt
+$(RUNTIMES_VENV)/.stamp: pyproject.toml setup/runtimes.txt setup/make_env.py
+	@$(PYTHON) setup/make_env.py "$(RUNTIMES_VENV)" setup/runtimes.txt
 
 runtimes-env: $(RUNTIMES_VENV)/.stamp
 
-$(RELEASE_VENV)/.stamp: pyproject.toml pins/release.txt tools/setup_env.py
-	@$(PYTHON) tools/setup_env.py "$(RELEASE_VENV)" pins/release.txt
+$(RELEASE_VENV)/.stamp: pyproject.toml setup/release.txt setup/make_env.py
+	@$(PYTHON) setup/make_env.py "$(RELEASE_VENV)" setup/release.txt
 
 # Stands on the first one, which has all but Ray and what it brings.
-$(RAY_VENV)/.stamp: pyproject.toml pins/ray.txt tools/setup_env.py $(VENV)/.stamp
-	@$(PYTHON) tools/setup_env.py "$(RAY_VENV)" pins/ray.txt "$(VENV)"
+$(RAY_VENV)/.stamp: pyproject.toml setup/ray.txt setup/make_env.py $(VENV)/.stamp
+	@$(PYTHON) setup/make_env.py "$(RAY_VENV)" setup/ray.txt "$(VENV)"
 
 # Each set of pins is an environment of its own.
 sbom: $(RELEASE_VENV)/.stamp
 	@mkdir -p "$(DIST)"
-	@for pins in pins/*.txt; do \
+	@for pins in setup/*.txt; do \
 	  $(RELEASE_VENV)/bin/cyclonedx-py requirements --pyproject pyproject.toml --output-reproducible \
 	    -o "$(DIST)/sbom-$$(basename $$pins .txt).cdx.json" $$pins || exit; done
 	@cd js && npm sbom --sbom-format cyclonedx --package-lock-only > "$(abspath $(DIST))/sbom-javascript.cdx.json"
 
 # A package that the database does not answer for is a failure too.
 audit: $(RELEASE_VENV)/.stamp
-	@for pins in pins/*.txt; do \
+	@for pins in setup/*.txt; do \
 	  $(RELEASE_VENV)/bin/pip-audit --strict --require-hashes --disable-pip --requirement $$pins || exit; done
 	@cd js && npm audit --package-lock-only
 
@@ -117,18 +117,18 @@ eval: quantize
 	@$(run) eval --model "$(MODEL)" --recipes fp32 $(RECIPES) --artifacts "$(OUT)" --output "$(REPORTS)" $(if $(LANG_REPORT),--language "$(LANG_REPORT)") $(corpus) $(EVAL)
 
 accuracy: $(ready)
-	@OPTIMUM_PYTHON="$(OPTIMUM_VENV)/bin/python" $(VENV)/bin/python tools/accuracy.py $(if $(MODELS),--models $(MODELS)) $(if $(TEXT),--text "$(TEXT)")
+	@OPTIMUM_PYTHON="$(OPTIMUM_VENV)/bin/python" $(VENV)/bin/python -m lab.accuracy $(if $(MODELS),--models $(MODELS)) $(if $(TEXT),--text "$(TEXT)")
 
 MATRIX = int8-dynamic int8-static int8-weight int4-weight fp16 bf16
 runtimes: $(ready) runtimes-env optimum js
 	@$(MAKE) quantize RECIPES="$(MATRIX) fp32-ort $(MATRIX:=-ort)" OUT="$(OUT)"
-	@OPTIMUM_PYTHON="$(OPTIMUM_VENV)/bin/python" RUNTIMES_PYTHON="$(RUNTIMES_VENV)/bin/python" $(run) runtimes --model "$(MODEL)" --artifacts "$(OUT)"
+	@OPTIMUM_PYTHON="$(OPTIMUM_VENV)/bin/python" RUNTIMES_PYTHON="$(RUNTIMES_VENV)/bin/python" $(run) lab.matrix --model "$(MODEL)" --artifacts "$(OUT)"
 
 emulation: $(ready)
-	@$(run) runtimes.emulation --artifacts "$(OUT)/$(NAME)" $(EMULATION)
+	@$(run) lab.matrix.emulation --artifacts "$(OUT)/$(NAME)" $(EMULATION)
 
 torture: $(ready)
-	@$(VENV)/bin/python tools/torture.py $(TORTURE)
+	@$(VENV)/bin/python -m lab.faults $(TORTURE)
 
 compare: $(ready)
 	@$(run) eval compare "$(BASE)" "$(HEAD)" $(ARGS)
@@ -136,10 +136,10 @@ compare: $(ready)
 chapters: $(ready)
 	@$(MAKE) eval MODEL=models/es-mini CORPUS=corpus/es EXPORTER=graph QUANTIZE= EVAL= OUT="$(OUT)/chapters" REPORTS="$(REPORTS)/chapters" \
 	  RECIPES="int8-dynamic int8-static int8-weight int4-weight fp16 bf16"
-	@$(VENV)/bin/python tools/chapters.py --artifacts "$(OUT)/chapters/es-mini" --report "$(REPORTS)/chapters/es-mini/report.json"
+	@$(VENV)/bin/python -m lab.chapters --artifacts "$(OUT)/chapters/es-mini" --report "$(REPORTS)/chapters/es-mini/report.json"
 
 bench: $(ready)
-	@OPTIMUM_PYTHON="$(OPTIMUM_VENV)/bin/python" PEERS_PYTHON="$(PEERS_VENV)/bin/python" $(run) bench \
+	@OPTIMUM_PYTHON="$(OPTIMUM_VENV)/bin/python" PEERS_PYTHON="$(PEERS_VENV)/bin/python" $(run) lab.bench \
 	  --shapes es-mini gpt2 $(if $(filter full,$(BENCH)),gpt2-medium) --work "$(OUT)/bench" --output "$(REPORTS)/bench" $(BENCH_ARGS)
 
 # Unless RECIPES= is given.
@@ -147,27 +147,27 @@ bundle: RECIPES = int8-dynamic int4-weight fp16
 # A report of its own: that of other recipes stays.
 bundle: override REPORTS := $(REPORTS)/bundle
 bundle: eval
-	@$(run) bundle --model "$(MODEL)" --recipes $(RECIPES) --artifacts "$(OUT)" --reports "$(REPORTS)" --output "$(DIST)"
+	@$(run) cuantiza.bundle --model "$(MODEL)" --recipes $(RECIPES) --artifacts "$(OUT)" --reports "$(REPORTS)" --output "$(DIST)"
 
 # What is missing of these is built, unless RECIPES= is given.
 generate demo: RECIPES = $(RECIPE)
 # Through the environment, since a prompt may hold anything.
 generate: export PROMPT := $(PROMPT)
 generate: $(if $(wildcard $(ARTIFACT)/manifest.json),$(ready),quantize)
-	@$(run) generate --artifact "$(ARTIFACT)" --prompt "$$PROMPT" $(GENERATE)
+	@$(run) cuantiza.generate --artifact "$(ARTIFACT)" --prompt "$$PROMPT" $(GENERATE)
 
 demo: js $(if $(wildcard $(ARTIFACT)/manifest.json),$(ready),quantize)
-	@$(run) demo --artifact "$(ARTIFACT)" --port "$(PORT)" $(if $(BUILD),--build "$(BUILD)")
+	@$(run) cuantiza.demo --artifact "$(ARTIFACT)" --port "$(PORT)" $(if $(BUILD),--build "$(BUILD)")
 
 sweep: $(if $(RAY),ray,$(ready))
-	@$(if $(RAY),$(RAY_VENV),$(VENV))/bin/python -m sweep --models $(or $(MODELS),"$(MODEL)") --recipes $(RECIPES) --corpora $(or $(CORPORA),"$(CORPUS)") \
+	@$(if $(RAY),$(RAY_VENV),$(VENV))/bin/python -m cuantiza.sweep --models $(or $(MODELS),"$(MODEL)") --recipes $(RECIPES) --corpora $(or $(CORPORA),"$(CORPUS)") \
 	  $(if $(RAY),--ray "$(RAY)") --work "$(OUT)/sweep" --output "$(REPORTS)/sweep" $(SWEEP)
 
 sweep-speedup: ray
-	@$(RAY_VENV)/bin/python tools/sweep_speedup.py $(SPEEDUP)
+	@$(RAY_VENV)/bin/python -m lab.speedup $(SPEEDUP)
 
 fuzz: $(ready)
-	@$(run) fuzz $(FUZZ)
+	@$(run) lab.fuzz $(FUZZ)
 
 test: $(ready)
 	@$(run) pytest $(TESTS)

@@ -9,13 +9,14 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
-from core import artifact
-from core.corpus import Split, add_arguments, load_splits, source_of
-from core.errors import UserError, run
-from core.hub import checkpoint_digest, model_name, resolve_model
-from core.progress import report as say
-from core.threads import check_threads, default_threads
-from eval.subject import Subject
+from cuantiza.eval.measure.subject import Subject
+
+from cuantiza.core.errors import UserError, run
+from cuantiza.core.inputs.checkpoints import checkpoint_digest, model_name, resolve_model
+from cuantiza.core.inputs.corpus import Split, add_arguments, load_splits, source_of
+from cuantiza.core.machine.progress import report as say
+from cuantiza.core.machine.threads import check_threads, default_threads
+from cuantiza.core.store import artifact
 
 JSON, MARKDOWN, HTML = "report.json", "report.md", "report.html"
 LANGUAGES = ("en", "es")
@@ -24,7 +25,7 @@ LANGUAGES = ("en", "es")
 def main() -> int:
     if sys.argv[1:2] == ["compare"]:
         # By name: a report depends on the code that this file imports, and not on the comparison's.
-        return import_module("eval.compare_cli").main(sys.argv[2:])
+        return import_module("cuantiza.eval.compare.cli").main(sys.argv[2:])
     parser = argparse.ArgumentParser(prog="python -m eval", description=__doc__)
     parser.add_argument(
         "--model",
@@ -85,7 +86,7 @@ def _evaluate(args: argparse.Namespace, artifacts: Path, output: Path) -> None:
     inputs = _inputs(args, published, test)
     report = _measured(output, inputs)
     if report is None:
-        from eval.measure import measure
+        from cuantiza.eval.measure.report import measure
 
         if not args.without_torch:
             folder = _same_checkpoint(args.model, published[0])
@@ -94,7 +95,7 @@ def _evaluate(args: argparse.Namespace, artifacts: Path, output: Path) -> None:
         report = measure(subjects, artifacts / args.recipes[0], test, args.corpus, inputs, **settings)
     written = _publish(report, output, args.language)
     say(f"eval      {output / MARKDOWN}: {'written' if written else 'up to date'}")
-    from eval.report import print_table
+    from cuantiza.eval.report.markdown import print_table
 
     print_table(report)
 
@@ -119,9 +120,10 @@ def _foreign(path: Path) -> Subject:
 
 def _foreign_digest(path: Path) -> str:
     """Of everything that inference with the files at `path` reads. Raises UserError where the ONNX file is not sound."""
-    from core import onnx_file
-    from core.process import isolated
-    from eval.size import inference_files
+    from cuantiza.eval.measure.size import inference_files
+
+    from cuantiza.core.machine.process import isolated
+    from cuantiza.core.onnx import file as onnx_file
 
     model = _foreign(path).path
     isolated(onnx_file.check, model)
@@ -130,7 +132,7 @@ def _foreign_digest(path: Path) -> str:
 
 def _inputs(args: argparse.Namespace, published: list[artifact.Artifact], test: Split) -> dict:
     """All that a report depends on, the machine and the settings of the measurement included."""
-    from core.machine import machine, software
+    from cuantiza.core.machine.hardware import machine, software
 
     return {
         "artifacts": [[item.manifest.name, item.digest] for item in published],  # in order: the first is the baseline
@@ -141,7 +143,7 @@ def _inputs(args: argparse.Namespace, published: list[artifact.Artifact], test: 
         "window": args.window,
         "rounds": args.rounds,
         "machine": machine(args.threads),
-        "code": artifact.code_digest("eval.measure"),
+        "code": artifact.code_digest("cuantiza.eval.measure.report"),
         "versions": software(),
     }
 
@@ -165,8 +167,8 @@ def _publish(report: dict, output: Path, language: str) -> bool:
 
     report.json comes last and names the pages that belong to it.
     """
-    from eval.html import render
-    from eval.report import markdown
+    from cuantiza.eval.report.html import render
+    from cuantiza.eval.report.markdown import markdown
 
     pages = {MARKDOWN: markdown(report, language), HTML: render(report, language)}
     report["sha256"] = _digest(report)

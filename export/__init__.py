@@ -1,3 +1,3 @@
 """Checkpoint -> fp32 artifact."""
 
-import core.startup  # noqa: F401
+import cuantiza.core.startup  # noqa: F401

@@ -7,10 +7,10 @@ import dataclasses
 import gc
 from pathlib import Path
 
-from core import artifact
-from core.errors import UserError, run
-from core.hub import Model, checkpoint_digest, resolve_model
-from core.progress import report
+from cuantiza.core.errors import UserError, run
+from cuantiza.core.inputs.checkpoints import Model, checkpoint_digest, resolve_model
+from cuantiza.core.machine.progress import report
+from cuantiza.core.store import artifact
 
 NAME = "fp32"
 EXPORTERS = ("graph", "optimum")
@@ -52,38 +52,39 @@ def main() -> int:
 def _inputs(checkpoint: Path, exporter: str, opset: int) -> dict:
     """All that the bytes of the artifact depend on."""
     roots = (
-        "export.graph",
-        "export.checkpoint",
-        "export.config",
-        "export.tokenizer",
-        "export.parity",
-        "core.onnx_file",
+        "cuantiza.export.gpt2",
+        "cuantiza.export.weights",
+        "cuantiza.export.gpt2_config",
+        "cuantiza.export.companions",
+        "cuantiza.export.parity",
+        "cuantiza.core.onnx.file",
     )
-    pins = Path(__file__).parent.parent / "pins" / "optimum.txt"
+    pins = Path(__file__).parent.parent / "setup" / "optimum.txt"
     return {
         "checkpoint": checkpoint_digest(checkpoint),
         "exporter": exporter if exporter == "graph" else f"{exporter} {artifact.sha256_file(pins)}",
         "opset": opset,
-        "code": artifact.code_digest(*roots, *(["export.optimum_export"] if exporter == "optimum" else [])),
+        "code": artifact.code_digest(*roots, *(["cuantiza.export.optimum"] if exporter == "optimum" else [])),
         "versions": artifact.versions(*_LIBRARIES),
     }
 
 
 def _export(model: Model, target: Path, exporter: str, opset: int, inputs: dict) -> None:
     # Imported here: a run that finds everything up to date has no need of them.
-    from core import onnx_file
-    from core.model_config import max_positions, read_config
-    from export.checkpoint import read_weights
-    from export.config import parse_config
-    from export.graph import build
-    from export.parity import check_parity
-    from export.tokenizer import write_configs, write_tokenizer
+    from cuantiza.export.companions import write_configs, write_tokenizer
+    from cuantiza.export.gpt2 import build
+    from cuantiza.export.gpt2_config import parse_config
+    from cuantiza.export.parity import check_parity
+    from cuantiza.export.weights import read_weights
+
+    from cuantiza.core.inputs.model_config import max_positions, read_config
+    from cuantiza.core.onnx import file as onnx_file
 
     path = model.folder / "config.json"
     fields = read_config(model.folder)
     with artifact.staging(target) as work:
         if exporter == "optimum":
-            from export.optimum_export import export_optimum
+            from cuantiza.export.optimum import export_optimum
 
             export_optimum(model.folder, fields, work, opset)
             vocabulary, positions = fields.get("vocab_size"), max_positions(fields)

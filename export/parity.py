@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
-from core.errors import UserError
-from core.model_config import start_token
-from core.process import isolated
-from core.runtime import Runtime
-from core.tokenizer import load_tokenizer
+from cuantiza.core.errors import UserError
+from cuantiza.core.inputs.model_config import start_token
+from cuantiza.core.inputs.tokenizer import load_tokenizer
+from cuantiza.core.machine.process import isolated
+from cuantiza.core.run.runtime import Runtime
 
 ATOL, RTOL = 1e-4, 1e-5
 TOKENS = 96

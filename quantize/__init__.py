@@ -1,3 +1,3 @@
 """fp32 artifact x recipe -> quantized artifact."""
 
-import core.startup  # noqa: F401
+import cuantiza.core.startup  # noqa: F401

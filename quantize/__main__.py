@@ -9,13 +9,8 @@ import shutil
 import sys
 from pathlib import Path
 
-from core import artifact
-from core.artifact import Artifact
-from core.corpus import Source, load_splits, source_of
-from core.errors import UserError, run
-from core.progress import report
-from quantize.commands import add_commands, add_inputs, opened
-from quantize.recipes import (
+from cuantiza.quantize.inspect.commands import add_commands, add_inputs, opened
+from cuantiza.quantize.recipes import (
     RECIPES,
     DynamicInt8,
     Float,
@@ -31,19 +26,29 @@ from quantize.recipes import (
     to_json,
 )
 
-# What each recipe runs; the choice between them (quantize.apply) and their values (in the manifest) change no bytes.
+from cuantiza.core.errors import UserError, run
+from cuantiza.core.inputs.corpus import Source, load_splits, source_of
+from cuantiza.core.machine.progress import report
+from cuantiza.core.store import artifact
+from cuantiza.core.store.artifact import Artifact
+
+# What each recipe runs; the choice between them (cuantiza.quantize.apply) and their values (in the manifest) change no bytes.
 _CODE = {
-    DynamicInt8: ("quantize.dynamic", "quantize.calibrate"),
-    StaticInt8: ("quantize.static", "quantize.calibrate"),
-    MixedStaticInt8: ("quantize.static", "quantize.calibrate", "quantize.sensitivity"),
-    WeightOnly: ("quantize.weight_only", "quantize.calibrate"),
-    Half: ("quantize.half", "quantize.fuse", "core.onnx_file"),
-    Float: ("quantize.fuse", "core.onnx_file"),
-    OrtDynamic: ("quantize.ort",),
-    OrtStatic: ("quantize.ort", "quantize.calibrate"),
+    DynamicInt8: ("cuantiza.quantize.rewrite.dynamic", "cuantiza.quantize.decide.calibrate"),
+    StaticInt8: ("cuantiza.quantize.rewrite.static", "cuantiza.quantize.decide.calibrate"),
+    MixedStaticInt8: (
+        "cuantiza.quantize.rewrite.static",
+        "cuantiza.quantize.decide.calibrate",
+        "cuantiza.quantize.inspect.sensitivity",
+    ),
+    WeightOnly: ("cuantiza.quantize.rewrite.weight_only", "cuantiza.quantize.decide.calibrate"),
+    Half: ("cuantiza.quantize.rewrite.half", "cuantiza.quantize.rewrite.fuse_attention", "cuantiza.core.onnx.file"),
+    Float: ("cuantiza.quantize.rewrite.fuse_attention", "cuantiza.core.onnx.file"),
+    OrtDynamic: ("cuantiza.quantize.rewrite.onnxruntime_tools",),
+    OrtStatic: ("cuantiza.quantize.rewrite.onnxruntime_tools", "cuantiza.quantize.decide.calibrate"),
 }
 # What the target ort has beside its graph.
-_ORT_CODE = ("core.genai_config",)
+_ORT_CODE = ("cuantiza.core.onnx.genai_config",)
 
 
 def main() -> int:
@@ -119,8 +124,9 @@ def quantize_one(parent: Artifact, target: Path, name: str, recipe: Recipe, sour
         return
     report(f"quantize  {target}: {reason}")
     # Imported here: a run that finds everything up to date has no need of them.
-    from core.process import isolated
-    from quantize.apply import apply
+    from cuantiza.quantize.apply import apply
+
+    from cuantiza.core.machine.process import isolated
 
     with artifact.staging(target) as work:
         details = isolated(apply, recipe, parent.path, work, calibration)

@@ -8,20 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
-
-from core import artifact, onnx_file
-from core.corpus import Split
-from core.errors import UserError
-from core.genai_config import GENAI_CONFIG, genai_config
-from core.model_config import max_positions, read_config
-from core.saturation import EXACT
-from quantize.calibrate import calibrate, calibration_windows
-from quantize.dynamic import quantize_dynamic
-from quantize.fuse import check_attention, fuse_attention
-from quantize.half import store_half
-from quantize.ort import ort_dynamic, ort_static
-from quantize.plan import Plan, Site
-from quantize.recipes import (
+from cuantiza.quantize.decide.calibrate import calibrate, calibration_windows
+from cuantiza.quantize.decide.decision import Plan, Site
+from cuantiza.quantize.decide.rounding import Grid
+from cuantiza.quantize.inspect.sensitivity import EVERY, Gauge, Rewrite, within_budget
+from cuantiza.quantize.recipes import (
     DynamicInt8,
     Half,
     MixedStaticInt8,
@@ -32,11 +23,21 @@ from quantize.recipes import (
     WeightOnly,
     calibration_of,
 )
-from quantize.rounding import Grid
-from quantize.sensitivity import EVERY, Gauge, Rewrite, within_budget
-from quantize.sites import left_in_float
-from quantize.static import quantize_static
-from quantize.weight_only import choose_weights, quantize_weights
+from cuantiza.quantize.rewrite.dynamic import quantize_dynamic
+from cuantiza.quantize.rewrite.find import left_in_float
+from cuantiza.quantize.rewrite.fuse_attention import check_attention, fuse_attention
+from cuantiza.quantize.rewrite.half import store_half
+from cuantiza.quantize.rewrite.onnxruntime_tools import ort_dynamic, ort_static
+from cuantiza.quantize.rewrite.static import quantize_static
+from cuantiza.quantize.rewrite.weight_only import choose_weights, quantize_weights
+
+from cuantiza.core.errors import UserError
+from cuantiza.core.inputs.corpus import Split
+from cuantiza.core.inputs.model_config import max_positions, read_config
+from cuantiza.core.onnx import file as onnx_file
+from cuantiza.core.onnx.genai_config import GENAI_CONFIG, genai_config
+from cuantiza.core.run.exact_int8 import EXACT
+from cuantiza.core.store import artifact
 
 
 def apply(recipe: Recipe, parent: Path, work: Path, split: Split | None) -> dict:
@@ -46,7 +47,7 @@ def apply(recipe: Recipe, parent: Path, work: Path, split: Split | None) -> dict
     """
     details = _apply(recipe, parent, work, split)
     if isinstance(recipe, DynamicInt8 | StaticInt8 | MixedStaticInt8 | OrtDynamic | OrtStatic):
-        # For whoever makes a session of it elsewhere; core/runtime.py does so by itself.
+        # For whoever makes a session of it elsewhere; cuantiza/core/run/runtime.py does so by itself.
         details["session_options"] = {"x86-64 without VNNI": EXACT}
     return details
 

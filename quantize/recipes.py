@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from core.errors import UserError
+from cuantiza.core.errors import UserError
 
 Rounding = Literal["gptq", "nearest"]
 Ranges = Literal["min-max", "percentile", "entropy", "mse"]
-# Standard operators for any runtime, or the fewest and fastest ones for ONNX Runtime on a CPU (quantize/fuse.py).
+# Standard operators for any runtime, or the fewest and fastest ones for ONNX Runtime on a CPU (quantize/rewrite/fuse_attention.py).
 Target = Literal["portable", "ort"]
 # SmoothQuant's exponents that are tried for each tensor; no exponent, no smoothing.
 ALPHAS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)

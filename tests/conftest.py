@@ -1,131 +1,20 @@
-"""What the tests share: small real checkpoints, the stages as a user runs them, and what an error looks like."""
+"""The fixtures that tests of several rooms use. What they call is in helpers.py."""
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
 import signal
-import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from helpers import ES_MINI, Result, assert_nothing_published, assert_user_error, copy_tokenizer, stage, tiny_gpt2
 
-ROOT = Path(__file__).resolve().parent.parent
-if str(ROOT) not in sys.path:  # `pytest` without `python -m`
-    sys.path.insert(0, str(ROOT))
-
-from core.artifact import Artifact, open_artifact  # noqa: E402
+from cuantiza.core.store.artifact import Artifact, open_artifact
 
 # A shell that starts tests in the background has them ignore Ctrl-C, and the stages that they start inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-
-ES_MINI = ROOT / "models" / "es-mini"
-CORPUS = ROOT / "corpus" / "es"
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt")
-SPANISH = (
-    "¿Dónde está el camión? ¡Qué vergüenza, Ñuñoa!",
-    "Dijo: «Aquí no se fía», y el niño —pálido, tímido— se marchó… 1987, 3,5 % y 20 °C.",
-    "PINGÜINO averigüéis\n\n  dos espacios\ty un tabulador; crème brûlée, 日本, 🦎 e\u0301",
-)
-
-
-@dataclass(frozen=True)
-class Result:
-    """How a command ended."""
-
-    status: int
-    stdout: str
-    stderr: str
-
-
-def stage(*args: object, env: dict[str, str] | None = None, timeout: float = 300, **kwargs) -> Result:
-    """`python -m args[0] args[1:]` from the repository root, as a process of its own."""
-    done = subprocess.run(
-        [sys.executable, "-m", *map(str, args)],
-        cwd=ROOT,
-        env={**os.environ, **(env or {})},
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        **kwargs,
-    )
-    return Result(done.returncode, done.stdout, done.stderr)
-
-
-def assert_user_error(result: Result, *fragments: str) -> str:
-    """The user sees one line `error: ...` with `fragments` in it, status 2, and no traceback. Gives that line."""
-    assert "Traceback" not in result.stderr, result.stderr
-    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1 and result.status == 2, (result.status, result.stderr)
-    assert result.stderr.rstrip().splitlines()[-1] == lines[0], result.stderr
-    for fragment in fragments:
-        assert fragment in lines[0], f"{fragment!r} is not in {lines[0]!r}"
-    return lines[0]
-
-
-def assert_nothing_published(output: Path) -> None:
-    """No artifact and no work in progress anywhere below `output`."""
-    left = (
-        [path for path in output.rglob("*") if path.is_file() and path.name != ".cuantiza.lock"]
-        if output.is_dir()
-        else []
-    )
-    assert not left, left
-    assert not list(output.rglob(".tmp-*"))
-
-
-def tiny_gpt2(seed: int = 0, **overrides: object):
-    """A random GPT2LMHeadModel: 2 layers, width 32, es-mini's vocabulary.
-
-    No weight keeps its initial 0 or 1: a graph that forgot a bias or a scale would pass otherwise.
-    """
-    import torch
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    fields = {
-        "vocab_size": 8192,
-        "n_positions": 128,
-        "n_embd": 32,
-        "n_layer": 2,
-        "n_head": 2,
-        "bos_token_id": 0,
-        "eos_token_id": 0,
-        **overrides,
-    }
-    torch.manual_seed(seed)
-    model = GPT2LMHeadModel(GPT2Config(**fields)).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.normal_(std=0.2)
-            if ".ln_" in name and name.endswith("weight"):
-                parameter.add_(1)
-    return model
-
-
-def copy_tokenizer(folder: Path, names: tuple[str, ...] = TOKENIZER_FILES) -> None:
-    """Give `folder` files of es-mini's tokenizer."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in names:
-        shutil.copy(ES_MINI / name, folder / name)
-
-
-def edit_config(folder: Path, **changes: object) -> None:
-    """Change fields of a checkpoint's config.json."""
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
-def edit_weights(folder: Path, change: Callable[[dict], None]) -> None:
-    """Change the tensors of a checkpoint's model.safetensors."""
-    from safetensors.torch import load_file, save_file
-
-    weights = load_file(folder / "model.safetensors")
-    change(weights)
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 @pytest.fixture(scope="session")
@@ -162,11 +51,12 @@ def export_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) 
 
     Parity compares in this process as well, where torch is imported already.
     """
-    import export.__main__
-    import export.parity
-    from core.errors import run
+    import cuantiza.export.__main__
+    import cuantiza.export.parity
 
-    monkeypatch.setattr(export.parity, "isolated", lambda function, *args: function(*args))
+    from cuantiza.core.errors import run
+
+    monkeypatch.setattr(cuantiza.export.parity, "isolated", lambda function, *args: function(*args))
 
     def call(*args: object) -> Result:
         monkeypatch.setattr(sys, "argv", ["export", *map(str, args)])
@@ -174,7 +64,7 @@ def export_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) 
         capsys.readouterr()
         try:
             with pytest.raises(SystemExit) as end:
-                run(export.__main__.main)
+                run(cuantiza.export.__main__.main)
         finally:
             signal.signal(signal.SIGTERM, handler)
         return Result(end.value.code, *capsys.readouterr())

@@ -1,4 +1,4 @@
-// What the runtimes share: the job that a runtime is given and the result that it writes (runtimes/matrix.py).
+// What the runtimes share: the job that a runtime is given and the result that it writes (lab/matrix/matrix.py).
 
 import { readFileSync, writeFileSync } from "node:fs";
 import { endianness } from "node:os";

@@ -1,0 +1,67 @@
+"""Which artifact goes by which name, and the folder that they make."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import onnx_ir as ir
+
+from cuantiza.core.errors import UserError
+from cuantiza.core.inputs.model_config import read_config
+from cuantiza.core.onnx import file as onnx_file
+from cuantiza.core.store import artifact
+from cuantiza.core.store.artifact import Artifact
+
+# transformers.js finds a graph by the name of its dtype (src/utils/dtypes.js there): the browser takes q8 unless told.
+DTYPES = {"fp32": "fp32", "int8-dynamic": "q8", "int8-static": "int8", "int4-weight": "q4", "fp16": "fp16"}
+_SUFFIXES = {"fp32": "", "q8": "_quantized", "int8": "_int8", "q4": "_q4", "fp16": "_fp16"}
+# Of these optimum looks for the first alone, in any folder below the model's.
+FIRST = "fp32"
+
+
+def graph_name(recipe: str) -> str:
+    """The file name of `recipe`'s graph, such as model_q4.onnx."""
+    return f"model{_SUFFIXES[DTYPES[recipe]]}.onnx"
+
+
+def open_all(folder: Path, recipes: list[str]) -> list[Artifact]:
+    """The artifacts of `recipes` in `folder`, verified, fp32 first.
+
+    Raises UserError where one is missing or broken, has no name in a bundle, or was made of another checkpoint.
+    """
+    if unknown := [recipe for recipe in recipes if recipe not in DTYPES]:
+        raise UserError(
+            f"--recipes {unknown[0]}: has no name among transformers.js's dtypes; choose from {', '.join(DTYPES)}"
+        )
+    opened = [artifact.open_artifact(folder / recipe) for recipe in dict.fromkeys([FIRST, *recipes])]
+    first = opened[0]
+    for other in opened[1:]:
+        if other.manifest.parent != first.digest:
+            raise UserError(f"{other.path}: was not made of {first.path}; run `make export quantize` again")
+    return opened
+
+
+def assemble(artifacts: list[Artifact], checkpoint: Path, card: str, folder: Path) -> None:
+    """Fill the empty `folder`: onnx/, configurations and tokenizer, the card, and the checkpoint's licence if it has one."""
+    first = artifacts[0]
+    (folder / "onnx").mkdir()
+    external = {}
+    for item in artifacts:
+        name = graph_name(item.manifest.name)
+        if onnx_file.DATA in item.manifest.files:
+            # Each with data of its own name, which is written in the graph; `_data` is what transformers.js looks for.
+            ir.save(onnx_file.load(item.model), folder / "onnx" / name, external_data=f"{name}_data")
+            external[name] = True
+        else:
+            shutil.copyfile(item.model, folder / "onnx" / name)
+    for name in artifact.COMPANIONS:
+        if (first.path / name).is_file():
+            shutil.copyfile(first.path / name, folder / name)
+    if external:
+        config = read_config(first.path) | {"transformers.js_config": {"use_external_data_format": external}}
+        (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    for licence in sorted(path for path in checkpoint.glob("LICENSE*") if path.is_file()):
+        shutil.copyfile(licence, folder / licence.name)
+    (folder / "README.md").write_text(card, encoding="utf-8")

@@ -1,0 +1,153 @@
+"""`MODEL=`: a local folder, or a Hugging Face hub id with an optional `@revision`, to a folder on disk."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from cuantiza.core.errors import MENDS, UserError
+from cuantiza.core.store.artifact import digest, sha256_file
+
+# In order of preference: the first group that a repository has is the one that is read. Nothing else is
+# downloaded; beside these, GPT-2 repositories carry another gigabyte of TensorFlow and Flax weights.
+WEIGHTS = (
+    ("model.safetensors",),
+    ("model.safetensors.index.json", "model-*-of-*.safetensors"),
+    ("pytorch_model.bin",),
+    ("pytorch_model.bin.index.json", "pytorch_model-*-of-*.bin"),
+)
+CONFIGS = ("config.json", "generation_config.json")
+TOKENIZER = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+)
+_HUB_ID = re.compile(r"(?P<repo>[\w.-]+(/[\w.-]+)?)(@(?P<revision>[\w./-]+))?")
+
+
+@dataclass(frozen=True)
+class Model:
+    """`name` is safe as a folder name; `folder` holds the checkpoint."""
+
+    name: str
+    folder: Path
+
+
+def weight_files(names: set[str]) -> list[str]:
+    """The weight files of the most preferred kind among `names`; empty where there are none."""
+    for group in WEIGHTS:
+        if group[0] in names:
+            return sorted(name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in group))
+    return []
+
+
+def model_name(spec: str) -> str:
+    """Folder name of the outputs for `spec`: without any access to disk beyond `spec` or to a network.
+
+    Raises UserError where `spec` gives none.
+    """
+    name = Path(spec).resolve().name if Path(spec).is_dir() else spec.replace("/", "--")
+    if not spec or not name:
+        raise _no_model(spec)
+    return name
+
+
+def checkpoint_digest(folder: Path) -> str:
+    """sha256 over the files of `folder` that an export reads."""
+    names = [*CONFIGS, *TOKENIZER, *weight_files({file.name for file in folder.iterdir()})]
+    return digest({name: sha256_file(folder / name) for name in names if (folder / name).is_file()})
+
+
+def resolve_model(spec: str) -> Model:
+    """Find `spec` on disk, or on the hub (resumed where interrupted; from the cache where offline).
+
+    Raises UserError where `spec` is neither a folder nor a hub id, or cannot be had.
+    """
+    path = Path(spec)
+    if path.is_dir():
+        return Model(model_name(spec), path)
+    match = _HUB_ID.fullmatch(spec)
+    if path.exists() or match is None or spec.startswith("."):
+        raise _no_model(spec)
+    return Model(model_name(spec), _download(spec, match["repo"], match["revision"]))
+
+
+def _no_model(spec: str) -> UserError:
+    return UserError(
+        f"MODEL={spec}: is neither a folder nor a hub id such as datificate/gpt2-small-spanish or owner/name@revision"
+    )
+
+
+def _download(spec: str, repo: str, revision: str | None) -> Path:
+    """Folder in the hub's cache with the files of `repo` that an export reads."""
+    import httpx2 as http
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        names = {file.rfilename for file in HfApi().model_info(repo, revision=revision).siblings}
+        weights = weight_files(names)
+        if not weights:
+            raise UserError(
+                f"MODEL={spec}: has no safetensors and no pytorch_model.bin (TensorFlow and Flax weights are not read); "
+                "convert it with transformers' save_pretrained first"
+            )
+        patterns = [*weights, *(name for name in (*CONFIGS, *TOKENIZER) if name in names)]
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
+    except HFValidationError:
+        raise _no_model(spec) from None
+    except GatedRepoError:
+        raise UserError(f"MODEL={spec}: is gated; accept its terms on the hub and run `hf auth login`") from None
+    except RevisionNotFoundError:
+        raise UserError(f"MODEL={spec}: has no such revision; check what follows the @") from None
+    except RepositoryNotFoundError:
+        raise UserError(
+            f"MODEL={spec}: is neither a folder here nor a repository on the hub; check its spelling"
+        ) from None
+    except (OfflineModeIsEnabled, LocalEntryNotFoundError, HfHubHTTPError, http.HTTPError, OSError) as error:
+        if getattr(error, "errno", None) in MENDS:  # the disk's fault, not the network's
+            raise
+        cause = type(error.__cause__ or error).__name__
+        reason = (
+            "HF_HUB_OFFLINE is set" if isinstance(error, OfflineModeIsEnabled) else f"the hub does not answer ({cause})"
+        )
+    folder = _cached(repo, revision)
+    if folder is None:
+        raise UserError(
+            f"MODEL={spec}: is not whole in the local cache, and {reason}; "
+            "check the network, or download it elsewhere and give its folder"
+        )
+    return folder
+
+
+def _cached(repo: str, revision: str | None) -> Path | None:
+    """Folder in the hub's cache where an earlier run downloaded all that it wanted of `repo`; None where there is none."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        for group in WEIGHTS:
+            # Fails where the repository is known to have a file of these that is not here.
+            folder = Path(
+                snapshot_download(
+                    repo, revision=revision, allow_patterns=[*group, *CONFIGS, *TOKENIZER], local_files_only=True
+                )
+            )
+            if (folder / group[0]).is_file():
+                return folder
+    except LocalEntryNotFoundError:
+        pass
+    return None

@@ -1,0 +1,58 @@
+"""What the stages read of a model's config.json, whatever its type."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from cuantiza.core.errors import UserError
+
+_POSITIONS = ("n_positions", "max_position_embeddings", "n_ctx", "seq_length", "max_seq_len")
+
+
+def read_config(folder: Path) -> dict:
+    """config.json of a checkpoint or artifact. Raises UserError where it is missing or no JSON object."""
+    path = folder / "config.json"
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{folder}: has no config.json; take the one of the original checkpoint") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: is no JSON ({error}); take the file of the original checkpoint") from None
+    if not isinstance(fields, dict):
+        raise UserError(f"{path}: is no JSON object; take the file of the original checkpoint")
+    return fields
+
+
+def start_token(folder: Path) -> int:
+    """The id that stands before a text: the configuration's bos, else its eos (GPT-2 has one for both)."""
+    config = read_config(folder)
+    for key in ("bos_token_id", "eos_token_id"):
+        if isinstance(config.get(key), int):
+            return config[key]
+    raise UserError(
+        f"{folder / 'config.json'}: has neither bos_token_id nor eos_token_id; add the id of the token that starts a text"
+    )
+
+
+def end_tokens(folder: Path) -> frozenset[int]:
+    """The ids that end a text: generation_config.json's eos_token_id, else config.json's; each one id or a list."""
+    try:
+        generation = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        generation = {}
+    for fields in (generation, read_config(folder)):
+        found = fields.get("eos_token_id") if isinstance(fields, dict) else None
+        ids = found if isinstance(found, list) else [found]
+        if ids and all(isinstance(item, int) for item in ids):
+            return frozenset(ids)
+    return frozenset()
+
+
+def max_positions(config: dict) -> int:
+    """The longest sequence in tokens that the model of config.json's fields takes; 1024 where it names none.
+
+    1024 is the smallest default of the model types that can leave it out.
+    """
+    given = (config[key] for key in _POSITIONS if isinstance(config.get(key), int) and config[key] > 0)
+    return next(given, 1024)

@@ -1,0 +1,124 @@
+"""Work in a process of its own: its memory goes back to the system, and its death is one clear line here."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable
+from multiprocessing import resource_tracker
+from multiprocessing.connection import Connection
+from typing import Any, NoReturn
+
+from cuantiza.core.errors import UserError
+
+_context = multiprocessing.get_context("spawn")
+
+
+class Remote:
+    """An object that `factory(*args)` makes and keeps in a child process; `call` runs its methods there.
+
+    The child ends with the `with` block, and with this process. Raises UserError where the child raises one,
+    or is killed (by the kernel, where memory runs out).
+    """
+
+    def __init__(self, factory: Callable, *args: Any, label: str | None = None) -> None:
+        self._label = label or f"{factory.__name__}({', '.join(map(str, args))})"
+        self._here, there = _context.Pipe()
+        self._process = _context.Process(target=_serve, args=(there, factory, args), daemon=True)
+        try:
+            _start(self._process)
+            there.close()
+            self.result()
+        except BaseException:
+            if self._process.pid is not None:
+                self.__exit__()
+            raise
+
+    def call(self, method: str, *args: Any) -> Any:
+        """The result of the object's `method(*args)`."""
+        self.start(method, *args)
+        return self.result()
+
+    def start(self, method: str, *args: Any) -> None:
+        """Begin `method(*args)` and go on here; `result` waits for it."""
+        try:
+            self._here.send((method, args))
+        except (BrokenPipeError, ConnectionResetError):
+            self._died()
+
+    def result(self) -> Any:
+        """What the method that was started last returned."""
+        try:
+            value, error = self._here.recv()
+        except (EOFError, ConnectionResetError):
+            self._died()
+        if error is not None:
+            raise error
+        return value
+
+    def _died(self) -> NoReturn:
+        self._process.join()
+        code = self._process.exitcode
+        why = ": most often a lack of memory" if code == -signal.SIGKILL else ""
+        raise UserError(f"{self._label}: its process died with exit code {code}{why}") from None
+
+    def __enter__(self) -> Remote:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.terminate()
+        self._process.join()
+        self._here.close()
+
+
+def _start(process: multiprocessing.Process) -> None:
+    """Start it without SIGINT: a Ctrl-C while it imports its modules, before `_serve`, would show a traceback of its own.
+
+    What this process is sent meanwhile waits until it has started.
+    """
+    if not hasattr(signal, "pthread_sigmask"):
+        process.start()
+        return
+    resource_tracker.ensure_running()  # the first start of a child starts it, and it unblocks SIGINT
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        process.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+class _Call:
+    """A function as an object with one method."""
+
+    def __init__(self, function: Callable) -> None:
+        self.run = function
+
+
+def isolated(function: Callable, *args: Any) -> Any:
+    """`function(*args)`, run in a process that ends with it. Raises UserError as `Remote` does."""
+    with Remote(_Call, function, label=function.__name__) as remote:
+        return remote.call("run", *args)
+
+
+def _end_with_parent() -> None:
+    """A parent that was killed outright can end nobody: its children see to it themselves."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def _serve(there: Connection, factory: Callable, args: tuple) -> None:
+    # A Ctrl-C reaches the whole group: the parent unwinds and ends this process.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
+        try:
+            served = factory(*args)
+            there.send((None, None))
+            while True:
+                method, arguments = there.recv()
+                there.send((getattr(served, method)(*arguments), None))
+        except (UserError, OSError) as error:  # what cuantiza.core.errors turns into one line
+            there.send((None, error))

@@ -1,0 +1,138 @@
+"""ONNX files: read with checks, written without holding the model twice."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+import onnx
+import onnx_ir as ir
+from google.protobuf.message import DecodeError
+
+from cuantiza.core.errors import UserError
+from cuantiza.core.onnx.stream import GRAPH_INITIALIZER, MODEL_GRAPH, TENSOR_RAW_DATA, frame, read_without_weights
+
+DATA = "model.onnx.data"
+# A protobuf message is limited to 2 GiB; the graph itself and the framing need a little of it.
+INLINE_LIMIT_BYTES = 2**31 - 2**24
+
+
+def load(path: Path) -> ir.Model:
+    """Read an ONNX file; its weights stay where they are, and are mapped when somebody reads them.
+
+    Raises UserError where the file is corrupt or no valid model, or its external data is missing, too short, or
+    outside its folder.
+    """
+    try:
+        proto = read_without_weights(path)
+        _check_external_data(proto, path)
+        onnx.checker.check_model(_without_data(proto))
+        model = ir.from_proto(proto)
+    except FileNotFoundError:
+        raise UserError(f"{path}: does not exist") from None
+    except onnx.checker.ValidationError as error:
+        raise UserError(f"{path}: is no valid ONNX model ({str(error).splitlines()[0]}); export it anew") from None
+    except (DecodeError, ir.serde.SerdeError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path}: is no readable ONNX file ({type(error).__name__}); export it anew") from None
+    if not model.graph.outputs:
+        raise UserError(f"{path}: is no readable ONNX file (it has no outputs); export it anew")
+    ir.external_data.set_base_dir(model.graph, path.parent)
+    return model
+
+
+def check(path: Path) -> None:
+    """Refuse a corrupt file and external data outside its folder. Raises UserError as `load` does."""
+    load(path)
+
+
+def _without_data(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """The graph alone, for the checker: its initializers are inputs instead, so that no weight is copied."""
+    bare = onnx.ModelProto(ir_version=proto.ir_version, opset_import=proto.opset_import, functions=proto.functions)
+    bare.graph.name = proto.graph.name
+    for field in ("node", "input", "output", "value_info"):
+        getattr(bare.graph, field).extend(getattr(proto.graph, field))
+    given = {value.name for value in proto.graph.input}
+    for tensor in proto.graph.initializer:
+        if tensor.name not in given:
+            bare.graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+    return bare
+
+
+def external_data(
+    proto: onnx.ModelProto,
+) -> Iterator[tuple[onnx.TensorProto, onnx.external_data_helper.ExternalDataInfo]]:
+    """Every tensor that has its data in another file, and where."""
+    for tensor in onnx.external_data_helper._get_all_tensors(proto):
+        if onnx.external_data_helper.uses_external_data(tensor):
+            yield tensor, onnx.external_data_helper.ExternalDataInfo(tensor)
+
+
+def _check_external_data(proto: onnx.ModelProto, path: Path) -> None:
+    folder = path.parent.resolve()
+    for tensor, info in external_data(proto):
+        file = (folder / info.location).resolve()
+        if not info.location or folder not in file.parents:
+            raise UserError(
+                f"{path}: the data of {tensor.name!r} points to {info.location!r}, outside its folder; refused"
+            )
+        needed = math.ceil(math.prod(tensor.dims) * ir.DataType(tensor.data_type).bitwidth / 8)
+        if info.length not in (None, needed):
+            raise UserError(
+                f"{path}: {tensor.name!r} names {info.length} bytes of data where its type and shape need {needed}; export it anew"
+            )
+        if not file.is_file() or file.stat().st_size < (info.offset or 0) + needed:
+            raise UserError(
+                f"{file}: the data of {tensor.name!r} is missing or cut short; copy it whole beside {path.name}"
+            )
+
+
+def save(model: ir.Model, folder: Path) -> None:
+    """Write `model` as folder/model.onnx, with its weights in model.onnx.data where they exceed 2 GB.
+
+    Weights are evaluated and written one at a time: serializing through one protobuf message would hold
+    every weight twice (GPT-2 small peaks at 2.3 GB so, and at 0.8 GB here). Only the framing of the three enclosing messages
+    is written here (cuantiza/core/onnx/stream.py); every message inside is the library's.
+    """
+    weights = {name: value.const_value for name, value in model.graph.initializers.items()}
+    if sum(tensor.nbytes for tensor in weights.values()) > INLINE_LIMIT_BYTES:
+        ir.save(model, folder / "model.onnx", external_data=DATA)
+        return
+    skeleton = ir.to_proto(_without_weights(model, weights))
+    graph = skeleton.graph.SerializeToString(deterministic=True)
+    skeleton.ClearField("graph")
+    heads = {
+        name: onnx.TensorProto(name=name, dims=tensor.shape.numpy(), data_type=tensor.dtype.value).SerializeToString()
+        for name, tensor in weights.items()
+    }
+    lengths = {
+        name: len(heads[name]) + len(frame(TENSOR_RAW_DATA, tensor.nbytes)) + tensor.nbytes
+        for name, tensor in weights.items()
+    }
+    total = len(graph) + sum(len(frame(GRAPH_INITIALIZER, length)) + length for length in lengths.values())
+    # Under another name, since weights may be mapped from the file that is there.
+    new = folder / ".tmp-model.onnx"
+    with new.open("wb") as file:
+        file.write(skeleton.SerializeToString(deterministic=True))
+        file.write(frame(MODEL_GRAPH, total) + graph)
+        for name, tensor in weights.items():
+            file.write(frame(GRAPH_INITIALIZER, lengths[name]) + heads[name])
+            _write_raw(file, tensor)
+    new.replace(folder / "model.onnx")
+
+
+def _without_weights(model: ir.Model, weights: dict) -> ir.Model:
+    """A copy of the graph that shares no initializer with `model`."""
+    copy = model.clone()
+    for name in weights:
+        copy.graph.initializers.pop(name)
+    return copy
+
+
+def _write_raw(file: BinaryIO, tensor: ir.TensorProtocol) -> None:
+    data = tensor.tobytes()
+    if len(data) != tensor.nbytes:
+        raise ValueError(f"{tensor.name}: {len(data)} bytes where its type and shape say {tensor.nbytes}")
+    file.write(frame(TENSOR_RAW_DATA, len(data)))
+    file.write(data)

@@ -1,0 +1,121 @@
+"""Text token by token: how the next one is drawn, and how tokens become text as they come.
+
+The order is transformers' own: no-repeat n-grams, temperature, top-k, top-p (its LogitsProcessorList).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
+
+from cuantiza.core.errors import UserError
+from cuantiza.core.run.runtime import Runtime
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is drawn from logits. Raises UserError where a value is out of range.
+
+    temperature: 0 takes the likeliest token; top_k: of so many likeliest (0: all); top_p: of the likeliest that
+    together have this probability; no_repeat_ngram: no sequence of so many tokens comes twice (0: any may).
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    no_repeat_ngram: int = 0
+
+    def __post_init__(self) -> None:
+        # Logits over less than this are beyond what a softmax can tell apart from the likeliest alone.
+        if not (self.temperature == 0 or 1e-3 <= self.temperature < math.inf):
+            raise UserError(
+                f"--temperature {self.temperature}: give 0 (the likeliest token), or a number from 0.001 on"
+            )
+        if self.top_k < 0:
+            raise UserError(f"--top-k {self.top_k}: give a number of tokens, or 0 for all")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"--top-p {self.top_p}: give a probability above 0, up to 1")
+        if self.no_repeat_ngram < 0:
+            raise UserError(f"--no-repeat-ngram {self.no_repeat_ngram}: give a number of tokens, or 0")
+
+
+def scores(logits: np.ndarray, before: list[int], sampling: Sampling) -> np.ndarray:
+    """Logits float64 [V] behind the token ids `before` as `sampling` leaves them: −inf is never drawn.
+
+    logits float32 [V]. With a temperature of 0 they are not scaled, since the likeliest is the same.
+    """
+    left = logits.astype(np.float64)
+    if np.isnan(left).any():
+        raise UserError("the model's logits are not numbers; check it by `make eval`")
+    left[_repeating(before, sampling.no_repeat_ngram)] = -np.inf
+    if sampling.temperature:
+        left /= sampling.temperature
+    if 0 < sampling.top_k < len(left):
+        left[left < np.partition(left, -sampling.top_k)[-sampling.top_k]] = -np.inf
+    if sampling.top_p < 1:
+        order = np.argsort(left, kind="stable")  # the least likely first, as transformers sums them
+        below = np.cumsum(_softmax(left[order]))
+        dropped = below <= 1 - sampling.top_p
+        dropped[-1] = False
+        left[order[dropped]] = -np.inf
+    return left
+
+
+def draw(logits: np.ndarray, before: list[int], sampling: Sampling, generator: np.random.Generator) -> int:
+    """The next token id behind `before`, by logits float32 [V]."""
+    left = scores(logits, before, sampling)
+    if sampling.temperature == 0 or not np.isfinite(left).any():
+        return int(left.argmax())
+    # One uniform number a token, whatever is left to choose from: the same seed goes on alike.
+    sums = np.cumsum(_softmax(left))
+    return int(np.searchsorted(sums, generator.random() * sums[-1], side="right").clip(0, len(sums) - 1))
+
+
+def generate(
+    runtime: Runtime, ids: list[int], count: int, sampling: Sampling, seed: int = 0, stop: Collection[int] = ()
+) -> Iterator[int]:
+    """Up to `count` token ids that follow `ids`, through the cache; ends before a token of `stop`."""
+    generator = np.random.default_rng(seed)
+    cache, before = runtime.cache(1, len(ids) + count), list(ids)
+    step = np.asarray([ids], np.int64)
+    for _ in range(count):
+        token = draw(runtime.step(cache, step)[0], before, sampling, generator)
+        if token in stop:
+            return
+        yield token
+        before.append(token)
+        step = np.asarray([[token]], np.int64)
+
+
+def text_of(tokenizer: Tokenizer, ids: Iterable[int], before: Sequence[int] = ()) -> Iterator[str]:
+    """The text of token ids as they come behind `before`, a piece for each that completes one: never half a character.
+
+    What a piece looks like depends on what stands before it: some decoders drop the space at a text's beginning.
+    """
+    stream, held = DecodeStream(list(before)), []
+    for token in ids:
+        held.append(token)
+        if (piece := stream.step(tokenizer, token)) is not None:
+            yield piece
+            held = []
+    if held:  # a character that was cut off
+        yield tokenizer.decode(held, skip_special_tokens=False)
+
+
+def _repeating(before: list[int], size: int) -> list[int]:
+    """Tokens that would end a sequence of `size` tokens which `before` has already."""
+    if not 0 < size <= len(before):
+        return []
+    last = before[len(before) - size + 1 :]
+    starts = range(len(before) - size + 1)
+    return [before[start + size - 1] for start in starts if before[start : start + size - 1] == last]
+
+
+def _softmax(values: np.ndarray) -> np.ndarray:
+    exponentials = np.exp(values - values.max())
+    return exponentials / exponentials.sum()

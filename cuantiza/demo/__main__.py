@@ -1,0 +1,110 @@
+"""`python -m cuantiza.demo`: serves a page that continues text in the browser with an artifact, or writes it as a folder."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from contextlib import suppress
+from functools import partial
+from http import HTTPStatus
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+from cuantiza.core.errors import UserError, run
+from cuantiza.core.store import artifact
+from cuantiza.demo.site import HEADERS, assemble, names
+
+
+class Handler(SimpleHTTPRequestHandler):
+    """Files of a folder, with the headers that give the page threads, checked for changes at each visit."""
+
+    extensions_map = SimpleHTTPRequestHandler.extensions_map | {".js": "text/javascript", ".wasm": "application/wasm"}
+
+    def end_headers(self) -> None:
+        for name, value in {**HEADERS, "Cache-Control": "no-cache"}.items():
+            self.send_header(name, value)
+        super().end_headers()
+
+    def send_head(self) -> object:
+        try:
+            return super().send_head()
+        except ValueError:  # a name with a zero byte
+            self.send_error(HTTPStatus.NOT_FOUND)
+            return None
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Nothing: the terminal keeps the one line that says where the page is."""
+
+
+class Server(ThreadingHTTPServer):
+    """One that does not print a traceback where a browser closes a download midway."""
+
+    daemon_threads = True
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
+
+
+def main() -> int:
+    args = _arguments()
+    found = artifact.open_artifact(args.artifact)
+    if args.build:
+        build(found, args.build.absolute())
+        print(f"demo      {args.build}: open it through a web server, such as `python -m http.server -d {args.build}`")
+        return 0
+    with tempfile.TemporaryDirectory(prefix="cuantiza-demo-") as folder, suppress(KeyboardInterrupt):
+        assemble(found, Path(folder), lambda source, target: target.symlink_to(source.absolute()))
+        serve(Path(folder), args.port)
+    return 0
+
+
+def build(found: artifact.Artifact, target: Path) -> None:
+    """Write the page and all that it needs as folder `target`, whole or not at all; one that we wrote is replaced.
+
+    Raises UserError where `target` holds something else.
+    """
+    if target.exists():
+        there = {file.name for file in target.iterdir()} if target.is_dir() else {target.name}
+        if foreign := sorted(there - names(found)):
+            raise UserError(
+                f"{target}: holds {foreign[0]!r}, which is not ours and would be lost; name another folder by --build"
+            )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with artifact.staging(target) as work:
+        site = work / "site"
+        site.mkdir()
+        assemble(found, site)
+        artifact.replace(site, target)
+
+
+def serve(folder: Path, port: int) -> None:
+    """Serve `folder` on this machine alone, until Ctrl-C; port 0 takes any free one."""
+    try:
+        server = Server(("127.0.0.1", port), partial(Handler, directory=str(folder)))
+    except OSError as error:
+        raise UserError(
+            f"--port {port}: {error.strerror.lower()}; give another one, or --port 0 for any that is free"
+        ) from None
+    with server:
+        print(f"demo      http://127.0.0.1:{server.server_address[1]}/ (Ctrl-C ends it)", flush=True)
+        server.serve_forever()
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m cuantiza.demo", description=__doc__)
+    default = Path("artifacts/es-mini/int8-dynamic")
+    parser.add_argument("--artifact", type=Path, default=default, help=f"the artifact's folder (default {default})")
+    parser.add_argument(
+        "--port", type=int, default=8000, help="where to serve on 127.0.0.1 (default 8000; 0: any free)"
+    )
+    parser.add_argument("--build", type=Path, metavar="FOLDER", help="write the page as a folder instead of serving it")
+    args = parser.parse_args()
+    if not 0 <= args.port <= 65535:
+        raise UserError(f"--port {args.port}: is no port; give a number from 0 to 65535")
+    return args
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,179 @@
+"""A grid, done: artifacts, then quality, then latency. What is computed, tasks compute; what was measured is not again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cuantiza.core.machine.hardware import software
+from cuantiza.core.machine.progress import report as say
+from cuantiza.core.store import artifact
+from cuantiza.eval.measure.quality import Task as Text
+from cuantiza.eval.measure.quality import make_task
+from cuantiza.sweep.executor import Executor, Task
+from cuantiza.sweep.grid import BASELINE, Cell, Grid
+from cuantiza.sweep.tasks.build import Export, Quantize
+from cuantiza.sweep.tasks.made import Made
+from cuantiza.sweep.tasks.measure import Latency
+from cuantiza.sweep.tasks.parts import Group, groups
+from cuantiza.sweep.tasks.store import Store
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to measure, as `python -m eval` has it; `shard` is how many tokens a task scores, in whole documents."""
+
+    tokens: int
+    window: int
+    rounds: int
+    threads: int
+    shard: int
+
+
+@dataclass(frozen=True)
+class Cost:
+    """A task that was done: in how many seconds, and where."""
+
+    kind: str
+    label: str
+    seconds: float
+    where: str
+
+
+@dataclass
+class Sweep:
+    """A grid, and what has come of it so far. `failed` says why a cell lacks something."""
+
+    grid: Grid
+    settings: Settings
+    work: Path
+    executor: Executor
+    made: dict[Cell, Made] = field(default_factory=dict)
+    texts: dict[tuple[str, str], Text] = field(default_factory=dict)
+    quality: dict[Cell, dict] = field(default_factory=dict)
+    latency: dict[Cell, dict] = field(default_factory=dict)
+    failed: dict[Cell, str] = field(default_factory=dict)
+    costs: list[Cost] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.store = Store(self.work / "cells")
+
+    def run(self) -> None:
+        """All of it. Raises UserError where a corpus is empty; a task that fails leaves its cells in `failed`."""
+        self._export()
+        self._quantize()
+        self._score()
+        self._time()
+        self.failed = {
+            cell: reason for cell, reason in self.failed.items() if cell not in self.quality or cell not in self.latency
+        }
+
+    def _done(self, jobs: list[tuple[Task, list[Cell]]]) -> Iterator[tuple[Task, list[Cell], Any]]:
+        """The tasks of `jobs` as they end, with their cells and what they returned; cells of one that failed are marked."""
+        cells = {id(task): own for task, own in jobs}
+        for number, done in enumerate(self.executor.run([task for task, _ in jobs]), 1):
+            task = done.task
+            self.costs.append(Cost(task.kind, task.label, done.seconds, done.where))
+            if done.error is None:
+                say(f"{task.kind:9} {task.label}: {done.seconds:.1f} s, {number} of {len(jobs)}")
+                yield task, cells[id(task)], done.value
+            else:
+                say(f"{task.kind:9} {task.label}: failed ({done.error})")
+                self.failed |= {cell: done.error for cell in cells[id(task)] if cell not in self.failed}
+
+    def _export(self) -> None:
+        jobs = [
+            (Export(name, model, self.work / "artifacts"), [cell for cell in self.grid.cells if cell.model == name])
+            for name, model in self.grid.models.items()
+        ]
+        for task, cells, made in self._done(jobs):
+            self.made |= {cell: made for cell in cells if cell.recipe == BASELINE}
+            for name, corpus in self.grid.corpora.items():
+                text = make_task(made.path, corpus.test, self.settings.tokens, self.settings.window)
+                self.texts[task.label, name] = text
+
+    def _quantize(self) -> None:
+        """One artifact for each model and recipe, and for each corpus where the recipe calibrates."""
+        jobs: dict[str, tuple[Quantize, list[Cell]]] = {}
+        for cell in (cell for cell in self.grid.cells if cell.recipe != BASELINE and self._base(cell) in self.made):
+            parent = self.made[self._base(cell)].path
+            folder = self.work / "artifacts" / self._name(cell, "--")
+            source, recipe = self.grid.corpora[cell.corpus].source, self.grid.recipes[cell.recipe]
+            task = Quantize(self._name(cell, " × "), parent, folder / cell.recipe, cell.recipe, recipe, source)
+            jobs.setdefault(task.label, (task, []))[1].append(cell)
+        for _, cells, made in self._done(list(jobs.values())):
+            self.made |= dict.fromkeys(cells, made)
+
+    def _score(self) -> None:
+        jobs: dict[int, tuple[Group, int]] = {}
+        tasks: list[tuple[Task, list[Cell]]] = []
+        for (model, corpus), text in self.texts.items():
+            cells = [
+                cell for cell in self.grid.cells if (cell.model, cell.corpus) == (model, corpus) and cell in self.made
+            ]
+            missing = self._missing(cells, self.quality, self._quality_inputs)
+            for group in groups(Cell(model, BASELINE, corpus), missing, self.made, text):
+                own = group.tasks(self.made, self.settings.shard, self.settings.threads)
+                jobs |= {id(task): (group, len(own)) for task in own}
+                tasks += [(task, list(group.wanted)) for task in own]
+        for task, _, scores in self._done(tasks):
+            group, count = jobs[id(task)]
+            group.parts[task.first] = scores
+            if len(group.parts) == count:
+                for cell, fields in group.fields().items():
+                    self.quality[cell] = self.store.write(self._quality_inputs(cell), fields)
+                group.parts.clear()
+
+    def _time(self) -> None:
+        """Latency, once for each artifact: the text makes no difference to it."""
+        jobs: dict[str, tuple[Latency, list[Cell]]] = {}
+        for cell in self._missing(self.made, self.latency, self._latency_inputs):
+            text = self.texts[cell.model, cell.corpus]
+            task = Latency(
+                self._name(cell, " × "),
+                self.made[self._base(cell)],
+                self.made[cell] if cell.recipe != BASELINE else None,
+                text.real_tokens(text.longest),
+                text.longest,
+                self.settings.rounds,
+                self.settings.threads,
+            )
+            jobs.setdefault(task.label, (task, []))[1].append(cell)
+        for _, cells, fields in self._done(list(jobs.values())):
+            self.latency |= dict.fromkeys(cells, self.store.write(self._latency_inputs(cells[0]), fields))
+
+    def _missing(self, cells: Iterable[Cell], known: dict[Cell, dict], inputs: Any) -> list[Cell]:
+        """Which of `cells` have not been measured; what the others gave goes into `known`."""
+        for cell in cells:
+            if (found := self.store.read(inputs(cell))) is not None:
+                known[cell] = found
+        return [cell for cell in cells if cell not in known]
+
+    def _quality_inputs(self, cell: Cell) -> dict:
+        text = self.texts[cell.model, cell.corpus]
+        return self._inputs("quality", cell) | {
+            "text": artifact.digest([text.documents, text.start, text.size.bytes, text.size.words]),
+            "window": text.window,
+        }
+
+    def _latency_inputs(self, cell: Cell) -> dict:
+        return self._inputs("latency", cell) | {"rounds": self.settings.rounds, "threads": self.settings.threads}
+
+    def _inputs(self, kind: str, cell: Cell) -> dict:
+        """All that a measurement depends on, but for the machine: which one it was stands with the result."""
+        return {
+            "kind": kind,
+            "artifact": self.made[cell].digest,
+            "baseline": self.made[self._base(cell)].digest,
+            "code": artifact.code_digest("cuantiza.sweep.tasks.measure", "cuantiza.sweep.tasks.parts"),
+            "versions": software(),
+        }
+
+    def _base(self, cell: Cell) -> Cell:
+        return Cell(cell.model, BASELINE, cell.corpus)
+
+    def _name(self, cell: Cell, between: str) -> str:
+        """Of the cell's artifact: with its corpus where that is calibrated on."""
+        return between.join([cell.model, cell.recipe, *([cell.corpus] if self.grid.calibrates(cell.recipe) else [])])

@@ -1,0 +1,100 @@
+"""The grid: what the command line names, checked before anything runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeVar
+
+from cuantiza.core.errors import UserError
+from cuantiza.core.inputs.checkpoints import Model, resolve_model, weight_files
+from cuantiza.core.inputs.corpus import Source, Split, load_splits
+from cuantiza.core.inputs.model_config import read_config, start_token
+from cuantiza.export.gpt2_config import parse_config
+from cuantiza.quantize.recipes import Recipe, calibration_of, get_recipe
+
+BASELINE = "fp32"
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A text: where it is, and its two splits."""
+
+    source: Source
+    calibration: Split
+    test: Split
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One place of the grid, by the names of what meets there."""
+
+    model: str
+    recipe: str
+    corpus: str
+
+    def __str__(self) -> str:
+        return f"{self.model} × {self.recipe} × {self.corpus}"
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Models, recipes and corpora by name; `recipes` has no fp32, which the others are compared with everywhere."""
+
+    models: dict[str, Model]
+    recipes: dict[str, Recipe]
+    corpora: dict[str, Corpus]
+
+    @property
+    def cells(self) -> list[Cell]:
+        """All places, those of one model and corpus together, fp32 first."""
+        names = (BASELINE, *self.recipes)
+        return [Cell(model, recipe, corpus) for model in self.models for corpus in self.corpora for recipe in names]
+
+    def calibrates(self, recipe: str) -> bool:
+        """Whether an artifact of `recipe` depends on the corpus."""
+        return recipe != BASELINE and calibration_of(self.recipes[recipe]) is not None
+
+
+def read_grid(models: list[str], recipes: list[str], corpora: list[str]) -> Grid:
+    """The grid of MODELS=, RECIPES= and CORPORA=; models and texts of the hub are downloaded.
+
+    Raises UserError where one of them cannot be read, a model is no GPT-2, or two have one name.
+    """
+    return Grid(
+        _by_name("MODELS", models, [_model(given) for given in models]),
+        _by_name("RECIPES", recipes, [get_recipe(given) for given in recipes if given != BASELINE]),
+        _by_name("CORPORA", corpora, [_corpus(given) for given in corpora]),
+    )
+
+
+def _by_name(option: str, given: list[str], found: list[tuple[str, T]]) -> dict[str, T]:
+    """`found` by name, each once. Raises UserError where nothing was `given`, or two that differ have one name."""
+    if not given:
+        raise UserError(f"{option}=: names nothing; give one or more, with spaces between them")
+    named: dict[str, T] = {}
+    for name, value in found:
+        if named.setdefault(name, value) != value:
+            raise UserError(f"{option}={' '.join(given)}: two of them are called {name}; rename one")
+    return named
+
+
+def _model(given: str) -> tuple[str, Model]:
+    model = resolve_model(given)
+    # Absolute: a process of a cluster has a working directory of its own.
+    model = replace(model, folder=model.folder.absolute())
+    path, fields = model.folder / "config.json", read_config(model.folder)
+    if fields.get("model_type", "gpt2") != "gpt2":
+        raise UserError(f"{path}: is a {fields['model_type']!r}; a sweep takes GPT-2 checkpoints alone")
+    parse_config(fields, path)
+    start_token(model.folder)
+    if not weight_files({file.name for file in model.folder.iterdir()}):
+        raise UserError(f"{model.folder}: has neither safetensors nor a pytorch_model.bin; put the weights beside it")
+    return model.name, model
+
+
+def _corpus(given: str) -> tuple[str, Corpus]:
+    path = Path(given)
+    source = Source(str(path.absolute()) if path.exists() else given)
+    return (path.resolve().stem if path.exists() else given.replace("/", "--")), Corpus(source, *load_splits(source))

@@ -1,0 +1,89 @@
+"""Tasks that measure artifacts, and what joins their parts. See cuantiza/sweep/tasks/build.py for what a task is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+
+from cuantiza.core.machine.hardware import machine
+from cuantiza.eval.measure.engines import Engine
+from cuantiza.eval.measure.latency import measure_latency
+from cuantiza.eval.measure.score import Scores, score
+from cuantiza.eval.measure.windows import rolling
+from cuantiza.sweep.tasks.made import Made
+
+
+@dataclass(frozen=True)
+class Quality:
+    """A baseline and artifacts -> the scores of every token of some documents, the baseline's first.
+
+    `documents` are token ids, the first of them number `first` of the text; `start` is the token before each.
+    """
+
+    kind: ClassVar[str] = "quality"
+    alone: ClassVar[bool] = False
+    label: str
+    baseline: Made
+    artifacts: tuple[Made, ...]
+    documents: tuple[list[int], ...]
+    first: int
+    start: int
+    window: int
+    threads: int
+
+    def run(self) -> list[Scores]:
+        models = [_Here(Engine(made.subject(), self.threads)) for made in (self.baseline, *self.artifacts)]
+        found = score(rolling(list(self.documents), self.start, self.window), models)
+        return [Scores(item.document + self.first, item.nll, item.kl, item.same_top) for item in found]
+
+
+class _Here:
+    """An engine of this process, called as `cuantiza.eval.measure.score.score` calls those of others: a task has `threads` threads."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._call: tuple[str, tuple] = ("", ())
+
+    def start(self, method: str, *args: Any) -> None:
+        self._call = method, args
+
+    def result(self) -> np.ndarray:
+        method, args = self._call
+        return getattr(self._engine, method)(*args)
+
+
+def merge(parts: Sequence[list[Scores]]) -> list[Scores]:
+    """Scores of consecutive parts of a text, joined: those of the whole text, to the last bit.
+
+    Sums by document would do for perplexity, and not for the quantiles of KL. So a token is what is sent: 25 bytes.
+    """
+
+    def joined(scores: Sequence[Scores], field: str) -> np.ndarray | None:
+        values = [getattr(item, field) for item in scores]
+        return None if values[0] is None else np.concatenate(values)
+
+    fields = ("document", "nll", "kl", "same_top")
+    return [Scores(*(joined(scores, field) for field in fields)) for scores in zip(*parts, strict=True)]
+
+
+@dataclass(frozen=True)
+class Latency:
+    """An artifact (None: the baseline itself) -> its latency fields, in rounds with its baseline on one machine."""
+
+    kind: ClassVar[str] = "latency"
+    alone: ClassVar[bool] = True
+    label: str
+    baseline: Made
+    artifact: Made | None
+    ids: np.ndarray
+    longest: int
+    rounds: int
+    threads: int
+
+    def run(self) -> dict:
+        subjects = [made.subject() for made in (self.baseline, self.artifact) if made is not None]
+        found = measure_latency(subjects, self.ids, self.longest, self.rounds, self.threads)
+        return found[subjects[-1].name] | {"machine": machine(self.threads)}

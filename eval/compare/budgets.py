@@ -1,0 +1,61 @@
+"""budgets.toml: how much worse an artifact may be."""
+
+from __future__ import annotations
+
+import math
+import tomllib
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from cuantiza.core.errors import UserError
+
+_UNITS = {"quality": "nats", "size": "percent", "latency": "percent"}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """`quality` in nats of ln perplexity; `size` and `latency` as shares of the base's, 0.1 being 10 % more."""
+
+    quality: float
+    size: float
+    latency: float
+
+
+@dataclass(frozen=True)
+class Budgets:
+    """The budget of every recipe that has none of its own, and those that have."""
+
+    default: Budget
+    recipes: dict[str, Budget]
+
+    def of(self, recipe: str) -> Budget:
+        return self.recipes.get(recipe, self.default)
+
+
+def read_budgets(path: Path) -> Budgets:
+    """The budgets of a TOML file. Raises UserError where it is missing, or a budget is missing, unknown or no number."""
+    try:
+        fields = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: does not exist; name the file of the budgets by --budgets") from None
+    except (ValueError, RecursionError) as error:  # of TOML and of UTF-8
+        raise UserError(f"{path}: is no TOML ({error}); see docs/compare.md") from None
+    own = fields.pop("recipes", {})
+    if not isinstance(own, dict) or not all(isinstance(item, dict) for item in own.values()):
+        raise UserError(f"{path}: [recipes.NAME] holds a recipe's budgets; see docs/compare.md")
+    if missing := sorted(_UNITS.keys() - fields.keys()):
+        raise UserError(f"{path}: names no {missing[0]}; add `{missing[0]} = ` and a number of {_UNITS[missing[0]]}")
+    default = Budget(**_shares(path, "", fields))
+    return Budgets(
+        default, {name: replace(default, **_shares(path, f"recipes.{name}.", item)) for name, item in own.items()}
+    )
+
+
+def _shares(path: Path, prefix: str, fields: dict) -> dict[str, float]:
+    """`fields` in the units of Budget."""
+    for key, value in fields.items():
+        if key not in _UNITS:
+            raise UserError(f"{path}: {prefix}{key} is no budget; there are {', '.join(_UNITS)}")
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+            raise UserError(f"{path}: {prefix}{key} is {str(value)[:40]!r}; give a number of {_UNITS[key]} from 0 on")
+    return {key: value / 100 if _UNITS[key] == "percent" else float(value) for key, value in fields.items()}

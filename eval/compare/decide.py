@@ -1,0 +1,246 @@
+"""The decision of `make compare`: figures of base and head -> checks, each of which is a regression or is not.
+
+Pure functions on plain data. What is compared, and why so, is in docs/compare.md.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from statistics import median
+
+import numpy as np
+from cuantiza.eval.compare.budgets import Budgets
+from cuantiza.eval.compare.intervals import Interval, rank_sum, rounds_for_rank_sum, signed_rank
+from cuantiza.eval.compare.reports import Report, Row
+from cuantiza.eval.measure.estimates import Estimate, mean_by_document
+
+from cuantiza.core.errors import UserError
+
+# Standard errors of Δ ln ppl that have to lie beyond the budget.
+STANDARD_ERRORS = 2.0
+# The probability, at most, that latency alone raises an alarm in a comparison where every figure stands exactly at its
+# budget; it is shared out evenly among all figures. Two stages have to agree: the first is let to be wrong more often.
+FALSE_ALARMS, FIRST_LEVEL = 0.01, 0.1
+NOT_FINITE = Interval(math.inf, math.inf, math.inf)
+
+
+@dataclass(frozen=True)
+class Check:
+    """One figure of one recipe: the base's, the head's, and by how much the head's is worse.
+
+    `unit` is that of `base` and `head`: "nats", "bytes" or "ms". `change` and `budget` are in nats, or shares of the
+    base's (0.1: 10 % more); `change` is None where nothing could be judged, and `note` then says why.
+    """
+
+    recipe: str
+    figure: str
+    unit: str
+    base: float | None
+    head: float | None
+    change: Interval | None
+    budget: float
+    note: str = ""
+
+    @property
+    def regression(self) -> bool:
+        return self.change is not None and self.change.low > self.budget
+
+    @property
+    def verdict(self) -> str:
+        """ok: within the budget; open: the interval reaches beyond the budget, but does not lie beyond it.
+
+        No time is called better: at the level of the first stage, some of a recipe's figures look so by chance.
+        """
+        if self.change is None:
+            return "not judged"
+        if self.regression:
+            return "regression"
+        if self.change.high < 0 and self.unit != "ms":
+            return "better"
+        return "ok" if self.change.high <= self.budget else "open"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All checks of a model, recipe by recipe; what is only in head; what the reader has to know beside."""
+
+    model: str
+    base: str
+    head: str
+    measured: str
+    checks: list[Check]
+    new: list[str]
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def regressions(self) -> list[Check]:
+        return [check for check in self.checks if check.regression]
+
+
+def chosen(base: Sequence[str], head: Sequence[str], wanted: Sequence[str] | None) -> tuple[list[str], list[str]]:
+    """(recipes to compare, recipes that are only in head). Raises UserError where head lacks one of base's."""
+    if wanted:
+        for name in wanted:
+            if lacking := [side for side, names in (("BASE", base), ("HEAD", head)) if name not in names]:
+                raise UserError(f"--recipes {name}: is not in {' and not in '.join(lacking)}; leave it out or make it")
+        return list(dict.fromkeys(wanted)), []
+    if gone := [name for name in base if name not in head]:
+        raise UserError(
+            f"HEAD=: lacks {', '.join(gone)}, which BASE has; make what is missing, or choose by --recipes what to compare"
+        )
+    if not base:
+        raise UserError("BASE=: has no artifact to compare")
+    return list(base), [name for name in head if name not in base]
+
+
+def check_quality(recipe: str, base: float, head: float, delta: Estimate, budget: float, note: str = "") -> Check:
+    """`base` and `head` are ln perplexities; `delta` their paired difference. Raises UserError without standard error.
+
+    A head whose likelihoods are not finite is a regression.
+    """
+    if not math.isfinite(base):
+        raise UserError(f"BASE=: the perplexity of {recipe} is not finite; compare with artifacts that work")
+    if not math.isfinite(delta.value):
+        return Check(recipe, "ln perplexity", "nats", base, head, NOT_FINITE, budget, "not finite")
+    if delta.stderr is None:
+        raise UserError(
+            "a single document gives no standard error of quality; score two or more (--tokens of the evaluation, CORPUS=)"
+        )
+    reach = STANDARD_ERRORS * delta.stderr
+    change = Interval(delta.value, delta.value - reach, delta.value + reach)
+    return Check(recipe, "ln perplexity", "nats", base, head, change, budget, note)
+
+
+def check_size(recipe: str, base: int, head: int, budget: float) -> Check:
+    change = head / base - 1
+    return Check(recipe, "size", "bytes", base, head, Interval(change, change, change), budget)
+
+
+def second_level(figures: int) -> float:
+    """What the second stage may miss, so that both miss at most FALSE_ALARMS among `figures` figures (Bonferroni)."""
+    return FALSE_ALARMS / figures / FIRST_LEVEL
+
+
+def check_latency(
+    recipe: str, figure: str, ms: tuple[float, float], ln_ratios: Sequence[float], level: float, budget: float
+) -> Check:
+    """One shape, from each round's ln(head's time / base's time); `ms` are the medians of base and head."""
+    return Check(recipe, figure, "ms", *ms, _share(signed_rank(ln_ratios, level)), budget)
+
+
+def confirmed(first: Check, second: Check) -> Check:
+    """What holds after a figure that looked bad was measured again: an alarm only where both stages raise it."""
+    again = first.regression and second.regression
+    return replace(second, note="measured twice" if again else "looked slower at first, not shown again")
+
+
+def compare_reports(
+    base: Report, head: Report, budgets: Budgets, wanted: Sequence[str] | None, latency: bool
+) -> tuple[list[Check], list[str]]:
+    """(checks, recipes only in head) of two reports. Raises UserError where they do not measure the same thing."""
+    _same_text(base, head)
+    if latency:
+        _same_machine(base, head)
+    names, new = chosen(list(base.rows), list(head.rows), wanted)
+    timed = [name for name in names if latency and _untimed(base, head, name) is None]
+    figures = sum(len(base.rows[name].rounds.keys() & head.rows[name].rounds.keys()) for name in timed)
+    if timed and not figures:
+        raise UserError(
+            f"{base.path} and {head.path}: time no shape in common; make both by one version of `make eval`"
+        )
+    checks: list[Check] = []
+    for name in names:
+        ours, theirs, budget = head.rows[name], base.rows[name], budgets.of(name)
+        counts = np.asarray(base.document_tokens)
+        sums, total = np.subtract(ours.nll, theirs.nll), counts.sum()
+        means = (sum(theirs.nll) / total, sum(ours.nll) / total)
+        checks.append(check_quality(name, *means, mean_by_document(sums, counts), budget.quality))
+        checks.append(check_size(name, theirs.bytes, ours.bytes, budget.size))
+        if name in timed:
+            checks += _report_latency(base, head, name, FALSE_ALARMS / figures, budget.latency)
+        elif latency:
+            checks.append(Check(name, "latency", "ms", None, None, None, budget.latency, _untimed(base, head, name)))
+    return checks, new
+
+
+def _report_latency(base: Report, head: Report, name: str, level: float, budget: float) -> list[Check]:
+    """Each row against its own report's baseline row, round by round; then the two reports' rounds by rank sum."""
+    checks = []
+    needed = rounds_for_rank_sum(level)
+    for figure, theirs in base.rows[name].rounds.items():
+        ours = head.rows[name].rounds.get(figure)
+        if ours is None:
+            raise UserError(
+                f"{head.path}: {name} has no {figure}, which BASE has; make both by one version of `make eval`"
+            )
+        ms = (median(theirs) / 1e6, median(ours) / 1e6)
+        ratios = [_ln_ratios(report, name, figure) for report in (base, head)]
+        change = rank_sum(*ratios, level)
+        if math.isinf(change.low):
+            note = f"{min(map(len, ratios))} rounds; {needed} in each report are needed"
+            checks.append(Check(name, figure, "ms", *ms, None, budget, note))
+        else:
+            checks.append(Check(name, figure, "ms", *ms, _share(change), budget))
+    return checks
+
+
+def _ln_ratios(report: Report, name: str, figure: str) -> list[float]:
+    own, baseline = report.rows[name].rounds[figure], report.rows[report.baseline].rounds.get(figure)
+    if baseline is None or len(baseline) != len(own):
+        raise UserError(
+            f"{report.path}: {figure} of {name} and of {report.baseline} are not of the same rounds; make the report anew"
+        )
+    return [math.log(mine / first) for mine, first in zip(own, baseline, strict=True)]
+
+
+def _untimed(base: Report, head: Report, name: str) -> str | None:
+    """Why two reports do not show whether a recipe became slower; None where they do."""
+    if name == base.baseline:
+        return "every report's yardstick is this row of its own; compare folders to see it"
+    if _same_file(base.rows[name], head.rows[name]):
+        return "same file"
+    return None
+
+
+def _same_file(base: Row, head: Row) -> bool:
+    return base.digest is not None and base.digest == head.digest
+
+
+def _same_text(base: Report, head: Report) -> None:
+    for what, theirs, ours, mend in (
+        ("model", base.model, head.model, "compare reports of one model"),
+        (
+            "tokens (corpus or tokenizer)",
+            base.tokens_sha256,
+            head.tokens_sha256,
+            "evaluate both on one corpus with one --tokens",
+        ),
+        (
+            "tokens by document",
+            base.document_tokens,
+            head.document_tokens,
+            "evaluate both on one corpus with one --tokens",
+        ),
+        ("window", base.window_tokens, head.window_tokens, "evaluate both with one --window"),
+    ):
+        if theirs != ours:
+            shown = f" ({str(theirs)[:16]} and {str(ours)[:16]})" if isinstance(theirs, (str, int)) else ""
+            raise UserError(f"{base.path} and {head.path}: not the same {what}{shown}; {mend}")
+
+
+def _same_machine(base: Report, head: Report) -> None:
+    if base.baseline != head.baseline:
+        raise UserError(
+            f"{base.path} and {head.path}: latency is relative to {base.baseline} here and {head.baseline} there; evaluate both with the same first recipe, or give --without-latency"
+        )
+    for key, theirs in base.machine.items():
+        if theirs != head.machine[key]:
+            raise UserError(
+                f"{base.path} and {head.path}: latency of different machines ({key}: {theirs} and {head.machine[key]}); evaluate both on one machine, or give --without-latency"
+            )
+
+
+def _share(ln_ratio: Interval) -> Interval:
+    return Interval(*(math.expm1(min(value, 700)) for value in (ln_ratio.value, ln_ratio.low, ln_ratio.high)))

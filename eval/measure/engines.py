@@ -1,0 +1,105 @@
+"""A loaded model that is measured in a process of its own: an ONNX artifact or a PyTorch model, behind one interface.
+
+Both runtimes have forward, cache and step (cuantiza/core/run/runtime.py, eval/measure/torch_engine.py).
+"""
+
+from __future__ import annotations
+
+import copy
+import resource
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from cuantiza.eval.measure.subject import Subject
+
+from cuantiza.core.run.runtime import Runtime
+from cuantiza.core.run.sampling import Sampling, generate
+
+# A cache is filled in pieces, so that it takes no more memory than the prefills that are measured.
+FILL_TOKENS = 512
+GREEDY = Sampling(temperature=0)
+# Of each shape in each round: one run to warm up, then samples until there are enough, or until the time is up.
+PREFILL_SAMPLES, DECODE_SAMPLES, LEAST_SAMPLES, BUDGET_NS = 5, 20, 2, 1_000_000_000
+
+
+class Engine:
+    """A loaded model. Made in a child process by `cuantiza.core.machine.process.Remote(Engine, subject, threads)`.
+
+    `alone` says that nothing else runs meanwhile.
+    """
+
+    def __init__(self, subject: Subject, threads: int, alone: bool = False) -> None:
+        make = _maker(subject, threads, alone)
+        start = time.perf_counter_ns()
+        self._runtime: Any = make()
+        self._load_ns = time.perf_counter_ns() - start
+
+    def logits(self, ids: np.ndarray) -> np.ndarray:
+        """Logits float32 [T, V] of token ids int64 [T]."""
+        return self._runtime.forward(ids[None])[0]
+
+    def keys(self, ids: np.ndarray) -> list[np.ndarray] | None:
+        """The keys [1, H, T, d] of every layer for token ids [T]; None where the runtime does not show them."""
+        if not isinstance(self._runtime, Runtime):
+            return None
+        return [value.numpy() for value in self._runtime.run(ids[None])[1::2]]
+
+    def continue_greedy(self, ids: list[int], count: int) -> list[int]:
+        """The `count` tokens that follow `ids` when the likeliest is taken each time, through the cache."""
+        return list(generate(self._runtime, ids, count, GREEDY))
+
+    def measure(self, ids: np.ndarray, prefill: list[int], decode: list[int]) -> dict:
+        """Raw samples in ns: {load_ns, prefill: {tokens: [..]}, decode: {position: [..]}, peak_rss_bytes}.
+
+        Batch of 1, real tokens `ids` [N]. A prefill of n tokens gives the last one's logits and the cache; a decode
+        at position p feeds one token behind a cache of p. Tokenizing and sampling are not timed.
+        """
+        samples: dict = {"prefill": {}, "decode": {}}
+        for count in prefill:
+            cache = self._runtime.cache(1, count)
+            samples["prefill"][count] = self._time(cache, ids[:count], PREFILL_SAMPLES)
+        cache = self._runtime.cache(1, max(decode) + 1)
+        for position in sorted(decode):
+            while cache.length < position:
+                self._runtime.step(cache, ids[None, cache.length : min(cache.length + FILL_TOKENS, position)])
+            samples["decode"][position] = self._time(cache, ids[position : position + 1], DECODE_SAMPLES)
+        return samples | {"load_ns": self._load_ns, "peak_rss_bytes": peak_rss_bytes()}
+
+    def _time(self, cache: Any, ids: np.ndarray, most: int) -> list[int]:
+        """Samples in ns of the same step behind `cache`, which does not advance."""
+        samples: list[int] = []
+        self._runtime.step(copy.copy(cache), ids[None])
+        while len(samples) < LEAST_SAMPLES or (len(samples) < most and sum(samples) < BUDGET_NS):
+            again = copy.copy(cache)
+            start = time.perf_counter_ns()
+            self._runtime.step(again, ids[None])
+            samples.append(time.perf_counter_ns() - start)
+        return samples
+
+    def describe(self) -> dict:
+        """What the subject says of itself beyond its files (PyTorch: bytes of its weights, modules quantized)."""
+        return self._runtime.describe() if hasattr(self._runtime, "describe") else {}
+
+
+def peak_rss_bytes() -> int:
+    """Largest resident set that this process had.
+
+    Linux's getrusage carries the parent's peak over into a child, so its own status file is read there.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def _maker(subject: Subject, threads: int, alone: bool) -> Callable[[], Any]:
+    """How to load `subject`; everything that loading imports is imported before its time is taken."""
+    if subject.kind == "onnx":
+        return lambda: Runtime(subject.path, threads, spin=alone)
+    from cuantiza.eval.measure.torch_engine import TorchRuntime
+
+    return lambda: TorchRuntime(subject.path, threads, quantized=subject.kind == "torch-dynamic")

@@ -1,0 +1,96 @@
+"""Per-token scores -> estimates with standard errors. Documents, not tokens, are the independent samples."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+import numpy as np
+from cuantiza.eval.measure.score import Scores
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value and its standard error; None where there are too few samples for one."""
+
+    value: float
+    stderr: float | None
+
+
+@dataclass(frozen=True)
+class TextSize:
+    """What the scored documents hold: UTF-8 bytes, and words (as lm-evaluation-harness counts: split at white space)."""
+
+    bytes: int
+    words: int
+
+
+def text_size(documents: tuple[str, ...]) -> TextSize:
+    return TextSize(
+        sum(len(text.encode()) for text in documents), sum(len(re.split(r"\s+", text)) for text in documents)
+    )
+
+
+def mean_per_token(values: np.ndarray, document: np.ndarray) -> Estimate:
+    """Mean of a per-token value [N] with its standard error over documents; `document` [N] numbers each token's."""
+    _, index = np.unique(document, return_inverse=True)
+    return mean_by_document(np.bincount(index, weights=values), np.bincount(index))
+
+
+def mean_by_document(sums: np.ndarray, counts: np.ndarray) -> Estimate:
+    """Mean per token of a value whose sums [D] and numbers of tokens [D] by document are given.
+
+    Tokens of one document are correlated, so the document is the sampling unit of a ratio estimator: with sums s and
+    counts n per document, mean = Σs / Σn, and variance = D/(D−1) · Σ(s − mean·n)² / (Σn)² (Cochran, Sampling
+    Techniques, 6.4). One document gives no standard error.
+    """
+    mean, number = sums.sum() / counts.sum(), len(counts)
+    if number < 2:
+        return Estimate(float(mean), None)
+    variance = number / (number - 1) * ((sums - mean * counts) ** 2).sum() / counts.sum() ** 2
+    return Estimate(float(mean), math.sqrt(variance))
+
+
+def perplexity(scores: Scores) -> Estimate:
+    """exp of the mean negative log-likelihood; its standard error by the delta method."""
+    mean = mean_per_token(scores.nll, scores.document)
+    value = math.exp(mean.value) if mean.value < 700 else math.inf
+    return Estimate(value, None if mean.stderr is None else value * mean.stderr)
+
+
+def quality(scores: Scores, size: TextSize, baseline: Scores | None) -> dict:
+    """The quality fields of a report row (docs/report.md). `baseline` holds the same tokens; None on its own row."""
+    ppl, total = perplexity(scores), float(scores.nll.sum())
+    fields = {
+        "tokens_scored": len(scores.nll),
+        "perplexity": ppl.value,
+        "perplexity_stderr": ppl.stderr,
+        "bits_per_byte": total / math.log(2) / size.bytes,
+        "word_perplexity": math.exp(min(total / size.words, 700)),
+        "byte_perplexity": math.exp(min(total / size.bytes, 700)),
+        "delta_ln_ppl": 0.0,
+        "delta_ln_ppl_stderr": 0.0,
+        "kl_divergence": 0.0,
+        "kl_divergence_stderr": 0.0,
+        "kl_divergence_p50": 0.0,
+        "kl_divergence_p99": 0.0,
+        "top1_agreement": 1.0,
+        "top1_agreement_stderr": 0.0,
+        "nll_by_document": np.bincount(scores.document, weights=scores.nll).tolist(),
+    }
+    if baseline is not None:
+        delta = mean_per_token(scores.nll - baseline.nll, scores.document)
+        kl = mean_per_token(scores.kl, scores.document)
+        top = mean_per_token(scores.same_top.astype(float), scores.document)
+        fields |= {
+            "delta_ln_ppl": delta.value,
+            "delta_ln_ppl_stderr": delta.stderr,
+            "kl_divergence": kl.value,
+            "kl_divergence_stderr": kl.stderr,
+            "kl_divergence_p50": float(np.quantile(scores.kl, 0.5)),
+            "kl_divergence_p99": float(np.quantile(scores.kl, 0.99)),
+            "top1_agreement": top.value,
+            "top1_agreement_stderr": top.stderr,
+        }
+    return fields

@@ -1,0 +1,72 @@
+"""Latency of every subject, interleaved: each round runs each of them once, in a process of its own.
+
+Nothing else is loaded meanwhile, so no thread pool disturbs another, and noise that lasts longer than a round
+falls on all alike. Ratios to the baseline are taken within a round.
+"""
+
+from __future__ import annotations
+
+from statistics import median
+
+import numpy as np
+from cuantiza.eval.measure.engines import Engine
+from cuantiza.eval.measure.subject import Subject
+
+from cuantiza.core.machine.process import Remote
+from cuantiza.core.machine.progress import track
+
+PREFILL = (32, 128, 512)
+DECODE = (32, 128, 512)
+LONGEST = 1024  # GPT-2's; the last position of a model made for 100,000 would take minutes and gigabytes
+
+
+def shapes(longest: int) -> tuple[list[int], list[int]]:
+    """(prefill lengths, decode positions) of a model of `longest` positions, its last one included, to LONGEST."""
+    longest = min(longest, LONGEST)
+    prefill = [length for length in PREFILL if length <= longest] or [longest]
+    return prefill, sorted({*(position for position in DECODE if position < longest), longest - 1})
+
+
+def measure_latency(
+    subjects: list[Subject], ids: np.ndarray, longest: int, rounds: int, threads: int
+) -> dict[str, dict]:
+    """The latency fields of every subject's row (docs/report.md); the first subject is the baseline of the ratios."""
+    prefill, decode = shapes(longest)
+    runs: dict[str, list[dict]] = {subject.name: [] for subject in subjects}
+    order = [subjects[(turn + number) % len(subjects)] for number in range(rounds) for turn in range(len(subjects))]
+    for subject in track(order, "latency", len(order)):
+        with Remote(Engine, subject, threads, True, label=subject.name) as remote:
+            runs[subject.name].append(remote.call("measure", ids, prefill, decode))
+    baseline = runs[subjects[0].name]
+    return {name: _fields(rounds, baseline) for name, rounds in runs.items()}
+
+
+def _fields(rounds: list[dict], baseline: list[dict]) -> dict:
+    load = [run["load_ns"] for run in rounds]
+    return {
+        "load_ms": median(load) / 1e6,
+        "load_samples_ns": load,
+        "peak_rss_bytes": max(run["peak_rss_bytes"] for run in rounds),
+        "prefill": [_shape("tokens", shape, rounds, baseline, "prefill", shape) for shape in rounds[0]["prefill"]],
+        "decode": [_shape("position", shape, rounds, baseline, "decode", 1) for shape in rounds[0]["decode"]],
+    }
+
+
+def _shape(key: str, shape: int, rounds: list[dict], baseline: list[dict], phase: str, tokens: int) -> dict:
+    """One shape over all rounds. `samples_ns` holds one round after the other, `samples_per_round` of each."""
+    samples = [sample for run in rounds for sample in run[phase][shape]]
+    speedups = [
+        median(base[phase][shape]) / median(run[phase][shape]) for base, run in zip(baseline, rounds, strict=True)
+    ]
+    p50 = float(np.quantile(samples, 0.5))
+    return {
+        key: shape,
+        "p50_ms": p50 / 1e6,
+        "p90_ms": float(np.quantile(samples, 0.9)) / 1e6,
+        "tokens_per_second": tokens / p50 * 1e9,
+        "speedup": median(speedups),
+        "speedup_min": min(speedups),
+        "speedup_max": max(speedups),
+        "samples_per_round": [len(run[phase][shape]) for run in rounds],
+        "samples_ns": samples,
+    }

@@ -1,0 +1,150 @@
+"""Quality of every subject against the baseline: both protocols, and the seed prompt continued."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from cuantiza.eval.measure.engines import Engine
+from cuantiza.eval.measure.estimates import TextSize, perplexity, quality, text_size
+from cuantiza.eval.measure.score import score
+from cuantiza.eval.measure.size import loaded_bytes
+from cuantiza.eval.measure.subject import Subject
+from cuantiza.eval.measure.windows import Window, halves, rolling
+from tokenizers import Tokenizer
+
+from cuantiza.core.errors import UserError
+from cuantiza.core.inputs.corpus import Split
+from cuantiza.core.inputs.model_config import max_positions, read_config, start_token
+from cuantiza.core.inputs.tokenizer import encode, load_tokenizer
+from cuantiza.core.machine.hardware import memory_bytes
+from cuantiza.core.machine.process import Remote
+from cuantiza.core.machine.progress import track
+from cuantiza.core.store.artifact import digest
+
+PROMPT = "Me gusta mucho el futbol"
+CONTINUATION_TOKENS = 32
+KEY_TOKENS = 128  # of the text, for the error by layer
+
+
+@dataclass(frozen=True)
+class Task:
+    """The test text as tokens: what every subject is scored on, in windows of at most `window` tokens."""
+
+    tokenizer: Tokenizer
+    documents: list[list[int]]
+    size: TextSize
+    start: int
+    longest: int
+    window: int
+    stream: np.ndarray
+
+    @property
+    def rolling(self) -> list[Window]:
+        return list(rolling(self.documents, self.start, self.window))
+
+    @property
+    def halves(self) -> list[Window]:
+        return list(halves(self.stream, self.window))
+
+    def real_tokens(self, count: int) -> np.ndarray:
+        """`count` tokens of the text, repeated where it is shorter."""
+        return np.resize(self.stream, count)
+
+
+def make_task(folder: Path, test: Split, tokens: int, window: int) -> Task:
+    """Tokenize whole documents of `test`, until `tokens` tokens are reached, by the tokenizer of `folder`.
+
+    They are taken in the order of their sha256, so that a part of a corpus is a sample of it. Raises UserError
+    where less than 2 tokens come of it.
+    """
+    tokenizer = load_tokenizer(folder)
+    sampled = sorted(test.documents, key=digest)
+    encoded = encode(tokenizer, tuple(sampled), enough=tokens)
+    pairs = [(text, ids) for text, ids in zip(sampled, encoded, strict=False) if ids]
+    taken, documents = [text for text, _ in pairs], [ids for _, ids in pairs]
+    if sum(map(len, documents)) < 2:
+        raise UserError("CORPUS=: its test split has less than 2 tokens; give more text")
+    longest = max_positions(read_config(folder))
+    stream = np.asarray(tokenizer.encode("\n\n".join(taken), add_special_tokens=False).ids, np.int64)
+    return Task(
+        tokenizer, documents, text_size(tuple(taken)), start_token(folder), longest, min(window, longest), stream
+    )
+
+
+def measure_quality(subjects: list[Subject], task: Task, threads: int) -> dict[str, dict]:
+    """The quality fields of every subject's row; the first is the baseline, and is scored along with the others.
+
+    Every subject has a process of its own; beside the baseline, as many are loaded at once as `_groups` allows.
+    """
+    baseline, *others = subjects
+    rows: dict[str, dict] = {baseline.name: {}}
+    with Remote(Engine, baseline, threads, label=baseline.name) as first:
+        for group in _groups(others):
+            with ExitStack() as stack:
+                remotes = [stack.enter_context(Remote(Engine, item, threads, label=item.name)) for item in group]
+                label = "quality   " + " ".join(item.name for item in [baseline, *group])
+                scores = score(track(task.rolling, label, len(task.rolling)), [first, *remotes])
+                rows[baseline.name] = quality(scores[0], task.size, None)
+                for item, remote, own in zip(group, remotes, scores[1:], strict=True):
+                    rows[item.name] = quality(own, task.size, scores[0]) | _alone(item, remote, task)
+                    rows[item.name]["key_error"] = _key_error(first, remote, task)
+        rows[baseline.name] |= _alone(baseline, first, task) | {"key_error": _key_error(first, first, task)}
+    return rows
+
+
+def _key_error(baseline: Remote, remote: Remote, task: Task) -> list[float] | None:
+    """‖keys − the baseline's‖ / ‖the baseline's‖ of every layer; None where the runtime does not show its keys.
+
+    A layer's keys are the first that is made of what comes into it, and no recipe scales them (the values it may),
+    so they show how the error of quantization grows from layer to layer.
+    """
+    ids = task.real_tokens(min(KEY_TOKENS, task.window))
+    theirs, ours = baseline.call("keys", ids), remote.call("keys", ids)
+    if theirs is None or ours is None or [item.shape for item in theirs] != [item.shape for item in ours]:
+        return None
+    pairs = zip(theirs, ours, strict=True)
+    return [float(np.linalg.norm(own - base) / np.linalg.norm(base)) for base, own in pairs]
+
+
+def _groups(subjects: list[Subject]) -> list[list[Subject]]:
+    """Subjects that are loaded at once: an eighth of the machine's memory in files, but one at least."""
+    groups: list[list[Subject]] = [[]]
+    room = memory_bytes() / 8
+    for subject in subjects:
+        if groups[-1] and sum(map(loaded_bytes, groups[-1])) + loaded_bytes(subject) > room:
+            groups.append([])
+        groups[-1].append(subject)
+    return groups
+
+
+def _alone(subject: Subject, remote: Remote, task: Task) -> dict:
+    """What is measured of a subject without a baseline: llama.cpp's protocol, the seed prompt, its own account.
+
+    What PyTorch gives by another protocol too would cost more time than it tells.
+    """
+    llama_cpp = _halves(remote, task) if subject.kind == "onnx" else None
+    return {"llama_cpp": llama_cpp, "continuation": _continue(remote, task), **remote.call("describe")}
+
+
+def _halves(remote: Remote, task: Task) -> dict | None:
+    """Perplexity by llama.cpp's protocol; None where the text is shorter than one window."""
+    windows = task.halves
+    if not windows:
+        return None
+    estimate = perplexity(score(windows, [remote])[0])
+    return {
+        "perplexity": estimate.value,
+        "perplexity_stderr": estimate.stderr,
+        "windows": len(windows),
+        "window_tokens": task.window,
+        "tokens_scored": sum(len(window.targets) for window in windows),
+    }
+
+
+def _continue(remote: Remote, task: Task) -> str:
+    ids = [task.start, *task.tokenizer.encode(PROMPT, add_special_tokens=False).ids]
+    room = task.longest - len(ids)
+    return task.tokenizer.decode(remote.call("continue_greedy", ids, max(0, min(CONTINUATION_TOKENS, room))))

@@ -1,0 +1,71 @@
+"""Subjects, measured: the content of report.json."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from cuantiza.eval.measure.latency import measure_latency
+from cuantiza.eval.measure.quality import PROMPT, make_task, measure_quality
+from cuantiza.eval.measure.size import companion_bytes, onnx_bytes
+from cuantiza.eval.measure.subject import Subject
+
+from cuantiza.core.errors import UserError
+from cuantiza.core.inputs.corpus import Split
+from cuantiza.core.store.artifact import digest
+
+SCHEMA = "cuantiza/report/1"
+
+
+def measure(
+    subjects: list[Subject],
+    baseline: Path,
+    test: Split,
+    source: str,
+    inputs: dict,
+    *,
+    tokens: int,
+    window: int,
+    rounds: int,
+    threads: int,
+) -> dict:
+    """The report on `subjects`, of which the first, the artifact in folder `baseline`, is compared with the others.
+
+    `test` is the split of the corpus `source`; `inputs` is all that the report depends on. Raises UserError where two
+    subjects have one name, or one cannot be loaded.
+    """
+    names = [subject.name for subject in subjects]
+    if clash := next((name for name in names if names.count(name) > 1), None):
+        raise UserError(f"--onnx: two artifacts are called {clash!r}; rename one of the files")
+    task = make_task(baseline, test, tokens, window)
+    quality = measure_quality(subjects, task, threads)
+    latency = measure_latency(subjects, task.real_tokens(task.longest), task.longest, rounds, threads)
+    rows = []
+    for subject in subjects:
+        if subject.kind == "onnx":
+            size = onnx_bytes(subject.path)
+        else:
+            weights = quality[subject.name].pop("weight_bytes")
+            size = {"bytes": weights + companion_bytes(baseline), "model_bytes": weights}
+        rows.append({"name": subject.name, **size, **quality[subject.name], **latency[subject.name]})
+    return {
+        "schema": SCHEMA,
+        "model": baseline.parent.name,
+        "corpus": {
+            "source": source,
+            "split": test.name,
+            "sha256": test.sha256,
+            "documents": len(task.documents),
+            "documents_in_split": len(test.documents),
+            "bytes": task.size.bytes,
+            "words": task.size.words,
+            "document_tokens": [len(ids) for ids in task.documents],
+            "tokens_sha256": digest(task.documents),
+            "window_tokens": task.window,
+        },
+        "machine": inputs["machine"],
+        "versions": inputs["versions"],
+        "rounds": rounds,
+        "prompt": PROMPT,
+        "inputs": inputs,
+        "artifacts": rows,
+    }

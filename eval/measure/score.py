@@ -1,0 +1,61 @@
+"""Scores of single tokens: negative log-likelihood, KL divergence to the baseline, same top token."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import chain, pairwise
+from typing import Protocol
+
+import numpy as np
+from cuantiza.eval.measure.windows import Window
+
+from cuantiza.core.run.divergence import compare
+
+
+@dataclass(frozen=True)
+class Scores:
+    """One element per scored token. `kl` and `same_top` are None where there is no baseline.
+
+    document int64 [N]; nll float64 [N] in nats; kl float64 [N] in nats, KL(baseline ‖ model); same_top bool [N]
+    """
+
+    document: np.ndarray
+    nll: np.ndarray
+    kl: np.ndarray | None = None
+    same_top: np.ndarray | None = None
+
+
+class Deferred(Protocol):
+    """A model that works elsewhere: cuantiza.core.machine.process.Remote over an Engine."""
+
+    def start(self, method: str, *args: object) -> None: ...
+
+    def result(self) -> np.ndarray: ...
+
+
+def score(windows: Iterable[Window], models: Sequence[Deferred]) -> list[Scores]:
+    """Scores of every model, the first being the baseline of the others, window by window: no logits are kept.
+
+    All models work on a window at the same time, and on the next one while this one is scored.
+    """
+    documents: list[np.ndarray] = []
+    columns: list[list[tuple[np.ndarray, ...]]] = [[] for _ in models]
+    for window, following in pairwise(chain(windows, [None])):
+        if not documents:
+            _start(models, window)
+        n = len(window.targets)
+        logits = [model.result()[-n:] for model in models]
+        if following is not None:
+            _start(models, following)
+        documents.append(np.full(n, window.document))
+        for column, values in zip(columns, compare(logits[0], logits[1:], window.targets), strict=True):
+            column.append(values)
+        del logits  # before the next ones come
+    document = np.concatenate(documents)
+    return [Scores(document, *map(np.concatenate, zip(*column, strict=True))) for column in columns]
+
+
+def _start(models: Sequence[Deferred], window: Window) -> None:
+    for model in models:
+        model.start("logits", window.inputs)

@@ -1,0 +1,93 @@
+"""The course's own baseline: the PyTorch model, as it is and through `quantize_dynamic` as the course calls it."""
+
+from __future__ import annotations
+
+import copy
+import io
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, DynamicCache
+from transformers.utils import logging
+
+from cuantiza.core.errors import UserError
+from cuantiza.core.run.large_pages import use_large_pages
+
+
+@dataclass
+class TorchCache:
+    """Keys and values of `length` tokens."""
+
+    past: DynamicCache
+    length: int = 0
+
+
+class TorchRuntime:
+    """The interface of cuantiza.core.run.runtime.Runtime over a transformers model, in fp32 or dynamically quantized."""
+
+    def __init__(self, checkpoint: Path, threads: int, quantized: bool) -> None:
+        torch.set_num_threads(threads)
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        try:
+            self._model = AutoModelForCausalLM.from_pretrained(
+                checkpoint, dtype=torch.float32, local_files_only=True, trust_remote_code=False
+            ).eval()
+        except (OSError, ValueError, RuntimeError) as error:
+            raise UserError(
+                f"{checkpoint}: transformers cannot load it ({error}); leave the PyTorch rows out with EVAL=--without-torch"
+            ) from None
+        if quantized:
+            warnings.filterwarnings("ignore", category=DeprecationWarning)
+            warnings.filterwarnings("ignore", category=UserWarning)
+            torch.quantization.quantize_dynamic(
+                self._model, {torch.nn.Linear, torch.nn.LayerNorm}, dtype=torch.qint8, inplace=True
+            )
+        use_large_pages()  # as cuantiza.core.run.runtime.Runtime does
+
+    def forward(self, ids: np.ndarray) -> np.ndarray:
+        """Logits float32 [B, T, V] of token ids [B, T]."""
+        with torch.inference_mode():
+            return self._model(input_ids=torch.from_numpy(ids), use_cache=False).logits.numpy()
+
+    def cache(self, batch: int, capacity: int) -> TorchCache:
+        """A cache of no tokens. transformers' grows as it is filled, so batch and capacity are not used."""
+        return TorchCache(DynamicCache())
+
+    def step(self, cache: TorchCache, ids: np.ndarray) -> np.ndarray:
+        """Logits float32 [B, V] of the last of token ids [B, T], which are added to `cache`.
+
+        Copies of a cache go on by themselves: transformers' layers replace their tensors when they grow, so a
+        shallow copy of them is enough.
+        """
+        grown = DynamicCache()
+        grown.layers = [copy.copy(layer) for layer in cache.past.layers]
+        with torch.inference_mode():
+            out = self._model(input_ids=torch.from_numpy(ids), past_key_values=grown, use_cache=True, logits_to_keep=1)
+        cache.past, cache.length = grown, cache.length + ids.shape[1]
+        return out.logits.numpy()[:, -1]
+
+    def describe(self) -> dict:
+        """Bytes of the saved state dict, and how many modules are of a quantized kind, of how many that hold weights."""
+        modules = [module for module in self._model.modules() if getattr(module, "weight", None) is not None]
+        quantized = [module for module in modules if type(module).__module__.startswith("torch.ao.nn.quantized")]
+        with _Counter() as file:
+            torch.save(self._model.state_dict(), file)
+            size = file.count
+        return {"weight_bytes": size, "modules_with_weights": len(modules), "modules_quantized": len(quantized)}
+
+
+class _Counter(io.RawIOBase):
+    """A file that keeps nothing but the number of bytes written."""
+
+    count = 0
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: bytes) -> int:
+        self.count += len(memoryview(data).cast("B"))
+        return len(memoryview(data).cast("B"))

@@ -1,0 +1,294 @@
+"""The plots of the HTML report as SVG: text stays text, and colours are the page's own variables, light or dark.
+
+Drawn 400 wide, a phone's width, and larger on larger screens. Room for text is reckoned in characters, from above: the
+reader's font is not known here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from html import escape
+
+import numpy as np
+from cuantiza.eval.report.conclusion import is_torch, shape
+from cuantiza.eval.report.wording import number, significant
+
+WIDTH, HEIGHT, COLOURS = 400, 300, 8
+_TOP, _BOTTOM, _CHARACTER, _LINE = 26, 36, 7.2, 13
+# Of the names at the ends of lines, in characters: longer ones are cut.
+_LONGEST = 22
+# Of Δ ln perplexity: linear below, logarithmic above.
+_LINEAR = 0.001
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A scale from values to 0..1, its ticks with their labels, and its title."""
+
+    title: str
+    place: Callable[[float], float]
+    ticks: list[tuple[float, str]]
+
+
+@dataclass(frozen=True)
+class Line:
+    """A named series: points (x, y), and the band (x, low, high) around it; `colour` is its number."""
+
+    name: str
+    colour: int
+    points: list[tuple[float, float]]
+    band: list[tuple[float, float, float]]
+    dashed: bool = False
+
+
+@dataclass(frozen=True)
+class Area:
+    """Where a plot's axes lie in its drawing: from `left` to `right`."""
+
+    x_axis: Axis
+    y_axis: Axis
+    left: float
+    right: float
+
+    def x(self, value: float) -> float:
+        return self.left + self.x_axis.place(value) * (self.right - self.left)
+
+    def y(self, value: float) -> float:
+        return HEIGHT - _BOTTOM - self.y_axis.place(value) * (HEIGHT - _BOTTOM - _TOP)
+
+
+@dataclass(frozen=True)
+class Box:
+    """A rectangle that text keeps clear of."""
+
+    left: float
+    right: float
+    top: float
+    bottom: float
+
+    def meets(self, other: Box) -> bool:
+        apart = self.right <= other.left or other.right <= self.left
+        return not (apart or self.bottom <= other.top or other.bottom <= self.top)
+
+
+@dataclass(frozen=True)
+class Dot:
+    """A named point of the trade-off, in the drawing's units."""
+
+    name: str
+    colour: int
+    x: float
+    y: float
+    radius: float
+
+
+def tradeoff(report: dict, labels: dict, language: str) -> str:
+    """Size against Δ ln perplexity; a dot's area is proportional to tokens decoded a second, down to a least size."""
+    rows = [row for row in report["artifacts"] if not is_torch(row)]
+    errors = [row["delta_ln_ppl_stderr"] or 0 for row in rows]
+    bottom = min(row["delta_ln_ppl"] - error for row, error in zip(rows, errors, strict=True))
+    top = max(2 * _LINEAR, *(row["delta_ln_ppl"] + error for row, error in zip(rows, errors, strict=True)))
+    x_axis = _linear_axis(labels["size_axis"], 0, max(row["bytes"] for row in rows) / 1e6 * 1.08, language)
+    area = _area(x_axis, _symlog_axis(labels["delta_axis"], bottom, top, language), WIDTH - 8)
+    speeds = [shape(row, "decode")["tokens_per_second"] for row in rows]
+    parts, dots, taken = [], [], []
+    for index, (row, error, speed) in enumerate(zip(rows, errors, speeds, strict=True)):
+        size, delta = row["bytes"] / 1e6, row["delta_ln_ppl"]
+        radius = max(3.0, 10 * math.sqrt(speed / max(speeds)))
+        dot = Dot(row["name"], index % COLOURS, area.x(size), area.y(delta), radius)
+        low, high = area.y(delta - error), area.y(delta + error)
+        title = f"{row['name']}: {number(size, 1, language)} MB, Δ {number(delta, 4, language)}, {number(speed, 0, language)} tokens/s"
+        parts.append(
+            f'<g class="c{dot.colour}"><title>{escape(title)}</title><line x1="{dot.x:.1f}" x2="{dot.x:.1f}" y1="{low:.1f}" y2="{high:.1f}"/>'
+            f'<circle cx="{dot.x:.1f}" cy="{dot.y:.1f}" r="{radius:.1f}"/></g>'
+        )
+        dots.append(dot)
+        taken.append(Box(dot.x - radius, dot.x + radius, dot.y - radius, dot.y + radius))
+        taken.append(Box(dot.x - 1, dot.x + 1, high, low))
+    plot = Box(area.left, WIDTH, _TOP, HEIGHT - _BOTTOM)
+    return _svg(labels["tradeoff"], [_frame(area), *parts, *_names(dots, taken, plot)])
+
+
+def lines(title: str, series: Sequence[Line], x_axis: Axis, y_axis: Axis) -> str:
+    """Curves with their bands, named at their right ends."""
+    names = [_short(line.name) for line in series]
+    area = _area(x_axis, y_axis, WIDTH - 16 - _CHARACTER * max(map(len, names)))
+    bands, curves = [], []
+    for line in series:
+        if line.band:
+            edge = [(x, high) for x, _, high in line.band] + [(x, low) for x, low, _ in reversed(line.band)]
+            points = " ".join(f"{area.x(x):.1f},{area.y(y):.1f}" for x, y in edge)
+            bands.append(f'<g class="c{line.colour}"><polygon points="{points}"/></g>')
+        at = [(area.x(x), area.y(y)) for x, y in line.points]
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in at)
+        dots = "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.2"/>' for x, y in at)
+        kind = f"c{line.colour} dashed" if line.dashed else f"c{line.colour}"
+        curves.append(f'<g class="{kind}"><title>{escape(line.name)}</title><polyline points="{path}"/>{dots}</g>')
+    ends = [area.y(line.points[-1][1]) for line in series]
+    for line, name, y, label in zip(series, names, ends, _apart(ends), strict=True):
+        x = area.right + 4
+        curves.append(f'<path class="lead c{line.colour}" d="M{x:.1f},{y:.1f} L{x + 7:.1f},{label:.1f}"/>')
+        curves.append(_text("name", x + 10, label + 4, name, line.colour))
+    return _svg(title, [_frame(area), *bands, *curves])
+
+
+def latency(report: dict, labels: dict, language: str) -> str:
+    """Decode time against context, of every row."""
+    series = []
+    for index, row in enumerate(report["artifacts"]):
+        points = [(item["position"], item["p50_ms"]) for item in row["decode"]]
+        band = [(item["position"], *np.quantile(item["samples_ns"], [0.1, 0.9]) / 1e6) for item in row["decode"]]
+        series.append(Line(row["name"], index % COLOURS, points, band, is_torch(row)))
+    xs = [item["position"] for item in report["artifacts"][0]["decode"]]
+    ys = [value for line in series for _, low, high in line.band for value in (low, high)]
+    x_axis = _log_axis(labels["context"], min(xs), max(xs), [(x, number(x, 0, language)) for x in xs])
+    y_axis = _log_axis(labels["ms"], min(ys), max(ys), _steps(min(ys), max(ys), language), 0.04)
+    return lines(labels["latency"], series, x_axis, y_axis)
+
+
+def layers(report: dict, labels: dict, language: str) -> str | None:
+    """Relative error of the keys against the layer; None where no row shows any."""
+    rows = [
+        (index, row) for index, row in enumerate(report["artifacts"]) if row.get("key_error") and any(row["key_error"])
+    ]
+    if not rows:
+        return None
+    series = [
+        Line(
+            row["name"],
+            index % COLOURS,
+            [(layer, max(error, 1e-9)) for layer, error in enumerate(row["key_error"])],
+            [],
+        )
+        for index, row in rows
+    ]
+    ys = [y for line in series for _, y in line.points]
+    count = len(series[0].points)
+    every = max(1, count // 6)
+    ticks = [(layer, str(layer)) for layer in range(0, count, every)]
+    x_axis = Axis(labels["layer"], lambda x: x / max(count - 1, 1), ticks)
+    y_axis = _log_axis(labels["error"], min(ys), max(ys), _steps(min(ys), max(ys), language), 0.04)
+    return lines(labels["layers"], series, x_axis, y_axis)
+
+
+def _area(x_axis: Axis, y_axis: Axis, right: float) -> Area:
+    """With as much room on the left as the labels of the ticks need."""
+    return Area(x_axis, y_axis, 8 + _CHARACTER * max((len(label) for _, label in y_axis.ticks), default=1), right)
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= _LONGEST else name[: _LONGEST - 1] + "…"
+
+
+def _text(kind: str, x: float, y: float, text: str, colour: int | None = None, anchor: str = "start") -> str:
+    classes = kind if colour is None else f"{kind} c{colour}"
+    return f'<text class="{classes}" text-anchor="{anchor}" x="{x:.1f}" y="{y:.1f}">{escape(text)}</text>'
+
+
+def _linear_axis(title: str, low: float, high: float, language: str) -> Axis:
+    step = 10 ** math.floor(math.log10(high - low))
+    step = next(size for size in (step / 5, step / 2, step, 2 * step) if (high - low) / size <= 6)
+    ticks = [step * index for index in range(math.ceil(low / step), math.floor(high / step) + 1)]
+    digits = max(0, -math.floor(math.log10(step)))
+    return Axis(
+        title, lambda value: (value - low) / (high - low), [(tick, number(tick, digits, language)) for tick in ticks]
+    )
+
+
+def _symlog_axis(title: str, low: float, high: float, language: str) -> Axis:
+    def squeeze(value: float) -> float:
+        return math.asinh(value / _LINEAR)
+
+    start, end = squeeze(low) - 0.5, squeeze(high) + 0.5
+    wanted = [0.0, *(sign * 10.0**power for power in range(-3, 3) for sign in (-1, 1))]
+    ticks = [(tick, significant(tick, language, 1)) for tick in sorted(wanted) if start <= squeeze(tick) <= end]
+    return Axis(title, lambda value: (squeeze(value) - start) / (end - start), ticks)
+
+
+def _log_axis(title: str, low: float, high: float, ticks: list[tuple[float, str]], margin: float = 0.0) -> Axis:
+    """From `low` to `high`, with a `margin` on both sides as a share of what lies between them."""
+    span = math.log(high / low) or 1.0
+    whole = span * (1 + 2 * margin)
+    return Axis(title, lambda value: (math.log(max(value, low) / low) + margin * span) / whole, ticks)
+
+
+def _steps(low: float, high: float, language: str) -> list[tuple[float, str]]:
+    """1, 2 and 5 times powers of ten between `low` and `high`; of ten alone where those are too many."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for factors in ((1, 2, 5), (1,)):
+        ticks = [factor * 10.0**power for power in powers for factor in factors if low <= factor * 10.0**power <= high]
+        if len(ticks) <= 7:
+            break
+    return [(tick, significant(tick, language, 1)) for tick in ticks]
+
+
+def _frame(area: Area) -> str:
+    """Grid, ticks and titles; a tick whose label would touch the one before has none."""
+    parts, clear = [], -math.inf
+    bottom = HEIGHT - _BOTTOM
+    for value, label in area.x_axis.ticks:
+        x, half = area.x(value), _CHARACTER * len(label) / 2
+        parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{_TOP}" y2="{bottom}"/>')
+        if x - half > clear:
+            parts.append(_text("tick", x, bottom + 14, label, anchor="middle"))
+            clear = x + half
+    clear = math.inf
+    for value, label in area.y_axis.ticks:
+        y = area.y(value)
+        parts.append(f'<line class="grid" x1="{area.left:.1f}" x2="{area.right:.1f}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        if y + _LINE <= clear:
+            parts.append(_text("tick", area.left - 6, y + 4, label, anchor="end"))
+            clear = y
+    parts.append(_text("axis", (area.left + area.right) / 2, HEIGHT - 5, area.x_axis.title, anchor="middle"))
+    parts.append(_text("axis", 2, 12, area.y_axis.title))
+    return "".join(parts)
+
+
+def _names(dots: list[Dot], taken: list[Box], plot: Box) -> list[str]:
+    """A name beside each dot within `plot`, as near to its height as is clear of the boxes `taken` and other names."""
+    parts, taken = [], list(taken)
+    steps = [0, *(sign * step for step in range(4, HEIGHT, 4) for sign in (-1, 1))]
+    for dot in sorted(dots, key=lambda dot: dot.y):
+        name, away = _short(dot.name), dot.radius + 4
+        width = _CHARACTER * len(name)
+        places = [
+            (down, side, Box(left, left + width, dot.y + down - _LINE / 2, dot.y + down + _LINE / 2))
+            for down in steps
+            for side, left in ((1, dot.x + away), (-1, dot.x - away - width))
+        ]
+        inside = [place for place in places if plot.left <= place[2].left and place[2].right <= plot.right]
+        inside = [place for place in inside if plot.top <= place[2].top and place[2].bottom <= plot.bottom] or places
+        clear = (place for place in inside if not any(place[2].meets(box) for box in taken))
+        down, side, box = next(clear, inside[0])
+        taken.append(box)
+        x, y = (box.left, dot.y + down) if side > 0 else (box.right, dot.y + down)
+        if abs(down) > dot.radius:
+            parts.append(f'<path class="lead c{dot.colour}" d="M{dot.x:.1f},{dot.y:.1f} L{x - side:.1f},{y:.1f}"/>')
+        parts.append(_text("name", x, y + 4, name, dot.colour, "start" if side > 0 else "end"))
+    return parts
+
+
+def _apart(wanted: list[float]) -> list[float]:
+    """Heights near `wanted`, in their order, a line apart, within the plot as far as they fit."""
+    gap = min(_LINE, (HEIGHT - _BOTTOM - _TOP) / len(wanted))
+    order = sorted(range(len(wanted)), key=wanted.__getitem__)
+    placed = [0.0] * len(wanted)
+    last = _TOP - gap
+    for index in order:
+        last = placed[index] = max(wanted[index], last + gap)
+    over = last - (HEIGHT - _BOTTOM)
+    limit = HEIGHT - _BOTTOM
+    for index in reversed(order):
+        if over > 0:
+            placed[index] = min(placed[index], limit)
+            limit = placed[index] - gap
+    return placed
+
+
+def _svg(title: str, parts: list[str]) -> str:
+    return (
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}" '
+        f'xmlns="http://www.w3.org/2000/svg">{"".join(parts)}</svg>'
+    )

@@ -1,0 +1,276 @@
+"""Causal language models other than GPT-2 through optimum's exporter, brought to the artifact contract.
+
+optimum-onnx stops at transformers 4.57, so it runs in an interpreter of its own (`make optimum`, OPTIMUM_PYTHON).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+from cuantiza.export.weights import check_finite, read_weights
+from onnx_ir.passes import common as passes
+from onnxscript.version_converter import ConvertVersionPass
+
+from cuantiza.core.errors import UserError
+from cuantiza.core.inputs.checkpoints import weight_files
+from cuantiza.core.onnx import file as onnx_file
+from cuantiza.core.store import artifact
+
+# Each ran end to end, parity included, with optimum-onnx 0.1.0.
+MODEL_TYPES = (
+    "arcee",
+    "bloom",
+    "codegen",
+    "cohere",
+    "falcon",
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "glm",
+    "gpt2",
+    "gpt_bigcode",
+    "gpt_neo",
+    "gpt_neox",
+    "gptj",
+    "granite",
+    "helium",
+    "llama",
+    "mistral",
+    "mpt",
+    "nemotron",
+    "olmo",
+    "olmo2",
+    "opt",
+    "phi",
+    "phi3",
+    "qwen2",
+    "qwen3",
+    "smollm3",
+    "stablelm",
+)
+# The last opset that torch's TorchScript exporter writes, which is the one that optimum uses.
+_LAST_OPSET = 20
+# Rotary embeddings that change with the length of the text: tracing fixes them at the length of the example.
+_LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope", "su")
+# The types of layer that have a rotary embedding each.
+_GEMMA3_LAYERS = ("full_attention", "sliding_attention")
+_EXPORT = """
+import sys
+from optimum.exporters.onnx import main_export
+main_export(sys.argv[1], output=sys.argv[2], task="text-generation-with-past", opset=int(sys.argv[3]), dtype="fp32", library_name="transformers",
+            local_files_only=True, trust_remote_code=False, do_validation=False, no_post_process=True)
+"""
+
+
+def export_optimum(checkpoint: Path, fields: dict, work: Path, opset: int) -> None:
+    """Export the model of `checkpoint`, whose config.json is `fields`, to `work`/model.onnx.
+
+    Inputs   input_ids [B, T], attention_mask [B, P+T], position_ids [B, T], past_key_values.{l}.key|value [B, H, P, d]
+    Outputs  logits [B, T, V], present.{l}.key|value [B, H, P+T, d]
+
+    H is the number of key and value heads, fewer than the model's heads where these share them. The graphs of
+    bloom, gemma, gemma2, gemma3_text, mpt and nemotron take no position_ids: only distances matter to them, and
+    cuantiza/core/run/runtime.py does without. Weights that occur twice are stored once, as they are or transposed.
+    Raises UserError where the model type is not in MODEL_TYPES, the second environment is missing, the weights
+    are damaged, or the export fails or does not keep the contract.
+    """
+    config = _legacy_config(fields, checkpoint / "config.json")
+    python = _interpreter()
+    with artifact.staging(work) as folder:
+        _prepare(checkpoint, config, folder / "checkpoint")
+        _run(python, checkpoint, folder / "checkpoint", folder / "onnx", min(opset, _LAST_OPSET))
+        model = onnx_file.load(folder / "onnx" / "model.onnx")
+        _name_weights(model.graph)
+        passes.ClearMetadataAndDocStringPass()(model)
+        passes.LiftConstantsToInitializersPass()(model)
+        passes.IdentityEliminationPass()(model)
+        _share_weights(model.graph)
+        passes.RemoveUnusedNodesPass()(model)
+        ConvertVersionPass(opset)(model)
+        _set_interface(model.graph, checkpoint)
+        model.ir_version = onnx.helper.find_min_ir_version_for([onnx.helper.make_opsetid("", opset)])
+        model.producer_name, model.producer_version = "cuantiza", None
+        onnx_file.save(model, work)
+
+
+def _interpreter() -> str:
+    python = os.environ.get("OPTIMUM_PYTHON", ".venv-optimum/bin/python")
+    if not os.access(python, os.X_OK):
+        raise UserError(
+            f"OPTIMUM_PYTHON={python}: does not exist, and --exporter optimum runs in it; run `make optimum` first"
+        )
+    return python
+
+
+def _legacy_config(fields: dict, path: Path) -> dict:
+    """`fields` as transformers 4.57 reads them: what 5.x writes as rope_parameters stood in fields of its own.
+
+    Raises UserError where the model is of another type than MODEL_TYPES, or its positions cannot be traced.
+    """
+    kind = fields.get("model_type")
+    if kind not in MODEL_TYPES:
+        raise UserError(
+            f"{path}: model_type {kind!r} is none of those that optimum's exporter brings to the README's contract: "
+            f"{', '.join(MODEL_TYPES)}; choose a model of these types"
+        )
+    # Code in the repository is never run: what is left of its name could only confuse.
+    config = {key: value for key, value in fields.items() if key not in ("auto_map", "rope_parameters")}
+    rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
+    if kind == "gemma3_text" and isinstance(rope, dict) and [*map(type, map(rope.get, _GEMMA3_LAYERS))] == [dict, dict]:
+        rope, local = map(rope.get, _GEMMA3_LAYERS)
+        config |= {"rope_local_base_freq": local["rope_theta"]} if "rope_theta" in local else {}
+    if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
+        raise UserError(
+            f"{path}: has a rotary embedding for each type of layer, which transformers 4.57 does not read; choose another model"
+        )
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    if rope_type in _LENGTH_DEPENDENT_ROPE:
+        raise UserError(
+            f"{path}: its rotary embedding ({rope_type}) changes with the length of the text, which an exported graph cannot; "
+            "choose a model without"
+        )
+    if "rope_parameters" not in fields:
+        return config
+    # gpt_neox has names of its own for both.
+    theta, part = ("rotary_emb_base", "rotary_pct") if kind == "gpt_neox" else ("rope_theta", "partial_rotary_factor")
+    config |= {new: rope[old] for new, old in ((theta, "rope_theta"), (part, "partial_rotary_factor")) if old in rope}
+    if rope_type != "default":
+        config["rope_scaling"] = {
+            key: value for key, value in rope.items() if key not in ("rope_theta", "partial_rotary_factor")
+        }
+    return config
+
+
+def _prepare(checkpoint: Path, config: dict, folder: Path) -> None:
+    """A folder with `config` and links to the weights, and nothing else that optimum would load."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    # Damaged files get a clear line here; transformers would start from random weights or give NaN.
+    for name, weight in read_weights(checkpoint).items():
+        check_finite(name, weight.read(), checkpoint)
+    for name in weight_files({file.name for file in checkpoint.iterdir()}):
+        (folder / name).symlink_to((checkpoint / name).resolve())
+
+
+def _run(python: str, checkpoint: Path, prepared: Path, output: Path, opset: int) -> None:
+    """Run optimum's exporter on `prepared`. Raises UserError with the last thing it said where it fails."""
+    # -I: neither this repository's packages nor the user's own can stand in for the environment's.
+    command = [python, "-I", "-c", _EXPORT, str(prepared), str(output), str(opset)]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    done = subprocess.run(
+        command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace"
+    )
+    if "No module named 'optimum" in done.stderr:
+        raise UserError(
+            f"OPTIMUM_PYTHON={python}: has no optimum-onnx; run `make optimum`, or name the interpreter that has it"
+        )
+    if done.returncode < 0:
+        raise UserError(
+            f"{checkpoint}: optimum's exporter was killed by signal {-done.returncode}; 9 is most often a lack of memory"
+        )
+    if done.returncode or not (output / "model.onnx").is_file():
+        said = [line.strip() for line in (done.stdout + done.stderr).splitlines() if line.strip()]
+        reason = said[-1][:300] if said else f"status {done.returncode}"
+        raise UserError(
+            f"{checkpoint}: optimum's exporter failed ({reason}); check that the weights belong to the config.json"
+        )
+
+
+def _name_weights(graph: ir.Graph) -> None:
+    """Give a weight that tracing has left as onnx::MatMul_803 the name of the module that multiplies by it."""
+    for weight in list(graph.initializers.values()):
+        node = next(iter(weight.consumers()), None)
+        # /model/layers.0/mlp/up_proj/MatMul
+        path = (node.name or "").strip("/").rpartition("/")[0].replace("/", ".") if node else ""
+        name = f"{path}.weight"
+        if weight.name.startswith("onnx::") and path and name not in graph.initializers:
+            weight.name = name
+
+
+def _share_weights(graph: ir.Graph) -> None:
+    """Store equal arrays once, and a transposed twin of a table that Gather reads as its Transpose.
+
+    Vectors stay apart: many are equal by chance (zeros, ones), and a quantizer may want to change only one.
+    """
+    kept: dict[tuple, list[ir.Value]] = {}
+    for weight in list(graph.initializers.values()):
+        array = weight.const_value.numpy()
+        if array.ndim < 2:
+            continue
+        twins = kept.setdefault((array.dtype, array.shape), [])
+        twin = next((twin for twin in twins if np.array_equal(twin.const_value.numpy(), array)), None)
+        if twin is None:
+            twins.append(weight)
+        else:
+            weight.replace_all_uses_with(twin)
+            del graph.initializers[weight.name]
+    for table in list(_tables(graph)):
+        array = table.const_value.numpy()
+        for weight in kept.get((array.dtype, array.shape[::-1]), []):
+            # A column against a row first: that tells most matrices apart without reading them whole.
+            other = weight.const_value.numpy()
+            if weight is not table and np.array_equal(array[:, 0], other[0]) and np.array_equal(array.T, other):
+                _replace_by_transpose(graph, weight, table)
+
+
+def _tables(graph: ir.Graph) -> Iterator[ir.Value]:
+    """Matrices whose rows a Gather picks."""
+    for weight in graph.initializers.values():
+        if weight.const_value.shape.rank() == 2 and any(node.op_type == "Gather" for node in weight.consumers()):
+            yield weight
+
+
+def _replace_by_transpose(graph: ir.Graph, weight: ir.Value, table: ir.Value) -> None:
+    users = set(weight.consumers())
+    first = next(node for node in graph if node in users)
+    transpose = ir.node("Transpose", [table], {"perm": [1, 0]}, name=f"{weight.name}.transpose")
+    transpose.outputs[0].name = f"{weight.name}.transposed"
+    graph.insert_before(first, transpose)
+    weight.replace_all_uses_with(transpose.outputs[0])
+    del graph.initializers[weight.name]
+
+
+def _set_interface(graph: ir.Graph, checkpoint: Path) -> None:
+    """Order the inputs and outputs, and name their axes, as the authored graph does.
+
+    Raises UserError where one is missing or unknown, or where heads or head width are not fixed.
+    """
+    inputs = {value.name: value for value in graph.inputs}
+    outputs = {value.name: value for value in graph.outputs}
+    layers = range(sum(re.fullmatch(r"past_key_values\.\d+\.key", name) is not None for name in inputs))
+    cache = [f"{layer}.{kv}" for layer in layers for kv in ("key", "value")]
+    positions = ["position_ids"] if "position_ids" in inputs else []
+    wanted_inputs = ["input_ids", "attention_mask", *positions, *(f"past_key_values.{name}" for name in cache)]
+    wanted_outputs = ["logits", *(f"present.{name}" for name in cache)]
+    if not layers or (odd := sorted({*inputs} ^ {*wanted_inputs} | {*outputs} ^ {*wanted_outputs})):
+        raise UserError(
+            f"{checkpoint}: optimum's export does not keep the README's contract ({', '.join(odd) if layers else 'no cache'}); "
+            f"choose a model of another type: {', '.join(MODEL_TYPES)}"
+        )
+    axes = {
+        "input_ids": ["batch_size", "sequence_length"],
+        "attention_mask": ["batch_size", "total_sequence_length"],
+        "position_ids": ["batch_size", "sequence_length"],
+        "logits": ["batch_size", "sequence_length", outputs["logits"].shape[2]],
+    }
+    for name in cache:
+        _, heads, _, width = inputs[f"past_key_values.{name}"].shape
+        if not isinstance(heads, int) or not isinstance(width, int):
+            raise UserError(
+                f"{checkpoint}: optimum's export leaves the shape of the cache open ([B, {heads}, P, {width}]); "
+                f"choose a model of another type: {', '.join(MODEL_TYPES)}"
+            )
+        axes[f"past_key_values.{name}"] = ["batch_size", heads, "past_sequence_length", width]
+        axes[f"present.{name}"] = ["batch_size", heads, "total_sequence_length", width]
+    for value in (*graph.inputs, *graph.outputs):
+        value.shape = ir.Shape(axes[value.name])
+    graph.inputs[:] = [inputs[name] for name in wanted_inputs]
+    graph.outputs[:] = [outputs[name] for name in wanted_outputs]

@@ -1,0 +1,165 @@
+"""Weight files -> named arrays, read lazily: safetensors where there are any, else pytorch_model.bin."""
+
+from __future__ import annotations
+
+import json
+import math
+import pickle
+import struct
+import warnings
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from cuantiza.core.errors import UserError
+from cuantiza.core.inputs.checkpoints import weight_files
+
+_DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "F64": np.float64}
+# Buffers that old checkpoints carry among their weights: the causal mask and the value that stood for -inf.
+_BUFFERS = (".attn.bias", ".attn.masked_bias")
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A tensor on disk: `read()` gives it as float32 [shape]."""
+
+    shape: tuple[int, ...]
+    read: Callable[[], np.ndarray]
+
+
+def read_weights(folder: Path) -> dict[str, Weight]:
+    """The weights of a GPT-2 checkpoint by name, without the `transformer.` prefix and without buffers.
+
+    Arrays are read when asked for, so that no more than one has to be in memory (a `.bin` in torch's
+    legacy format is the exception: it cannot be mapped). Nothing is ever unpickled by Python's own loader.
+    Raises UserError where no weights are found, or a file is cut short or mislabelled.
+    """
+    names = weight_files({file.name for file in folder.iterdir()})
+    if not names:
+        found = [file.name for file in folder.iterdir() if file.suffix in (".h5", ".msgpack", ".ot")]
+        kind = f" but {', '.join(sorted(found))}, which are not read" if found else ""
+        raise UserError(
+            f"{folder}: has no model.safetensors and no pytorch_model.bin{kind}; save the model with transformers' save_pretrained"
+        )
+    _check_index(folder, names)
+    weights: dict[str, Weight] = {}
+    for name in names:
+        if not name.endswith(".index.json"):
+            weights |= _read_safetensors(folder / name) if name.endswith(".safetensors") else _read_bin(folder / name)
+    weights = {name.removeprefix("transformer."): weight for name, weight in weights.items()}
+    return {name: weight for name, weight in weights.items() if not name.endswith(_BUFFERS)}
+
+
+def _check_index(folder: Path, names: list[str]) -> None:
+    """All shards that an index names have to be there, and nothing outside the folder."""
+    for name in names:
+        if not name.endswith(".index.json"):
+            continue
+        try:
+            shards = set(json.loads((folder / name).read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise UserError(f"{folder / name}: broken index ({error}); download it again") from None
+        if missing := sorted(shards - set(names), key=str):
+            raise UserError(f"{folder / name}: names {missing[0]!r}, which is not there; download the missing shards")
+
+
+def _read_safetensors(path: Path) -> dict[str, Weight]:
+    """Tensors of a safetensors file, memory-mapped.
+
+    The library validates the header; the offsets come from it directly (8 bytes of length, then JSON), as
+    the library's NumPy front has no bfloat16. Format: huggingface.co/docs/safetensors.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="np"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: is cut short or no safetensors file ({error}); download it again") from None
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+    data = (
+        np.memmap(path, np.uint8, mode="r", offset=8 + length)
+        if path.stat().st_size > 8 + length
+        else np.empty(0, np.uint8)
+    )
+
+    def reader(begin: int, end: int, dtype: type, shape: tuple[int, ...]) -> Callable[[], np.ndarray]:
+        return lambda: data[begin:end].view(dtype).reshape(shape).astype(np.float32, copy=False)
+
+    weights = {}
+    for name, entry in header.items():
+        if name != "__metadata__" and entry["dtype"] in _DTYPES:
+            shape = tuple(entry["shape"])
+            weights[name] = Weight(shape, reader(*entry["data_offsets"], _DTYPES[entry["dtype"]], shape))
+    return weights
+
+
+def _read_bin(path: Path) -> dict[str, Weight]:
+    """Tensors of a pytorch_model.bin through torch's weights-only loader, which runs no code of the file."""
+    import torch
+
+    try:
+        mapped = zipfile.is_zipfile(path)
+        if mapped:
+            _refuse_bomb(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about the protocol of the pickle, which is no concern of the user's
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except pickle.UnpicklingError as error:
+        reason = next(
+            (line for line in str(error).splitlines() if "Unsupported" in line or "not an allowed" in line), ""
+        )
+        if not reason:
+            raise UserError(f"{path}: is cut short or no PyTorch file; download it again") from None
+        raise UserError(
+            f"{path}: holds more than tensors and was refused unexecuted ({reason.strip()}); "
+            "ask its author for a model.safetensors"
+        ) from None
+    except MemoryError:
+        raise UserError(
+            f"{path}: asks for more memory than there is; free some, or ask its author for a model.safetensors"
+        ) from None
+    except (PermissionError, UserError):
+        raise
+    except Exception:  # the loader meets a broken file with whatever its code comes to
+        raise UserError(f"{path}: is cut short or no PyTorch file; download it again") from None
+    if not isinstance(state, dict):
+        raise UserError(
+            f"{path}: holds a {type(state).__name__}, not a dictionary of tensors; save the model with transformers' save_pretrained"
+        )
+
+    def reader(tensor: torch.Tensor) -> Callable[[], np.ndarray]:
+        return lambda: tensor.detach().to(torch.float32).contiguous().numpy()
+
+    return {
+        name: Weight(tuple(tensor.shape), reader(tensor))
+        for name, tensor in state.items()
+        if isinstance(name, str) and isinstance(tensor, torch.Tensor) and tensor.is_floating_point()
+    }
+
+
+def _refuse_bomb(path: Path) -> None:
+    """Raises UserError where the members of an archive unpack to more than its size: torch.save never compresses."""
+    with zipfile.ZipFile(path) as archive:
+        unpacked = sum(member.file_size for member in archive.infolist())
+    if unpacked > path.stat().st_size:
+        raise UserError(
+            f"{path}: unpacks to {unpacked} bytes, more than the file has, which torch.save never writes; "
+            "save it again with torch.save, or ask its author for a model.safetensors"
+        )
+
+
+def check_finite(name: str, array: np.ndarray, folder: Path) -> np.ndarray:
+    """`array` itself. Raises UserError where it holds NaN or infinities."""
+    # A sum over float64 is not finite where any element is not, without a mask as large as the weights.
+    with np.errstate(invalid="ignore"):
+        total = float(array.sum(dtype=np.float64))
+    if not math.isfinite(total):
+        raise UserError(f"{folder}: {name} holds NaN or infinities; the checkpoint is damaged or its training diverged")
+    return array

@@ -1,1 +1,0 @@
-"""Text in the terminal, from an artifact."""

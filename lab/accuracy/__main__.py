@@ -1,0 +1,294 @@
+"""The accuracy page, docs/accuracy.md: what every recipe and the usual tools' defaults cost, on tame and hard models.
+
+python -m lab.accuracy [--models FOLDER ...] [--text FILE]
+
+docs/accuracy.json holds the numbers, and the page is made of it alone (lab/accuracy/page.py). Artifacts and scores
+are kept in --work, so that a second run makes and measures only what has changed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import logging
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from cuantiza.eval.measure.quality import Task, make_task, measure_quality
+from cuantiza.eval.measure.size import onnx_bytes
+from cuantiza.eval.measure.subject import Subject
+from cuantiza.quantize.recipes import RECIPES, to_json
+
+from cuantiza.core.errors import UserError, run
+from cuantiza.core.inputs.corpus import Source, Split, load_splits
+from cuantiza.core.inputs.tokenizer import encode, load_tokenizer
+from cuantiza.core.machine.hardware import machine, software
+from cuantiza.core.machine.process import isolated
+from cuantiza.core.machine.progress import report as say
+from cuantiza.core.onnx import file as onnx_file
+from cuantiza.core.run.runtime import window_feeds
+from cuantiza.core.store import artifact
+from cuantiza.core.store.artifact import Artifact
+from lab import ROOT
+from lab.accuracy.page import FIELDS, MARKDOWN, SCHEMA, publish
+
+MODEL, CORPUS, HARD, SEED = ROOT / "models" / "es-mini", "corpus/es", ("twin", "sink"), 0
+WINDOW = 512  # tokens
+TEXT_TOKENS = 30_000  # of --text: about as many as the test split of corpus/es has
+SENTENCES = 8
+# Of the twins for ONNX Runtime, those alone whose arithmetic is not the portable form's.
+ROWS = [name for name in RECIPES if not name.endswith("-ort") or name in ("int8-weight-ort", "int4-weight-ort")]
+# Every artifact has a process of its own, some twenty at once: more threads each would only wait for each other.
+THREADS = 1
+NAIVE = ("naive-dynamic", "naive-static", "optimum-dynamic", "optimum-static")
+# What optimum's documentation shows, in the environment of its own that optimum needs. Arguments: the fp32 artifact,
+# the folder to write to, dynamic or static, sentences as a JSON list of lists of token ids.
+_OPTIMUM = """
+import json, sys
+import numpy, onnxruntime
+from onnxruntime.quantization import CalibrationMethod
+from optimum.onnxruntime import ORTQuantizer
+from optimum.onnxruntime.configuration import AutoQuantizationConfig, CalibrationConfig
+folder, work, kind, sentences = sys.argv[1:]
+quantizer = ORTQuantizer.from_pretrained(folder, file_name="model.onnx")
+config, ranges = AutoQuantizationConfig.avx512_vnni(is_static=kind == "static", per_channel=False), None
+if config.is_static:
+    inputs = onnxruntime.InferenceSession(folder + "/model.onnx").get_inputs()
+    past = {i.name: numpy.zeros((i.shape[1], 0, i.shape[3]), "f") for i in inputs if i.name.startswith("past_")}
+    rows = [{"input_ids": ids, "attention_mask": [1] * len(ids), "position_ids": list(range(len(ids))), **past}
+            for ids in json.loads(sentences)]
+    calibration = CalibrationConfig("sentences", "", "", len(rows), CalibrationMethod.MinMax)
+    ranges = quantizer.fit(rows, calibration, work + "/augmented.onnx", config.operators_to_quantize)
+quantizer.quantize(config, work, file_suffix="", calibration_tensors_range=ranges)
+"""
+
+
+@dataclass(frozen=True)
+class Text:
+    """What is scored: whole documents of the split `test` until `tokens` tokens."""
+
+    name: str
+    test: Split
+    tokens: int = sys.maxsize
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m lab.accuracy", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--models", nargs="*", type=Path, default=[], metavar="FOLDER", help="further GPT-2 checkpoints"
+    )
+    parser.add_argument("--text", type=Path, metavar="FILE", help="a further text, scored on its test split")
+    default = Path("artifacts/accuracy")
+    parser.add_argument("--work", type=Path, default=default, help=f"folder of what is kept (default {default})")
+    parser.add_argument("--output", type=Path, default=Path("docs"), help="folder of the page (default docs)")
+    args = parser.parse_args()
+    if odd := next((folder for folder in args.models if not folder.is_dir()), None):
+        raise UserError(f"--models {odd}: is no folder; give folders of GPT-2 checkpoints")
+    given = [folder.resolve() for folder in args.models]
+    names = [MODEL.name, *(f"{MODEL.name}-{kind}" for kind in HARD), *(folder.name for folder in given)]
+    if clash := next((name for name in names if names.count(name) > 1), None):
+        raise UserError(f"--models: two models are called {clash!r}; rename one of the folders")
+    if args.text and not args.text.is_file():
+        raise UserError(f"--text {args.text}: is no file; give a .txt, .jsonl or .parquet file")
+    calibration, test = load_splits(Source(str(ROOT / CORPUS)))
+    texts = [Text(CORPUS, test)]
+    texts += [Text(args.text.name, load_splits(Source(str(args.text)))[1], TEXT_TOKENS)] if args.text else []
+    work = args.work.resolve()
+    with artifact.locked(work):
+        checkpoints = [MODEL, *(_hard_model(kind, work) for kind in HARD), *given]
+        result = measure(checkpoints, texts, calibration, work, ROWS)
+    publish(result, args.output)
+    say(f"accuracy  {args.output / MARKDOWN}: written")
+    return 0
+
+
+def measure(checkpoints: list[Path], texts: list[Text], calibration: Split, work: Path, recipes: list[str]) -> dict:
+    """The content of accuracy.json: every checkpoint on every text."""
+    models: list[dict] = []
+    skipped: dict[str, str] = {}
+    for checkpoint in checkpoints:
+        items = make_artifacts(checkpoint, calibration, work, recipes, skipped)
+        models += [_measure_on(text, items, work / "scores") for text in texts]
+    facts = {"machine": machine(THREADS), "versions": software()}
+    return {"schema": SCHEMA, **facts, "models": models, "skipped": skipped}
+
+
+def make_artifacts(
+    checkpoint: Path, calibration: Split, work: Path, recipes: list[str], skipped: dict[str, str]
+) -> list[Artifact]:
+    """The fp32 artifact of `checkpoint`, one of each of `recipes`, one of 4 bits to nearest, and the naive ones.
+
+    The stages make all but the naive ones, each stage in a process of its own. `skipped` as in `naive_artifacts`.
+    """
+    nearest, folder = work / "int4-weight-nearest.json", work / checkpoint.name
+    _write_json(nearest, to_json(dataclasses.replace(RECIPES["int4-weight"], rounding="nearest")))
+    _run("-m", "export", "--model", checkpoint, "--output", work)
+    common = ("--model", checkpoint, "--output", work, "--corpus", ROOT / CORPUS)
+    _run("-m", "quantize", "--recipes", *recipes, nearest, *common)
+    items = [artifact.open_artifact(folder / name) for name in ("fp32", *recipes, nearest.stem)]
+    sentences = encode(load_tokenizer(folder / "fp32"), first_sentences(calibration))
+    return items + naive_artifacts(items[0], sentences, skipped)
+
+
+def first_sentences(calibration: Split) -> tuple[str, ...]:
+    """The first sentence of each of the first 8 documents: headlines end in no full stop, and are none."""
+    found = [re.search(r"^.+?[.!?…](?=\s|$)", text, re.MULTILINE) for text in calibration.documents[:SENTENCES]]
+    return tuple(match[0] for match in found if match)
+
+
+def naive_artifacts(fp32: Artifact, sentences: list[list[int]], skipped: dict[str, str]) -> list[Artifact]:
+    """Those of NAIVE, beside the artifact `fp32`; what optimum does not make goes to `skipped` with the reason."""
+    made = []
+    for name in NAIVE:
+        try:
+            made.append(make_naive(name, fp32, fp32.path.parent / name, sentences))
+        except UserError as error:
+            if not name.startswith("optimum"):
+                raise
+            skipped.setdefault(name, str(error))
+            say(f"accuracy  {name}: skipped ({error})")
+    return made
+
+
+def make_naive(name: str, fp32: Artifact, target: Path, sentences: list[list[int]]) -> Artifact:
+    """Artifact `target`, which the tool of `name` (one of NAIVE) makes of fp32, unless it is there and up to date.
+
+    `sentences` are token ids, each calibrates on its own. Raises UserError where optimum is missing or fails.
+    """
+    tool, kind = name.split("-")
+    inputs = {
+        "parent": fp32.digest,
+        "recipe": {"type": name},
+        "calibration": artifact.digest(sentences) if kind == "static" else None,
+        "code": artifact.sha256_file(Path(__file__)),
+        "versions": artifact.versions("onnx", "onnxruntime"),
+    }
+    if tool == "optimum":
+        inputs["versions"] |= {"optimum": artifact.sha256_file(ROOT / "setup" / "optimum.txt")}
+        python = Path(os.environ.get("OPTIMUM_PYTHON", ROOT / ".venv-optimum/bin/python"))
+        if not os.access(python, os.X_OK):
+            raise UserError("there is no environment with optimum; `make optimum` makes it")
+    if reason := artifact.rebuild_reason(target, inputs):
+        say(f"accuracy  {target}: {reason}")
+        with artifact.staging(target) as work:
+            if tool == "optimum":
+                _optimum(python, fp32.path, work, kind, sentences)
+            else:
+                isolated(onnxruntime_defaults, kind, fp32.model, work, sentences)
+            for extra in [file for file in work.iterdir() if file.name not in (artifact.MODEL, "model.onnx.data")]:
+                extra.unlink()
+            for companion in artifact.COMPANIONS:
+                shutil.copyfile(fp32.path / companion, work / companion)
+            facts = {key: inputs[key] for key in ("recipe", "parent", "calibration", "versions")}
+            artifact.publish(work, target, name=name, model=fp32.manifest.model, inputs=inputs, details={}, **facts)
+    return artifact.open_artifact(target)
+
+
+def onnxruntime_defaults(kind: str, model: Path, work: Path, sentences: list[list[int]]) -> None:
+    """Write work/model.onnx: quantize_dynamic or quantize_static (`kind`) straight on `model`, nothing prepared."""
+    import numpy as np
+    import onnx
+    from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_dynamic, quantize_static
+
+    logging.getLogger().setLevel(logging.ERROR)  # the tools advise preparation, at length
+    proto = onnx.load(model)
+    if kind == "dynamic":
+        quantize_dynamic(proto, work / artifact.MODEL, weight_type=QuantType.QInt8)
+        return
+    inputs = onnx_file.load(model).graph.inputs
+    feeds = iter([window_feeds(inputs, np.asarray(ids, np.int64)) for ids in sentences])
+
+    class Reader(CalibrationDataReader):
+        def get_next(self) -> dict | None:
+            return next(feeds, None)
+
+    types = {"activation_type": QuantType.QUInt8, "weight_type": QuantType.QInt8}
+    quantize_static(proto, work / artifact.MODEL, Reader(), **types)
+
+
+def _optimum(python: Path, fp32: Path, work: Path, kind: str, sentences: list[list[int]]) -> None:
+    # -I: neither this repository's packages nor the user's own can stand in for the environment's.
+    command = [python, "-I", "-c", _OPTIMUM, fp32, work, kind, json.dumps(sentences)]
+    done = subprocess.run(command, env=os.environ | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True)
+    if done.returncode or not (work / artifact.MODEL).is_file():
+        said = done.stderr.strip().splitlines() or [f"status {done.returncode}"]
+        raise UserError(f"optimum failed on {fp32.parent.name} ({said[-1][:200]})")
+
+
+def _measure_on(text: Text, items: list[Artifact], cache: Path) -> dict:
+    """An element of accuracy.json's `models`; the first of `items` is the baseline of the others."""
+    fp32 = items[0]
+    task = make_task(fp32.path, text.test, text.tokens, WINDOW)
+    task = dataclasses.replace(task, stream=task.stream[:0])  # no text for llama.cpp's protocol: it is not on the page
+    rows = _score(items, task, text, cache)
+    whole = onnx_bytes(fp32.model)["model_bytes"]
+    artifacts = []
+    for item in items[1:]:
+        size, row = onnx_bytes(item.model)["model_bytes"], rows[item.manifest.name]
+        figures = {"bytes": size, "ratio": size / whole} | {field: row[field] for field in FIELDS}
+        artifacts.append({"name": item.manifest.name, **figures})
+    return {
+        "model": fp32.path.parent.name,
+        "corpus": text.name,
+        "window_tokens": task.window,
+        "tokens_scored": rows["fp32"]["tokens_scored"],
+        "documents": len(task.documents),
+        "fp32_perplexity": rows["fp32"]["perplexity"],
+        "artifacts": artifacts,
+    }
+
+
+def _score(items: list[Artifact], task: Task, text: Text, cache: Path) -> dict[str, dict]:
+    """Quality fields (docs/report.md) of each item by its name; what `cache` holds is not measured again."""
+    cache.mkdir(exist_ok=True)
+    settings = [
+        items[0].digest,
+        text.test.sha256,
+        text.tokens,
+        WINDOW,
+        artifact.code_digest("cuantiza.eval.measure.quality"),
+        software(),
+    ]
+    files = {item.manifest.name: cache / f"{artifact.digest([item.digest, *settings])}.json" for item in items}
+    # By file: artifacts of the same bytes are measured once.
+    missing = {files[item.manifest.name]: item for item in items if not files[item.manifest.name].is_file()}
+    if missing:
+        needed = {item.manifest.name: item for item in (items[0], *missing.values())}
+        scored = measure_quality([Subject(name, "onnx", item.model) for name, item in needed.items()], task, THREADS)
+        for file, item in missing.items():
+            _write_json(file, scored[item.manifest.name])
+    return {name: json.loads(file.read_text(encoding="utf-8")) for name, file in files.items()}
+
+
+def _hard_model(kind: str, work: Path) -> Path:
+    """Folder of es-mini's twin or sink. Made anew each time, in seconds: the export sees that it is the same."""
+    folder = work / "checkpoints" / f"{MODEL.name}-{kind}"
+    shutil.rmtree(folder, ignore_errors=True)
+    _run("-m", "lab.checkpoints.hard", kind, MODEL, folder, "--seed", SEED)
+    return folder
+
+
+def _run(*args: object) -> None:
+    """Python with `args`, in the repository's root. Where it fails it has said why, and this process ends as it did."""
+    status = subprocess.run([sys.executable, *map(str, args)], cwd=ROOT, stdout=subprocess.DEVNULL).returncode
+    if status:
+        sys.exit(status if status > 0 else 128 - status)
+
+
+def _write_json(path: Path, value: dict) -> None:
+    """Through a temporary file: no moment shows half of it."""
+    new = path.with_name(f".tmp-{path.name}")
+    new.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    new.replace(path)
+
+
+if __name__ == "__main__":
+    run(main)

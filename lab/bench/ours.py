@@ -1,0 +1,35 @@
+"""Our artifacts behind the interface of the rows (lab/bench/worker.py)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+
+from cuantiza.core.onnx.file import DATA
+from cuantiza.core.run.runtime import Runtime
+from cuantiza.core.store.artifact import MODEL
+
+
+def version() -> str:
+    return f"onnxruntime {onnxruntime.__version__}"
+
+
+def files(kind: str, folder: Path) -> list[Path]:
+    """What counts as the size of the artifact in `folder`."""
+    return [file for file in (folder / MODEL, folder / DATA) if file.is_file()]
+
+
+class Engine:
+    """The artifact in `folder`; `options` are Runtime's own. Alone on the machine, as every row is."""
+
+    def __init__(self, kind: str, folder: Path, threads: int, **options: Any) -> None:
+        self._runtime = Runtime(folder / MODEL, threads, spin=True, **options)
+
+    def start(self, batch: int, capacity: int) -> None:
+        self._cache = self._runtime.cache(batch, capacity)
+
+    def feed(self, ids: np.ndarray) -> np.ndarray:
+        return self._runtime.step(self._cache, ids)

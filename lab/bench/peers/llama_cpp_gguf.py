@@ -1,0 +1,112 @@
+"""llama.cpp through llama-cpp-python's low-level interface, on GGUF files in f32, Q8_0 and Q4_0 (lab/bench/peers/gguf_file.py).
+
+llama-bench's defaults: 2048 tokens a batch, 512 a micro-batch, keys and values in f16, weights repacked for the
+processor. Flash attention, which `auto` picks too: 1.2 × faster in prefill, and in decode no slower (GPT-2 small).
+"""
+
+from __future__ import annotations
+
+import ctypes
+from importlib.metadata import version as version_of
+from pathlib import Path
+
+import llama_cpp as llama
+import numpy as np
+
+from lab.bench.peers import gguf_file
+
+TYPES = {"q8_0": llama.LLAMA_FTYPE_MOSTLY_Q8_0, "q4_0": llama.LLAMA_FTYPE_MOSTLY_Q4_0}
+FLASH = llama.LLAMA_FLASH_ATTN_TYPE_ENABLED
+
+
+@llama.llama_log_callback
+def _silent(level: int, text: bytes, data: object) -> None:
+    """llama.cpp tells of every tensor."""
+
+
+llama.llama_log_set(_silent, ctypes.c_void_p(0))
+
+
+def version() -> str:
+    # Compiled where it is installed, for this processor (GGML_NATIVE, its default): what it found says so.
+    found = [item.split(" = ")[0].strip() for item in llama.llama_print_system_info().decode().split("|")]
+    widest = [name for name in ("AVX512_VNNI", "AVX512", "AVX2", "NEON") if name in found]
+    return f"llama-cpp-python {version_of('llama-cpp-python')}, GGML_NATIVE" + (f" ({widest[0]})" if widest else "")
+
+
+def prepare(kind: str, checkpoint: Path, ours: Path, folder: Path) -> None:
+    plain = folder / "f32.gguf"
+    gguf_file.write(checkpoint, ours / "fp32" / "tokenizer.json", plain)
+    if kind in TYPES:
+        # As llama-quantize does it: the tied table in Q8_0 for Q8_0, in Q6_K for Q4_0; norms, biases and positions in f32.
+        options = llama.llama_model_quantize_default_params()
+        options.ftype = TYPES[kind]
+        source, target = str(plain).encode(), str(folder / f"{kind}.gguf").encode()
+        if llama.llama_model_quantize(source, target, ctypes.byref(options)):
+            raise RuntimeError(f"llama.cpp could not quantize {plain} to {kind}")
+        plain.unlink()
+
+
+def files(kind: str, folder: Path) -> list[Path]:
+    return [folder / f"{kind}.gguf"]
+
+
+class Engine:
+    def __init__(self, kind: str, folder: Path, threads: int) -> None:
+        llama.llama_backend_init()
+        [file] = files(kind, folder)
+        self._model = llama.llama_model_load_from_file(str(file).encode(), llama.llama_model_default_params())
+        if not self._model:
+            raise RuntimeError(f"llama.cpp cannot load {file}")
+        self._vocabulary = llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(self._model))
+        self._threads = threads
+        self._context, self._shape = None, (0, 0)
+
+    def start(self, batch: int, capacity: int) -> None:
+        self._length = 0
+        if self._shape == (batch, capacity):
+            llama.llama_memory_clear(llama.llama_get_memory(self._context), False)
+            return
+        if self._context:
+            llama.llama_free(self._context)
+            llama.llama_batch_free(self._batch)
+        options = llama.llama_context_default_params()
+        options.n_ctx, options.n_seq_max = batch * capacity, batch
+        options.n_threads = options.n_threads_batch = self._threads
+        options.flash_attn_type = FLASH
+        self._context = llama.llama_init_from_model(self._model, options)
+        if not self._context:
+            raise RuntimeError(f"llama.cpp cannot make a context of {batch} × {capacity} tokens")
+        self._room = llama.llama_n_batch(self._context)
+        self._batch = llama.llama_batch_init(self._room, 0, 1)
+        self._shape = (batch, capacity)
+
+    def feed(self, ids: np.ndarray) -> np.ndarray:
+        """Logits [B, V] of the last of ids [B, T]; no others are computed."""
+        batch, count = ids.shape
+        most = self._room // batch
+        for start in range(0, count, most):
+            self._decode(ids[:, start : start + most], start + most >= count)
+        last = min(count, (count - 1) % most + 1)
+        rows = (llama.llama_get_logits_ith(self._context, (row + 1) * last - 1) for row in range(batch))
+        return np.stack([np.ctypeslib.as_array(row, (self._vocabulary,)) for row in rows])
+
+    def _decode(self, ids: np.ndarray, wanted: bool) -> None:
+        """Add ids [B, T], sequence by sequence; logits of each sequence's last where `wanted`."""
+        batch, count = ids.shape
+        size = self._batch.n_tokens = ids.size
+        _view(self._batch.token, size)[:] = ids.reshape(-1)
+        _view(self._batch.pos, size)[:] = np.tile(np.arange(self._length, self._length + count), batch)
+        _view(self._batch.n_seq_id, size)[:] = 1
+        for index in range(size):
+            self._batch.seq_id[index][0] = index // count
+        outputs = _view(self._batch.logits, size)
+        outputs[:] = 0
+        outputs[count - 1 :: count] = wanted
+        if status := llama.llama_decode(self._context, self._batch):
+            raise RuntimeError(f"llama_decode gave {status} for {batch} × {count} tokens behind {self._length}")
+        self._length += count
+
+
+def _view(pointer: ctypes._Pointer, size: int) -> np.ndarray:
+    return np.ctypeslib.as_array(pointer, (size,))

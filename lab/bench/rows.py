@@ -1,0 +1,205 @@
+"""The rows of a benchmark: ours by recipe, the peers', and the steps of the ablation; and how their files are made."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import sys
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from cuantiza.core.errors import UserError
+from cuantiza.core.inputs.checkpoints import checkpoint_digest
+from cuantiza.core.store import artifact
+from lab import CORPUS, ROOT
+from lab.bench import ours
+from lab.bench.child import Failed, ask, command, require, run
+from lab.checkpoints.random import Shape
+
+# The first is the baseline unless told, and what every row's logits are compared with.
+RECIPES = (
+    "fp32",
+    "fp32-ort",
+    "int8-dynamic",
+    "int8-dynamic-ort",
+    "int8-static",
+    "int8-static-ort",
+    "int8-weight-ort",
+    "int4-weight",
+    "int4-weight-ort",
+)
+# (row, recipe, options of Runtime): what each choice buys, one after the other.
+ABLATION: tuple[tuple[str, str, dict[str, Any]], ...] = (
+    ("fp32 portable, all logits", "fp32", {"last_only": False, "chunk": None}),
+    ("fp32 portable, last logits only", "fp32", {"chunk": None}),
+    ("fp32-ort, cache concatenated", "fp32-ort", {"in_place": False, "chunk": None}),
+    ("fp32-ort, cache in place", "fp32-ort", {"chunk": None}),
+    ("fp32-ort, and prefill in chunks", "fp32-ort", {}),
+    ("int8-dynamic portable", "int8-dynamic", {}),
+    ("int8-dynamic-ort, all logits", "int8-dynamic-ort", {"last_only": False}),
+    ("int8-dynamic-ort, cache concatenated", "int8-dynamic-ort", {"in_place": False}),
+    ("int8-dynamic-ort, small pages", "int8-dynamic-ort", {"large_pages": False}),
+    ("int8-dynamic-ort", "int8-dynamic-ort", {}),
+    ("int8-weight-ort, small pages", "int8-weight-ort", {"large_pages": False}),
+    ("int8-weight-ort", "int8-weight-ort", {}),
+    ("int4-weight-ort", "int4-weight-ort", {}),
+)
+# Of a random model there is nothing to calibrate, and its speed does not depend on it.
+CHEAP = {"rounding": "nearest", "smoothing": [], "calibration": {"windows": 8, "tokens": 128, "minimum": 8}}
+PREPARE_TIMEOUT_S = 1800
+
+
+@dataclass(frozen=True)
+class Row:
+    """What is measured: an Engine (lab/bench/worker.py) of `module`, in the interpreter `python`, over files in `folder`.
+
+    `kind` is a recipe of ours, or one of those that a peer's module knows; `cache_bytes` are those of an element of
+    keys and values; `options` are Runtime's.
+    """
+
+    name: str
+    kind: str
+    module: str
+    python: Path
+    folder: Path
+    precision: str
+    cache_bytes: int = 4
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_ours(self) -> bool:
+        return self.module == ours.__name__
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The bytes of the files that count as a row's size, and the libraries that made them."""
+
+    bytes: int
+    version: str
+
+
+def our_rows(artifacts: Path) -> list[Row]:
+    """A row for each of RECIPES, in the folder of a model's artifacts."""
+    return [_our_row(name, name, artifacts, {}) for name in RECIPES]
+
+
+def ablation_rows(artifacts: Path) -> list[Row]:
+    return [_our_row(name, recipe, artifacts, options) for name, recipe, options in ABLATION]
+
+
+def peer_rows(folder: Path) -> list[Row]:
+    """A row for each peer, whose files go to a folder of their own in `folder`."""
+    from lab.bench.peers import PEERS
+
+    pythons = {
+        "peers": Path(os.environ.get("PEERS_PYTHON", ROOT / ".venv-peers/bin/python")),
+        "optimum": Path(os.environ.get("OPTIMUM_PYTHON", ROOT / ".venv-optimum/bin/python")),
+    }
+    return [
+        Row(
+            peer.name,
+            peer.kind,
+            peer.module,
+            pythons[peer.environment].absolute(),
+            folder / re.sub(r"[^\w.-]+", "-", peer.name),
+            peer.precision,
+            peer.cache_bytes,
+        )
+        for peer in PEERS
+    ]
+
+
+def select(rows: list[Row], patterns: list[str] | None, baseline: str | None) -> list[Row]:
+    """Those of `rows` that one of `patterns` matches (all where None), with the first and the baseline in any case.
+
+    Raises UserError where a pattern or the baseline is no row's.
+    """
+    names = [row.name for row in rows]
+    for pattern in patterns or []:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise UserError(f"--rows {pattern}: matches none of {', '.join(names)}")
+    if baseline is not None and baseline not in names:
+        raise UserError(f"--baseline {baseline}: is none of {', '.join(names)}")
+    wanted = {names[0], baseline}
+    return [
+        row
+        for row in rows
+        if patterns is None or row.name in wanted or any(fnmatchcase(row.name, pattern) for pattern in patterns)
+    ]
+
+
+def export(checkpoint: Path, output: Path) -> None:
+    """Our fp32 artifact of `checkpoint` in `output`/<its name>. Raises UserError where the export fails."""
+    try:
+        run(command(Path(sys.executable), "export", "--model", checkpoint, "--output", output), PREPARE_TIMEOUT_S)
+    except Failed as error:
+        raise UserError(f"python -m export --model {checkpoint}: {error}") from None
+
+
+def prepare_ours(row: Row, shape: Shape, checkpoint: Path) -> Prepared:
+    """The artifact of a row of ours, made by `python -m quantize` where it is not up to date. Raises Failed."""
+    if row.kind != "fp32":
+        recipe = row.kind if shape.folder else _cheap_recipe(row.kind, row.folder.parent.parent / "recipes")
+        common = ("--model", checkpoint, "--output", row.folder.parent.parent, "--corpus", CORPUS)
+        run(command(Path(sys.executable), "quantize", "--recipes", recipe, *common), PREPARE_TIMEOUT_S)
+    return Prepared(_bytes(ours.files(row.kind, row.folder)), ours.version())
+
+
+def peer_inputs(checkpoint: Path, artifacts: Path) -> dict:
+    """What every peer's files depend on: the model, and our artifacts of it in the folder `artifacts`."""
+    content = {path.parent.name: artifact.sha256_file(path) for path in sorted(artifacts.glob("*/model.onnx"))}
+    return {"checkpoint": checkpoint_digest(checkpoint), "ours": content}
+
+
+def prepare_peer(row: Row, checkpoint: Path, artifacts: Path, inputs: dict, work: Path) -> Prepared:
+    """The files of a peer's row, made anew only where `inputs` (of `peer_inputs`) or the peer's code changed.
+
+    What was made and of what stands beside the folder, in a .json of its name; `work` is for temporary files. Raises Failed.
+    """
+    require(row.python)
+    inputs = inputs | {"code": artifact.code_digest(row.module), "kind": row.kind, "python": str(row.python)}
+    note = row.folder.with_name(f"{row.folder.name}.json")
+    made = _noted(note, inputs)
+    if made is None:
+        note.unlink(missing_ok=True)
+        shutil.rmtree(row.folder, ignore_errors=True)
+        row.folder.mkdir(parents=True)
+        places = {"checkpoint": checkpoint, "ours": artifacts, "folder": row.folder}
+        request = {"task": "prepare", "module": row.module, "kind": row.kind}
+        request |= {name: str(path.absolute()) for name, path in places.items()}
+        made = ask(row.python, request, work, PREPARE_TIMEOUT_S)
+        note.write_text(json.dumps({"inputs": inputs} | made, indent=1) + "\n", encoding="utf-8")
+    return Prepared(_bytes([Path(file) for file in made["files"]]), made["version"])
+
+
+def _our_row(name: str, recipe: str, artifacts: Path, options: dict[str, Any]) -> Row:
+    precision = recipe.split("-")[0]
+    return Row(name, recipe, ours.__name__, Path(sys.executable), artifacts / recipe, precision, options=options)
+
+
+def _cheap_recipe(name: str, folder: Path) -> Path:
+    """`folder`/<name>.json: the built-in recipe without the search for what suits a model."""
+    fields = json.loads(run(command(Path(sys.executable), "quantize", "recipes", "--json", name), 60))
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{name}.json"
+    path.write_text(json.dumps(fields | {key: CHEAP[key] for key in CHEAP if key in fields}), encoding="utf-8")
+    return path
+
+
+def _noted(note: Path, inputs: dict) -> dict | None:
+    """What `note` says was made of the same `inputs`; None where it does not."""
+    try:
+        made = json.loads(note.read_text(encoding="utf-8"))
+        whole = made["inputs"] == inputs and all(Path(file).is_file() for file in made["files"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return made if whole else None
+
+
+def _bytes(files: list[Path]) -> int:
+    return sum(file.stat().st_size for file in files)

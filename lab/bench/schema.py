@@ -1,0 +1,153 @@
+"""The content of reports/bench/<shape>.json.
+
+schema             "cuantiza/bench/2"
+shape              name, layers, width, heads, vocabulary, positions, parameters
+others_processors  how many processors other processes kept busy during the rounds, on average
+baseline           the row that every speedup is over: its median over the row's, both of one round
+settings           threads, batch and shapes; `settings` of a row have the same order
+limits             of the machine, measured before each round; shares are of the largest with as many threads
+rows               name, ours, precision, bytes (of the model's files), ratio (to 4 bytes a parameter), version of its
+                   libraries, engine (how it is started), skipped (why there are no times, or null), agreement (with
+                   the first row, or null), settings; of each of these
+
+    skipped, load_ms, load_samples_ns, peak_rss_bytes, and prefill, decode, generate; of each of their shapes
+        median_ms of all samples; min_ms and max_ms, the medians of the fastest and the slowest round
+        tokens_per_second of the whole batch
+        speedup, speedup_min, speedup_max: median, least and largest of `speedups`, one a round; null and none where
+        the baseline has no times
+        share_of_limit, 0 to 1 (lab/bench/limits.py)
+        samples_per_round; samples_ns, raw, in the order they were taken
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict
+from statistics import median
+
+from cuantiza.core.machine.hardware import machine
+from cuantiza.core.store import artifact
+from lab.bench.limits import Limits, best, decode_share, prefill_share
+from lab.bench.rounds import CHECK, Answer, Case, Measured, Setting, agreement
+from lab.bench.rows import Prepared, Row
+from lab.bench.worker import STEPS
+from lab.checkpoints.random import Shape
+
+SCHEMA = "cuantiza/bench/2"
+
+
+def result(
+    shape: Shape,
+    rows: list[Row],
+    prepared: dict[str, Prepared],
+    failed: dict[str, str],
+    wanted: list[Setting],
+    measured: dict[str, list[Measured]],
+    answers: dict[str, Answer],
+    limits: list[Limits],
+    rounds: int,
+    baseline: str,
+    busy: float | None,
+) -> dict:
+    """All that a run found. Rows are in `prepared`, or in `failed` with the reason."""
+    dimensions = {key: value for key, value in asdict(shape).items() if key != "folder"}
+    by_threads = {item.threads: best([other for other in limits if other.threads == item.threads]) for item in limits}
+    reference = answers.get(rows[0].name)
+    out = []
+    for row in rows:
+        fields = {"name": row.name, "precision": row.precision, "ours": row.is_ours, "skipped": failed.get(row.name)}
+        fields["engine"] = {
+            "python": str(row.python),
+            "module": row.module,
+            "kind": row.kind,
+            "options": row.options,
+            "cache_bytes": row.cache_bytes,
+        }
+        if row.name in prepared:
+            files = prepared[row.name]
+            times_found = [found for found in measured[row.name] if not found.skipped]
+            close = agreement(answers.get(row.name), reference)
+            fields |= {
+                "bytes": files.bytes,
+                "ratio": files.bytes / (4 * shape.parameters),
+                "version": times_found[0].version if times_found else files.version,
+                "agreement": asdict(close) if close else None,
+                "settings": [
+                    _setting(shape, row, files, setting, found, by_threads[setting.threads])
+                    for setting, found in zip(wanted, measured[row.name], strict=True)
+                ],
+            }
+            if not times_found:
+                fields["skipped"] = measured[row.name][0].skipped
+        out.append(fields)
+    return {
+        "schema": SCHEMA,
+        "shape": dimensions | {"parameters": shape.parameters},
+        "machine": machine(max(setting.threads for setting in wanted)),
+        "versions": artifact.versions("onnxruntime", "numpy"),
+        "command": ["python", "-m", "bench", *sys.argv[1:]],
+        "rounds": rounds,
+        "others_processors": busy,
+        "decode_steps": STEPS,
+        "check": {"prompt": CHECK[0], "steps": CHECK[1]},
+        "baseline": baseline,
+        "settings": [asdict(setting) for setting in wanted],
+        "limits": [asdict(item) for item in limits],
+        "rows": out,
+    }
+
+
+def times(rounds: list[list[int]], base: list[list[int]], tokens: int) -> dict:
+    """The figures of a shape from its samples in ns, a list for each round, and the baseline's (none: no speed-up).
+
+    `tokens` is how many of them one sample stands for.
+    """
+    samples = [sample for run in rounds for sample in run]
+    medians = [median(run) for run in rounds]
+    speedups = [median(other) / own for other, own in zip(base, medians, strict=True)] if base else []
+    middle = median(samples)
+    return {
+        "median_ms": middle / 1e6,
+        "min_ms": min(medians) / 1e6,
+        "max_ms": max(medians) / 1e6,
+        "tokens_per_second": tokens / middle * 1e9,
+        "speedup": median(speedups) if speedups else None,
+        "speedup_min": min(speedups, default=None),
+        "speedup_max": max(speedups, default=None),
+        "speedups": speedups,
+        "samples_per_round": [len(run) for run in rounds],
+        "samples_ns": samples,
+    }
+
+
+def _setting(shape: Shape, row: Row, files: Prepared, setting: Setting, found: Measured, limits: Limits) -> dict:
+    fields: dict = {"threads": setting.threads, "batch": setting.batch, "skipped": found.skipped}
+    if found.skipped:
+        return fields
+    fields |= {
+        "load_ms": median(found.load_ns) / 1e6,
+        "load_samples_ns": found.load_ns,
+        "peak_rss_bytes": found.peak_rss_bytes,
+        "prefill": [],
+        "decode": [],
+        "generate": [],
+    }
+
+    def figures(case: Case, tokens: int) -> dict:
+        own, base = ([samples[case] for samples in rounds] for rounds in (found.rounds, found.base))
+        return times(own, base, tokens * setting.batch)
+
+    for count in setting.prefill:
+        item = figures(("prefill", count), count)
+        share = prefill_share(shape, limits, row.precision, count, setting.batch, item["median_ms"] * 1e6)
+        fields["prefill"].append({"tokens": count, "share_of_limit": share} | item)
+    for position in setting.decode:
+        item = figures(("decode", position), 1)
+        share = decode_share(
+            shape, limits, files.bytes, row.cache_bytes, position, setting.batch, item["median_ms"] * 1e6
+        )
+        fields["decode"].append({"position": position, "share_of_limit": share} | item)
+    if setting.generate:
+        prompt, count = setting.generate
+        fields["generate"].append({"prompt": prompt, "tokens": count} | figures(("generate", prompt, count), count))
+    return fields

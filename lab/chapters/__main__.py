@@ -1,0 +1,204 @@
+"""The chapters for readers who come from the course: docs/es/cuantizacion.md, docs/en/quantization.md, their figures.
+
+python -m lab.chapters [--artifacts FOLDER] [--report FILE]
+
+Everything is measured on the artifacts and copied from the report, and stands in docs/figures/quantization.json. Pages
+and figures are made of that JSON alone, and the same JSON gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from cuantiza.core.errors import UserError, run
+from cuantiza.core.inputs.corpus import Source
+from cuantiza.core.machine.process import isolated
+from cuantiza.core.machine.progress import report as say
+from cuantiza.core.store import artifact
+from lab import ROOT
+from lab.chapters.text import PAGES, page
+
+SCHEMA = "cuantiza/chapters/1"
+
+MODEL = ROOT / "models" / "es-mini"
+JSON = "quantization.json"
+RECIPES = ("int8-dynamic", "int8-static", "int8-weight", "int4-weight", "fp16", "bf16")
+ROWS = ("fp32", *RECIPES, "torch-fp32", "torch-dynamic")
+# Of a row of the report; prefill and decode are those of these shapes.
+FIELDS = (
+    "name",
+    "bytes",
+    "perplexity",
+    "perplexity_stderr",
+    "delta_ln_ppl",
+    "delta_ln_ppl_stderr",
+    "kl_divergence",
+    "top1_agreement",
+    "continuation",
+)
+PREFILL, DECODE = 512, 128
+# Of docs/accuracy.json: what outlier channels do to a scale per tensor, and GPTQ against rounding to nearest.
+MODELS, ACCURACY = (
+    ("es-mini", "es-mini-twin"),
+    ("ort-dynamic", "int8-dynamic", "int8-static", "int4-weight", "int4-weight-nearest"),
+)
+_MAKE = "run `make chapters`"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m lab.chapters", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--artifacts",
+        type=Path,
+        default=ROOT / "artifacts" / "es-mini",
+        help="folder of fp32, int8-dynamic and int8-static",
+    )
+    parser.add_argument(
+        "--report",
+        type=Path,
+        default=ROOT / "reports" / "es-mini" / "report.json",
+        help=f"report.json with the rows {', '.join(ROWS)}",
+    )
+    parser.add_argument("--output", type=Path, default=ROOT / "docs", help="folder of pages and figures (default docs)")
+    args = parser.parse_args()
+    report = read_report(args.report)
+    if report["model"] != MODEL.name:
+        raise UserError(
+            f"--report {args.report}: is of {report['model']}, and the chapters are about {MODEL.name}; {_MAKE}"
+        )
+    found = {name: artifact.open_artifact(args.artifacts / name) for name in ("fp32", "int8-dynamic", "int8-static")}
+    reported = dict(report["inputs"]["artifacts"])
+    if changed := [name for name, item in found.items() if reported.get(name) != item.digest]:
+        raise UserError(f"{args.report}: was measured on another {changed[0]} than {args.artifacts} holds; {_MAKE}")
+    say("chapters  measuring the artifacts")
+    data = isolated(_measure, found, report)
+    publish(rounded(data), args.output)
+    say(f"chapters  {args.output}: written")
+    return 0
+
+
+def _measure(found: dict[str, artifact.Artifact], report: dict) -> dict:
+    """The content of quantization.json, unrounded. In a process of its own, for the memory of PyTorch and activations."""
+    from lab.chapters.exercise import modules_by_kind
+    from lab.chapters.measure import measure
+
+    measured = asdict(measure(*found.values(), Source(str(ROOT / "corpus" / "es"))))
+    return {
+        "schema": SCHEMA,
+        **measured,
+        "report": pick_report(report),
+        "accuracy": pick_accuracy(ROOT / "docs" / "accuracy.json"),
+        "exercise": [asdict(kind) for kind in modules_by_kind(MODEL)],
+    }
+
+
+def read_report(path: Path) -> dict:
+    """report.json with all of ROWS. Raises UserError where it is not there, is no report, or lacks a row."""
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+        names = [row["name"] for row in report["artifacts"]]
+    except FileNotFoundError:
+        raise UserError(f"--report {path}: is not there; {_MAKE}") from None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"--report {path}: is no report of `make eval`; {_MAKE}") from None
+    if missing := [name for name in ROWS if name not in names]:
+        raise UserError(f"--report {path}: has no row {missing[0]}; {_MAKE}, which measures all that the chapters show")
+    return report
+
+
+def pick_report(report: dict) -> dict:
+    """What the chapters show of a report: rows in the order of ROWS, their median times in ms."""
+    rows = {row["name"]: row for row in report["artifacts"]}
+
+    def picked(row: dict) -> dict:
+        prefill = next(shape for shape in row["prefill"] if shape["tokens"] == PREFILL)
+        decode = next(shape for shape in row["decode"] if shape["position"] == DECODE)
+        counts = {key: row[key] for key in ("modules_with_weights", "modules_quantized") if key in row}
+        times = {"prefill_ms": prefill["p50_ms"], "decode_ms": decode["p50_ms"], "decode_speedup": decode["speedup"]}
+        return {key: row[key] for key in FIELDS} | times | {"prefill_speedup": prefill["speedup"]} | counts
+
+    return {
+        "prompt": report["prompt"],
+        "tokens": rows["fp32"]["tokens_scored"],
+        "documents": report["corpus"]["documents"],
+        "rounds": report["rounds"],
+        "prefill_tokens": PREFILL,
+        "decode_position": DECODE,
+        "cpu": report["machine"]["cpu"],
+        "threads": report["machine"]["threads"],
+        "versions": {name: report["versions"][name] for name in ("onnxruntime", "torch", "transformers")},
+        "artifacts": [picked(rows[name]) for name in ROWS],
+    }
+
+
+def pick_accuracy(path: Path) -> dict:
+    """{model: {recipe: {delta_ln_ppl, delta_ln_ppl_stderr}}} of docs/accuracy.json on corpus/es.
+
+    Raises UserError where it lacks one of them.
+    """
+    try:
+        tables = json.loads(path.read_text(encoding="utf-8"))["models"]
+        rows = {
+            item["model"]: {row["name"]: row for row in item["artifacts"]}
+            for item in tables
+            if item["corpus"] == "corpus/es"
+        }
+        return {
+            model: {
+                name: {key: rows[model][name][key] for key in ("delta_ln_ppl", "delta_ln_ppl_stderr")}
+                for name in ACCURACY
+            }
+            for model in MODELS
+        }
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: lacks what the chapters quote ({error}); run `make accuracy`") from None
+
+
+def rounded(value: object) -> object:
+    """`value` as JSON has it, floats to 10 significant digits: more than any page shows."""
+    if isinstance(value, dict):
+        return {key: rounded(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [rounded(item) for item in value]
+    return float(f"{value:.10g}") if isinstance(value, float) else value
+
+
+def publish(data: dict, output: Path) -> None:
+    """Write the JSON, every figure and both pages below `output`, all of them drawn before the first is put there."""
+    from lab.chapters.figures import draw
+
+    folders = {output / "figures", *(output / Path(name).parent for name in PAGES.values())}
+    for folder in folders:
+        folder.mkdir(parents=True, exist_ok=True)
+    with artifact.staging(output / JSON) as work:
+        for folder in folders:
+            (work / folder.name).mkdir()
+        draw(data, work / "figures")
+        (work / "figures" / JSON).write_text(_compact(data), encoding="utf-8")
+        for language, name in PAGES.items():
+            (work / name).write_text(page(language, data), encoding="utf-8")
+        for file in sorted(work.rglob("*.*")):
+            file.replace(output / file.relative_to(work))
+
+
+def _compact(data: dict) -> str:
+    """A line for each value of a section."""
+    lines = []
+    for name, section in data.items():
+        if not isinstance(section, dict):
+            lines.append(f"{json.dumps(name)}: {json.dumps(section, ensure_ascii=False)}")
+            continue
+        inner = ",\n".join(
+            f"  {json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}" for key, value in section.items()
+        )
+        lines.append(f"{json.dumps(name)}: {{\n{inner}\n }}")
+    return "{\n " + ",\n ".join(lines) + "\n}\n"
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,349 @@
+"""Measures on the artifacts what the chapters show: the sections of lab/chapters/data.py.
+
+The weights are the fp32 artifact's, the activations those of real text: ranges come from the calibration split, as
+the recipes take them, and every error is measured on the test split.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import onnx
+from cuantiza.export.gpt2_config import parse_config
+from cuantiza.quantize.decide.activation import PerRow, PerTensor
+from cuantiza.quantize.decide.rounding import Grid, IntWeight, round_to_nearest
+from cuantiza.quantize.decide.smooth import candidate
+
+from cuantiza.core.errors import UserError
+from cuantiza.core.inputs.corpus import Source, Split, full_windows, load_splits, stream
+from cuantiza.core.inputs.model_config import read_config, start_token
+from cuantiza.core.inputs.tokenizer import encode, load_tokenizer
+from cuantiza.core.onnx import file as onnx_file
+from cuantiza.core.run.runtime import open_session, window_feeds
+from cuantiza.core.store import artifact
+from cuantiza.core.store.artifact import Artifact
+from lab.chapters import numbers
+from lab.chapters.data import Activation, Bits, Chapters, Graphs, Model, Outliers, Rounding, Weight
+from lab.chapters.numbers import FORMATS, Bins
+from lab.checkpoints.hard import OUTLIER_FACTOR, twin
+
+WINDOW, WINDOWS = 512, 8  # tokens, and as many windows of each split
+# The tensors that are shown. The weights' channels differ tenfold in range; no recipe smooths the activations, so the
+# artifacts' own ranges hold for them as they are.
+WEIGHT, ACTIVATION, OUTLIERS = "h.0.mlp.c_fc", "h.2.mlp.c_proj", "h.3.mlp.c_fc"
+INT8, INT4 = Grid(8), Grid(4, 64, symmetric=False)  # as int8-* and int4-weight store matrices
+ALPHA = 0.5  # SmoothQuant's default exponent
+_UNCLIPPED = np.ones(1, np.float32)
+_POINTS = 128  # of a curve over channels
+
+
+class Tensors:
+    """Weights of an fp32 artifact, and its activations on windows of a corpus."""
+
+    def __init__(self, fp32: Artifact, corpus: Source, work: Path) -> None:
+        """`work` is a folder for a graph that shows its inner values. Raises UserError where the corpus is too short."""
+        self._folder, self._splits = fp32.path, load_splits(corpus)
+        graph = onnx_file.load(fp32.model).graph
+        self.weights = {name: value.const_value.numpy() for name, value in graph.initializers.items()}
+        nodes = {node.name: node for node in graph}
+        self.projections = [
+            name for name, node in nodes.items() if f"{name}.weight" in self.weights and node.op_type == "MatMul"
+        ]
+        self._values = {name: nodes[name].inputs[0].name for name in self.projections}
+        self.softmaxes = [name for name, node in nodes.items() if node.op_type == "Softmax"]
+        self._values |= {name: nodes[name].outputs[0].name for name in self.softmaxes}
+        proto = onnx.load(fp32.model)
+        proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in self._values.values())
+        onnx.save(proto, work / artifact.MODEL)
+        self._session = open_session(work / artifact.MODEL, 1)
+
+    @property
+    def floats(self) -> dict[str, np.ndarray]:
+        """The model's weights, without the graph's own constants."""
+        return {name: array for name, array in self.weights.items() if array.dtype == np.float32 and array.size > 1}
+
+    def matrix(self, projection: str) -> np.ndarray:
+        """float32 [K, N]."""
+        return self.weights[f"{projection}.weight"]
+
+    def calibration(self, projection: str) -> np.ndarray:
+        """The input of `projection` [R, K] on the calibration split."""
+        return self._run(self._splits[0], [projection])[projection]
+
+    @cached_property
+    def test(self) -> dict[str, np.ndarray]:
+        """Inputs of projections [R, K], and attention's probabilities [R, T], by name of the node."""
+        return self._run(self._splits[1], list(self._values))
+
+    def _run(self, split: Split, names: list[str]) -> dict[str, np.ndarray]:
+        documents = encode(load_tokenizer(self._folder), split.documents, enough=WINDOW * WINDOWS)
+        windows = full_windows(stream(documents, start_token(self._folder)), WINDOW)[:WINDOWS]
+        if len(windows) < WINDOWS:
+            raise UserError(
+                f"CORPUS=: its {split.name} split has fewer than {WINDOWS} windows of {WINDOW} tokens; give more text"
+            )
+        parts: dict[str, list[np.ndarray]] = {name: [] for name in names}
+        for ids in windows:
+            values = self._session.run(
+                [self._values[name] for name in names], window_feeds(self._session.get_inputs(), ids)
+            )
+            for name, value in zip(names, values, strict=True):
+                parts[name].append(value.reshape(-1, value.shape[-1]))
+        return {name: np.concatenate(parts.pop(name)) for name in names}
+
+
+def measure(fp32: Artifact, dynamic: Artifact, static: Artifact, corpus: Source) -> Chapters:
+    """Everything but the report. Raises UserError where an artifact or the model is not what the chapters describe."""
+    for name, projection in ((static, ACTIVATION), (dynamic, ACTIVATION)):
+        account = name.manifest.details.get("projections", {}).get(projection)
+        if account is None or account.get("alpha") is not None or account.get("float_channels"):
+            raise UserError(
+                f"{name.path}: its {projection} is smoothed or has channels in float, and the chapters show it as it is; "
+                f"name another projection as ACTIVATION in lab/chapters/measure.py"
+            )
+    with tempfile.TemporaryDirectory() as work:
+        tensors = Tensors(fp32, corpus, Path(work))
+        activation = PerTensor(*(static.manifest.details["projections"][ACTIVATION][end] for end in ("low", "high")))
+        row = PerRow(dynamic.manifest.details["projections"][ACTIVATION]["zero_point"])
+        return Chapters(
+            weight_bits(tensors.matrix(WEIGHT)),
+            activation_bits(tensors.test[ACTIVATION], activation, row),
+            whole_model(tensors),
+            weight_section(tensors.matrix(WEIGHT)),
+            activation_section(tensors.test[ACTIVATION], tensors.matrix(ACTIVATION), activation, row),
+            rounding_section(tensors.test[ACTIVATION], tensors.matrix(ACTIVATION), stored(dynamic, ACTIVATION)),
+            outlier_section(tensors, fp32.path),
+            graph_section(tensors, {item.manifest.name: item for item in (fp32, dynamic, static)}),
+        )
+
+
+def narrowest(matrix: np.ndarray) -> int:
+    """The channel of the smallest range."""
+    return int(np.abs(matrix).max(axis=0).argmin())
+
+
+def by_tensor(matrix: np.ndarray) -> IntWeight:
+    """`matrix` in int8 with a single scale."""
+    scale = np.float32(np.abs(matrix).max() / 127)
+    q = np.rint(matrix / scale).astype(np.int8)
+    channels = matrix.shape[1]
+    return IntWeight(q, np.full((1, channels), scale), np.zeros((1, channels), np.int8), INT8)
+
+
+def weight_bits(matrix: np.ndarray) -> Bits:
+    """The first weight of the channel of the smallest range: floats, int8 by channel, int4 by blocks of 64."""
+    channel = narrowest(matrix)
+    value = float(matrix[0, channel])
+    int8, int4 = (round_to_nearest(matrix[:, [channel]], grid, _UNCLIPPED) for grid in (INT8, INT4))
+    shown = [numbers.as_float(value, form) for form in FORMATS.values()]
+    shown += [
+        numbers.as_integer(name, value, float(w.scale[0, 0]), int(w.zero_point[0, 0]), *w.grid.limits)
+        for name, w in (("int8", int8), ("int4", int4))
+    ]
+    return Bits(f"{WEIGHT}.weight", (0, channel), value, tuple(shown))
+
+
+def activation_bits(x: np.ndarray, static: PerTensor, row: PerRow) -> Bits:
+    """The second largest element of the row whose largest is the median of all: floats, u8 per tensor and per row."""
+    largest = x.max(axis=1)
+    line = int(np.argsort(largest, kind="stable")[len(largest) // 2])
+    column = int(np.argsort(x[line], kind="stable")[-2])
+    value, (scale, zero) = float(x[line, column]), static.parameters
+    row_scale = float(row_scales(x[line : line + 1], row.zero_point)[0])
+    shown = [numbers.as_float(value, form) for form in FORMATS.values()]
+    shown.append(numbers.as_integer("u8-tensor", value, float(scale), int(zero), 0, 255))
+    shown.append(numbers.as_integer("u8-row", value, row_scale, row.zero_point, 0, 255))
+    return Bits(ACTIVATION, (line, column), value, tuple(shown))
+
+
+def row_scales(x: np.ndarray, zero_point: int) -> np.ndarray:
+    """The steps of cuantiza.quantize.decide.activation.PerRow for rows `x` [R, K]: float [R]."""
+    above = 255 - zero_point
+    return np.maximum(x.max(axis=1) / above, -x.min(axis=1) / min(zero_point, above))
+
+
+def whole_model(tensors: Tensors) -> Model:
+    everything = np.concatenate([array.ravel() for array in tensors.floats.values()])
+    activations = np.concatenate([tensors.test[name].ravel() for name in tensors.projections])
+    exact, error = {}, {}
+    for name in ("fp16", "bf16"):
+        back = everything.astype(FORMATS[name].dtype).astype(np.float32)
+        exact[name] = float(np.mean(back == everything))
+        error[name] = numbers.relative_rms(back, everything)
+
+    def exponents(values: np.ndarray) -> Bins:
+        return numbers.histogram(np.log2(np.abs(values[values != 0])), -24, 6, 60)
+
+    return Model(
+        parameters=everything.size,
+        zero_tail=numbers.trailing_zeros(everything, 13),
+        largest_weight=float(np.abs(everything).max()),
+        largest_activation=float(np.abs(activations).max()),
+        exact=exact,
+        error=error,
+        weight_exponents=exponents(everything),
+        activation_exponents=exponents(activations),
+        tokens=WINDOW * WINDOWS,
+    )
+
+
+def weight_section(matrix: np.ndarray) -> Weight:
+    channel = narrowest(matrix)
+    kinds = {
+        "tensor": by_tensor(matrix),
+        "channel": round_to_nearest(matrix, INT8, _UNCLIPPED),
+        "int4": round_to_nearest(matrix, INT4, _UNCLIPPED),
+    }
+    restored = {name: weight.dequantize() for name, weight in kinds.items()}
+    errors = {name: numbers.relative_rms(array, matrix) for name, array in restored.items()}
+    whole_channels = round_to_nearest(matrix, Grid(INT4.bits, symmetric=False), _UNCLIPPED)
+    errors["int4_channel"] = numbers.relative_rms(whole_channels.dequantize(), matrix)
+    columns = {name: numbers.relative_rms(array, matrix, axis=0) for name, array in restored.items()}
+    largest = np.abs(matrix).max(axis=0)
+    picked = np.argsort(largest, kind="stable")[np.linspace(0, len(largest) - 1, _POINTS).astype(int)]
+    edge = float(largest[channel])
+
+    def steps(scale: float) -> int:
+        levels = numbers.grid(scale, 0, -127, 127)
+        return int(np.sum(np.abs(levels) <= edge * (1 + 1e-6)))
+
+    scales = {name: float(weight.scale[0, channel]) for name, weight in kinds.items()}
+    whole = float(largest.max())
+    return Weight(
+        tensor=f"{WEIGHT}.weight",
+        shape=matrix.shape,
+        largest=whole,
+        channel=channel,
+        channel_largest=edge,
+        scale_tensor=scales["tensor"],
+        scale_channel=scales["channel"],
+        int4_scale=scales["int4"],
+        int4_zero_point=int(kinds["int4"].zero_point[0, channel]),
+        steps_tensor=steps(scales["tensor"]),
+        steps_channel=steps(scales["channel"]),
+        error=errors,
+        channel_error={name: float(column[channel]) for name, column in columns.items()},
+        values=numbers.histogram(matrix, -whole, whole, 81),
+        channel_values=numbers.histogram(matrix[:, channel], -edge, edge, 41),
+        channels=tuple((float(largest[i]), *(float(column[i]) for column in columns.values())) for i in picked),
+    )
+
+
+def activation_section(x: np.ndarray, matrix: np.ndarray, static: PerTensor, row: PerRow) -> Activation:
+    scale, zero = static.parameters
+    steps = row_scales(x, row.zero_point)
+    restored = {"tensor": static.restore(x), "row": row.restore(x)}
+    exact = x @ matrix
+    return Activation(
+        tensor=ACTIVATION,
+        rows=len(x),
+        low=float(x.min()),
+        high=float(x.max()),
+        static_low=-float(zero) * float(scale),
+        static_high=(255 - float(zero)) * float(scale),
+        static_scale=float(scale),
+        static_zero_point=int(zero),
+        clipped=float(np.mean(x > (255 - float(zero)) * float(scale))),
+        row_zero_point=row.zero_point,
+        row_scale_median=float(np.median(steps)),
+        finer_rows=float(np.mean(steps < scale)),
+        negative=float(np.mean(x < 0)),
+        zeroed={name: float(np.mean((array == 0) & (x != 0))) for name, array in restored.items()},
+        error={name: numbers.relative_rms(array @ matrix, exact) for name, array in restored.items()},
+        values=numbers.histogram(x, float(x.min()), float(x.max()), 80),
+        row_steps=numbers.histogram(steps, 0, float(max(steps.max(), scale)), 60),
+    )
+
+
+def stored(dynamic: Artifact, projection: str) -> IntWeight:
+    """The integers and scales of int8-dynamic for the matrix of `projection`."""
+    initializers = onnx_file.load(dynamic.model).graph.initializers
+    q, scale = (initializers[f"{projection}.weight_{part}"].const_value.numpy() for part in ("int8", "scale"))
+    return IntWeight(q, scale[None], np.zeros((1, len(scale)), np.int8), INT8)
+
+
+def rounding_section(x: np.ndarray, matrix: np.ndarray, gptq: IntWeight) -> Rounding:
+    low, high = INT8.limits
+    nearest = IntWeight(np.rint(matrix / gptq.scale).clip(low, high).astype(np.int8), gptq.scale, gptq.zero_point, INT8)
+    exact = x @ matrix
+    restored = {"nearest": nearest.dequantize(), "gptq": gptq.dequantize()}
+    return Rounding(
+        tensor=f"{ACTIVATION}.weight",
+        moved=float(np.mean(nearest.q != gptq.q)),
+        weight_error={name: numbers.relative_rms(array, matrix) for name, array in restored.items()},
+        product_error={name: numbers.relative_rms(x @ array, exact) for name, array in restored.items()},
+    )
+
+
+def outlier_section(tensors: Tensors, folder: Path) -> Outliers:
+    """The twin computes the same function, so its activations are es-mini's, each channel by the factor of its LayerNorm."""
+    config, weights = parse_config(read_config(folder), folder / "config.json"), tensors.floats
+    changed, made = twin(weights, config, seed=0)
+    norm = f"{OUTLIERS.split('.mlp')[0]}.ln_2.weight"
+    factor = (changed[norm].astype(np.float64) / weights[norm]).astype(np.float32)
+    models = {
+        "tame": (np.ones_like(factor), tensors.matrix(OUTLIERS)),
+        "twin": (factor, changed[f"{OUTLIERS}.weight"].astype(np.float32)),
+    }
+    error: dict[str, dict[str, float]] = {}
+    largest: dict[str, np.ndarray] = {}
+    for name, (channels, matrix) in models.items():
+        calibration, x = (part * channels for part in (tensors.calibration(OUTLIERS), tensors.test[OUTLIERS]))
+        exact = x @ matrix
+        scale = candidate(calibration.min(axis=0), calibration.max(axis=0), np.abs(matrix).max(axis=1), ALPHA)
+        forms = {
+            "tensor": (x, matrix, PerTensor(float(calibration.min()), float(calibration.max()))),
+            "row": (x, matrix, PerRow()),
+            "smoothed": (
+                x / scale,
+                matrix * scale[:, None],
+                PerTensor(float((calibration / scale).min()), float((calibration / scale).max())),
+            ),
+        }
+        error[name] = {
+            kind: numbers.relative_rms(how.restore(values) @ round_to_nearest(w, INT8, _UNCLIPPED).dequantize(), exact)
+            for kind, (values, w, how) in forms.items()
+        }
+        largest[name] = np.abs(x).max(axis=0)
+        if name == "twin":
+            largest["smoothed"] = np.abs(x / scale).max(axis=0)
+    return Outliers(
+        tensor=OUTLIERS,
+        channels=len(made.channels),
+        ratio={name: float(array.max() / np.median(array)) for name, array in largest.items()},
+        largest={name: tuple(np.sort(array)[::-1].tolist()) for name, array in largest.items()},
+        error=error,
+        least_factor=OUTLIER_FACTOR[0],
+        most_factor=OUTLIER_FACTOR[1],
+    )
+
+
+def graph_section(tensors: Tensors, artifacts: dict[str, Artifact]) -> Graphs:
+    operators = {
+        name: dict(Counter(node.op_type for node in onnx_file.load(item.model).graph))
+        for name, item in artifacts.items()
+    }
+    floats = {name: array.size for name, array in tensors.floats.items()}
+    below = total = lost_mass = mass = 0.0
+    for name in tensors.softmaxes:
+        p = tensors.test[name]
+        seen = p[p > 0]
+        small = seen[seen < 0.5 / 255]
+        below, total = below + small.size, total + seen.size
+        lost_mass, mass = lost_mass + small.sum(dtype=np.float64), mass + seen.sum(dtype=np.float64)
+    details = artifacts["int8-static"].manifest.details
+    return Graphs(
+        operators=operators,
+        projections=len(details["projections"]),
+        norm_parameters=sum(size for name, size in floats.items() if ".ln_" in name or name.startswith("ln_f"))
+        / sum(floats.values()),
+        lost=float(below / total),
+        lost_mass=float(lost_mass / mass),
+        bytes={name: item.model.stat().st_size for name, item in artifacts.items()},
+        calibration_windows=details["calibration"]["windows"],
+        calibration_tokens=details["calibration"]["tokens_per_window"],
+    )

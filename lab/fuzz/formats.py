@@ -1,0 +1,393 @@
+"""The formats that come from outside, and the code of the stages that reads each.
+
+A format makes valid files in a folder, says how to break one of them, and reads the folder as a stage would.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import pickle
+import shutil
+import struct
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from hypothesis import strategies as st
+
+from cuantiza.core.inputs.corpus import Source, load_splits
+from cuantiza.core.inputs.model_config import max_positions, read_config, start_token
+from cuantiza.core.inputs.tokenizer import encode, load_tokenizer
+from cuantiza.core.onnx import file as onnx_file
+from cuantiza.core.store import artifact
+from lab.checkpoints.random import Shape, tensors
+from lab.fuzz.hostile import NAMES, NUMBERS, broken_bytes, broken_json, broken_message, broken_value
+
+TINY = Shape("tiny", layers=1, width=8, heads=2, vocabulary=16, positions=8)
+# A file that hostile pickles try to create.
+CANARY = "canary"
+
+
+@dataclass(frozen=True)
+class Format:
+    """`prepare` fills an empty folder with valid files, `file` is the one that `cases` has broken contents of, and
+    `read` is what a stage does with the folder."""
+
+    name: str
+    file: str
+    prepare: Callable[[Path], None]
+    cases: Callable[[bytes], st.SearchStrategy[bytes]]
+    read: Callable[[Path], object]
+
+
+def _checkpoint(folder: Path) -> None:
+    fields = {"model_type": "gpt2", "n_layer": 1, "n_embd": 8, "n_head": 2, "n_positions": 8, "vocab_size": 16}
+    fields |= {"bos_token_id": 0, "eos_token_id": 0, "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5}
+    (folder / "config.json").write_text(json.dumps(fields))
+
+
+def _arrays() -> dict[str, np.ndarray]:
+    generator = np.random.default_rng(0)
+    return {name: generator.standard_normal(shape).astype(np.float32) for name, shape in tensors(TINY)}
+
+
+def _safetensors(folder: Path) -> None:
+    from safetensors.numpy import save_file
+
+    _checkpoint(folder)
+    save_file(_arrays(), folder / "model.safetensors")
+
+
+def _bin(folder: Path) -> None:
+    import torch
+
+    _checkpoint(folder)
+    state = {name: torch.from_numpy(array) for name, array in _arrays().items()}
+    torch.save(state, folder / "pytorch_model.bin")
+
+
+def _read_checkpoint(folder: Path) -> None:
+    from cuantiza.export.gpt2 import build
+    from cuantiza.export.gpt2_config import parse_config
+    from cuantiza.export.weights import read_weights
+
+    fields = read_config(folder)
+    config = parse_config(fields, folder / "config.json")
+    start_token(folder), max_positions(fields)
+    model = build(config, read_weights(folder), 21, folder)
+    for value in model.graph.initializers.values():
+        value.const_value.numpy()
+
+
+def _onnx(folder: Path) -> None:
+    from cuantiza.export.gpt2 import build
+    from cuantiza.export.gpt2_config import parse_config
+    from cuantiza.export.weights import read_weights
+
+    _safetensors(folder)
+    config = parse_config(read_config(folder), folder / "config.json")
+    onnx_file.save(build(config, read_weights(folder), 21, folder), folder)
+
+
+def _read_onnx(folder: Path) -> None:
+    from cuantiza.quantize.rewrite.find import find_embeddings, find_projections, left_in_float
+
+    model = onnx_file.load(folder / "model.onnx")
+    find_projections(model.graph), find_embeddings(model.graph), left_in_float(model.graph)
+
+
+def _tokenizer(folder: Path) -> None:
+    # Small, so that a case is broken where it matters and not in one of 8,000 tokens.
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    vocabulary = {piece: number for number, piece in enumerate(["<|endoftext|>", "a", "h", "l", "o", "Ġ", "Ã", "ho"])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [("h", "o")]))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+
+def _read_tokenizer(folder: Path) -> None:
+    encode(load_tokenizer(folder), ("¡hola, año!",))
+
+
+def _artifact(folder: Path) -> None:
+    (folder / "work").mkdir()
+    for name in ("model.onnx", "config.json"):
+        (folder / "work" / name).write_bytes(b"{}")
+    fields = {"recipe": {"type": "fp32"}, "inputs": {"a": 1}, "versions": {}, "details": {}}
+    artifact.publish(folder / "work", folder / "fp32", name="fp32", model="m", parent=None, calibration=None, **fields)
+
+
+def _read_artifact(folder: Path) -> None:
+    artifact.rebuild_reason(folder / "fp32", {"a": 1})
+    opened = artifact.open_artifact(folder / "fp32")
+    for name in opened.manifest.files:
+        assert (opened.path / name).resolve().parent == opened.path.resolve(), f"{name} leaves the folder"
+
+
+def _corpus(suffix: str) -> Callable[[Path], None]:
+    documents = [f"Documento {number}: el año que viene, ¿qué?" for number in range(6)]
+
+    def prepare(folder: Path) -> None:
+        if suffix == ".parquet":
+            import pyarrow
+            import pyarrow.parquet
+
+            pyarrow.parquet.write_table(pyarrow.table({"text": documents}), folder / "corpus.parquet")
+        elif suffix == ".jsonl":
+            lines = (json.dumps({"text": text}, ensure_ascii=False) for text in documents)
+            (folder / "corpus.jsonl").write_text("\n".join(lines))
+        else:
+            (folder / "corpus.txt").write_text("\n<|endoftext|>\n".join(documents))
+
+    return prepare
+
+
+def _index(folder: Path) -> None:
+    from cuantiza.core.inputs.corpus import write_index
+
+    for number in range(4):
+        (folder / f"{number}.txt").write_text(f"Documento {number}, el año que viene.")
+    write_index(folder)
+
+
+def _read_corpus(name: str) -> Callable[[Path], None]:
+    def read(folder: Path) -> None:
+        load_splits.cache_clear()
+        load_splits(Source(str(folder / name)))
+
+    return read
+
+
+def _recipe(folder: Path) -> None:
+    from cuantiza.quantize.recipes import RECIPES, to_json
+
+    (folder / "mine.json").write_text(json.dumps(to_json(RECIPES["int8-static"])))
+
+
+def _read_recipe(folder: Path) -> None:
+    from cuantiza.quantize.recipes import get_recipe
+
+    name, recipe = get_recipe(str(folder / "mine.json"))
+    assert "/" not in name and dataclasses.is_dataclass(recipe)
+
+
+def _report(folder: Path) -> None:
+    from cuantiza.eval.measure.report import SCHEMA
+
+    def row(name: str, nats: float) -> dict:
+        rounds = {"samples_per_round": [1] * 6, "samples_ns": [1000 + number for number in range(6)]}
+        latency = {"prefill": [{"tokens": 32, **rounds}], "decode": [{"position": 32, **rounds}]}
+        return {"name": name, "bytes": 1000, "nll_by_document": [nats, 2 * nats, nats], **latency}
+
+    report = {
+        "schema": SCHEMA,
+        "model": "m",
+        "corpus": {"source": "c", "document_tokens": [9, 9, 9], "tokens_sha256": "ab", "window_tokens": 9},
+        "machine": {"cpu": "a", "processors": 2, "threads": 2, "memory_bytes": 10**9, "system": "Linux"},
+        "versions": {"onnxruntime": "1"},
+        "inputs": {"artifacts": [["fp32", "a"], ["q", "b"]]},
+        "artifacts": [row("fp32", 9.0), row("q", 9.5)],
+    }
+    for name in ("base", "report"):
+        (folder / f"{name}.json").write_text(json.dumps(report))
+
+
+def _compare_report(folder: Path) -> None:
+    """With a valid base, against a budget, as far as the page that a comparison writes."""
+    from cuantiza.eval.compare.budgets import Budget, Budgets
+    from cuantiza.eval.compare.decide import Comparison, compare_reports
+    from cuantiza.eval.compare.page import markdown
+    from cuantiza.eval.compare.reports import read_report
+
+    base, head = read_report(folder / "base.json"), read_report(folder / "report.json")
+    checks, new = compare_reports(base, head, Budgets(Budget(0.01, 0.01, 0.1), {}), None, True)
+    markdown(Comparison(head.model, "base", "head", "", checks, new, []))
+
+
+def _budgets(folder: Path) -> None:
+    text = "quality = 0.01\nsize = 2\nlatency = 10\n[recipes.int8-dynamic]\nlatency = 20\n"
+    (folder / "budgets.toml").write_text(text)
+
+
+def _read_budgets(folder: Path) -> None:
+    from cuantiza.eval.compare.budgets import read_budgets
+
+    read_budgets(folder / "budgets.toml").of("int8-dynamic")
+
+
+def _shards(folder: Path) -> None:
+    _safetensors(folder)
+    shutil.move(folder / "model.safetensors", folder / "model-00001-of-00001.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(_arrays(), "model-00001-of-00001.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+@st.composite
+def _broken_safetensors(draw: st.DrawFn, seed: bytes) -> bytes:
+    """A header of broken JSON in its frame, or a frame that lies of it."""
+    if draw(st.integers(0, 4)) == 0:
+        return draw(broken_bytes(seed))
+    (length,) = struct.unpack("<Q", seed[:8])
+    header = json.dumps(draw(broken_value(json.loads(seed[8 : 8 + length])))).encode()
+    if draw(st.integers(0, 4)) == 0:  # the same tensor twice
+        header = header[:-1] + b"," + header[1:]
+    claimed = draw(
+        st.sampled_from((len(header), len(header), len(header), 0, len(header) + 9, 2**40, 2**63, 2**64 - 1))
+    )
+    return struct.pack("<Q", claimed) + header + seed[8 + length :]
+
+
+class _Call:
+    """Pickles as a call of `function`."""
+
+    def __init__(self, function: Callable, *arguments: object) -> None:
+        self.function, self.arguments = function, arguments
+
+    def __reduce__(self) -> tuple:
+        return self.function, self.arguments
+
+
+def _hostile_pickles() -> list[bytes]:
+    import os
+    import subprocess
+
+    import torch
+
+    command = f"touch {CANARY}"
+    calls = [
+        _Call(os.system, command),
+        _Call(eval, f"open({CANARY!r}, 'w')"),
+        _Call(exec, f"open({CANARY!r}, 'w')"),
+        _Call(subprocess.call, ["touch", CANARY]),
+        _Call(open, CANARY, "w"),
+        _Call(getattr, "a", "upper"),
+        _Call(torch.zeros, 10**12),
+        _Call(bytearray, 10**12),
+    ]
+    hand_made = [
+        b"cos\nsystem\n(S'" + command.encode() + b"'\ntR.",
+        b"\x80\x02cbuiltins\nexec\nX" + struct.pack("<I", len(command)) + command.encode() + b"\x85R.",
+        b"\x80\x04\x95" + struct.pack("<Q", 2**62) + b".",
+        b"\x80\x02X\xff\xff\xff\x7f.",
+        b"(" * 1_000_000 + b".",
+        b"]" + b"2" * 1_000_000 + b".",
+    ]
+    return [pickle.dumps({"transformer.wte.weight": call}, protocol=2) for call in calls] + hand_made
+
+
+@st.composite
+def _broken_bin(draw: st.DrawFn, seed: bytes) -> bytes:
+    """The archive with one member broken, replaced by a hostile pickle, or grown to a bomb; or a bare pickle."""
+    hostile = st.sampled_from(_hostile_pickles())
+    kind = draw(st.sampled_from(("member", "member", "bytes", "pickle", "bare", "bomb", "names")))
+    if kind == "bytes":
+        return draw(broken_bytes(seed))
+    if kind == "bare":
+        return draw(st.one_of(hostile, broken_bytes(pickle.dumps({"a": 1}, protocol=2))))
+    with zipfile.ZipFile(io.BytesIO(seed)) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    target = draw(st.sampled_from(sorted(members)))
+    pickled = next(name for name in members if name.endswith("data.pkl"))
+    if kind == "pickle":
+        members[pickled] = draw(hostile)
+    elif kind == "bomb":
+        members[target] = bytes(300_000_000)
+    elif kind == "names":
+        members[draw(st.sampled_from([name for name in NAMES if 0 < len(name.split("\0")[0]) < 1000]))] = members.pop(
+            target
+        )
+    else:
+        members[target] = draw(broken_bytes(members[target]))
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED if kind == "bomb" else zipfile.ZIP_STORED) as archive:
+        for name, data in members.items():
+            archive.writestr(name, data)
+    return out.getvalue()
+
+
+def _broken_onnx(seed: bytes) -> st.SearchStrategy[bytes]:
+    import onnx
+
+    model = onnx.load_from_string(seed)
+    return st.one_of(broken_message(model), _external(model), _tangled(model))
+
+
+@st.composite
+def _external(draw: st.DrawFn, model) -> bytes:
+    """Weights that claim to lie in another file."""
+    import onnx
+
+    broken = onnx.ModelProto()
+    broken.CopyFrom(model)
+    tensor = broken.graph.initializer[draw(st.integers(0, len(broken.graph.initializer) - 1))]
+    tensor.ClearField("raw_data")
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    numbers = st.sampled_from([str(number) for number in (*NUMBERS, "x", "")])
+    values = {"location": st.sampled_from((*NAMES, "link", "config.json")), "offset": numbers, "length": numbers}
+    for key in draw(st.lists(st.sampled_from(["location", *values]), min_size=1, max_size=4)):
+        tensor.external_data.add(key=key, value=draw(values[key]))
+    if tensor.dims and draw(st.booleans()):
+        tensor.dims[0] = draw(st.sampled_from((0, -1, 2**31, 2**62)))
+    return broken.SerializeToString()
+
+
+@st.composite
+def _tangled(draw: st.DrawFn, model) -> bytes:
+    """Nodes that read what they or later ones write, outputs that nobody writes, graphs in graphs."""
+    import onnx
+
+    broken = onnx.ModelProto()
+    broken.CopyFrom(model)
+    nodes = broken.graph.node
+    for _ in range(draw(st.integers(1, 3))):
+        node, other = (nodes[draw(st.integers(0, len(nodes) - 1))] for _ in range(2))
+        action = draw(st.sampled_from(("cycle", "same output", "operator", "domain", "nest")))
+        if action == "cycle" and node.input and other.output:
+            node.input[0] = other.output[0]
+        elif action == "same output" and node.output and other.output:
+            node.output[0] = other.output[0]
+        elif action == "operator":
+            node.op_type = draw(st.sampled_from(("MatMul", "Gemm", "Gather", "If", "Loop", "", "Constant")))
+        elif action == "domain":
+            node.domain = draw(st.sampled_from(("com.microsoft", "", "x" * 1000)))
+        else:
+            inner = node.attribute.add(name="body", type=onnx.AttributeProto.GRAPH)
+            inner.g.CopyFrom(model.graph) if len(nodes) < 500 else None
+    return broken.SerializeToString()
+
+
+def _link(prepare: Callable[[Path], None]) -> Callable[[Path], None]:
+    """With a symbolic link beside the files that leads out of the folder."""
+
+    def linked(folder: Path) -> None:
+        prepare(folder)
+        (folder / "link").symlink_to("/etc/passwd")
+
+    return linked
+
+
+FORMATS = {
+    item.name: item
+    for item in (
+        Format("config.json", "config.json", _safetensors, broken_json, _read_checkpoint),
+        Format("safetensors", "model.safetensors", _safetensors, _broken_safetensors, _read_checkpoint),
+        Format("safetensors index", "model.safetensors.index.json", _shards, broken_json, _read_checkpoint),
+        Format("pytorch_model.bin", "pytorch_model.bin", _bin, _broken_bin, _read_checkpoint),
+        Format("ONNX", "model.onnx", _link(_onnx), _broken_onnx, _read_onnx),
+        Format("tokenizer.json", "tokenizer.json", _tokenizer, broken_json, _read_tokenizer),
+        Format("manifest.json", "fp32/manifest.json", _artifact, broken_json, _read_artifact),
+        Format("corpus .txt", "corpus.txt", _corpus(".txt"), broken_bytes, _read_corpus("corpus.txt")),
+        Format("corpus .jsonl", "corpus.jsonl", _corpus(".jsonl"), broken_bytes, _read_corpus("corpus.jsonl")),
+        Format("corpus .parquet", "corpus.parquet", _corpus(".parquet"), broken_bytes, _read_corpus("corpus.parquet")),
+        Format("corpus index", "index.json", _index, broken_json, _read_corpus("")),
+        Format("recipe", "mine.json", _recipe, broken_json, _read_recipe),
+        Format("report.json", "report.json", _report, broken_json, _compare_report),
+        Format("budgets.toml", "budgets.toml", _budgets, broken_bytes, _read_budgets),
+    )
+}

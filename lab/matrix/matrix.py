@@ -1,0 +1,272 @@
+"""The cells of the matrix: which there are, and how a runtime's logits compare with those of cuantiza/core/run/runtime.py.
+
+Every cell is a run of its own, in a process of its own, of the same job. Two runtimes add the same floats in another
+order. Where activations are integers, a float on the edge of a rounding then falls to the other side, and all behind it
+is rounded anew. So a cell is judged in nats, by KL divergence, beside what quantization itself changes: see `tolerance`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+
+from cuantiza.core.errors import UserError
+from cuantiza.core.inputs.corpus import Split
+from cuantiza.core.inputs.model_config import start_token
+from cuantiza.core.inputs.tokenizer import load_tokenizer
+from cuantiza.core.run.divergence import compare
+from cuantiza.core.run.runtime import Runtime
+from cuantiza.core.store.artifact import MODEL, Artifact, open_artifact
+from lab.matrix.programs import Failed, Program, run
+from lab.matrix.reasons import BFLOAT16, Reason, explain
+
+TOKENS, PREFILL, PAD, GENERATE = 48, 16, 7, 16
+PROMPT = "Me gusta mucho el futbol"
+LOGITS = ("whole", "cached", "padded")
+FLOATS = 1e-6  # KL in nats a position
+_PORTABLE = ("fp32", "int8-dynamic", "int8-static", "int8-weight", "int4-weight", "fp16", "bf16")
+RECIPES = tuple(name for recipe in _PORTABLE for name in (recipe, f"{recipe}-ort"))
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What cuantiza/core/run/runtime.py makes of an artifact: `whole` [T, V], `cached` [T - PREFILL + 1, V], and greedily
+    `generated` tokens with the logits `steps` [GENERATE, V] that each was chosen by."""
+
+    whole: np.ndarray
+    cached: np.ndarray
+    generated: list[int]
+    steps: np.ndarray
+    prompt_ids: list[int]
+
+    def logits(self, name: str) -> np.ndarray:
+        """What a runtime's `name` should be. Attention looks back alone, so a shorter row is the whole's beginning."""
+        return {"whole": self.whole, "cached": self.cached, "padded": self.whole[: TOKENS - PAD]}[name]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Of logits at `positions`: the largest, the root of the mean square, KL in nats a position, equal top tokens."""
+
+    maximum: float
+    rms: float
+    kl: float
+    same_top: int
+    positions: int
+
+
+@dataclass(frozen=True)
+class Generated:
+    """How many tokens a runtime's loop has in common with ours until they part, and by how much our logits prefer
+    our token where they do (None where they do not)."""
+
+    same: int
+    tokens: int
+    gap: float | None
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One artifact in one runtime. `status`: "ok", "differs", "fails" or "missing" (the runtime is not here)."""
+
+    recipe: str
+    runtime: str
+    status: str
+    version: str | None = None
+    whole: Difference | None = None
+    cached: Difference | None = None
+    padded: Difference | None = None
+    generated: Generated | None = None
+    generated_padded: Generated | None = None
+    same_prompt: bool | None = None
+    skipped: dict[str, str] | None = None  # what the runtime does not have
+    unable: dict[str, Reason] | None = None  # what it has, and failed at
+    note: str | None = None
+    reason: Reason | None = None
+
+
+def target(recipe: str) -> str:
+    """Standard operators, or ONNX Runtime's own."""
+    return "ort" if recipe.endswith("-ort") else "portable"
+
+
+def artifacts(folder: Path, recipes: tuple[str, ...]) -> dict[str, Artifact]:
+    """The verified artifacts of `recipes` in `folder`. Raises UserError where one is not there or damaged."""
+    if missing := [name for name in recipes if not (folder / name).is_dir()]:
+        raise UserError(
+            f'{folder}: has no {", ".join(missing)}; run `make quantize RECIPES="{" ".join(missing)}"` first'
+        )
+    return {name: open_artifact(folder / name) for name in recipes}
+
+
+def make_job(folder: Path, test: Split, threads: int) -> dict:
+    """The job of every cell, but for its folder, target and output: a document's first tokens by `folder`'s tokenizer.
+
+    Raises UserError where no document of `test` has enough.
+    """
+    tokenizer, start = load_tokenizer(folder), start_token(folder)
+    for text in test.documents:
+        ids = [start, *tokenizer.encode(text, add_special_tokens=False).ids][:TOKENS]
+        if len(ids) == TOKENS:
+            break
+    else:
+        raise UserError(f"--corpus: no test document has {TOKENS} tokens; give longer ones")
+    return {
+        "ids": ids,
+        "start": start,
+        "prefill": PREFILL,
+        "pad": PAD,
+        "prompt": PROMPT,
+        "generate": GENERATE,
+        "threads": threads,
+    }
+
+
+def make_reference(folder: Path, job: dict) -> Reference:
+    """What cuantiza/core/run/runtime.py gives for `job` on the artifact in `folder`."""
+    runtime = Runtime(folder / MODEL, job["threads"])
+    ids = np.array([job["ids"]])
+    whole = runtime.forward(ids)[0].copy()
+    cache = runtime.cache(1, TOKENS)
+    rows = [runtime.step(cache, ids[:, :PREFILL])[0].copy()]
+    rows += [runtime.step(cache, ids[:, at : at + 1])[0].copy() for at in range(PREFILL, TOKENS)]
+    prompt = load_tokenizer(folder).encode(job["prompt"], add_special_tokens=False).ids
+    cache, step = runtime.cache(1, 1 + len(prompt) + GENERATE), [job["start"], *prompt]
+    tokens: list[int] = []
+    steps = []
+    for _ in range(GENERATE):
+        steps.append(runtime.step(cache, np.array([step]))[0].copy())
+        tokens.append(int(steps[-1].argmax()))
+        step = tokens[-1:]
+    return Reference(whole, np.stack(rows), tokens, np.stack(steps), prompt)
+
+
+def cells(
+    found: dict[str, Artifact], runtimes: list[Program], job: dict, original: Reference
+) -> Iterator[tuple[Cell, Difference]]:
+    """Every artifact in every runtime, each with what the artifact's own logits differ from `original`, fp32's."""
+    for recipe, artifact in found.items():
+        reference = original if recipe == "fp32" else make_reference(artifact.path, job)
+        quantization = difference(original.whole, reference.whole)
+        for program in runtimes:
+            yield one_cell(recipe, artifact.path, program, job, reference, quantization), quantization
+
+
+def one_cell(
+    recipe: str,
+    folder: Path,
+    program: Program,
+    job: dict,
+    reference: Reference,
+    quantization: Difference,
+) -> Cell:
+    """Run `program` on the artifact in `folder` and compare what it gives."""
+    if (why := program.missing()) is not None:
+        return Cell(recipe, program.name, "missing", reason=Reason("not installed", why, None))
+    with TemporaryDirectory(prefix="cuantiza-runtimes-") as name:
+        output = Path(name)
+        here = job | {"folder": str(folder.resolve()), "target": target(recipe), "output": name}
+        try:
+            result = run(program, here)
+        except Failed as error:
+            message = str(error).replace(str(folder.resolve()), recipe).replace(name, "")
+            return Cell(recipe, program.name, "fails", reason=explain(message))
+        return compare_result(recipe, program.name, result, output, reference, quantization)
+
+
+def compare_result(
+    recipe: str, runtime: str, result: dict, output: Path, reference: Reference, quantization: Difference
+) -> Cell:
+    """The cell of a runtime's `result`, whose logits lie in folder `output`."""
+    found: dict[str, Difference] = {}
+    for name in LOGITS:
+        if result.get(name) is not None:
+            expected = reference.logits(name)
+            values = np.fromfile(output / result[name], "<f4")
+            if values.size != expected.size or not np.isfinite(values).all():
+                message = f"{name}: {values.size} logits where {expected.size} finite ones are expected"
+                return Cell(recipe, runtime, "fails", reason=Reason("no logits", message, None))
+            found[name] = difference(expected, values.reshape(expected.shape))
+    loops = {
+        name: parting(reference, result[name])
+        for name in ("generated", "generated_padded")
+        if result.get(name) is not None
+    }
+    prompt = result.get("prompt_ids")
+    same_prompt = None if prompt is None else prompt == reference.prompt_ids
+    failed = {name: explain(why) for name, why in result.get("failed", {}).items()}
+    cure = BFLOAT16 if "bf16" in result["version"] else None
+    reason = _objection(found, loops, same_prompt, quantization, cure)
+    return Cell(
+        recipe,
+        runtime,
+        "ok" if reason is None else "differs",
+        result["version"],
+        **found,
+        **loops,
+        same_prompt=same_prompt,
+        skipped=result["skipped"],
+        unable=failed or None,
+        note=result.get("note"),
+        reason=reason,
+    )
+
+
+def difference(expected: np.ndarray, found: np.ndarray) -> Difference:
+    """Of logits [n, V] from the `expected` ones."""
+    error = found - expected
+    (_, kl, same) = compare(expected, [found], np.zeros(len(found), np.int64))[1]
+    return Difference(
+        float(np.abs(error).max()), float(np.sqrt((error**2).mean())), float(kl.mean()), int(same.sum()), len(found)
+    )
+
+
+def parting(reference: Reference, tokens: list[int]) -> Generated:
+    """Where the generated `tokens` leave the reference's."""
+    for at, (ours, theirs) in enumerate(zip(reference.generated, tokens, strict=False)):
+        if ours != theirs:
+            return Generated(at, GENERATE, float(reference.steps[at][ours] - reference.steps[at][theirs]))
+    same = min(len(tokens), GENERATE)
+    return Generated(same, GENERATE, None if same == GENERATE else float("inf"))
+
+
+def tolerance(quantization: Difference) -> float:
+    """KL in nats a position up to which a cell is ok, by what the artifact's own logits differ from fp32's.
+
+    Floats alone differ by up to 1e-7 among all runtimes. Two roundings of the same fineness that have nothing to do
+    with each other lie twice as far apart as each lies from the floats. Whatever a runtime gets wrong (a scale, a zero
+    point, a mask, a position) is orders of magnitude above both.
+    """
+    return max(FLOATS, 2 * quantization.kl)
+
+
+def _objection(
+    found: dict[str, Difference],
+    loops: dict[str, Generated],
+    same_prompt: bool | None,
+    quantization: Difference,
+    cure: str | None,
+) -> Reason | None:
+    """Why the cell is not ok."""
+    limit = tolerance(quantization)
+    for name, item in found.items():
+        if item.kl > limit:
+            return Reason("other logits", f"{name}: KL {item.kl:.3g} nats where {limit:.3g} are allowed", cure)
+    if same_prompt is False:
+        return Reason("other tokens", "its tokenizer splits the prompt otherwise than tokenizer.json says", cure)
+    for name, loop in loops.items():
+        # The two best tokens of a near tie may change places; anything else is another model's text.
+        near = 2 * max((item.maximum for item in found.values()), default=0.0)
+        if loop.gap is not None and loop.gap > near:
+            return Reason("other text", f"{name}: leaves ours at token {loop.same}, by {loop.gap:.2g}", cure)
+    return None
+
+
+def to_json(cell: Cell) -> dict:
+    """A cell as JSON's own types, without what it does not have."""
+    return {key: value for key, value in json.loads(json.dumps(asdict(cell))).items() if value is not None}

@@ -1,0 +1,26 @@
+"""ONNX Runtime as its documentation uses it: `session.run` on arrays, with nothing of cuantiza/core/run/runtime.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnxruntime as ort
+
+from lab.matrix.python import contract
+from lab.matrix.python.job import run
+
+
+def main(job: dict) -> dict:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = job["threads"], 3
+    session = ort.InferenceSession(Path(job["folder"]) / "model.onnx", options, providers=["CPUExecutionProvider"])
+    past = {item.name: tuple(item.shape[1::2]) for item in session.get_inputs() if item.name.startswith("past_")}
+    names = [item.name for item in session.get_outputs()]
+    found = contract.logits(
+        lambda feeds: dict(zip(names, session.run(names, feeds), strict=True)), past, job, "ONNX Runtime"
+    )
+    return {"version": f"onnxruntime {ort.__version__}", **found}
+
+
+if __name__ == "__main__":
+    run(main)

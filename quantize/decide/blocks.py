@@ -1,0 +1,100 @@
+"""A graph as a chain of blocks, so that calibration holds one layer and not the model.
+
+Between two blocks a single value carries all that the tokens have become (the residual stream). A block is run
+alone on what its predecessor left: memory is a block's weights and one hidden state a window, and time grows
+linearly with the layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+from cuantiza.quantize.rewrite.find import Projection, find_embeddings, find_projections
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+from cuantiza.core.onnx import file as onnx_file
+from cuantiza.core.run.runtime import open_session, window_feeds
+
+_INPUT = "block_input"
+
+
+@dataclass(frozen=True)
+class Block:
+    """From the value named `start` (None: the model's inputs) to `end` (None: its outputs)."""
+
+    start: str | None
+    end: str | None
+    projections: tuple[Projection, ...]
+
+
+def split(graph: ir.Graph) -> list[Block]:
+    """The blocks of `graph` in order; each ends at the first possible value behind a projection.
+
+    A value can end a block where nothing else that was computed from the embeddings is read later on. A graph
+    without such values is one block.
+    """
+    nodes = list(graph)
+    projections = {projection.node: projection for projection in find_projections(graph)}
+    carried = {embedding.node for embedding in find_embeddings(graph)}
+    last_use: dict[ir.Value, int] = {}
+    for index, node in enumerate(nodes):
+        for value in node.inputs:
+            if value is not None and value.producer() in carried:
+                last_use[value] = index
+                if node.op_type != "Shape":
+                    carried.add(node)
+    blocks: list[Block] = []
+    start: str | None = None
+    held: list[Projection] = []
+    live: set[ir.Value] = set()
+    for index, node in enumerate(nodes):
+        if node in projections:
+            held.append(projections[node])
+        live = {value for value in (*live, *node.outputs) if last_use.get(value, -1) > index}
+        if held and len(live) == 1:
+            (end,) = live
+            blocks.append(Block(start, end.name, tuple(held)))
+            start, held = end.name, []
+    if held:
+        blocks.append(Block(start, None, tuple(held)))
+    return blocks
+
+
+def open_block(
+    model: ir.Model, block: Block, outputs: list[str], work: Path
+) -> Callable[[np.ndarray, np.ndarray | None], list[np.ndarray]]:
+    """A function (token ids int64 [T], what `block` starts from) -> the values named `outputs`.
+
+    `work` is a folder for the block's own graph, which is deleted once it is loaded.
+    """
+    copy = model.clone()
+    graph = copy.graph
+    values = {value.name: value for node in graph for value in node.outputs}
+    if block.start is not None:
+        feed = ir.Value(name=_INPUT, type=ir.TensorType(ir.DataType.FLOAT))
+        ir.convenience.replace_all_uses_with(values[block.start], feed)
+        graph.inputs.append(feed)
+    graph.outputs.clear()
+    for name in outputs:
+        values[name].type = ir.TensorType(ir.DataType.FLOAT)
+        graph.outputs.append(values[name])
+    RemoveUnusedNodesPass()(copy)
+    unused = [value for value in graph.inputs if not value.uses()]
+    for value in unused:
+        graph.inputs.remove(value)
+        graph.initializers.pop(value.name, None)
+    onnx_file.save(copy, work)
+    session = open_session(work / "model.onnx")
+    for file in work.iterdir():
+        file.unlink()
+
+    def run(ids: np.ndarray, start: np.ndarray | None) -> list[np.ndarray]:
+        inputs = session.get_inputs()
+        own = {item.name: start for item in inputs if item.name == _INPUT}
+        return session.run(outputs, window_feeds(inputs, ids) | own)
+
+    return run

@@ -1,0 +1,77 @@
+"""What both int8 rewrites share: weights stored once, embeddings, and replacing a node."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+from cuantiza.quantize.decide.decision import Site
+from cuantiza.quantize.decide.rounding import Grid, IntWeight, round_to_nearest
+from cuantiza.quantize.rewrite.edit import constant, lazy_constant, replace_node
+from cuantiza.quantize.rewrite.find import Embedding, Projection, find_embeddings, find_projections
+
+
+class Weights:
+    """Quantized matrices of a graph: each is stored once, however many nodes read it."""
+
+    def __init__(self, graph: ir.Graph) -> None:
+        self._graph = graph
+        self._stored: dict[tuple[str, int], tuple[ir.Value, ir.Value]] = {}
+
+    def get(self, weight: ir.Value, axis: int) -> tuple[ir.Value, ir.Value]:
+        """(int8 matrix, as it was stored; float32 scales [channels]) of `weight`, a scale per index of `axis`."""
+        key = (weight.name, axis)
+        if key not in self._stored:
+            array = weight.const_value.numpy()
+            # Unclipped: a token's row comes back within half a step, whatever its largest element.
+            self._put(
+                weight, axis, round_to_nearest(array if axis == 1 else array.T, Grid(8), clips=np.ones(1, np.float32))
+            )
+        return self._stored[key]
+
+    def put(self, projection: Projection, weight: IntWeight) -> None:
+        """Use `weight`, symmetric with one scale a channel, where the projection's matrix is asked for."""
+        self._put(projection.weight, projection.channel_axis, weight)
+
+    def _put(self, weight: ir.Value, axis: int, rounded: IntWeight) -> None:
+        q = rounded.q if axis == 1 else rounded.q.T
+        suffix = "" if not any(name == weight.name for name, _ in self._stored) else f"_{axis}"
+        self._stored[weight.name, axis] = (
+            lazy_constant(self._graph, f"{weight.name}_int8{suffix}", ir.DataType.INT8, q.shape, lambda: q),
+            constant(self._graph, f"{weight.name}_scale{suffix}", rounded.scale[0]),
+        )
+
+    def get_columns(self, tape: ir.tape.Tape, projection: Projection) -> tuple[ir.Value, ir.Value]:
+        """(int8 matrix [K, N], scales [N]); a matrix stored as [N, K] is turned by a Transpose, folded at load."""
+        weight, scale = self.get(projection.weight, projection.channel_axis)
+        if projection.channel_axis == 0:
+            weight = tape.op("Transpose", [weight], {"perm": [1, 0]})
+        return weight, scale
+
+
+def begin(graph: ir.Graph, sites: dict[str, Site]) -> tuple[Weights, list[Projection], list[Embedding]]:
+    """(weights as `sites` rounded them, the projections that `sites` names, the look-ups, which are rewritten)."""
+    weights = Weights(graph)
+    everything = find_projections(graph)
+    projections = [projection for projection in everything if projection.name in sites]
+    for projection in projections:
+        if sites[projection.name].weight is not None:
+            weights.put(projection, sites[projection.name].weight)
+    kept = {projection.weight for projection in everything if projection.name not in sites}
+    return weights, projections, _quantize_embeddings(graph, weights, kept)
+
+
+def _quantize_embeddings(graph: ir.Graph, weights: Weights, kept: set[ir.Value]) -> list[Embedding]:
+    """Look up int8 rows and their scales instead of floating-point rows: Gather -> Cast -> Mul.
+
+    Tables in `kept` stay as they are: a projection reads them in floating point.
+    """
+    embeddings = [embedding for embedding in find_embeddings(graph) if embedding.table not in kept]
+    last = constant(graph, "axis_last", np.array([-1], np.int64))
+    for embedding in embeddings:
+        tape = ir.tape.Tape()
+        table, scale = weights.get(embedding.table, 0)
+        ids = embedding.node.inputs[1]
+        rows = tape.op("Cast", [tape.op("Gather", [table, ids])], {"to": ir.DataType.FLOAT})
+        row_scale = tape.op("Unsqueeze", [tape.op("Gather", [scale, ids]), last])
+        replace_node(graph, embedding.node, tape, tape.op("Mul", [rows, row_scale]))
+    return embeddings

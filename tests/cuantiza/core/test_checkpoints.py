@@ -1,0 +1,311 @@
+"""`MODEL=owner/name[@revision]` against a hub on localhost: what is downloaded, resumed, cached, and said when it fails."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import ES_MINI, ROOT, Result, assert_nothing_published, assert_user_error, stage, tiny_gpt2
+from hub_stub import Files, Hub, files_of, serving
+from safetensors.torch import load_file
+
+from cuantiza.core.errors import UserError
+from cuantiza.core.inputs.checkpoints import model_name, resolve_model, weight_files
+from cuantiza.core.store.artifact import open_artifact
+
+REPOSITORY = "datificate/gpt2-small-spanish"
+UNUSED = {
+    "tf_model.h5": bytes(200_000),
+    "flax_model.msgpack": bytes(200_000),
+    "README.md": b"# GPT2-small-spanish",
+    ".gitattributes": b"*.bin",
+}
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    with serving() as stub:
+        yield stub
+
+
+@pytest.fixture(scope="session")
+def in_bin(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Files:
+    """The files of a repository like the course's: no safetensors, no tokenizer.json, and weights of other frameworks."""
+    folder = tmp_path_factory.mktemp("repository")
+    for name in ("config.json", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json"):
+        shutil.copy(tiny_folder / name, folder)
+    torch.save(load_file(tiny_folder / "model.safetensors"), folder / "pytorch_model.bin")
+    return files_of(folder) | UNUSED
+
+
+@pytest.fixture
+def environment(hub: Hub, tmp_path: Path) -> dict[str, str]:
+    return {
+        "HF_ENDPOINT": hub.url,
+        "HF_HOME": str(tmp_path / "hf"),
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_TOKEN": "",
+        "HF_HUB_ETAG_TIMEOUT": "2",
+    }
+
+
+@pytest.fixture
+def export(environment: dict[str, str], tmp_path: Path) -> Callable[..., Result]:
+    """`export(spec, **environment)`: `python -m export --model spec` against the stub."""
+
+    def call(spec: str, **changes: str) -> Result:
+        return stage("export", "--model", spec, "--output", tmp_path / "artifacts", env=environment | changes)
+
+    return call
+
+
+@pytest.fixture
+def resolve(environment: dict[str, str]) -> Callable[..., Result]:
+    """`resolve(spec, **environment)`: only the download, in a process of its own; prints the folder."""
+    code = "from cuantiza.core.errors import run; from cuantiza.core.inputs.checkpoints import resolve_model; import sys; run(lambda: print(resolve_model(sys.argv[1]).folder) or 0)"
+
+    def call(spec: str, **changes: str) -> Result:
+        done = subprocess.run(
+            [sys.executable, "-c", code, spec],
+            cwd=ROOT,
+            env={**os.environ, **environment, **changes},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        return Result(done.returncode, done.stdout, done.stderr)
+
+    return call
+
+
+def test_whole_pipeline(hub: Hub, in_bin: Files, export: Callable[..., Result], tmp_path: Path) -> None:
+    """From the hub; then from the cache: told to be offline, with the server in trouble, and with nobody listening."""
+    hub.add(REPOSITORY, in_bin)
+    first = export(REPOSITORY)
+    assert first.status == 0, first.stderr
+    assert "parity" in first.stderr
+    artifact = open_artifact(tmp_path / "artifacts" / "datificate--gpt2-small-spanish" / "fp32")
+    assert artifact.manifest.model == "datificate--gpt2-small-spanish"
+    assert hub.transferred() == in_bin.keys() - UNUSED.keys()
+    hub.requests.clear()
+
+    again = export(REPOSITORY)
+    assert again.status == 0 and "up to date" in again.stderr
+    assert not hub.transferred()
+    hub.requests.clear()
+
+    offline = export(REPOSITORY, HF_HUB_OFFLINE="1")
+    assert offline.status == 0 and "up to date" in offline.stderr, offline.stderr
+    assert not hub.requests
+
+    hub.broken = 503
+    down = export(REPOSITORY)
+    assert down.status == 0 and "up to date" in down.stderr, down.stderr
+
+    unreachable = export(REPOSITORY, HF_ENDPOINT="http://127.0.0.1:9")
+    assert unreachable.status == 0 and "up to date" in unreachable.stderr, unreachable.stderr
+
+
+def test_revision(hub: Hub, in_bin: Files, tiny_folder: Path, resolve: Callable[..., Result]) -> None:
+    """The hub's own conversion to safetensors waits in a pull request; it and `main` do not mix in the cache."""
+    hub.add(REPOSITORY, in_bin)
+    converted = files_of(tiny_folder)["model.safetensors"]
+    hub.add(REPOSITORY, in_bin | {"model.safetensors": converted}, revision="refs/pr/1")
+    folder = Path(resolve(f"{REPOSITORY}@refs/pr/1").stdout.strip())
+    assert model_name(f"{REPOSITORY}@refs/pr/1") == "datificate--gpt2-small-spanish@refs--pr--1"
+    assert "model.safetensors" in hub.transferred() and "pytorch_model.bin" not in hub.transferred()
+    assert weight_files({file.name for file in folder.iterdir()}) == ["model.safetensors"]
+    assert (folder / "model.safetensors").read_bytes() == converted
+    main = Path(resolve(REPOSITORY).stdout.strip())
+    assert weight_files({file.name for file in main.iterdir()}) == ["pytorch_model.bin"]
+    # By commit as well, and again without a network.
+    by_commit = resolve(f"{REPOSITORY}@{folder.name}")
+    assert Path(by_commit.stdout.strip()) == folder, by_commit.stderr
+    offline = resolve(f"{REPOSITORY}@refs/pr/1", HF_HUB_OFFLINE="1")
+    assert Path(offline.stdout.strip()) == folder, offline.stderr
+
+
+def test_sharded(hub: Hub, tmp_path: Path, tiny_folder: Path, resolve: Callable[..., Result]) -> None:
+    shards = tmp_path / "shards"
+    tiny_gpt2().save_pretrained(shards, max_shard_size="400KB")
+    files = files_of(shards)
+    hub.add("owner/sharded", files | UNUSED | {"pytorch_model.bin": bytes(300_000)})
+    result = resolve("owner/sharded")
+    assert result.status == 0, result.stderr
+    assert hub.transferred() == files.keys() and len(files) >= 5
+
+
+def test_name_without_owner(hub: Hub, in_bin: Files, resolve: Callable[..., Result]) -> None:
+    hub.add("gpt2", in_bin)
+    assert resolve("gpt2").status == 0
+    assert model_name("gpt2") == "gpt2"
+
+
+def test_newer_revision_is_fetched(hub: Hub, in_bin: Files, resolve: Callable[..., Result]) -> None:
+    """`main` moves: the next run takes what it points to, and transfers only what changed."""
+    hub.add(REPOSITORY, in_bin)
+    old = resolve(REPOSITORY).stdout.strip()
+    config = json.dumps(json.loads(in_bin["config.json"]) | {"note": "newer"}).encode()
+    hub.add(REPOSITORY, in_bin | {"config.json": config})
+    hub.requests.clear()
+    new = resolve(REPOSITORY).stdout.strip()
+    assert new != old and (Path(new) / "config.json").read_bytes() == config
+    assert hub.transferred() == {"config.json"}
+
+
+def test_cut_transfer_goes_on(hub: Hub, in_bin: Files, resolve: Callable[..., Result]) -> None:
+    """A connection that breaks in the middle of the weights: the rest is asked for, not the whole."""
+    weights = os.urandom(24_000_000)
+    hub.add(REPOSITORY, in_bin | {"pytorch_model.bin": weights})
+    hub.cuts["pytorch_model.bin"] = 1
+    result = resolve(REPOSITORY)
+    assert result.status == 0, result.stderr
+    assert (Path(result.stdout.strip()) / "pytorch_model.bin").read_bytes() == weights
+    ranges = [
+        asked
+        for method, path, _, asked in hub.requests
+        if method == "GET" and path.startswith("/cdn/") and path.endswith(".bin")
+    ]
+    assert ranges == [None, "bytes=10485760-"]  # the client writes by 10 MiB
+
+
+def test_interrupted_run_is_taken_up(
+    hub: Hub, in_bin: Files, resolve: Callable[..., Result], export: Callable[..., Result], tmp_path: Path
+) -> None:
+    """The hub goes away for good in the middle: one line, nothing published; half a checkpoint is never exported; later it works."""
+    hub.add(REPOSITORY, in_bin)
+    hub.cuts["pytorch_model.bin"] = -1
+    result = export(REPOSITORY)
+    assert_user_error(result, REPOSITORY, "network")
+    assert_nothing_published(tmp_path / "artifacts")
+    assert_user_error(
+        resolve(REPOSITORY, HF_HUB_OFFLINE="1"), REPOSITORY, "not whole in the local cache", "HF_HUB_OFFLINE"
+    )
+    hub.cuts.clear()
+    hub.requests.clear()
+    assert resolve(REPOSITORY).status == 0
+    assert hub.transferred() == {"pytorch_model.bin"}
+
+
+def test_killed_run_is_taken_up(
+    hub: Hub, in_bin: Files, environment: dict[str, str], resolve: Callable[..., Result]
+) -> None:
+    """A download that dies without a word leaves nothing that a later run, online or offline, takes for the whole."""
+    hub.add(REPOSITORY, in_bin)
+    hub.cuts["pytorch_model.bin"] = -1
+    code = "import sys; from cuantiza.core.inputs.checkpoints import resolve_model; resolve_model(sys.argv[1])"
+    child = subprocess.Popen(
+        [sys.executable, "-c", code, REPOSITORY], cwd=ROOT, env={**os.environ, **environment}, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 60
+    while "pytorch_model.bin" not in hub.transferred() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    child.kill()
+    child.wait()
+    assert_user_error(resolve(REPOSITORY, HF_HUB_OFFLINE="1"), REPOSITORY, "local cache")
+    hub.cuts.clear()
+    result = resolve(REPOSITORY)
+    assert result.status == 0, result.stderr
+    assert (Path(result.stdout.strip()) / "pytorch_model.bin").read_bytes() == in_bin["pytorch_model.bin"]
+
+
+def test_missing_repository(export: Callable[..., Result], tmp_path: Path) -> None:
+    assert_user_error(export("datificate/gpt2-small-spanihs"), "MODEL=datificate/gpt2-small-spanihs", "spelling")
+    assert_nothing_published(tmp_path / "artifacts")
+
+
+def test_missing_revision(hub: Hub, in_bin: Files, resolve: Callable[..., Result]) -> None:
+    hub.add(REPOSITORY, in_bin)
+    assert_user_error(resolve(f"{REPOSITORY}@v9"), f"MODEL={REPOSITORY}@v9", "revision", "@")
+    assert not hub.transferred()
+
+
+@pytest.mark.parametrize("endpoint", ["http://127.0.0.1:9", "http://no-such-host.invalid"])
+def test_no_network_and_no_cache(resolve: Callable[..., Result], endpoint: str) -> None:
+    assert_user_error(resolve(REPOSITORY, HF_ENDPOINT=endpoint), f"MODEL={REPOSITORY}", "network")
+
+
+def test_offline_and_no_cache(hub: Hub, in_bin: Files, resolve: Callable[..., Result]) -> None:
+    hub.add(REPOSITORY, in_bin)
+    assert_user_error(resolve(REPOSITORY, HF_HUB_OFFLINE="1"), f"MODEL={REPOSITORY}", "cache")
+    assert not hub.requests
+
+
+@pytest.mark.parametrize("status", [500, 503, 403, 418])
+def test_hub_in_trouble(hub: Hub, in_bin: Files, resolve: Callable[..., Result], status: int) -> None:
+    hub.add(REPOSITORY, in_bin)
+    hub.broken = status
+    assert_user_error(resolve(REPOSITORY), f"MODEL={REPOSITORY}")
+
+
+def test_only_other_frameworks(hub: Hub, in_bin: Files, resolve: Callable[..., Result]) -> None:
+    """Refused before anything is downloaded."""
+    hub.add("owner/tf", {name: data for name, data in in_bin.items() if name != "pytorch_model.bin"})
+    assert_user_error(resolve("owner/tf"), "MODEL=owner/tf", "TensorFlow", "save_pretrained")
+    assert not hub.transferred()
+
+
+def test_full_disk(hub: Hub, in_bin: Files, resolve: Callable[..., Result], tmp_path: Path) -> None:
+    """The cache lies on a disk that the weights do not fit on."""
+    disk = tmp_path / "small"
+    disk.mkdir()
+    if (
+        not shutil.which("mount")
+        or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", disk], capture_output=True).returncode
+    ):
+        pytest.skip("mounting a tmpfs takes root")
+    try:
+        hub.add(REPOSITORY, in_bin)
+        assert_user_error(resolve(REPOSITORY, HF_HOME=str(disk)), "space")
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_local_folders_need_no_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder wins over a hub id of the same spelling."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "owner" / "name").mkdir(parents=True)
+    assert resolve_model("owner/name").folder == Path("owner/name")
+    assert (model_name("owner/name"), model_name("owner/name/"), model_name(".")) == ("name", "name", tmp_path.name)
+    assert resolve_model(str(ES_MINI)).name == "es-mini"
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="neither a folder nor a hub id"):
+        resolve_model("file")
+
+
+@pytest.mark.parametrize(
+    ("names", "wanted"),
+    [
+        ({"model.safetensors", "pytorch_model.bin", "model-00001-of-00002.safetensors"}, ["model.safetensors"]),
+        (
+            {
+                "model.safetensors.index.json",
+                "model-00001-of-00002.safetensors",
+                "model-00002-of-00002.safetensors",
+                "pytorch_model.bin",
+            },
+            ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json"],
+        ),
+        (
+            {"pytorch_model.bin", "pytorch_model-00001-of-00001.bin", "training_args.bin", "optimizer.bin"},
+            ["pytorch_model.bin"],
+        ),
+        (
+            {"pytorch_model.bin.index.json", "pytorch_model-00001-of-00001.bin", "scheduler.bin"},
+            ["pytorch_model-00001-of-00001.bin", "pytorch_model.bin.index.json"],
+        ),
+        ({"tf_model.h5", "adapter_model.safetensors", "onnx/model.safetensors"}, []),
+        (set(), []),
+    ],
+)
+def test_weight_files(names: set[str], wanted: list[str]) -> None:
+    assert weight_files(names) == wanted

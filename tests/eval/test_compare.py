@@ -1,0 +1,443 @@
+"""The decision of `make compare` on reports and on simulated times: what raises an alarm, how often by chance, what is refused."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cuantiza.eval.compare.budgets import Budget, Budgets, read_budgets
+from cuantiza.eval.compare.cli import main, parser
+from cuantiza.eval.compare.decide import (
+    FALSE_ALARMS,
+    FIRST_LEVEL,
+    check_latency,
+    check_quality,
+    check_size,
+    chosen,
+    compare_reports,
+    confirmed,
+    second_level,
+)
+from cuantiza.eval.compare.folders import CONFIRMING_ROUNDS
+from cuantiza.eval.compare.intervals import signed_rank
+from cuantiza.eval.compare.page import markdown
+from cuantiza.eval.compare.reports import read_report
+from cuantiza.eval.measure.estimates import Estimate, mean_by_document, mean_per_token
+from helpers import ROOT, Result, assert_user_error, stage
+
+from cuantiza.core.errors import UserError, run
+
+BUDGETS = Budgets(Budget(quality=0.005, size=0.01, latency=0.1), {})
+FIGURES = (
+    "prefill 32",
+    "prefill 128",
+    "prefill 512",
+    "decode at 32",
+    "decode at 128",
+    "decode at 512",
+    "decode at 1023",
+)
+
+
+def report(seed: int = 0, rounds: int = 12, slower: float = 0.0, nll: float = 0.0, **sizes: int) -> dict:
+    """A report of three artifacts and a PyTorch row; `slower` (ln) and `nll` (nats a token) make q worse."""
+    generator = np.random.default_rng(seed)
+    documents = np.random.default_rng(7).integers(200, 900, 12)
+    difficulty = np.random.default_rng(8).normal(4.2, 0.3, 12)
+
+    def shapes(phase: str, key: str, places: tuple[int, ...], speed: float) -> list[dict]:
+        return [
+            {
+                key: at,
+                "samples_per_round": [3] * rounds,
+                "samples_ns": [
+                    int(value)
+                    for _ in range(rounds)
+                    for value in 1e6 * at * np.exp(speed + two_speeds(generator, ()) + generator.normal(0, 0.03, 3))
+                ],
+            }
+            for at in places
+        ]
+
+    def row(name: str, worse: float, speed: float) -> dict:
+        noise = np.random.default_rng(9).normal(0, 0.002, 12) if worse else 0
+        return {
+            "name": name,
+            "bytes": sizes.get(name, 1_000_000),
+            "nll_by_document": (documents * (difficulty + worse + noise)).tolist(),
+            "prefill": shapes("prefill", "tokens", (32, 128, 512), speed),
+            "decode": shapes("decode", "position", (32, 128, 512, 1023), speed),
+        }
+
+    torch = row("torch", 0, 0.4) | {"modules_with_weights": 40}
+    return {
+        "schema": "cuantiza/report/1",
+        "model": "es-mini",
+        "corpus": {
+            "source": "corpus/es",
+            "document_tokens": documents.tolist(),
+            "tokens_sha256": "ab" * 32,
+            "window_tokens": 512,
+        },
+        "machine": {"cpu": "a CPU", "processors": 2, "threads": 2, "memory_bytes": 10**10, "system": "Linux"},
+        "versions": {"onnxruntime": "1.32.0"},
+        "inputs": {"artifacts": [[name, f"{name} {seed}"] for name in ("fp32", "q", "s")]},
+        "artifacts": [row("fp32", 0, 0), row("q", nll, slower - 0.7), row("s", 0, -0.5), torch],
+    }
+
+
+def two_speeds(generator: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    """What a process keeps for its life: as fast as it can be, or a fifth slower, by the toss of a coin."""
+    return math.log(1.2) * (generator.random(shape) < 0.5)
+
+
+@pytest.fixture
+def written(tmp_path: Path):
+    """`written("base", report(...))`: a folder with that report.json."""
+
+    def write(name: str, fields: object) -> Path:
+        folder = tmp_path / name
+        folder.mkdir(exist_ok=True)
+        (folder / "report.json").write_text(fields if isinstance(fields, str) else json.dumps(fields))
+        return folder
+
+    return write
+
+
+@pytest.fixture
+def compare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    """`compare(base, head, *options)`: the command, in this process."""
+    monkeypatch.delenv("GITHUB_STEP_SUMMARY", raising=False)
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+
+    def call(*arguments: object) -> Result:
+        capsys.readouterr()
+        options = [*map(str, arguments), "--output", str(tmp_path / "out/compare.md")]
+        with pytest.raises(SystemExit) as end:
+            run(lambda: main(options))
+        return Result(end.value.code, *capsys.readouterr())
+
+    return call
+
+
+# Intervals
+
+
+def simulated(generator: np.random.Generator, rounds: int, ln_ratio: float, wild: float = 0.0) -> np.ndarray:
+    """ln ratios [rounds, figures]: two speeds of either process, a little noise, and a share of wild rounds."""
+    speeds = two_speeds(generator, (2, rounds, 1))
+    ratios = ln_ratio + speeds[1] - speeds[0] + generator.normal(0, 0.05, (rounds, len(FIGURES)))
+    return ratios + (generator.random(ratios.shape) < wild) * generator.normal(0, 1.0, ratios.shape)
+
+
+def alarms(seed: int, times: int, ln_ratio: float, wild: float = 0.0) -> tuple[int, int]:
+    """(comparisons whose first stage looks bad, comparisons that raise an alarm) of `times` of two recipes each."""
+    generator, looked, alarmed = np.random.default_rng(seed), 0, 0
+    level = second_level(2 * len(FIGURES))
+
+    def stage_of(rounds: int, level: float) -> list:
+        times = simulated(generator, rounds, ln_ratio, wild)
+        return [
+            check_latency("q", name, (1, 1), column, level, 0.1) for name, column in zip(FIGURES, times.T, strict=True)
+        ]
+
+    for _ in range(times):
+        found = []
+        for _ in range(2):
+            first = stage_of(8, FIRST_LEVEL)
+            if any(check.regression for check in first):
+                second = stage_of(CONFIRMING_ROUNDS, level)
+                first = [confirmed(one, two) if one.regression else one for one, two in zip(first, second, strict=True)]
+                looked += 1
+            found += first
+        alarmed += any(check.regression for check in found)
+    return looked, alarmed
+
+
+def test_identical_files_raise_no_alarm():
+    looked, alarmed = alarms(seed=1, times=2000, ln_ratio=0.0)
+    assert alarmed == 0 and looked > 0  # and the second stage had something to put right
+
+
+@pytest.mark.parametrize("wild", [0.0, 0.1])
+def test_at_the_budget_alarms_are_as_rare_as_promised(wild):
+    looked, alarmed = alarms(seed=2, times=1000, ln_ratio=math.log(1.1), wild=wild)
+    promised = FALSE_ALARMS * 1000
+    assert alarmed <= promised + 3 * math.sqrt(promised) and looked > 100
+
+
+def test_thirty_percent_slower_is_seen():
+    assert alarms(seed=4, times=300, ln_ratio=math.log(1.3))[1] >= 0.95 * 300
+
+
+def test_bounds_cover_two_speeds():
+    """Each bound, at its level, over processes of two speeds."""
+    generator = np.random.default_rng(5)
+    for rounds, level in ((8, 0.1), (20, 0.05)):
+        lows = [signed_rank(simulated(generator, rounds, 0.2)[:, 0], level).low > 0.2 for _ in range(2000)]
+        assert 0.2 * level < np.mean(lows) < 1.2 * level
+
+
+def test_a_second_look_clears_a_figure():
+    first = check_latency("q", "decode at 32", (1, 1.3), [0.26] * 8, FIRST_LEVEL, 0.1)
+    assert first.regression and first.change.value == pytest.approx(math.expm1(0.26))
+    cleared = confirmed(first, check_latency("q", "decode at 32", (1, 1), [0.0] * 20, 0.001, 0.1))
+    assert not cleared.regression and "not shown again" in cleared.note
+    kept = confirmed(first, check_latency("q", "decode at 32", (1, 1.3), [0.26] * 20, 0.001, 0.1))
+    assert kept.regression and kept.verdict == "regression"
+
+
+# Quality and size
+
+
+def test_the_two_forms_of_the_estimator_are_one():
+    generator = np.random.default_rng(0)
+    document = np.repeat(np.arange(5), [3, 50, 7, 20, 11])
+    values = generator.normal(size=len(document)) + document
+    per_document = mean_by_document(np.bincount(document, weights=values), np.bincount(document))
+    assert per_document == mean_per_token(values, document)
+
+
+def test_quality_counts_beyond_budget_and_standard_errors():
+    assert not check_quality("q", 4.0, 4.02, Estimate(0.02, 0.01), 0.005).regression
+    assert check_quality("q", 4.0, 4.02, Estimate(0.02, 0.007), 0.005).regression
+    assert not check_quality("q", 4.0, 4.004, Estimate(0.004, 0.0), 0.005).regression
+    assert check_quality("q", 4.0, 3.9, Estimate(-0.1, 0.01), 0.005).verdict == "better"
+    assert check_quality("q", 4.0, math.nan, Estimate(math.nan, math.nan), 0.005).regression
+    with pytest.raises(UserError, match="single document"):
+        check_quality("q", 4.0, 4.1, Estimate(0.1, None), 0.005)
+    with pytest.raises(UserError, match="BASE=: the perplexity of q is not finite"):
+        check_quality("q", math.nan, 4.1, Estimate(math.nan, math.nan), 0.005)
+
+
+def test_size_counts_beyond_its_budget():
+    assert check_size("q", 1000, 1011, 0.01).regression and not check_size("q", 1000, 1009, 0.01).regression
+    assert check_size("q", 1000, 900, 0.01).verdict == "better"
+
+
+def test_which_recipes_are_compared():
+    assert chosen(["a", "b"], ["b", "a", "c"], None) == (["a", "b"], ["c"])
+    assert chosen(["a", "b"], ["b", "c"], ["b"]) == (["b"], [])
+    with pytest.raises(UserError, match="HEAD=: lacks a"):
+        chosen(["a", "b"], ["b"], None)
+    with pytest.raises(UserError, match="--recipes c: is not in BASE and not in HEAD"):
+        chosen(["a"], ["a"], ["c"])
+
+
+# Two reports
+
+
+@pytest.mark.parametrize(
+    "worse, figures",
+    [
+        ({}, set()),
+        ({"slower": math.log(1.3)}, {("q", name) for name in FIGURES}),
+        ({"nll": 0.02}, {("q", "ln perplexity")}),
+        ({"nll": 0.004}, set()),
+        ({"q": 1_050_000}, {("q", "size")}),
+        ({"q": 1_009_000}, set()),
+        ({"slower": -1.0, "q": 900_000}, set()),
+    ],
+)
+def test_what_is_worse_in_a_report_is_found(written, compare, tmp_path, worse, figures):
+    base, head = written("base", report(1, rounds=30)), written("head", report(2, rounds=30, **worse))
+    checks, new = compare_reports(read_report(base), read_report(head), BUDGETS, None, latency=True)
+    found = {(check.recipe, check.figure) for check in checks if check.regression}
+    assert found <= figures and bool(found) == bool(figures) and not new
+    assert {check.recipe for check in checks} == {"fp32", "q", "s"}
+    result = compare(base, head)
+    page = (tmp_path / "out/compare.md").read_text()
+    assert result.status == (1 if figures else 0), result.stderr
+    assert ("no regression" in page.splitlines()[0]) == (not figures)
+    for recipe, figure in found:
+        assert f"- **{recipe}, {figure}: +" in page and f"{recipe}, {figure}: +" in result.stdout
+
+
+def test_reports_of_equal_artifacts_raise_no_alarm(written):
+    reports = [read_report(written(str(seed), report(seed, rounds=7))) for seed in range(40)]
+    pairs = itertools.pairwise(reports)
+    assert not [
+        check
+        for base, head in pairs
+        for check in compare_reports(base, head, BUDGETS, None, True)[0]
+        if check.regression
+    ]
+
+
+def test_few_rounds_are_said_to_tell_nothing(written, compare, tmp_path):
+    result = compare(written("base", report(1, rounds=3)), written("head", report(2, rounds=3, slower=1.0)))
+    page = (tmp_path / "out/compare.md").read_text()
+    assert result.status == 0 and "latency was not judged" in page.splitlines()[0]
+    assert "3 rounds; 7 in each report are needed" in page
+
+
+def test_the_same_file_is_not_timed_again(written):
+    base, head = report(1, rounds=30), report(2, rounds=30, slower=1.0)
+    head["inputs"]["artifacts"] = base["inputs"]["artifacts"]
+    checks, _ = compare_reports(read_report(written("a", base)), read_report(written("b", head)), BUDGETS, None, True)
+    assert not any(check.regression for check in checks)
+    assert [check.note for check in checks if check.recipe == "q" and check.figure == "latency"] == ["same file"]
+
+
+def test_a_new_recipe_is_listed(written, compare, tmp_path):
+    base = report(1)
+    del base["artifacts"][2]
+    assert compare(written("a", base), written("b", report(2))).status == 0
+    assert "- s: new, only in head" in (tmp_path / "out/compare.md").read_text()
+
+
+def test_formats_of_github(written, compare, tmp_path, monkeypatch):
+    base, head = written("a", report(1)), written("b", report(2, q=2_000_000))
+    printed = compare(base, head, "--format", "github", "--without-latency")
+    page = (tmp_path / "out/compare.md").read_text()
+    assert printed.status == 1 and printed.stdout == page and page.startswith("# es-mini: 1 regression\n")
+    (tmp_path / "summary").write_text("before\n")
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path / "summary"))
+    assert "regression" in compare(base, head, "--format", "github", "--without-latency").stdout
+    assert (tmp_path / "summary").read_text() == "before\n" + page
+
+
+def edited(change) -> dict:
+    fields = report(2)
+    change(fields)
+    return fields
+
+
+@pytest.mark.parametrize(
+    "change, fragments",
+    [
+        (lambda r: r["corpus"].update(tokens_sha256="cd"), ("not the same tokens", "one corpus")),
+        (lambda r: r["corpus"].update(window_tokens=256), ("not the same window (512 and 256)", "--window")),
+        (lambda r: r.update(model="gpt2"), ("not the same model (es-mini and gpt2)",)),
+        (lambda r: r["machine"].update(threads=4), ("threads: 2 and 4", "--without-latency")),
+        (lambda r: r["machine"].update(cpu="another"), ("cpu: a CPU and another", "--without-latency")),
+        (lambda r: r["artifacts"].reverse() or r["artifacts"].pop(0), ("relative to fp32 here and s there",)),
+        (lambda r: r["artifacts"].pop(1), ("HEAD=: lacks q", "--recipes")),
+        (lambda r: r["artifacts"].append(copy.deepcopy(r["artifacts"][1])), ("artifacts[4].name", "second time")),
+        (lambda r: r.update(schema="cuantiza/report/2"), ("cuantiza/report/2", "make eval")),
+        (lambda r: r["artifacts"][1].pop("nll_by_document"), ("artifacts[1].nll_by_document is missing", "make eval")),
+        (lambda r: r["artifacts"][1]["nll_by_document"].pop(), ("11 numbers for 12 documents",)),
+        (lambda r: r["artifacts"][1].update(bytes=math.nan), ("artifacts[1].bytes is 'nan'",)),
+        (lambda r: r["artifacts"][1].update(bytes="7"), ("artifacts[1].bytes is '7'",)),
+        (lambda r: r["artifacts"][1].update(bytes=True), ("artifacts[1].bytes is 'True'",)),
+        (lambda r: r["artifacts"][1].update(bytes=10**4000), ("artifacts[1].bytes",)),
+        (lambda r: r["artifacts"][1]["nll_by_document"].__setitem__(3, math.inf), ("nll_by_document[3] is 'inf'",)),
+        (lambda r: r["artifacts"][1]["nll_by_document"].__setitem__(3, 1e300), ("nll_by_document[3] is '1e+300'",)),
+        (lambda r: r["artifacts"][1]["decode"][0]["samples_ns"].__setitem__(0, 0), ("decode.samples_ns[0] is '0'",)),
+        (lambda r: r["artifacts"][1]["decode"][0]["samples_ns"].pop(), ("samples_per_round",)),
+        (lambda r: r["artifacts"][1]["decode"].pop(), ("has no decode at 1023",)),
+        (lambda r: r["corpus"].update(document_tokens=[]), ("corpus.document_tokens is empty",)),
+        (lambda r: r["corpus"].update(document_tokens="many"), ("corpus.document_tokens is 'many'",)),
+        (lambda r: r.update(artifacts=[]), ("does not begin with an artifact",)),
+        (lambda r: r.update(artifacts=[7]), ("artifacts[0] is '7'",)),
+        (lambda r: r.update(machine=None), ("machine is missing",)),
+        (lambda r: r.update(inputs={"artifacts": [["a"]]}), ("inputs.artifacts[0] is no pair",)),
+        (lambda r: r.update(model="\ud800\n"), ("model is",)),
+        (lambda r: r["artifacts"][1].update(name="a\x1b[31m"), ("artifacts[1].name",)),
+    ],
+)
+def test_reports_that_cannot_be_compared(written, compare, tmp_path, change, fragments):
+    line = assert_user_error(compare(written("base", report(1)), written("head", edited(change))), *fragments)
+    assert line.isprintable() and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", "7", "{", "null", '{"schema": 1}', "[" * 100_000, "9" * 5000, '{"schema": "\\ud800"}']
+)
+def test_files_that_are_no_report(written, compare, content):
+    assert_user_error(compare(written("base", report(1)), written("head", content)), "report.json", "make eval")
+
+
+def test_other_machines_have_comparable_quality(written, compare):
+    head = edited(lambda r: r["machine"].update(threads=4))
+    assert compare(written("a", report(1)), written("b", head), "--without-latency").status == 0
+
+
+def test_text_of_a_report_is_shown_and_nothing_else(written, compare, tmp_path):
+    name = "<img src=x> | [a](b) *c* @d [red]"
+    base, head = report(1), report(2)
+    for fields in (base, head):
+        fields["artifacts"][1]["name"] = name
+    result = compare(written("a", base), written("b", head), "--without-latency")
+    page = (tmp_path / "out/compare.md").read_text()
+    assert result.status == 0 and "[red]" in result.stdout
+    assert r"&lt;img src=x&gt; \| \[a\](b) \*c\* &#64;d \[red\]" in page and "<img" not in page
+
+
+def test_the_command_as_a_user_calls_it(written, tmp_path):
+    base, head = written("base", report(1)), written("head", report(2, q=2_000_000))
+    output = tmp_path / "compare.md"
+    done = stage("eval", "compare", base / "report.json", head, "--without-latency", "--output", output)
+    assert done.status == 1 and "q, size: +100.0 %" in done.stdout and not done.stderr
+    assert "| q | size |" in output.read_text()
+    assert_user_error(stage("eval", "compare", base, tmp_path / "nowhere"), "HEAD=", "nowhere")
+    assert_user_error(stage("eval", "compare", base, head, "--output", tmp_path), "--output", "is a folder")
+    assert_user_error(stage("eval", "compare", base, head, "--rounds", 2), "--rounds 2")
+    assert "BASE HEAD" in stage("eval", "compare", "--help").stdout
+
+
+def test_markdown_is_one_table(written):
+    base, head = read_report(written("a", report(1))), read_report(written("b", report(2, nll=0.5)))
+    from cuantiza.eval.compare.decide import Comparison
+
+    checks, new = compare_reports(base, head, BUDGETS, ["q"], False)
+    page = markdown(Comparison("es-mini", "a", "b", "measured", checks, new))
+    table = [line for line in page.splitlines() if line.startswith("|")]
+    assert {line.count("|") for line in table} == {9} and len(table) == 2 + 2
+
+
+# Budgets
+
+
+def test_budgets_of_a_recipe_that_is_not_there_are_named(written, compare, tmp_path):
+    text = "quality = 0.01\nsize = 2\nlatency = 10\n[recipes.q]\nsize = 3\n[recipes.int8-dinamic]\nsize = 3\n"
+    (tmp_path / "b.toml").write_text(text)
+    both = written("a", report(1)), written("b", report(2))
+    compare(*both, "--budgets", tmp_path / "b.toml")
+    page = (tmp_path / "out/compare.md").read_text()
+    assert r"\[recipes.int8-dinamic\] is of no artifact" in page and "recipes.q" not in page
+
+
+def test_budgets_of_the_repository():
+    budgets = read_budgets(ROOT / "budgets.toml")
+    assert budgets.default == Budget(quality=0.005, size=0.01, latency=0.1) and not budgets.recipes
+
+
+def test_a_recipe_has_budgets_of_its_own(tmp_path):
+    (tmp_path / "b.toml").write_text("quality = 0.01\nsize = 2\nlatency = 5\n[recipes.int4-weight]\nquality = 0.1\n")
+    budgets = read_budgets(tmp_path / "b.toml")
+    assert budgets.of("int4-weight") == Budget(0.1, 0.02, 0.05) and budgets.of("fp32") == Budget(0.01, 0.02, 0.05)
+
+
+@pytest.mark.parametrize(
+    "text, fragments",
+    [
+        ("quality = ", ("is no TOML",)),
+        ("quality = 0.1\nsize = 1", ("names no latency", "percent")),
+        ("quality = -1\nsize = 1\nlatency = 1", ("quality is '-1'", "nats")),
+        ("quality = nan\nsize = 1\nlatency = 1", ("quality is 'nan'",)),
+        ("quality = true\nsize = 1\nlatency = 1", ("quality is 'True'",)),
+        ("quality = 1\nsize = '1'\nlatency = 1", ("size is '1'", "percent")),
+        ("quality = 1\nsize = 1\nlatency = inf", ("latency is 'inf'",)),
+        ("quality = 1\nsize = 1\nlatency = 1\nspeed = 1", ("speed is no budget",)),
+        ("quality = 1\nsize = 1\nlatency = 1\n[recipes.a]\nsiz = 1", ("recipes.a.siz is no budget",)),
+        ("quality = 1\nsize = 1\nlatency = 1\nrecipes = 3", ("[recipes.NAME]",)),
+    ],
+)
+def test_bad_budgets(written, compare, tmp_path, text, fragments):
+    (tmp_path / "b.toml").write_text(text)
+    result = compare(written("a", report(1)), written("b", report(2)), "--budgets", tmp_path / "b.toml")
+    assert_user_error(result, "b.toml", *fragments)
+
+
+def test_what_the_page_says_is_so():
+    text = (ROOT / "docs/compare.md").read_text(encoding="utf-8")
+    known = {option for action in parser()._actions for option in action.option_strings}
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) <= known
+    assert f"{100 * FALSE_ALARMS:g} %" in text and f"{CONFIRMING_ROUNDS} rounds" in text

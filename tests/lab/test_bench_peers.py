@@ -1,0 +1,144 @@
+"""The rows of other libraries: each agrees with PyTorch, whole and cached, and keeps to its threads."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import ES_MINI, ROOT, stage
+from tokenizers import Tokenizer
+from transformers import GPT2LMHeadModel
+
+from cuantiza.core.store.artifact import Artifact
+from lab.bench.peers import PEERS, Peer
+
+TEXT = (
+    "El niño se marchó tímido hacia la plaza del pueblo, donde su abuela vendía naranjas y contaba historias de un "
+    "tiempo en que los ríos hablaban con las montañas y nadie tenía prisa por llegar a ninguna parte. La ciudad "
+    "amaneció cubierta de niebla; los tranvías avanzaban despacio entre los puestos del mercado y las campanas de la "
+    "catedral anunciaban otra mañana de invierno sin noticias de los barcos que habían salido hacia el sur."
+)
+# Largest root mean square error of the logits, as a share of their spread; the absolute bound of fp32 is 1e-3.
+SPREAD = {"fp32": 3e-3, "int8": 0.12, "int8 head": 0.12, "int4": 0.3}
+# onnxruntime-genai drives any of our artifacts: here one that needs no calibration, which has to agree as fp32 does.
+QUICK = {"int8-weight-ort": ("fp32-ort", "fp32")}
+# Prepares a row and runs it on one thread; saves logits [2, V] of whole and cached sequences, alone and in a batch.
+PROBE = """
+import importlib, json, sys, time
+from pathlib import Path
+import numpy as np
+
+module, kind, checkpoint, ours, folder, ids, result = sys.argv[1:]
+module, folder, ids = importlib.import_module(module), Path(folder), np.load(ids)
+module.prepare(kind, Path(checkpoint), Path(ours), folder)
+engine = module.Engine(kind, folder, 1)
+
+def cached(ids, first):
+    engine.start(len(ids), ids.shape[1] + 4)
+    logits = engine.feed(ids[:, :first])
+    for at in range(first, ids.shape[1]):
+        logits = engine.feed(ids[:, at : at + 1])
+    return np.array(logits)
+
+wall, work = time.perf_counter(), time.process_time()
+if getattr(engine, "steps", True):
+    found = {
+        "whole": np.concatenate([cached(row, 40) for row in np.split(ids, 2)]),
+        "cached": np.concatenate([cached(row, 30) for row in np.split(ids, 2)]),
+        "batch": cached(ids, 40),
+        "cached batch": cached(ids, 30),
+    }
+    while time.perf_counter() - wall < 0.5:
+        cached(ids, 30)
+else:
+    found = {"whole": engine.logits(ids), "tokens": engine.generate(ids, 5), "times": engine.times(ids, 5)}
+    while time.perf_counter() - wall < 0.5:
+        engine.generate(ids, 5)
+busy = (time.process_time() - work) / (time.perf_counter() - wall)
+time.sleep(0.2)
+work = time.process_time()
+time.sleep(0.3)
+idle = (time.process_time() - work) / 0.3
+np.savez(result, **found)
+sizes = {str(file.relative_to(folder)): file.stat().st_size for file in module.files(kind, folder)}
+print(json.dumps({"busy": busy, "idle": idle, "sizes": sizes, "version": module.version()}))
+"""
+
+
+@pytest.fixture(scope="module")
+def ids(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Token ids int64 [2, 40], as a file."""
+    path = tmp_path_factory.mktemp("ids") / "ids.npy"
+    tokens = Tokenizer.from_file(str(ES_MINI / "tokenizer.json")).encode(TEXT).ids
+    np.save(path, np.array(tokens[:80], np.int64).reshape(2, 40))
+    return path
+
+
+@pytest.fixture(scope="module")
+def expected(ids: Path) -> np.ndarray:
+    """PyTorch's logits float32 [2, V] of the last of each."""
+    model = GPT2LMHeadModel.from_pretrained(ES_MINI, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        return model(torch.from_numpy(np.load(ids))).logits[:, -1].numpy()
+
+
+@pytest.fixture(scope="module")
+def artifacts(es_mini_fp32: Artifact) -> Path:
+    """The folder of es-mini's artifacts, with the one that onnxruntime-genai drives here."""
+    output = es_mini_fp32.path.parent.parent
+    result = stage("quantize", "--output", output, "--recipes", "fp32-ort")
+    assert result.status == 0, result.stderr
+    return es_mini_fp32.path.parent
+
+
+@pytest.mark.parametrize("peer", PEERS, ids=lambda peer: peer.name)
+def test_a_peer_agrees_with_pytorch(
+    peer: Peer, ids: Path, expected: np.ndarray, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    python = ROOT / f".venv-{peer.environment}" / "bin" / "python"
+    if not python.exists():
+        pytest.skip(f"no .venv-{peer.environment} here; `make peers` creates it")
+    kind, precision = QUICK.get(peer.kind, (peer.kind, peer.precision))
+    artifacts, folder = request.getfixturevalue("artifacts"), tmp_path / "row"
+    folder.mkdir()
+    arguments = [peer.module, kind, ES_MINI, artifacts, folder, ids, tmp_path / "found.npz"]
+    done = subprocess.run(
+        [python, "-c", PROBE, *map(str, arguments)],
+        cwd=ROOT,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout.splitlines()[-1])
+    found = dict(np.load(tmp_path / "found.npz"))
+
+    tokens, times = found.pop("tokens", None), found.pop("times", None)
+    for way, logits in found.items():
+        error = logits - expected
+        assert logits.shape == expected.shape and logits.dtype == np.float32
+        assert np.sqrt(np.mean(error**2)) < SPREAD[precision] * expected.std(), way
+        if precision == "fp32" and peer.cache_bytes == 4:
+            assert abs(error).max() < 1e-3, way
+    if tokens is not None:
+        assert tokens.shape == (2, 5)
+        assert [*tokens[:, 0]] == [*expected.argmax(axis=-1)]
+        assert len(times) == 5 and times[0] > 0 and (np.diff(times) > 0).all()
+    assert answer["sizes"] and min(answer["sizes"].values()) > 0
+    assert precision != "int8" or sum(answer["sizes"].values()) < 17e6  # es-mini is 28 MB in fp32
+    assert answer["busy"] < 1.2, "more than the one thread that it was given"
+    assert answer["idle"] < 0.2, "threads that spin on"
+    assert any(digit.isdigit() for digit in answer["version"])
+
+
+def test_the_list_of_peers_needs_no_library() -> None:
+    code = "import sys; sys.path.insert(0, '.'); from lab.bench.peers import PEERS; print(len(PEERS))"
+    done = subprocess.run([sys.executable, "-I", "-S", "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == str(len(PEERS)), done.stderr
+    assert len({peer.name for peer in PEERS}) == len({(peer.module, peer.kind) for peer in PEERS}) == len(PEERS)

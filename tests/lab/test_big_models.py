@@ -1,0 +1,95 @@
+"""lab/big_models.py: what counts as anonymous memory, and the page that is made of its figures."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from lab.big_models import RECIPES, anonymous, growth, join, nearest_recipe, step, write_page
+from lab.checkpoints.random import SHAPES, Shape, checkpoint
+
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+
+
+def test_anonymous_memory_of_a_process_and_of_those_below_it(tmp_path):
+    """What is filled counts, there and in children; what a file is mapped to does not."""
+    np.full(40_000_000, 1, np.uint8).tofile(tmp_path / "file")
+    program = f"""
+import subprocess, sys, numpy as np
+mapped = np.memmap({str(tmp_path / "file")!r}, np.uint8, "r")
+filled = np.full(60_000_000, 1, np.uint8)
+child = subprocess.Popen([sys.executable, "-c", "b = b'x' * 100_000_000; print('', flush=True); input()"], stdin=-1, stdout=-1)
+child.stdout.readline()
+print(int(mapped.sum()), flush=True)
+input()
+"""
+    with subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        own, below = anonymous(process.pid)
+        process.communicate(b"\n")
+    assert 60e6 < own < 100e6  # and not the mapped 40 MB, with what Python and NumPy take
+    assert 100e6 < below < 120e6
+    assert anonymous(process.pid) == (0, 0)
+
+
+def test_memory_does_not_grow_with_the_model(tmp_path):
+    """Export streams weights from the checkpoint to the file, and so does rounding to nearest."""
+    recipe = nearest_recipe(tmp_path)
+    sizes, peaks = [], []
+    for layers in (2, 26):
+        shape = Shape(f"layers-{layers}", layers=layers, width=512, heads=8, vocabulary=8192, positions=128)
+        model = checkpoint(shape, tmp_path)
+        sizes.append((model / "model.safetensors").stat().st_size)
+        export = step(["export", "--model", model, "--output", tmp_path / "out"])
+        nearest = step(["quantize", "--model", model, "--output", tmp_path / "out", "--recipes", recipe])
+        peaks.append((export["anonymous_bytes_of_the_first"], nearest["anonymous_bytes"]))
+    slopes = np.subtract(*peaks[::-1]) / np.subtract(*sizes[::-1])
+    assert slopes[0] < 0.1 and slopes[1] < 0.2, slopes
+
+
+def test_another_size_or_step_joins_what_was_measured(tmp_path):
+    about = {"cpu": "a CPU", "processors": 2, "memory_bytes": 24e9, "tokens": 1024, "versions": {"numpy": "2"}}
+    path = tmp_path / "big.json"
+    assert join(path, about, []) == []
+    rows = [{"shape": name, "steps": {"export": 1, "eval": 2}, "n": 3} for name in ("gpt2", "gpt2-xl")]
+    path.write_text(json.dumps(about | {"rows": rows}))
+    medium, export = {"shape": "gpt2-medium", "steps": {"export": 9}}, {"shape": "gpt2", "steps": {"export": 8}}
+    assert join(path, about, [medium]) == [rows[0], medium, rows[1]]
+    assert join(path, about, [export])[0] == {"shape": "gpt2", "steps": {"export": 8, "eval": 2}, "n": 3}
+    assert join(path, about | {"versions": {"numpy": "3"}}, [medium]) == [medium]
+
+
+def test_the_page_is_made_of_the_figures(tmp_path):
+    names = ("fp32", *RECIPES)
+    step = {"seconds": 12.0, "anonymous_bytes": 2_500_000_000, "anonymous_bytes_of_the_first": 340_000_000}
+    row = {
+        "shape": "gpt2",
+        "checkpoint_bytes": 498_000_000,
+        "steps": dict.fromkeys(("export", *RECIPES, "eval"), step),
+        "file_bytes": dict.fromkeys(names, 123_000_000),
+        "ln_ppl": {"fp32": 1000.0} | dict.fromkeys(RECIPES, 1010.0),
+        "scored": 100,
+    }
+    about = {"cpu": "a CPU", "processors": 2, "memory_bytes": 24e9, "tokens": 1024}
+    (tmp_path / "big.json").write_text(json.dumps({**about, "rows": [row]}))
+    write_page(tmp_path / "big.json")
+    page = (tmp_path / "big.md").read_text()
+    assert "| gpt2 | 0.50 | 12 | 12 | 12 | 12 | 12 |" in page and "| 2.50 |" in page and "| 0.34 |" in page
+    assert page.count("+0.1000") == len(RECIPES)
+
+
+def test_growth_of_what_is_linear_is_one():
+    """Time 3 s a GB of the blocks and memory of half the checkpoint and 1 GB, over sizes that differ in both."""
+
+    def row(name):
+        shape = SHAPES[name]
+        blocks = 4 * shape.layers * 12 * shape.width**2
+        whole = blocks + 4 * shape.width * (shape.vocabulary + shape.positions)
+        steps = {"export": {"seconds": 3e-9 * blocks, "anonymous_bytes": whole / 2 + 1e9}}
+        return {"shape": name, "checkpoint_bytes": whole, "steps": steps}
+
+    whole, blocks, memory = growth([row(name) for name in ("gpt2", "gpt2-medium", "gpt2-xl")], ["export"])
+    assert (blocks[1], memory[1]) == ("1.00", "0.50")
+    assert 1 < float(whole[1]) < 1.2  # the embedding's share falls

@@ -1,0 +1,35 @@
+"""Which projections a budget returns to floating point: the fewest, in the order of the KL that each causes alone."""
+
+import pytest
+from cuantiza.quantize.inspect.sensitivity import Effect, rank, within_budget
+
+COSTS = {"a": 0.001, "b": 0.004, "c": 0.0005, "d": 0.002}
+
+
+class Additive:
+    """A gauge where every quantized site adds its own cost, and KL is half of it; counts what it is asked."""
+
+    def __init__(self):
+        self.asked = []
+
+    def effect(self, model, sites, rewrite):
+        self.asked.append(set(sites))
+        cost = sum(COSTS[name] for name in sites)
+        return Effect(cost / 2, cost, 0.0)
+
+
+def test_the_ranking_is_by_kl():
+    assert list(rank(None, COSTS, None, Additive())) == ["b", "d", "a", "c"]
+
+
+@pytest.mark.parametrize(
+    "budget, kept", [(1, []), (0.0075, []), (0.0074, ["b"]), (0.0035, ["b"]), (0.002, ["b", "d"]), (0, [*"bdac"])]
+)
+def test_the_fewest_projections_stay_in_float(budget, kept):
+    gauge = Additive()
+    found, effect = within_budget(None, COSTS, None, gauge, budget)
+    assert list(found) == kept and all(found[name].delta_ln_ppl == COSTS[name] for name in kept)
+    assert effect.delta_ln_ppl == pytest.approx(sum(COSTS.values()) - sum(COSTS[name] for name in kept))
+    # What is published is what was measured last; a budget that is met without costs one measurement.
+    assert gauge.asked[-1] == set(COSTS) - set(kept)
+    assert len(gauge.asked) == (1 if not kept else 1 + len(COSTS) + len(kept))

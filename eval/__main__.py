@@ -9,14 +9,13 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
-from cuantiza.eval.measure.subject import Subject
-
 from cuantiza.core.errors import UserError, run
 from cuantiza.core.inputs.checkpoints import checkpoint_digest, model_name, resolve_model
 from cuantiza.core.inputs.corpus import Split, add_arguments, load_splits, source_of
 from cuantiza.core.machine.progress import report as say
 from cuantiza.core.machine.threads import check_threads, default_threads
-from cuantiza.core.store import artifact
+from cuantiza.core.store import artifact, digests, folders
+from cuantiza.eval.measure.subject import Subject
 
 JSON, MARKDOWN, HTML = "report.json", "report.md", "report.html"
 LANGUAGES = ("en", "es")
@@ -72,7 +71,7 @@ def main() -> int:
         raise UserError(f"--output {args.output}: is the folder of the artifacts; choose another one (REPORTS=)")
     if not (args.artifacts / name).is_dir():
         raise UserError(f"{args.artifacts / name}: is not there; run `make export quantize` first")
-    with artifact.locked(args.artifacts / name), artifact.locked(args.output / name):
+    with folders.locked(args.artifacts / name), folders.locked(args.output / name):
         _evaluate(args, args.artifacts / name, args.output / name)
     return 0
 
@@ -120,14 +119,13 @@ def _foreign(path: Path) -> Subject:
 
 def _foreign_digest(path: Path) -> str:
     """Of everything that inference with the files at `path` reads. Raises UserError where the ONNX file is not sound."""
-    from cuantiza.eval.measure.size import inference_files
-
     from cuantiza.core.machine.process import isolated
     from cuantiza.core.onnx import file as onnx_file
+    from cuantiza.eval.measure.size import inference_files
 
     model = _foreign(path).path
     isolated(onnx_file.check, model)
-    return artifact.digest([[file.name, artifact.sha256_file(file)] for file in inference_files(model)])
+    return digests.digest([[file.name, digests.sha256_file(file)] for file in inference_files(model)])
 
 
 def _inputs(args: argparse.Namespace, published: list[artifact.Artifact], test: Split) -> dict:
@@ -143,7 +141,7 @@ def _inputs(args: argparse.Namespace, published: list[artifact.Artifact], test: 
         "window": args.window,
         "rounds": args.rounds,
         "machine": machine(args.threads),
-        "code": artifact.code_digest("cuantiza.eval.measure.report"),
+        "code": digests.code_digest("cuantiza.eval.measure.report"),
         "versions": software(),
     }
 
@@ -159,7 +157,7 @@ def _measured(output: Path, inputs: dict) -> dict | None:
 
 def _digest(report: dict) -> str:
     """sha256 of what was measured: a report that was damaged must not be shown again."""
-    return artifact.digest({key: value for key, value in report.items() if key not in ("sha256", "pages")})
+    return digests.digest({key: value for key, value in report.items() if key not in ("sha256", "pages")})
 
 
 def _publish(report: dict, output: Path, language: str) -> bool:
@@ -174,7 +172,7 @@ def _publish(report: dict, output: Path, language: str) -> bool:
     report["sha256"] = _digest(report)
     report["pages"] = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in pages.items()}
     pages[JSON] = json.dumps(report, indent=1, ensure_ascii=False) + "\n"
-    return artifact.publish_texts(output, pages)
+    return folders.publish_texts(output, pages)
 
 
 if __name__ == "__main__":

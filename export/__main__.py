@@ -10,7 +10,7 @@ from pathlib import Path
 from cuantiza.core.errors import UserError, run
 from cuantiza.core.inputs.checkpoints import Model, checkpoint_digest, resolve_model
 from cuantiza.core.machine.progress import report
-from cuantiza.core.store import artifact
+from cuantiza.core.store import artifact, digests, folders
 
 NAME = "fp32"
 EXPORTERS = ("graph", "optimum")
@@ -38,7 +38,7 @@ def main() -> int:
     model = resolve_model(args.model)
     folder = args.output / model.name
     target = folder / NAME
-    with artifact.locked(folder):
+    with folders.locked(folder):
         inputs = _inputs(model.folder, args.exporter, args.opset)
         reason = artifact.rebuild_reason(target, inputs)
         if reason is None:
@@ -62,27 +62,26 @@ def _inputs(checkpoint: Path, exporter: str, opset: int) -> dict:
     pins = Path(__file__).parent.parent / "setup" / "optimum.txt"
     return {
         "checkpoint": checkpoint_digest(checkpoint),
-        "exporter": exporter if exporter == "graph" else f"{exporter} {artifact.sha256_file(pins)}",
+        "exporter": exporter if exporter == "graph" else f"{exporter} {digests.sha256_file(pins)}",
         "opset": opset,
-        "code": artifact.code_digest(*roots, *(["cuantiza.export.optimum"] if exporter == "optimum" else [])),
-        "versions": artifact.versions(*_LIBRARIES),
+        "code": digests.code_digest(*roots, *(["cuantiza.export.optimum"] if exporter == "optimum" else [])),
+        "versions": digests.versions(*_LIBRARIES),
     }
 
 
 def _export(model: Model, target: Path, exporter: str, opset: int, inputs: dict) -> None:
     # Imported here: a run that finds everything up to date has no need of them.
+    from cuantiza.core.inputs.model_config import max_positions, read_config
+    from cuantiza.core.onnx import file as onnx_file
     from cuantiza.export.companions import write_configs, write_tokenizer
     from cuantiza.export.gpt2 import build
     from cuantiza.export.gpt2_config import parse_config
     from cuantiza.export.parity import check_parity
     from cuantiza.export.weights import read_weights
 
-    from cuantiza.core.inputs.model_config import max_positions, read_config
-    from cuantiza.core.onnx import file as onnx_file
-
     path = model.folder / "config.json"
     fields = read_config(model.folder)
-    with artifact.staging(target) as work:
+    with folders.staging(target) as work:
         if exporter == "optimum":
             from cuantiza.export.optimum import export_optimum
 

@@ -18,12 +18,12 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import onnxscript
-from cuantiza.export.gpt2_config import GPT2Config
-from cuantiza.export.weights import Weight, check_finite
 from onnx_ir import DataType
 
 from cuantiza.core.errors import UserError
 from cuantiza.core.run.runtime import KEEP
+from cuantiza.export.gpt2_config import GPT2Config
+from cuantiza.export.weights import Weight, check_finite
 
 # Added to the scores of positions that may not be seen: exp() of it is 0, and a row that sees nothing stays finite.
 MASKED = -1e30

@@ -15,14 +15,14 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnx_ir as ir
-from cuantiza.export.weights import check_finite, read_weights
 from onnx_ir.passes import common as passes
 from onnxscript.version_converter import ConvertVersionPass
 
 from cuantiza.core.errors import UserError
 from cuantiza.core.inputs.checkpoints import weight_files
 from cuantiza.core.onnx import file as onnx_file
-from cuantiza.core.store import artifact
+from cuantiza.core.store import folders
+from cuantiza.export.weights import check_finite, read_weights
 
 # Each ran end to end, parity included, with optimum-onnx 0.1.0.
 MODEL_TYPES = (
@@ -84,7 +84,7 @@ def export_optimum(checkpoint: Path, fields: dict, work: Path, opset: int) -> No
     """
     config = _legacy_config(fields, checkpoint / "config.json")
     python = _interpreter()
-    with artifact.staging(work) as folder:
+    with folders.staging(work) as folder:
         _prepare(checkpoint, config, folder / "checkpoint")
         _run(python, checkpoint, folder / "checkpoint", folder / "onnx", min(opset, _LAST_OPSET))
         model = onnx_file.load(folder / "onnx" / "model.onnx")

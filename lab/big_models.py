@@ -24,13 +24,12 @@ from math import log
 from pathlib import Path
 from statistics import linear_regression
 
-from cuantiza.quantize.recipes import RECIPES as RECIPES_BY_NAME
-from cuantiza.quantize.recipes import to_json
-
 from cuantiza.core.errors import UserError, run
 from cuantiza.core.machine.hardware import cpu_name, memory_bytes
 from cuantiza.core.machine.progress import report as say
-from cuantiza.core.store import artifact
+from cuantiza.core.store import digests
+from cuantiza.quantize.recipes import RECIPES as RECIPES_BY_NAME
+from cuantiza.quantize.recipes import to_json
 from lab import ROOT
 from lab.checkpoints.random import SHAPES, Shape, checkpoint
 from lab.reliability_page import table, wrapped, write
@@ -80,7 +79,7 @@ def main() -> int:
         "processors": os.cpu_count(),
         "memory_bytes": memory_bytes(),
         "tokens": args.tokens,
-        "versions": artifact.versions("onnxruntime", "onnx", "onnx-ir", "numpy", "torch"),
+        "versions": digests.versions("onnxruntime", "onnx", "onnx-ir", "numpy", "torch"),
     }
     for name in args.shapes:
         with tempfile.TemporaryDirectory(prefix="cuantiza-big-", dir=args.work) as work:

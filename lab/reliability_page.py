@@ -15,7 +15,7 @@ from pathlib import Path
 
 from cuantiza.core.errors import UserError, run
 from cuantiza.core.machine.progress import report as say
-from cuantiza.core.store import artifact
+from cuantiza.core.store import folders
 from lab import DOCS
 
 SCHEMA = "cuantiza/reliability/1"
@@ -287,7 +287,7 @@ def publish(report: dict, output: Path) -> None:
 
 def write(path: Path, text: str) -> None:
     """`text` as file `path`, renamed into place."""
-    with artifact.staging(path) as work:
+    with folders.staging(path) as work:
         (work / path.name).write_text(text, encoding="utf-8")
         (work / path.name).replace(path)
 

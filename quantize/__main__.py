@@ -9,6 +9,11 @@ import shutil
 import sys
 from pathlib import Path
 
+from cuantiza.core.errors import UserError, run
+from cuantiza.core.inputs.corpus import Source, load_splits, source_of
+from cuantiza.core.machine.progress import report
+from cuantiza.core.store import artifact, digests, folders
+from cuantiza.core.store.artifact import Artifact
 from cuantiza.quantize.inspect.commands import add_commands, add_inputs, opened
 from cuantiza.quantize.recipes import (
     RECIPES,
@@ -25,12 +30,6 @@ from cuantiza.quantize.recipes import (
     get_recipe,
     to_json,
 )
-
-from cuantiza.core.errors import UserError, run
-from cuantiza.core.inputs.corpus import Source, load_splits, source_of
-from cuantiza.core.machine.progress import report
-from cuantiza.core.store import artifact
-from cuantiza.core.store.artifact import Artifact
 
 # What each recipe runs; the choice between them (cuantiza.quantize.apply) and their values (in the manifest) change no bytes.
 _CODE = {
@@ -113,10 +112,10 @@ def quantize_one(parent: Artifact, target: Path, name: str, recipe: Recipe, sour
         "parent": parent.digest,
         "recipe": to_json(recipe),
         "calibration": calibration.sha256 if calibration else None,
-        "code": artifact.code_digest(
+        "code": digests.code_digest(
             *_CODE[type(recipe)], *(_ORT_CODE if getattr(recipe, "target", "portable") == "ort" else ())
         ),
-        "versions": artifact.versions("numpy", "onnx", "onnx-ir", "onnxruntime", "tokenizers"),
+        "versions": digests.versions("numpy", "onnx", "onnx-ir", "onnxruntime", "tokenizers"),
     }
     reason = artifact.rebuild_reason(target, inputs)
     if reason is None:
@@ -124,11 +123,10 @@ def quantize_one(parent: Artifact, target: Path, name: str, recipe: Recipe, sour
         return
     report(f"quantize  {target}: {reason}")
     # Imported here: a run that finds everything up to date has no need of them.
+    from cuantiza.core.machine.process import isolated
     from cuantiza.quantize.apply import apply
 
-    from cuantiza.core.machine.process import isolated
-
-    with artifact.staging(target) as work:
+    with folders.staging(target) as work:
         details = isolated(apply, recipe, parent.path, work, calibration)
         for companion in artifact.COMPANIONS:
             shutil.copyfile(parent.path / companion, work / companion)

@@ -8,6 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
+
+from cuantiza.core.errors import UserError
+from cuantiza.core.inputs.corpus import Split
+from cuantiza.core.inputs.model_config import max_positions, read_config
+from cuantiza.core.onnx import file as onnx_file
+from cuantiza.core.onnx.genai_config import GENAI_CONFIG, genai_config
+from cuantiza.core.run.exact_int8 import EXACT
+from cuantiza.core.store import artifact, folders
 from cuantiza.quantize.decide.calibrate import calibrate, calibration_windows
 from cuantiza.quantize.decide.decision import Plan, Site
 from cuantiza.quantize.decide.rounding import Grid
@@ -30,14 +38,6 @@ from cuantiza.quantize.rewrite.half import store_half
 from cuantiza.quantize.rewrite.onnxruntime_tools import ort_dynamic, ort_static
 from cuantiza.quantize.rewrite.static import quantize_static
 from cuantiza.quantize.rewrite.weight_only import choose_weights, quantize_weights
-
-from cuantiza.core.errors import UserError
-from cuantiza.core.inputs.corpus import Split
-from cuantiza.core.inputs.model_config import max_positions, read_config
-from cuantiza.core.onnx import file as onnx_file
-from cuantiza.core.onnx.genai_config import GENAI_CONFIG, genai_config
-from cuantiza.core.run.exact_int8 import EXACT
-from cuantiza.core.store import artifact
 
 
 def apply(recipe: Recipe, parent: Path, work: Path, split: Split | None) -> dict:
@@ -126,7 +126,7 @@ def decide(
             plan = Plan(Grid(8), static.rounding, static.smoothing, static.ranges, static.float_channels)
         case WeightOnly():
             plan = Plan(Grid(recipe.bits, recipe.block, recipe.symmetric), recipe.rounding, recipe.smoothing)
-    with artifact.staging(work / "calibration") as folder:
+    with folders.staging(work / "calibration") as folder:
         return calibrate(model, windows, plan, folder, until)
 
 
@@ -146,7 +146,7 @@ def _mix(
     model: ir.Model, sites: dict[str, Site], recipe: MixedStaticInt8, windows: np.ndarray, parent: Path, work: Path
 ) -> tuple[dict[str, Site], dict]:
     """(the sites that stay quantized, what the manifest says of the others)."""
-    with artifact.staging(work / "gauge") as folder:
+    with folders.staging(work / "gauge") as folder:
         gauge = Gauge(parent / artifact.MODEL, windows[::EVERY], folder)
         kept, effect = within_budget(model, sites, quantize_static, gauge, recipe.max_delta_ln_ppl)
     account = {

@@ -9,9 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from helpers import ES_MINI, Result, assert_nothing_published, assert_user_error, copy_tokenizer, stage, tiny_gpt2
 
 from cuantiza.core.store.artifact import Artifact, open_artifact
+
+from helpers import ES_MINI, Result, assert_nothing_published, assert_user_error, copy_tokenizer, stage, tiny_gpt2
 
 # A shell that starts tests in the background has them ignore Ctrl-C, and the stages that they start inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -53,7 +54,6 @@ def export_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) 
     """
     import cuantiza.export.__main__
     import cuantiza.export.parity
-
     from cuantiza.core.errors import run
 
     monkeypatch.setattr(cuantiza.export.parity, "isolated", lambda function, *args: function(*args))

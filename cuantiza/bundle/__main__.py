@@ -16,7 +16,7 @@ from cuantiza.core.errors import UserError, run
 from cuantiza.core.inputs.checkpoints import checkpoint_digest, model_name, resolve_model
 from cuantiza.core.inputs.model_config import read_config
 from cuantiza.core.machine.progress import report as say
-from cuantiza.core.store import artifact
+from cuantiza.core.store import folders
 
 
 def main() -> int:
@@ -38,7 +38,7 @@ def main() -> int:
     if not source.is_dir():
         raise UserError(f"{source}: is not there; run `make export quantize eval` first")
     # What is copied must not be replaced meanwhile; a folder that came from elsewhere has no lock, and no stage at work.
-    with artifact.locked(source) if (source / artifact.LOCK).exists() else nullcontext():
+    with folders.locked(source) if (source / folders.LOCK).exists() else nullcontext():
         _bundle(args, name, source, path)
     return 0
 
@@ -59,10 +59,10 @@ def _bundle(args: argparse.Namespace, name: str, source: Path, path: Path) -> No
     rows = rows_of(report, artifacts, path)
     hub_id = None if Path(args.model).is_dir() else args.model.split("@")[0]
     target = args.output / name
-    with artifact.locked(args.output), artifact.staging(target) as work:
+    with folders.locked(args.output), folders.staging(target) as work:
         assemble(artifacts, checkpoint, card(report, rows, name, checkpoint, read_config(checkpoint), hub_id), work)
         work.chmod(0o755)
-        artifact.replace(work, target)
+        folders.replace(work, target)
     say(f"bundle    {target}: {len(artifacts)} graphs; upload it by `hf upload owner/{name} {target}`")
 
 

@@ -12,7 +12,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 from cuantiza.core.errors import UserError, run
-from cuantiza.core.store import artifact
+from cuantiza.core.store import artifact, folders
 from cuantiza.demo.site import HEADERS, assemble, names
 
 
@@ -72,11 +72,11 @@ def build(found: artifact.Artifact, target: Path) -> None:
                 f"{target}: holds {foreign[0]!r}, which is not ours and would be lost; name another folder by --build"
             )
     target.parent.mkdir(parents=True, exist_ok=True)
-    with artifact.staging(target) as work:
+    with folders.staging(target) as work:
         site = work / "site"
         site.mkdir()
         assemble(found, site)
-        artifact.replace(site, target)
+        folders.replace(site, target)
 
 
 def serve(folder: Path, port: int) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from cuantiza.core.errors import UserError, run
 from cuantiza.core.machine.progress import report as say
 from cuantiza.core.machine.threads import check_threads, default_threads
-from cuantiza.core.store import artifact
+from cuantiza.core.store import folders
 from cuantiza.sweep.driver import Settings, Sweep
 from cuantiza.sweep.executor import Executor, Local
 from cuantiza.sweep.grid import read_grid
@@ -24,7 +24,7 @@ def main() -> int:
     work = args.work.absolute()
     if work == args.output.absolute():
         raise UserError(f"--output {args.output}: is the folder of --work; choose another one")
-    with artifact.locked(work), artifact.locked(args.output):
+    with folders.locked(work), folders.locked(args.output):
         start = time.monotonic()
         try:
             with executor(args.ray, args.threads, work) as place:
@@ -54,8 +54,8 @@ def executor(address: str | None, threads: int, work: Path) -> Executor:
 
 def clean(work: Path) -> None:
     """Remove what tasks that were broken off have left in the folders of artifacts, once they are gone."""
-    for lock in sorted((work / "artifacts").glob(f"*/{artifact.LOCK}")):
-        with artifact.locked(lock.parent):
+    for lock in sorted((work / "artifacts").glob(f"*/{folders.LOCK}")):
+        with folders.locked(lock.parent):
             pass
 
 

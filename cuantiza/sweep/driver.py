@@ -9,7 +9,7 @@ from typing import Any
 
 from cuantiza.core.machine.hardware import software
 from cuantiza.core.machine.progress import report as say
-from cuantiza.core.store import artifact
+from cuantiza.core.store import digests
 from cuantiza.eval.measure.quality import Task as Text
 from cuantiza.eval.measure.quality import make_task
 from cuantiza.sweep.executor import Executor, Task
@@ -154,7 +154,7 @@ class Sweep:
     def _quality_inputs(self, cell: Cell) -> dict:
         text = self.texts[cell.model, cell.corpus]
         return self._inputs("quality", cell) | {
-            "text": artifact.digest([text.documents, text.start, text.size.bytes, text.size.words]),
+            "text": digests.digest([text.documents, text.start, text.size.bytes, text.size.words]),
             "window": text.window,
         }
 
@@ -167,7 +167,7 @@ class Sweep:
             "kind": kind,
             "artifact": self.made[cell].digest,
             "baseline": self.made[self._base(cell)].digest,
-            "code": artifact.code_digest("cuantiza.sweep.tasks.measure", "cuantiza.sweep.tasks.parts"),
+            "code": digests.code_digest("cuantiza.sweep.tasks.measure", "cuantiza.sweep.tasks.parts"),
             "versions": software(),
         }
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from markupsafe import Markup
 
 from cuantiza.core.machine.terminal import new_table, show
-from cuantiza.core.store import artifact
+from cuantiza.core.store import folders
 from cuantiza.eval.report import charts
 from cuantiza.eval.report.conclusion import shape
 from cuantiza.eval.report.html import plus_minus, templates
@@ -42,7 +42,7 @@ def write(result: dict, output: Path) -> bool:
         HTML: html(result),
         JSON: json.dumps(result, indent=1, ensure_ascii=False) + "\n",
     }
-    return artifact.publish_texts(output, pages)
+    return folders.publish_texts(output, pages)
 
 
 def rows(result: dict) -> list[list[str]]:

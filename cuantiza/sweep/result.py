@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from cuantiza.core.machine.hardware import software
-from cuantiza.core.store import artifact
+from cuantiza.core.store import digests
 from cuantiza.eval.report.conclusion import shape
 from cuantiza.sweep.driver import Sweep
 
@@ -36,7 +36,7 @@ def result(sweep: Sweep) -> dict:
         "cells": cells,
         "failed": [{"cell": str(cell), "reason": reason} for cell, reason in sweep.failed.items()],
     }
-    return found | {"sha256": artifact.digest(found)}
+    return found | {"sha256": digests.digest(found)}
 
 
 def grouped(cells: list[dict]) -> list[list[dict]]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from cuantiza.core.errors import UserError
 from cuantiza.core.inputs.corpus import add_arguments, load_splits, source_of
 from cuantiza.core.machine.threads import check_threads, default_threads
-from cuantiza.core.store import artifact
+from cuantiza.core.store import artifact, folders
 
 LEAST_ROUNDS = 4  # with fewer, the first stage could never find anything
 
@@ -131,10 +131,9 @@ def _reports(args: argparse.Namespace, base: Path, head: Path, budgets):
 
 
 def _folders(args: argparse.Namespace, base: Path, head: Path, budgets):
+    from cuantiza.core.machine.hardware import cpu_name
     from cuantiza.eval.compare.decide import FIRST_LEVEL, Comparison
     from cuantiza.eval.compare.folders import CONFIRMING_ROUNDS, Measure, compare_folders, held
-
-    from cuantiza.core.machine.hardware import cpu_name
 
     how = Measure(args.tokens, args.window, 0 if args.without_latency else args.rounds, args.threads)
     split = load_splits(source_of(args))[1]
@@ -154,7 +153,7 @@ def _show(comparison, args: argparse.Namespace) -> int:
 
     page = markdown(comparison)
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    with artifact.staging(args.output) as work:
+    with folders.staging(args.output) as work:
         (work / "page").write_text(page, encoding="utf-8")
         (work / "page").replace(args.output)
     summary = os.environ.get("GITHUB_STEP_SUMMARY")

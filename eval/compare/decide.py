@@ -11,12 +11,12 @@ from dataclasses import dataclass, field, replace
 from statistics import median
 
 import numpy as np
+
+from cuantiza.core.errors import UserError
 from cuantiza.eval.compare.budgets import Budgets
 from cuantiza.eval.compare.intervals import Interval, rank_sum, rounds_for_rank_sum, signed_rank
 from cuantiza.eval.compare.reports import Report, Row
 from cuantiza.eval.measure.estimates import Estimate, mean_by_document
-
-from cuantiza.core.errors import UserError
 
 # Standard errors of Δ ln ppl that have to lie beyond the budget.
 STANDARD_ERRORS = 2.0

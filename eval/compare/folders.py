@@ -8,6 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+
+from cuantiza.core.errors import UserError
+from cuantiza.core.inputs.corpus import Split
+from cuantiza.core.store import artifact
+from cuantiza.core.store.artifact import Artifact
 from cuantiza.eval.compare.budgets import Budgets
 from cuantiza.eval.compare.decide import (
     FIRST_LEVEL,
@@ -19,11 +24,6 @@ from cuantiza.eval.compare.decide import (
     confirmed,
     second_level,
 )
-
-from cuantiza.core.errors import UserError
-from cuantiza.core.inputs.corpus import Split
-from cuantiza.core.store import artifact
-from cuantiza.core.store.artifact import Artifact
 
 # Rounds that measure again what looked bad.
 CONFIRMING_ROUNDS = 20
@@ -44,8 +44,8 @@ def held(*folders: Path) -> Iterator[None]:
     """No other stage of ours writes into the folders meanwhile. Copies without our lock file have no such stage."""
     with ExitStack() as stack:
         for folder in {folder.resolve() for folder in folders}:
-            if (folder / artifact.LOCK).is_file():
-                stack.enter_context(artifact.locked(folder))
+            if (folder / folders.LOCK).is_file():
+                stack.enter_context(folders.locked(folder))
         yield
 
 
@@ -107,14 +107,13 @@ def _same_file(name: str, budgets: Budgets) -> list[Check]:
 
 
 def _quality_and_size(name: str, both: tuple[Artifact, Artifact], task, budgets: Budgets, threads: int) -> list[Check]:
+    from cuantiza.core.machine.process import Remote
+    from cuantiza.core.machine.progress import track
     from cuantiza.eval.measure.engines import Engine
     from cuantiza.eval.measure.estimates import mean_per_token
     from cuantiza.eval.measure.score import score
     from cuantiza.eval.measure.size import onnx_bytes
     from cuantiza.eval.measure.subject import Subject
-
-    from cuantiza.core.machine.process import Remote
-    from cuantiza.core.machine.progress import track
 
     budget = budgets.of(name)
     with ExitStack() as stack:

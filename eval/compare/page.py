@@ -5,11 +5,11 @@ from __future__ import annotations
 import html
 import re
 
-from cuantiza.eval.compare.decide import FALSE_ALARMS, STANDARD_ERRORS, Check, Comparison
 from rich.console import Console
 from rich.text import Text
 
 from cuantiza.core.machine.terminal import new_table, show
+from cuantiza.eval.compare.decide import FALSE_ALARMS, STANDARD_ERRORS, Check, Comparison
 
 COLUMNS = ("recipe", "figure", "base", "head", "change", "interval", "budget", "verdict")
 _WORDS = 2  # the first columns

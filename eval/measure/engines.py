@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from cuantiza.eval.measure.subject import Subject
 
 from cuantiza.core.run.runtime import Runtime
 from cuantiza.core.run.sampling import Sampling, generate
+from cuantiza.eval.measure.subject import Subject
 
 # A cache is filled in pieces, so that it takes no more memory than the prefills that are measured.
 FILL_TOKENS = 512

@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass
 
 import numpy as np
+
 from cuantiza.eval.measure.score import Scores
 
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 from statistics import median
 
 import numpy as np
-from cuantiza.eval.measure.engines import Engine
-from cuantiza.eval.measure.subject import Subject
 
 from cuantiza.core.machine.process import Remote
 from cuantiza.core.machine.progress import track
+from cuantiza.eval.measure.engines import Engine
+from cuantiza.eval.measure.subject import Subject
 
 PREFILL = (32, 128, 512)
 DECODE = (32, 128, 512)

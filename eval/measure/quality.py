@@ -7,12 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from cuantiza.eval.measure.engines import Engine
-from cuantiza.eval.measure.estimates import TextSize, perplexity, quality, text_size
-from cuantiza.eval.measure.score import score
-from cuantiza.eval.measure.size import loaded_bytes
-from cuantiza.eval.measure.subject import Subject
-from cuantiza.eval.measure.windows import Window, halves, rolling
 from tokenizers import Tokenizer
 
 from cuantiza.core.errors import UserError
@@ -22,7 +16,13 @@ from cuantiza.core.inputs.tokenizer import encode, load_tokenizer
 from cuantiza.core.machine.hardware import memory_bytes
 from cuantiza.core.machine.process import Remote
 from cuantiza.core.machine.progress import track
-from cuantiza.core.store.artifact import digest
+from cuantiza.core.store.digests import digest
+from cuantiza.eval.measure.engines import Engine
+from cuantiza.eval.measure.estimates import TextSize, perplexity, quality, text_size
+from cuantiza.eval.measure.score import score
+from cuantiza.eval.measure.size import loaded_bytes
+from cuantiza.eval.measure.subject import Subject
+from cuantiza.eval.measure.windows import Window, halves, rolling
 
 PROMPT = "Me gusta mucho el futbol"
 CONTINUATION_TOKENS = 32

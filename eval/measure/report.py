@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from cuantiza.core.errors import UserError
+from cuantiza.core.inputs.corpus import Split
+from cuantiza.core.store.digests import digest
 from cuantiza.eval.measure.latency import measure_latency
 from cuantiza.eval.measure.quality import PROMPT, make_task, measure_quality
 from cuantiza.eval.measure.size import companion_bytes, onnx_bytes
 from cuantiza.eval.measure.subject import Subject
-
-from cuantiza.core.errors import UserError
-from cuantiza.core.inputs.corpus import Split
-from cuantiza.core.store.artifact import digest
 
 SCHEMA = "cuantiza/report/1"
 

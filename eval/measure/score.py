@@ -8,9 +8,9 @@ from itertools import chain, pairwise
 from typing import Protocol
 
 import numpy as np
-from cuantiza.eval.measure.windows import Window
 
 from cuantiza.core.run.divergence import compare
+from cuantiza.eval.measure.windows import Window
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cuantiza.eval.measure.subject import Subject
-
 from cuantiza.core.onnx.file import external_data
 from cuantiza.core.onnx.stream import read_without_weights
 from cuantiza.core.store.artifact import COMPANIONS
+from cuantiza.eval.measure.subject import Subject
 
 
 def inference_files(model: Path) -> list[Path]:

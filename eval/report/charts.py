@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from html import escape
 
 import numpy as np
+
 from cuantiza.eval.report.conclusion import is_torch, shape
 from cuantiza.eval.report.wording import number, significant
 

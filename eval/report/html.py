@@ -7,11 +7,12 @@ import re
 from html import escape
 from pathlib import Path
 
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
 from cuantiza.eval.report import charts
 from cuantiza.eval.report.conclusion import RUINED, conclusion, is_torch, shape
 from cuantiza.eval.report.wording import LABELS, METHOD, number, percent
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
 
 _TEMPLATES = Path(__file__).resolve().parent / "templates"
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from cuantiza.core.machine.terminal import new_table, show
 from cuantiza.eval.report.conclusion import conclusion
 from cuantiza.eval.report.wording import LABELS
-
-from cuantiza.core.machine.terminal import new_table, show
 
 
 @dataclass(frozen=True)

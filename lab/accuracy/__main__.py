@@ -20,11 +20,6 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from cuantiza.eval.measure.quality import Task, make_task, measure_quality
-from cuantiza.eval.measure.size import onnx_bytes
-from cuantiza.eval.measure.subject import Subject
-from cuantiza.quantize.recipes import RECIPES, to_json
-
 from cuantiza.core.errors import UserError, run
 from cuantiza.core.inputs.corpus import Source, Split, load_splits
 from cuantiza.core.inputs.tokenizer import encode, load_tokenizer
@@ -33,8 +28,12 @@ from cuantiza.core.machine.process import isolated
 from cuantiza.core.machine.progress import report as say
 from cuantiza.core.onnx import file as onnx_file
 from cuantiza.core.run.runtime import window_feeds
-from cuantiza.core.store import artifact
+from cuantiza.core.store import artifact, digests, folders
 from cuantiza.core.store.artifact import Artifact
+from cuantiza.eval.measure.quality import Task, make_task, measure_quality
+from cuantiza.eval.measure.size import onnx_bytes
+from cuantiza.eval.measure.subject import Subject
+from cuantiza.quantize.recipes import RECIPES, to_json
 from lab import ROOT
 from lab.accuracy.page import FIELDS, MARKDOWN, SCHEMA, publish
 
@@ -102,7 +101,7 @@ def main() -> int:
     texts = [Text(CORPUS, test)]
     texts += [Text(args.text.name, load_splits(Source(str(args.text)))[1], TEXT_TOKENS)] if args.text else []
     work = args.work.resolve()
-    with artifact.locked(work):
+    with folders.locked(work):
         checkpoints = [MODEL, *(_hard_model(kind, work) for kind in HARD), *given]
         result = measure(checkpoints, texts, calibration, work, ROWS)
     publish(result, args.output)
@@ -167,18 +166,18 @@ def make_naive(name: str, fp32: Artifact, target: Path, sentences: list[list[int
     inputs = {
         "parent": fp32.digest,
         "recipe": {"type": name},
-        "calibration": artifact.digest(sentences) if kind == "static" else None,
-        "code": artifact.sha256_file(Path(__file__)),
-        "versions": artifact.versions("onnx", "onnxruntime"),
+        "calibration": digests.digest(sentences) if kind == "static" else None,
+        "code": digests.sha256_file(Path(__file__)),
+        "versions": digests.versions("onnx", "onnxruntime"),
     }
     if tool == "optimum":
-        inputs["versions"] |= {"optimum": artifact.sha256_file(ROOT / "setup" / "optimum.txt")}
+        inputs["versions"] |= {"optimum": digests.sha256_file(ROOT / "setup" / "optimum.txt")}
         python = Path(os.environ.get("OPTIMUM_PYTHON", ROOT / ".venv-optimum/bin/python"))
         if not os.access(python, os.X_OK):
             raise UserError("there is no environment with optimum; `make optimum` makes it")
     if reason := artifact.rebuild_reason(target, inputs):
         say(f"accuracy  {target}: {reason}")
-        with artifact.staging(target) as work:
+        with folders.staging(target) as work:
             if tool == "optimum":
                 _optimum(python, fp32.path, work, kind, sentences)
             else:
@@ -254,10 +253,10 @@ def _score(items: list[Artifact], task: Task, text: Text, cache: Path) -> dict[s
         text.test.sha256,
         text.tokens,
         WINDOW,
-        artifact.code_digest("cuantiza.eval.measure.quality"),
+        digests.code_digest("cuantiza.eval.measure.quality"),
         software(),
     ]
-    files = {item.manifest.name: cache / f"{artifact.digest([item.digest, *settings])}.json" for item in items}
+    files = {item.manifest.name: cache / f"{digests.digest([item.digest, *settings])}.json" for item in items}
     # By file: artifacts of the same bytes are measured once.
     missing = {files[item.manifest.name]: item for item in items if not files[item.manifest.name].is_file()}
     if missing:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from cuantiza.core.store import artifact
+from cuantiza.core.store import folders
 
 SCHEMA = "cuantiza/accuracy/1"
 JSON, MARKDOWN = "accuracy.json", "accuracy.md"
@@ -97,7 +97,7 @@ def publish(report: dict, output: Path) -> None:
     """Write accuracy.json, floats to 6 significant digits, and the page made of it into folder `output`, both whole."""
     report = _rounded(report)
     output.mkdir(parents=True, exist_ok=True)
-    with artifact.staging(output / JSON) as work:
+    with folders.staging(output / JSON) as work:
         (work / MARKDOWN).write_text(page(report), encoding="utf-8")
         (work / JSON).write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         for name in (MARKDOWN, JSON):

@@ -11,7 +11,7 @@ from cuantiza.core.errors import UserError, run
 from cuantiza.core.machine.progress import report as say
 from cuantiza.core.machine.progress import track
 from cuantiza.core.machine.threads import check_threads
-from cuantiza.core.store import artifact
+from cuantiza.core.store import folders
 from lab.bench import rows
 from lab.bench.child import Failed
 from lab.bench.rounds import Others, measure, settings
@@ -23,9 +23,9 @@ from lab.checkpoints.random import SHAPES, Shape
 def main() -> int:
     args = _arguments()
     work = args.work.absolute()
-    with artifact.locked(work):
+    with folders.locked(work):
         for name in dict.fromkeys(args.shapes):
-            with artifact.staging(work / name) as temporary:
+            with folders.staging(work / name) as temporary:
                 result = benchmark(SHAPES[name], args, work, temporary)
             _publish(result, f"{name}-ablation" if args.ablation else name, args.output)
     return 0
@@ -97,7 +97,7 @@ def _publish(result: dict, name: str, output: Path) -> None:
     from lab.bench.pages.plot import draw
 
     output.mkdir(parents=True, exist_ok=True)
-    with artifact.staging(output / name) as staged:
+    with folders.staging(output / name) as staged:
         (staged / f"{name}.json").write_text(json.dumps(result, ensure_ascii=False) + "\n", encoding="utf-8")
         draw(result, staged / f"{name}.svg")
         (staged / f"{name}.md").write_text(page(result, name), encoding="utf-8")

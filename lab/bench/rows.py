@@ -14,7 +14,7 @@ from typing import Any
 
 from cuantiza.core.errors import UserError
 from cuantiza.core.inputs.checkpoints import checkpoint_digest
-from cuantiza.core.store import artifact
+from cuantiza.core.store import digests
 from lab import CORPUS, ROOT
 from lab.bench import ours
 from lab.bench.child import Failed, ask, command, require, run
@@ -152,7 +152,7 @@ def prepare_ours(row: Row, shape: Shape, checkpoint: Path) -> Prepared:
 
 def peer_inputs(checkpoint: Path, artifacts: Path) -> dict:
     """What every peer's files depend on: the model, and our artifacts of it in the folder `artifacts`."""
-    content = {path.parent.name: artifact.sha256_file(path) for path in sorted(artifacts.glob("*/model.onnx"))}
+    content = {path.parent.name: digests.sha256_file(path) for path in sorted(artifacts.glob("*/model.onnx"))}
     return {"checkpoint": checkpoint_digest(checkpoint), "ours": content}
 
 
@@ -162,7 +162,7 @@ def prepare_peer(row: Row, checkpoint: Path, artifacts: Path, inputs: dict, work
     What was made and of what stands beside the folder, in a .json of its name; `work` is for temporary files. Raises Failed.
     """
     require(row.python)
-    inputs = inputs | {"code": artifact.code_digest(row.module), "kind": row.kind, "python": str(row.python)}
+    inputs = inputs | {"code": digests.code_digest(row.module), "kind": row.kind, "python": str(row.python)}
     note = row.folder.with_name(f"{row.folder.name}.json")
     made = _noted(note, inputs)
     if made is None:

@@ -26,7 +26,7 @@ from dataclasses import asdict
 from statistics import median
 
 from cuantiza.core.machine.hardware import machine
-from cuantiza.core.store import artifact
+from cuantiza.core.store import digests
 from lab.bench.limits import Limits, best, decode_share, prefill_share
 from lab.bench.rounds import CHECK, Answer, Case, Measured, Setting, agreement
 from lab.bench.rows import Prepared, Row
@@ -84,7 +84,7 @@ def result(
         "schema": SCHEMA,
         "shape": dimensions | {"parameters": shape.parameters},
         "machine": machine(max(setting.threads for setting in wanted)),
-        "versions": artifact.versions("onnxruntime", "numpy"),
+        "versions": digests.versions("onnxruntime", "numpy"),
         "command": ["python", "-m", "bench", *sys.argv[1:]],
         "rounds": rounds,
         "others_processors": busy,

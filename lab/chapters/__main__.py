@@ -175,7 +175,7 @@ def publish(data: dict, output: Path) -> None:
     folders = {output / "figures", *(output / Path(name).parent for name in PAGES.values())}
     for folder in folders:
         folder.mkdir(parents=True, exist_ok=True)
-    with artifact.staging(output / JSON) as work:
+    with folders.staging(output / JSON) as work:
         for folder in folders:
             (work / folder.name).mkdir()
         draw(data, work / "figures")

@@ -13,10 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-from cuantiza.export.gpt2_config import parse_config
-from cuantiza.quantize.decide.activation import PerRow, PerTensor
-from cuantiza.quantize.decide.rounding import Grid, IntWeight, round_to_nearest
-from cuantiza.quantize.decide.smooth import candidate
 
 from cuantiza.core.errors import UserError
 from cuantiza.core.inputs.corpus import Source, Split, full_windows, load_splits, stream
@@ -26,6 +22,10 @@ from cuantiza.core.onnx import file as onnx_file
 from cuantiza.core.run.runtime import open_session, window_feeds
 from cuantiza.core.store import artifact
 from cuantiza.core.store.artifact import Artifact
+from cuantiza.export.gpt2_config import parse_config
+from cuantiza.quantize.decide.activation import PerRow, PerTensor
+from cuantiza.quantize.decide.rounding import Grid, IntWeight, round_to_nearest
+from cuantiza.quantize.decide.smooth import candidate
 from lab.chapters import numbers
 from lab.chapters.data import Activation, Bits, Chapters, Graphs, Model, Outliers, Rounding, Weight
 from lab.chapters.numbers import FORMATS, Bins

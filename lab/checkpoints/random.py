@@ -17,7 +17,7 @@ from cuantiza.core.errors import UserError
 from cuantiza.core.inputs.corpus import Source, full_windows, load_splits, stream
 from cuantiza.core.inputs.model_config import read_config, start_token
 from cuantiza.core.inputs.tokenizer import encode, load_tokenizer
-from cuantiza.core.store import artifact
+from cuantiza.core.store import folders
 from lab import CORPUS, ES_MINI
 
 COMPANIONS = (
@@ -102,13 +102,13 @@ def checkpoint(shape: Shape, folder: Path) -> Path:
     except UserError:
         pass
     folder.mkdir(parents=True, exist_ok=True)
-    with artifact.staging(target) as work:
+    with folders.staging(target) as work:
         _write_safetensors(shape, work / "model.safetensors")
         for name in COMPANIONS:
             shutil.copyfile(ES_MINI / name, work / name)
         (work / "config.json").write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")
         work.chmod(0o755)
-        artifact.replace(work, target)
+        folders.replace(work, target)
     return target
 
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cuantiza.core.errors import UserError
-from cuantiza.core.store import artifact
+from cuantiza.core.store import artifact, digests
 from lab import ROOT
 from lab.checkpoints.random import ES_MINI, Shape, checkpoint
 from lab.faults.hook.sitecustomize import RECORD
@@ -272,9 +272,7 @@ def leftovers(spot: Path) -> list[str]:
 def files_of(folder: Path) -> dict[str, str]:
     """sha256 of every file of `folder` by its path below it."""
     return {
-        str(path.relative_to(folder)): artifact.sha256_file(path)
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
+        str(path.relative_to(folder)): digests.sha256_file(path) for path in sorted(folder.rglob("*")) if path.is_file()
     }
 
 
@@ -314,7 +312,7 @@ def differences(lab: Lab, spot: Path, model: str, variant: str) -> list[str]:
         wrong += [
             f"{folder / name}: is not the page of its report"
             for name in reference["pages"]
-            if artifact.sha256_file(folder / name) != report["pages"][name]
+            if digests.sha256_file(folder / name) != report["pages"][name]
         ]
         if changed := [key for key in reference if _content(report).get(key) != _content(reference).get(key)]:
             wrong.append(f"{folder}/report.json: {', '.join(changed)} differ from an undisturbed run's")

@@ -11,7 +11,7 @@ from cuantiza.core.errors import UserError, run
 from cuantiza.core.machine.hardware import cpu_name
 from cuantiza.core.machine.progress import report as say
 from cuantiza.core.machine.progress import track
-from cuantiza.core.store.artifact import versions
+from cuantiza.core.store.digests import versions
 from lab.fuzz.campaign import campaign
 from lab.fuzz.formats import FORMATS
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from cuantiza.core.errors import UserError, run
 from cuantiza.core.machine.hardware import cpu_name
 from cuantiza.core.machine.progress import report as say
-from cuantiza.core.store import artifact
+from cuantiza.core.store import digests
 from cuantiza.sweep.driver import Settings, Sweep
 from cuantiza.sweep.executor import Local
 from cuantiza.sweep.grid import read_grid
@@ -88,7 +88,7 @@ def measure(rounds: int) -> dict:
         raise UserError("the ways differ in a figure of quality; please report it")
     return {
         "cpu": cpu_name(),
-        "versions": artifact.versions("ray", "onnxruntime", "numpy"),
+        "versions": digests.versions("ray", "onnxruntime", "numpy"),
         "models": [Path(model).name for model in models],
         "recipes": RECIPES,
         "tokens": SETTINGS.tokens,

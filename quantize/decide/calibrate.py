@@ -16,14 +16,6 @@ from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
-from cuantiza.quantize.decide import smooth
-from cuantiza.quantize.decide.activation import ROW_ZERO_POINTS, Activation, PerRow, PerTensor, product_error
-from cuantiza.quantize.decide.blocks import Block, open_block, split
-from cuantiza.quantize.decide.decision import Plan, Site
-from cuantiza.quantize.decide.observations import RANGES, Histogram, Moments
-from cuantiza.quantize.decide.rounding import IntWeight, gptq, round_to_nearest, rounding_noise
-from cuantiza.quantize.recipes import Calibration
-from cuantiza.quantize.rewrite.find import Projection, find_tables
 from threadpoolctl import threadpool_limits
 
 from cuantiza.core.errors import UserError
@@ -32,6 +24,14 @@ from cuantiza.core.inputs.model_config import max_positions, read_config, start_
 from cuantiza.core.inputs.tokenizer import encode, load_tokenizer
 from cuantiza.core.machine.progress import track
 from cuantiza.core.machine.threads import default_threads
+from cuantiza.quantize.decide import smooth
+from cuantiza.quantize.decide.activation import ROW_ZERO_POINTS, Activation, PerRow, PerTensor, product_error
+from cuantiza.quantize.decide.blocks import Block, open_block, split
+from cuantiza.quantize.decide.decision import Plan, Site
+from cuantiza.quantize.decide.observations import RANGES, Histogram, Moments
+from cuantiza.quantize.decide.rounding import IntWeight, gptq, round_to_nearest, rounding_noise
+from cuantiza.quantize.recipes import Calibration
+from cuantiza.quantize.rewrite.find import Projection, find_tables
 
 # Shares of the full range that the search for a smoothing looks at; the range itself comes from the histogram.
 _SHARES = (1.0, 0.8, 0.6, 0.4, 0.2)

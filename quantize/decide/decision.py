@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
+
 from cuantiza.quantize.decide.activation import Activation
 from cuantiza.quantize.decide.observations import Histogram
 from cuantiza.quantize.decide.rounding import Grid, IntWeight

@@ -15,6 +15,7 @@ from functools import partial
 
 import numpy as np
 import onnx_ir as ir
+
 from cuantiza.quantize.rewrite.edit import constant
 from cuantiza.quantize.rewrite.find import Projection, find_embeddings, find_projections
 

@@ -10,6 +10,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cuantiza.core.errors import UserError
+from cuantiza.core.inputs.checkpoints import model_name
+from cuantiza.core.inputs.corpus import Split, add_arguments, load_splits, source_of
+from cuantiza.core.machine.progress import report
+from cuantiza.core.machine.terminal import new_table, show
+from cuantiza.core.store import artifact, folders
+from cuantiza.core.store.artifact import Artifact
 from cuantiza.quantize.decide.activation import PerTensor
 from cuantiza.quantize.decide.observations import RANGES, Histogram
 from cuantiza.quantize.inspect import plots
@@ -28,14 +35,6 @@ from cuantiza.quantize.recipes import (
     get_recipe,
     to_json,
 )
-
-from cuantiza.core.errors import UserError
-from cuantiza.core.inputs.checkpoints import model_name
-from cuantiza.core.inputs.corpus import Split, add_arguments, load_splits, source_of
-from cuantiza.core.machine.progress import report
-from cuantiza.core.machine.terminal import new_table, show
-from cuantiza.core.store import artifact
-from cuantiza.core.store.artifact import Artifact
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -90,7 +89,7 @@ def opened(args: argparse.Namespace) -> Iterator[Artifact]:
     folder = args.output / model_name(args.model)
     if not (folder / "fp32").is_dir():
         raise UserError(f"{folder / 'fp32'}: is not there; run `make export` first")
-    with artifact.locked(folder):
+    with folders.locked(folder):
         yield artifact.open_artifact(folder / "fp32")
 
 
@@ -197,18 +196,17 @@ def print_sensitivity(args: argparse.Namespace) -> int:
 
 def measure_sensitivity(recipe: Recipe, parent: Path, work: Path, split: Split) -> Sensitivity:
     """Of every projection of the fp32 artifact `parent`, calibrated on `split`. Runs in a process of its own."""
+    from cuantiza.core.onnx import file as onnx_file
     from cuantiza.quantize.apply import decide, rewrite_of
     from cuantiza.quantize.decide.calibrate import calibration_windows
     from cuantiza.quantize.inspect.sensitivity import EVERY, Gauge, rank
-
-    from cuantiza.core.onnx import file as onnx_file
 
     windows = calibration_windows(parent, split, recipe.calibration)
     model = onnx_file.load(parent / artifact.MODEL)
     sites, rewrite = decide(model, windows, recipe, work), rewrite_of(recipe)
     if not sites:
         raise UserError(f"{parent / artifact.MODEL}: has no product with a constant weight; there is nothing to rank")
-    with artifact.staging(work / "gauge") as folder:
+    with folders.staging(work / "gauge") as folder:
         gauge = Gauge(parent / artifact.MODEL, windows[::EVERY], folder)
         effects = rank(model, sites, rewrite, gauge)
         ends = [gauge.effect(model, some, rewrite) for some in ({}, sites)]
@@ -256,11 +254,10 @@ def observe(recipe: Recipe, parent: Path, work: Path, split: Split, tensor: str)
 
     Runs in a process of its own. Raises UserError where there is no such projection.
     """
+    from cuantiza.core.onnx import file as onnx_file
     from cuantiza.quantize.apply import decide
     from cuantiza.quantize.decide.calibrate import calibration_windows
     from cuantiza.quantize.rewrite.find import find_projections
-
-    from cuantiza.core.onnx import file as onnx_file
 
     model = onnx_file.load(parent / artifact.MODEL)
     names = [projection.name for projection in find_projections(model.graph)]
@@ -281,5 +278,5 @@ def _work(args: argparse.Namespace, function: Callable, recipe: Recipe, *more: A
         from cuantiza.core.machine.process import isolated
 
         split = load_splits(source_of(args))[0]
-        with artifact.staging(parent.path) as work:
+        with folders.staging(parent.path) as work:
             return isolated(function, recipe, parent.path, work, split, *more)

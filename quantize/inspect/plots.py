@@ -11,13 +11,14 @@ import numpy as np
 
 from cuantiza.core.errors import UserError
 from cuantiza.core.machine.terminal import new_table
-from cuantiza.core.store import artifact
+from cuantiza.core.store import folders
 
 if TYPE_CHECKING:
-    from cuantiza.quantize.decide.observations import Histogram
-    from cuantiza.quantize.inspect.sensitivity import Effect
     from matplotlib.figure import Figure
     from rich.table import Table
+
+    from cuantiza.quantize.decide.observations import Histogram
+    from cuantiza.quantize.inspect.sensitivity import Effect
 
 # By suffix, what would make two files of the same figure differ.
 SUFFIXES: dict[str, dict] = {".svg": {"Date": None}, ".png": {}, ".pdf": {"CreationDate": None}}
@@ -214,6 +215,6 @@ def _write(figure: Figure, path: Path) -> None:
     """The whole file or none: it is written under another name, then renamed."""
     import matplotlib
 
-    with matplotlib.rc_context({"svg.hashsalt": "cuantiza"}), artifact.staging(path) as work:
+    with matplotlib.rc_context({"svg.hashsalt": "cuantiza"}), folders.staging(path) as work:
         figure.savefig(work / path.name, dpi=150, metadata=SUFFIXES[path.suffix])
         (work / path.name).replace(path)

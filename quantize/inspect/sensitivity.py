@@ -9,12 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
-from cuantiza.quantize.decide.decision import Site
 
 from cuantiza.core.machine.progress import report, track
 from cuantiza.core.onnx import file as onnx_file
 from cuantiza.core.run.divergence import compare
 from cuantiza.core.run.runtime import Runtime
+from cuantiza.quantize.decide.decision import Site
 
 # Every other calibration window is measured on: 4,096 tokens of int8's 16 windows.
 EVERY = 2

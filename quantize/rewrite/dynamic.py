@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import numpy as np
 import onnx_ir as ir
+
 from cuantiza.quantize.decide.decision import Site
 from cuantiza.quantize.recipes import Target
 from cuantiza.quantize.rewrite.edit import clean, constant, replace_node

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
-from cuantiza.quantize.rewrite.edit import clean, constant
 
 from cuantiza.core.errors import UserError
 from cuantiza.core.run.runtime import IN_PLACE
+from cuantiza.quantize.rewrite.edit import clean, constant
 
 ORT = "com.microsoft"
 # As in the portable graph: exp() of it is 0.

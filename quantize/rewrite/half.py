@@ -12,6 +12,7 @@ from typing import Literal
 
 import ml_dtypes
 import onnx_ir as ir
+
 from cuantiza.quantize.rewrite.edit import clean, replace_node
 from cuantiza.quantize.rewrite.find import find_embeddings
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import onnx_ir as ir
+
 from cuantiza.quantize.decide.decision import Site
 from cuantiza.quantize.decide.rounding import Grid, IntWeight, round_to_nearest
 from cuantiza.quantize.rewrite.edit import constant, lazy_constant, replace_node

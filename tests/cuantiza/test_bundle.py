@@ -8,11 +8,13 @@ import subprocess
 import numpy as np
 import onnx
 import pytest
-from helpers import ES_MINI, ROOT, assert_user_error, stage
 
 from cuantiza.core.onnx import file as onnx_file
 from cuantiza.core.run.runtime import Runtime
-from cuantiza.core.store.artifact import open_artifact, sha256_file
+from cuantiza.core.store.artifact import open_artifact
+from cuantiza.core.store.digests import sha256_file
+
+from helpers import ES_MINI, ROOT, assert_user_error, stage
 
 RECIPES = ("int8-dynamic", "int4-weight", "fp16")
 OPTIMUM = ROOT / ".venv-optimum/bin/python"

@@ -19,11 +19,12 @@ from urllib.request import urlopen
 
 import numpy as np
 import pytest
-from helpers import ROOT, assert_user_error, stage
 
 from cuantiza.core.inputs.tokenizer import load_tokenizer
 from cuantiza.core.run.runtime import Runtime
 from cuantiza.core.store.artifact import Artifact, open_artifact
+
+from helpers import ROOT, assert_user_error, stage
 
 JS = ROOT / "js"
 PROMPT = "Me gusta mucho el futbol"

@@ -10,7 +10,6 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, assert_user_error, stage
 from transformers import (
     NoRepeatNGramLogitsProcessor,
     TemperatureLogitsWarper,
@@ -22,6 +21,8 @@ from cuantiza.core.errors import UserError
 from cuantiza.core.inputs.tokenizer import load_tokenizer
 from cuantiza.core.run.runtime import Runtime
 from cuantiza.core.run.sampling import Sampling, draw, generate, scores, text_of
+
+from helpers import ROOT, assert_user_error, stage
 
 PROMPT = "Me gusta mucho el futbol"
 

@@ -14,11 +14,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cuantiza.eval.measure.estimates import text_size
-from cuantiza.eval.measure.score import Scores
-from helpers import CORPUS, ROOT, Result, assert_nothing_published, assert_user_error, copy_tokenizer, stage, tiny_gpt2
 
 from cuantiza.core.store.artifact import open_artifact
+from cuantiza.eval.measure.estimates import text_size
+from cuantiza.eval.measure.score import Scores
 from cuantiza.sweep.grid import Cell
 from cuantiza.sweep.page import html, markdown
 from cuantiza.sweep.result import front
@@ -28,6 +27,8 @@ from cuantiza.sweep.tasks.parts import groups, shards
 from cuantiza.sweep.tasks.store import Store
 from lab.speedup import __main__ as sweep_speedup
 from lab.speedup.ray_cluster import Cluster
+
+from helpers import CORPUS, ROOT, Result, assert_nothing_published, assert_user_error, copy_tokenizer, stage, tiny_gpt2
 
 VENV = ROOT / ".venv-ray"
 needs_ray = pytest.mark.skipif(not (VENV / "bin" / "ray").exists(), reason="no .venv-ray here; `make ray` creates it")

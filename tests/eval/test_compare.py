@@ -11,6 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
+from cuantiza.core.errors import UserError, run
 from cuantiza.eval.compare.budgets import Budget, Budgets, read_budgets
 from cuantiza.eval.compare.cli import main, parser
 from cuantiza.eval.compare.decide import (
@@ -29,9 +31,8 @@ from cuantiza.eval.compare.intervals import signed_rank
 from cuantiza.eval.compare.page import markdown
 from cuantiza.eval.compare.reports import read_report
 from cuantiza.eval.measure.estimates import Estimate, mean_by_document, mean_per_token
-from helpers import ROOT, Result, assert_user_error, stage
 
-from cuantiza.core.errors import UserError, run
+from helpers import ROOT, Result, assert_user_error, stage
 
 BUDGETS = Budgets(Budget(quality=0.005, size=0.01, latency=0.1), {})
 FIGURES = (

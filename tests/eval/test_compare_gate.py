@@ -14,17 +14,18 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import pytest
+
+from cuantiza.core.inputs.corpus import Source, load_splits
+from cuantiza.core.machine.process import Remote
+from cuantiza.core.onnx import file as onnx_file
+from cuantiza.core.store import artifact, folders
 from cuantiza.eval.compare.latency import Pair, measure_pairs
 from cuantiza.eval.measure.engines import Engine
 from cuantiza.eval.measure.quality import make_task
 from cuantiza.eval.measure.score import score
 from cuantiza.eval.measure.subject import Subject
-from helpers import CORPUS, assert_user_error, stage
 
-from cuantiza.core.inputs.corpus import Source, load_splits
-from cuantiza.core.machine.process import Remote
-from cuantiza.core.onnx import file as onnx_file
-from cuantiza.core.store import artifact
+from helpers import CORPUS, assert_user_error, stage
 
 TOKENS = 2500
 QUICK = ("--tokens", TOKENS)
@@ -105,7 +106,7 @@ def es_mini_fp32(es_mini_fp32, tmp_path_factory):
     """A copy in a folder of its own, since other tests put further artifacts beside the one that they share."""
     folder = tmp_path_factory.mktemp("gate") / "es-mini"
     shutil.copytree(es_mini_fp32.path, folder / "fp32")
-    (folder / artifact.LOCK).touch()
+    (folder / folders.LOCK).touch()
     return artifact.open_artifact(folder / "fp32")
 
 
@@ -149,7 +150,7 @@ def test_copies_pass_and_are_really_evaluated(es_mini_fp32, tmp_path):
 
 def test_the_same_file_is_not_measured(es_mini_fp32, tmp_path):
     folder = shutil.copytree(es_mini_fp32.path.parent, tmp_path / "head")
-    (folder / artifact.LOCK).unlink(missing_ok=True)  # as a download leaves it
+    (folder / folders.LOCK).unlink(missing_ok=True)  # as a download leaves it
     result = compare(es_mini_fp32.path.parent, folder, tmp_path)
     assert result.status == 0, result.stderr
     assert verdicts(tmp_path) == {("fp32", "all"): "same file"} and "quality" not in result.stderr

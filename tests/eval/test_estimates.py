@@ -4,11 +4,11 @@ import math
 
 import numpy as np
 import pytest
+
+from cuantiza.core.run.divergence import compare
 from cuantiza.eval.measure.estimates import TextSize, mean_per_token, perplexity, quality, text_size
 from cuantiza.eval.measure.score import score
 from cuantiza.eval.measure.windows import halves, rolling
-
-from cuantiza.core.run.divergence import compare
 
 
 class Here:

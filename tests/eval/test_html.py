@@ -8,10 +8,12 @@ import subprocess
 from html.parser import HTMLParser
 
 import pytest
+
 from cuantiza.eval.report.conclusion import conclusion, picks
 from cuantiza.eval.report.html import render
 from cuantiza.eval.report.markdown import markdown
 from cuantiza.eval.report.wording import LABELS, METHOD, number, percent, significant
+
 from helpers import ROOT
 
 LANGUAGES = ("en", "es")

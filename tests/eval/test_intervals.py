@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import pytest
+
 from cuantiza.eval.compare.intervals import rank_sum, rounds_for_rank_sum, signed_rank
 
 

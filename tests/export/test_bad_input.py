@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
 from helpers import Result, assert_nothing_published, assert_user_error, copy_tokenizer, edit_config, edit_weights
 
 

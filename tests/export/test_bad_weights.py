@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import Result, assert_nothing_published, assert_user_error, edit_config, edit_weights, stage, tiny_gpt2
 from safetensors.torch import load_file, save_file
+
+from helpers import Result, assert_nothing_published, assert_user_error, edit_config, edit_weights, stage, tiny_gpt2
 
 
 def as_bin(folder: Path, state: object) -> Path:

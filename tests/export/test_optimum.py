@@ -12,14 +12,15 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
-from cuantiza.export.optimum import MODEL_TYPES, _legacy_config, _share_weights
-from helpers import ES_MINI, ROOT, Result, assert_nothing_published, assert_user_error, copy_tokenizer
 from safetensors import safe_open
 
 from cuantiza.core.errors import UserError
 from cuantiza.core.inputs.model_config import max_positions
 from cuantiza.core.run.runtime import Runtime
 from cuantiza.core.store.artifact import Artifact
+from cuantiza.export.optimum import MODEL_TYPES, _legacy_config, _share_weights
+
+from helpers import ES_MINI, ROOT, Result, assert_nothing_published, assert_user_error, copy_tokenizer
 
 PYTHON = ROOT / ".venv-optimum" / "bin" / "python"
 needs_optimum = pytest.mark.skipif(not PYTHON.exists(), reason="no .venv-optimum here; `make optimum` creates it")

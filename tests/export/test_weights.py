@@ -11,8 +11,6 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from cuantiza.export.gpt2_config import ACTIVATIONS
-from helpers import CORPUS, ES_MINI, SPANISH, copy_tokenizer, stage, tiny_gpt2
 from onnx import numpy_helper
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
@@ -21,6 +19,9 @@ from transformers import AutoTokenizer
 from cuantiza.core.inputs.model_config import start_token
 from cuantiza.core.run.runtime import Runtime
 from cuantiza.core.store.artifact import Artifact, open_artifact
+from cuantiza.export.gpt2_config import ACTIVATIONS
+
+from helpers import CORPUS, ES_MINI, SPANISH, copy_tokenizer, stage, tiny_gpt2
 
 CONTRACT_FILES = {"model.onnx", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
 # As in datificate/gpt2-small-spanish, written by transformers 2.x in 2020.

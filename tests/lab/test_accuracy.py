@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from helpers import ES_MINI, ROOT, Result, assert_user_error
 
 from cuantiza.core.errors import UserError
 from cuantiza.core.inputs.corpus import Split
@@ -20,6 +19,8 @@ from cuantiza.core.run.runtime import Runtime
 from cuantiza.core.store.artifact import Artifact
 from lab.accuracy import __main__ as accuracy
 from lab.accuracy import page as accuracy_page
+
+from helpers import ES_MINI, ROOT, Result, assert_user_error
 
 ROW = {
     "name": "int8-static",

@@ -13,7 +13,6 @@ from statistics import median
 
 import numpy as np
 import pytest
-from helpers import ES_MINI, ROOT, Result, assert_user_error, stage
 
 from cuantiza.core.errors import UserError
 from lab.bench import limits, rows
@@ -26,6 +25,8 @@ from lab.bench.rows import Prepared, Row
 from lab.bench.schema import result, times
 from lab.checkpoints import random as models
 from lab.checkpoints.random import SHAPES, Shape
+
+from helpers import ES_MINI, ROOT, Result, assert_user_error, stage
 
 TINY = Shape("tiny", layers=2, width=64, heads=2, vocabulary=8192, positions=256)
 SHORT = Setting(threads=1, batch=1, prefill=(8,), decode=(16,), generate=(8, 4))

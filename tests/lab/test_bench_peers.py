@@ -11,12 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import ES_MINI, ROOT, stage
 from tokenizers import Tokenizer
 from transformers import GPT2LMHeadModel
 
 from cuantiza.core.store.artifact import Artifact
 from lab.bench.peers import PEERS, Peer
+
+from helpers import ES_MINI, ROOT, stage
 
 TEXT = (
     "El niño se marchó tímido hacia la plaza del pueblo, donde su abuela vendía naranjas y contaba historias de un "

@@ -14,7 +14,6 @@ from typing import ClassVar
 
 import numpy as np
 import pytest
-from helpers import ROOT
 
 import lab.bench.rounds
 from lab.bench import child, worker
@@ -22,6 +21,8 @@ from lab.bench.child import Failed
 from lab.bench.limits import Limits
 from lab.bench.rounds import Setting, measure, settings
 from lab.bench.rows import Row
+
+from helpers import ROOT
 
 SHORT = Setting(threads=1, batch=1, prefill=(8,), decode=(16,), generate=(8, 4))
 BATCH = Setting(threads=1, batch=3, prefill=(8,), decode=(), generate=None)

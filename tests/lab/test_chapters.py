@@ -12,12 +12,11 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
-from cuantiza.quantize.decide.activation import PerRow, PerTensor
-from cuantiza.quantize.decide.rounding import Grid, round_to_nearest
-from helpers import ROOT, assert_user_error, stage
 
 from cuantiza.core.inputs.corpus import Source
 from cuantiza.core.store.artifact import Artifact
+from cuantiza.quantize.decide.activation import PerRow, PerTensor
+from cuantiza.quantize.decide.rounding import Grid, round_to_nearest
 from lab.chapters import __main__ as chapters
 from lab.chapters import measure as chapter_measure
 from lab.chapters.figures import FIGURES, draw
@@ -34,6 +33,8 @@ from lab.chapters.numbers import (
     trailing_zeros,
 )
 from lab.chapters.text import PAGES, Numbers, differs, page
+
+from helpers import ROOT, assert_user_error, stage
 
 DOCS = ROOT / "docs"
 DATA = json.loads((DOCS / "figures" / chapters.JSON).read_text(encoding="utf-8"))

@@ -6,7 +6,6 @@ import shutil
 
 import numpy as np
 import pytest
-from helpers import CORPUS, ES_MINI, ROOT, assert_user_error, stage
 
 from cuantiza.core.errors import UserError
 from cuantiza.core.inputs.corpus import Source, load_splits
@@ -14,6 +13,8 @@ from cuantiza.core.run.exact_int8 import EXACT, exact_products, probe, saturates
 from lab.matrix.emulation import qemu as emulation
 from lab.matrix.emulation.__main__ import Outcome, notes, row, token_windows
 from lab.matrix.emulation.qemu import PROCESSORS
+
+from helpers import CORPUS, ES_MINI, ROOT, assert_user_error, stage
 
 needs_x86 = pytest.mark.skipif(
     platform.machine() != "x86_64" or not (shutil.which("qemu-x86_64") or shutil.which("qemu-x86_64-static")),

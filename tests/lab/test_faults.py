@@ -16,10 +16,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, assert_nothing_published, assert_user_error, stage
 
 from cuantiza.core.errors import UserError
-from cuantiza.core.store import artifact
+from cuantiza.core.store import artifact, folders
 from lab import reliability_page
 from lab.faults import __main__ as torture
 from lab.faults import faults as torture_faults
@@ -27,6 +26,8 @@ from lab.faults.__main__ import Moment, Result
 from lab.faults.disk import DAMAGES, mounted, spoil
 from lab.faults.faults import Outcome
 from lab.faults.laboratory import Change, Journey, Lab, Run, Timeline, Trap, differences, left_running, unsound
+
+from helpers import ROOT, assert_nothing_published, assert_user_error, stage
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 TINY = "tiny-0"
@@ -110,7 +111,7 @@ def test_an_artifact_of_other_bytes_is_noticed(lab: Lab, spot: Path) -> None:
     """Whole by its manifest, and yet none that an undisturbed run makes."""
     folder = spot / "out/artifacts" / TINY / "fp32"
     found = artifact.open_artifact(folder)
-    with artifact.staging(folder) as work:
+    with folders.staging(folder) as work:
         shutil.copytree(folder, work, dirs_exist_ok=True, ignore=shutil.ignore_patterns("manifest.json"))
         (work / "model.onnx").write_bytes(found.model.read_bytes() + b"\0")
         facts = {key: getattr(found.manifest, key) for key in ("model", "recipe", "inputs", "parent", "calibration")}
@@ -395,9 +396,9 @@ def test_a_file_too_large(tiny_folder: Path, tmp_path: Path) -> None:
 
 def test_a_write_that_fails_names_the_artifact(tmp_path: Path) -> None:
     """The error of a write names no file by itself."""
-    with pytest.raises(OSError) as caught, artifact.staging(tmp_path / "fp32"):
+    with pytest.raises(OSError) as caught, folders.staging(tmp_path / "fp32"):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     assert caught.value.filename == str(tmp_path / "fp32") and not list(tmp_path.iterdir())
-    with pytest.raises(OSError) as caught, artifact.staging(tmp_path / "fp32"):
+    with pytest.raises(OSError) as caught, folders.staging(tmp_path / "fp32"):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "elsewhere")
     assert caught.value.filename == "elsewhere"

@@ -3,11 +3,12 @@
 import shutil
 
 import pytest
-from helpers import ROOT
 
 from cuantiza.core.errors import UserError
 from lab.fuzz.campaign import campaign
 from lab.fuzz.formats import FORMATS
+
+from helpers import ROOT
 
 # What each did before it was mended: a traceback, but for the first, which never ended, and a bomb: one of 300 MB took
 # the loader two seconds.

@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import CORPUS, ES_MINI, ROOT, Result, assert_user_error, edit_config, edit_weights
 from transformers import GPT2LMHeadModel
 
 from cuantiza.core.errors import run
@@ -24,6 +23,8 @@ from cuantiza.core.inputs.tokenizer import encode, load_tokenizer
 from cuantiza.core.store.artifact import Artifact
 from lab.checkpoints import hard as hard_model
 from lab.checkpoints.hard import Sink, Twin, make
+
+from helpers import CORPUS, ES_MINI, ROOT, Result, assert_user_error, edit_config, edit_weights
 
 READERS = {"ln_1": "attn.c_attn", "ln_2": "mlp.c_fc"}
 

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import CORPUS, ES_MINI, ROOT, SPANISH, stage
 
 from cuantiza.core.inputs.tokenizer import load_tokenizer
 from cuantiza.core.run.runtime import Runtime
 from cuantiza.core.store.artifact import Artifact, open_artifact
+
+from helpers import CORPUS, ES_MINI, ROOT, SPANISH, stage
 
 JS = ROOT / "js"
 PROMPT = "Me gusta mucho el futbol"

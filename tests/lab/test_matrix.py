@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import CORPUS, ROOT, SPANISH, assert_user_error, stage
 
 from cuantiza.core.inputs.corpus import Source, load_splits
 from cuantiza.core.inputs.tokenizer import load_tokenizer
@@ -23,6 +22,8 @@ from lab.matrix.matrix import PAD, PREFILL, RECIPES, TOKENS, Cell, Difference, G
 from lab.matrix.page import Footnotes, number, page, processors
 from lab.matrix.programs import Failed, Program, programs, run
 from lab.matrix.reasons import Reason, explain
+
+from helpers import CORPUS, ROOT, SPANISH, assert_user_error, stage
 
 DOCS = ROOT / "docs"
 MATRIX = json.loads((DOCS / "runtimes.json").read_text(encoding="utf-8"))

@@ -8,12 +8,13 @@ import shutil
 from pathlib import Path
 
 import pytest
-from helpers import ROOT
 
 from cuantiza.core.errors import UserError
 from lab.bench.pages import performance as performance_page
 from lab.bench.pages.markdown import page
 from lab.bench.pages.performance import DOCS, PAGE, TABLES, filled
+
+from helpers import ROOT
 
 BENCH = DOCS / "bench"
 

@@ -5,6 +5,7 @@ import sys
 import tomllib
 
 import pytest
+
 from helpers import ROOT
 
 TORCH = {"export/weights.py", "export/parity.py", "eval/measure/torch_engine.py"}

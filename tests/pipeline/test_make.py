@@ -14,9 +14,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from helpers import CORPUS, ROOT, Result, copy_tokenizer, tiny_gpt2
 
 from cuantiza.core.store.artifact import open_artifact
+
+from helpers import CORPUS, ROOT, Result, copy_tokenizer, tiny_gpt2
 
 QUICK = "EVAL=--tokens 300 --rounds 1 --without-torch"
 RECIPES = ("fp32", "int8-dynamic", "int8-static")

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import CORPUS, assert_user_error, copy_tokenizer, stage, tiny_gpt2
 
 from cuantiza.core.store.artifact import open_artifact
+
+from helpers import CORPUS, assert_user_error, copy_tokenizer, stage, tiny_gpt2
 
 
 @pytest.fixture(params=["zip", "legacy"])

@@ -3,6 +3,7 @@
 import os
 
 import pytest
+
 from helpers import stage
 
 RECIPES = ("int8-dynamic", "int8-static", "int4-weight-ort")

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from helpers import ROOT
 from packaging.utils import canonicalize_name
+
+from helpers import ROOT
 
 PINS = sorted((ROOT / "pins").glob("*.txt"))
 WORKFLOWS = sorted((ROOT / ".github/workflows").glob("*.yml"))

@@ -4,7 +4,9 @@ import re
 import shlex
 
 import yaml
+
 from cuantiza.eval.compare.cli import parser
+
 from helpers import ROOT
 
 

@@ -7,6 +7,14 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
+
+from cuantiza.core.errors import UserError
+from cuantiza.core.inputs.corpus import Source, Split, load_splits
+from cuantiza.core.inputs.model_config import read_config
+from cuantiza.core.inputs.tokenizer import load_tokenizer
+from cuantiza.core.onnx import file as onnx_file
+from cuantiza.core.run.divergence import compare
+from cuantiza.core.run.runtime import Runtime
 from cuantiza.export.gpt2 import build
 from cuantiza.export.gpt2_config import parse_config
 from cuantiza.export.weights import read_weights
@@ -27,16 +35,9 @@ from cuantiza.quantize.decide.observations import (
 from cuantiza.quantize.recipes import Calibration, StaticInt8
 from cuantiza.quantize.rewrite.find import find_projections
 from cuantiza.quantize.rewrite.static import quantize_static
-from helpers import CORPUS, ES_MINI
-
-from cuantiza.core.errors import UserError
-from cuantiza.core.inputs.corpus import Source, Split, load_splits
-from cuantiza.core.inputs.model_config import read_config
-from cuantiza.core.inputs.tokenizer import load_tokenizer
-from cuantiza.core.onnx import file as onnx_file
-from cuantiza.core.run.divergence import compare
-from cuantiza.core.run.runtime import Runtime
 from lab.checkpoints.hard import make
+
+from helpers import CORPUS, ES_MINI
 
 LITTLE = Calibration(windows=8, tokens=128)
 LAYER = ("h.2.attn.c_attn", "h.2.attn.c_proj", "h.2.mlp.c_fc", "h.2.mlp.c_proj")

@@ -9,14 +9,15 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+
+from cuantiza.core.errors import UserError
+from cuantiza.core.store.artifact import open_artifact
 from cuantiza.quantize.__main__ import with_budget
 from cuantiza.quantize.decide.observations import RANGES, Histogram
 from cuantiza.quantize.inspect import commands, plots
 from cuantiza.quantize.recipes import RECIPES, StaticInt8, get_recipe, to_json
-from helpers import assert_user_error, stage
 
-from cuantiza.core.errors import UserError
-from cuantiza.core.store.artifact import open_artifact
+from helpers import assert_user_error, stage
 
 PROJECTIONS = [f"h.{n}.{part}" for n in range(6) for part in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")]
 PROJECTIONS.append("lm_head")

@@ -28,14 +28,15 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from cuantiza.quantize.apply import apply
-from cuantiza.quantize.recipes import RECIPES, Calibration, WeightOnly
-from helpers import CORPUS, stage
 
 from cuantiza.core.inputs.corpus import Source, full_windows, load_splits, stream
 from cuantiza.core.inputs.tokenizer import encode, load_tokenizer
 from cuantiza.core.run.divergence import compare
 from cuantiza.core.run.runtime import Runtime
+from cuantiza.quantize.apply import apply
+from cuantiza.quantize.recipes import RECIPES, Calibration, WeightOnly
+
+from helpers import CORPUS, stage
 
 IN_FLOAT = ("fp16", "bf16", "int8-weight")
 IN_INT8 = ("int8-dynamic", "int8-static")

@@ -8,17 +8,18 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
-from cuantiza.quantize.apply import apply
-from cuantiza.quantize.recipes import RECIPES, Calibration, Float, Half
-from cuantiza.quantize.rewrite.fuse_attention import check_attention
-from helpers import CORPUS
 
 from cuantiza.core.errors import UserError
 from cuantiza.core.inputs.corpus import Source, full_windows, load_splits, stream
 from cuantiza.core.inputs.tokenizer import encode, load_tokenizer
 from cuantiza.core.onnx import file as onnx_file
 from cuantiza.core.run.runtime import KEEP, Runtime
+from cuantiza.quantize.apply import apply
+from cuantiza.quantize.recipes import RECIPES, Calibration, Float, Half
+from cuantiza.quantize.rewrite.fuse_attention import check_attention
 from lab.bench.profile import profile
+
+from helpers import CORPUS
 
 NAMES = ("fp32", "fp16", "int8-dynamic", "int8-static", "int8-weight", "int4-weight")
 # Against the portable form's logits, whose spread is 3.5: largest |Δ|, mean |Δ|, share of other top tokens. Beyond a

@@ -8,6 +8,12 @@ import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
+
+from cuantiza.core.inputs.corpus import Source, Split, load_splits
+from cuantiza.core.onnx import file as onnx_file
+from cuantiza.core.run.exact_int8 import EXACT, exact_products
+from cuantiza.core.run.runtime import Runtime, window_feeds
+from cuantiza.core.store.artifact import open_artifact
 from cuantiza.quantize.decide.activation import ROW_ZERO_POINTS, PerRow, PerTensor
 from cuantiza.quantize.decide.decision import Site
 from cuantiza.quantize.decide.rounding import Grid, IntWeight, round_to_nearest
@@ -15,13 +21,8 @@ from cuantiza.quantize.recipes import ALPHAS, Calibration
 from cuantiza.quantize.rewrite.dynamic import quantize_dynamic
 from cuantiza.quantize.rewrite.find import find_projections
 from cuantiza.quantize.rewrite.static import quantize_static
-from helpers import CORPUS, assert_user_error, stage
 
-from cuantiza.core.inputs.corpus import Source, Split, load_splits
-from cuantiza.core.onnx import file as onnx_file
-from cuantiza.core.run.exact_int8 import EXACT, exact_products
-from cuantiza.core.run.runtime import Runtime, window_feeds
-from cuantiza.core.store.artifact import open_artifact
+from helpers import CORPUS, assert_user_error, stage
 
 OURS = ("int8-dynamic", "int8-static")
 REWRITES = {"int8-dynamic": quantize_dynamic, "int8-static": quantize_static}

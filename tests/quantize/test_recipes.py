@@ -6,6 +6,9 @@ import shutil
 import sys
 
 import pytest
+
+from cuantiza.core.errors import UserError
+from cuantiza.core.store.artifact import open_artifact
 from cuantiza.quantize.__main__ import main
 from cuantiza.quantize.recipes import (
     RECIPES,
@@ -19,10 +22,8 @@ from cuantiza.quantize.recipes import (
     get_recipe,
     to_json,
 )
-from helpers import assert_nothing_published, assert_user_error, stage
 
-from cuantiza.core.errors import UserError
-from cuantiza.core.store.artifact import open_artifact
+from helpers import assert_nothing_published, assert_user_error, stage
 
 OWN = (
     StaticInt8("nearest", (), "entropy", 3, Calibration(9, 100, 4)),

@@ -9,16 +9,17 @@ from functools import cache
 
 import numpy as np
 import pytest
+
+from cuantiza.core.inputs.corpus import Source, load_splits
+from cuantiza.core.onnx import file as onnx_file
 from cuantiza.quantize.decide import rounding
 from cuantiza.quantize.decide.blocks import Block, open_block
 from cuantiza.quantize.decide.calibrate import calibration_windows
 from cuantiza.quantize.decide.rounding import DAMPING, NORM, Grid, choose_scale, gptq, round_to_nearest, rounding_noise
 from cuantiza.quantize.recipes import Calibration
 from cuantiza.quantize.rewrite.find import find_projections
-from helpers import CORPUS
 
-from cuantiza.core.inputs.corpus import Source, load_splits
-from cuantiza.core.onnx import file as onnx_file
+from helpers import CORPUS
 
 GRIDS = [Grid(*fields) for fields in itertools.product((8, 4), (None, 16, 64, 48), (True, False))]
 FULL = np.ones(1)  # the whole range alone: no clipping

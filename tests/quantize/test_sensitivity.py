@@ -1,6 +1,7 @@
 """Which projections a budget returns to floating point: the fewest, in the order of the KL that each causes alone."""
 
 import pytest
+
 from cuantiza.quantize.inspect.sensitivity import Effect, rank, within_budget
 
 COSTS = {"a": 0.001, "b": 0.004, "c": 0.0005, "d": 0.002}

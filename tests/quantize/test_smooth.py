@@ -5,6 +5,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+
+from cuantiza.core.inputs.corpus import Source, load_splits
+from cuantiza.core.inputs.model_config import read_config
+from cuantiza.core.onnx import file as onnx_file
+from cuantiza.core.run.divergence import compare
+from cuantiza.core.run.runtime import Runtime
 from cuantiza.export.gpt2 import build
 from cuantiza.export.gpt2_config import parse_config
 from cuantiza.export.weights import read_weights
@@ -15,14 +21,9 @@ from cuantiza.quantize.decide.calibrate import calibration_windows
 from cuantiza.quantize.decide.rounding import Grid, round_to_nearest
 from cuantiza.quantize.recipes import RECIPES, Calibration, DynamicInt8, StaticInt8, WeightOnly
 from cuantiza.quantize.rewrite.find import find_projections
-from helpers import CORPUS, ES_MINI, copy_tokenizer, tiny_gpt2
-
-from cuantiza.core.inputs.corpus import Source, load_splits
-from cuantiza.core.inputs.model_config import read_config
-from cuantiza.core.onnx import file as onnx_file
-from cuantiza.core.run.divergence import compare
-from cuantiza.core.run.runtime import Runtime
 from lab.checkpoints.hard import make
+
+from helpers import CORPUS, ES_MINI, copy_tokenizer, tiny_gpt2
 
 LITTLE = Calibration(windows=8, tokens=128)
 SMOOTHED = {

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cuantiza.core.errors import MENDS, UserError
-from cuantiza.core.store.artifact import digest, sha256_file
+from cuantiza.core.store.digests import digest, sha256_file
 
 # In order of preference: the first group that a repository has is the one that is read. Nothing else is
 # downloaded; beside these, GPT-2 repositories carry another gigabyte of TensorFlow and Flax weights.

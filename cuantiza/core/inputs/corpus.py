@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from cuantiza.core.errors import UserError
-from cuantiza.core.store.artifact import digest
+from cuantiza.core.store.digests import digest
 
 SEPARATOR = "<|endoftext|>"
 INDEX = "index.json"

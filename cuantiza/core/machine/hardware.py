@@ -6,7 +6,7 @@ import os
 import platform
 from pathlib import Path
 
-from cuantiza.core.store.artifact import versions
+from cuantiza.core.store.digests import versions
 
 
 def machine(threads: int) -> dict:

@@ -16,7 +16,7 @@ import cuantiza
 from cuantiza.core.errors import UserError
 from cuantiza.core.inputs.checkpoints import Model
 from cuantiza.core.inputs.corpus import Source
-from cuantiza.core.store import artifact
+from cuantiza.core.store import artifact, folders
 from cuantiza.quantize.__main__ import quantize_one
 from cuantiza.quantize.recipes import Recipe
 from cuantiza.sweep.tasks.made import Made
@@ -72,6 +72,6 @@ class Quantize:
 
     def run(self) -> Made:
         # A folder for each, and so a lock: recipes of one model are made on several machines at once.
-        with artifact.locked(self.target.parent):
+        with folders.locked(self.target.parent):
             quantize_one(artifact.open_artifact(self.parent), self.target, self.name, self.recipe, self.source)
         return Made.of(self.target)

@@ -6,7 +6,7 @@ import json
 import os
 from pathlib import Path
 
-from cuantiza.core.store import artifact
+from cuantiza.core.store import digests, folders
 
 SCHEMA = "cuantiza/cell/1"
 
@@ -22,7 +22,7 @@ class Store:
         """What was measured of `inputs`; None where nothing was, or its file is damaged."""
         try:
             found = json.loads(self._path(inputs).read_text(encoding="utf-8"))
-            whole = found.pop("sha256") == artifact.digest(found)
+            whole = found.pop("sha256") == digests.digest(found)
             return found["fields"] if whole and found["schema"] == SCHEMA and found["inputs"] == inputs else None
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return None
@@ -32,16 +32,14 @@ class Store:
         found = json.loads(json.dumps({"schema": SCHEMA, "inputs": inputs, "fields": fields}))
         path = self._path(inputs)
         # Staged beside the folder of the cells, where the next run sweeps what a killed one left.
-        with artifact.staging(self._folder) as work:
+        with folders.staging(self._folder) as work:
             file = work / path.name
             with file.open("w", encoding="utf-8") as stream:
-                stream.write(
-                    json.dumps(found | {"sha256": artifact.digest(found)}, indent=1, ensure_ascii=False) + "\n"
-                )
+                stream.write(json.dumps(found | {"sha256": digests.digest(found)}, indent=1, ensure_ascii=False) + "\n")
                 stream.flush()
                 os.fsync(stream.fileno())
             file.replace(path)
         return found["fields"]
 
     def _path(self, inputs: dict) -> Path:
-        return self._folder / f"{inputs['kind']}-{artifact.digest(inputs)[:20]}.json"
+        return self._folder / f"{inputs['kind']}-{digests.digest(inputs)[:20]}.json"

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from cuantiza.core.errors import UserError, run
 from cuantiza.core.machine.progress import report as say
-from cuantiza.core.store import artifact
+from cuantiza.core.store import folders
 from lab import DOCS
 from lab.bench.pages.markdown import markdown_table, page, ratios, speed_table, spread, three_digits
 
@@ -55,7 +55,7 @@ def main() -> int:
     for file in sorted((DOCS / "bench").glob("*.json")):
         result = json.loads(file.read_text(encoding="utf-8"))
         _write(file.with_suffix(".md"), page(result, file.stem))
-        with artifact.staging(file) as work:
+        with folders.staging(file) as work:
             draw(result, work / "figure.svg")
             (work / "figure.svg").replace(file.with_suffix(".svg"))
     path = DOCS / PAGE
@@ -75,7 +75,7 @@ def filled(text: str, folder: Path) -> str:
 
 
 def _write(path: Path, text: str) -> None:
-    with artifact.staging(path) as work:
+    with folders.staging(path) as work:
         (work / path.name).write_text(text, encoding="utf-8")
         (work / path.name).replace(path)
     say(f"performance {path}: written")

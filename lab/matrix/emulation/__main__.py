@@ -18,7 +18,7 @@ from cuantiza.core.machine.progress import report as say
 from cuantiza.core.machine.progress import track
 from cuantiza.core.machine.threads import default_threads
 from cuantiza.core.run.exact_int8 import EXACT
-from cuantiza.core.store import artifact
+from cuantiza.core.store import artifact, folders
 from lab.matrix.emulation import qemu as emulation
 from lab.matrix.emulation.qemu import PROCESSORS, Difference, Failed, Processor
 
@@ -59,7 +59,7 @@ def main() -> int:
         **found,
     }
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    with artifact.staging(args.output.absolute()) as staged:
+    with folders.staging(args.output.absolute()) as staged:
         written = staged / args.output.name
         written.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         written.replace(args.output)

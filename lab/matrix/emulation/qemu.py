@@ -20,7 +20,7 @@ import numpy as np
 from cuantiza.core.errors import UserError
 from cuantiza.core.run.divergence import compare
 from cuantiza.core.run.exact_int8 import probe
-from cuantiza.core.store import artifact
+from cuantiza.core.store import digests, folders
 
 DRIVER = Path(__file__).with_name("driver.py")
 # What NumPy and ONNX Runtime need of a system: Debian finds what those need in turn.
@@ -83,7 +83,7 @@ def command(processor: Processor | None, folder: Path) -> list[str]:
     if processor.machine == "x86_64":
         return [*qemu, sys.executable]
     folder = folder.absolute()
-    with artifact.locked(folder):
+    with folders.locked(folder):
         system = _aarch64(folder)
         root = _view(folder, system, processor)
     return [*qemu, "-L", str(root), "-E", f"PYTHONPATH={system / 'packages'}", str(root / "usr/bin/python3.11")]
@@ -144,7 +144,7 @@ def versions() -> dict[str, str]:
 
 def aarch64_system(folder: Path) -> Path:
     """Where `system`, Debian's packages unpacked, and `packages`, the wheels of these versions, are or will be."""
-    return folder / f"aarch64-{artifact.digest([_SUITE, _PACKAGES, _wheels()])[:12]}"
+    return folder / f"aarch64-{digests.digest([_SUITE, _PACKAGES, _wheels()])[:12]}"
 
 
 def _wheels() -> list[str]:
@@ -156,7 +156,7 @@ def _aarch64(folder: Path) -> Path:
     target = aarch64_system(folder)
     if not target.is_dir():
         print(f"setting up {target} (once; some 220 MB)", file=sys.stderr)
-        with artifact.staging(target) as work:
+        with folders.staging(target) as work:
             made = work / "made"
             made.mkdir()
             _unpack_system(work / "apt", made / "system")
@@ -208,7 +208,7 @@ def _view(folder: Path, system: Path, processor: Processor) -> Path:
     """The system with the /proc/cpuinfo of `processor`: QEMU shows this machine's, at which ONNX Runtime's import dies."""
     root = folder / f"{system.name}-{processor.name}"
     if not root.is_dir():
-        with artifact.staging(root) as work:
+        with folders.staging(root) as work:
             made = work / "made"
             (made / "proc").mkdir(parents=True)
             about = ["BogoMIPS\t: 100.00", "Features\t: fp asimd", "CPU implementer\t: 0x41", "CPU architecture: 8"]

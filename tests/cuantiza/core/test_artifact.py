@@ -14,21 +14,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, assert_nothing_published, stage
 
 import cuantiza
 from cuantiza.core.errors import UserError
-from cuantiza.core.store import artifact
-from cuantiza.core.store.artifact import (
-    Artifact,
-    code_digest,
-    digest,
-    locked,
-    open_artifact,
-    publish,
-    rebuild_reason,
-    staging,
-)
+from cuantiza.core.store import artifact, digests
+from cuantiza.core.store.artifact import Artifact, open_artifact, publish, rebuild_reason
+from cuantiza.core.store.digests import code_digest, digest
+from cuantiza.core.store.folders import locked, staging
+
+from helpers import ROOT, assert_nothing_published, stage
 
 INPUTS = {"checkpoint": "c0ffee", "opset": 21, "versions": {"onnx-ir": "1.0"}}
 CONTENT = {"model.onnx": bytes(range(256)) * 40, "config.json": b'{"a\xc3\xb1o": 1}\n', "empty.json": b""}
@@ -145,7 +139,7 @@ def test_no_manifest(built: Path, tmp_path: Path) -> None:
         lambda fields: fields["files"]["model.onnx"].update(mode=7),
         lambda fields: fields.update(schema="cuantiza/artifact/2"),
         lambda fields: fields["files"].update(
-            {"../secret": {"bytes": 6, "sha256": artifact.sha256_file(ROOT / "pyproject.toml")}}
+            {"../secret": {"bytes": 6, "sha256": digests.sha256_file(ROOT / "pyproject.toml")}}
         ),
         lambda fields: fields["files"]["model.onnx"].update(bytes="10240"),
         lambda fields: fields["files"]["model.onnx"].update(sha256=None),

@@ -13,13 +13,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ES_MINI, ROOT, Result, assert_nothing_published, assert_user_error, stage, tiny_gpt2
-from hub_stub import Files, Hub, files_of, serving
 from safetensors.torch import load_file
 
 from cuantiza.core.errors import UserError
 from cuantiza.core.inputs.checkpoints import model_name, resolve_model, weight_files
 from cuantiza.core.store.artifact import open_artifact
+
+from helpers import ES_MINI, ROOT, Result, assert_nothing_published, assert_user_error, stage, tiny_gpt2
+from hub_stub import Files, Hub, files_of, serving
 
 REPOSITORY = "datificate/gpt2-small-spanish"
 UNUSED = {

@@ -15,11 +15,12 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from helpers import CORPUS, ROOT, SPANISH, Result, assert_user_error
-from hub_stub import Hub, serving
 
 from cuantiza.core.errors import UserError
 from cuantiza.core.inputs.corpus import INDEX, Source, Split, full_windows, load_splits, stream, write_index
+
+from helpers import CORPUS, ROOT, SPANISH, Result, assert_user_error
+from hub_stub import Hub, serving
 
 DOCUMENTS = [f"Documento {number}: «¿qué día?» {'ñ' * (number + 1)}" for number in range(11)]
 

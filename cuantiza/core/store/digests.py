@@ -1,0 +1,61 @@
+"""What a result depends on, as sha256 in hex: values, files, our own code; and the versions of libraries."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import hashlib
+import json
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import cuantiza
+
+
+def digest(value: object) -> str:
+    """sha256 in hex of `value` as canonical JSON."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def sha256_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@functools.cache
+def code_digest(*modules: str) -> str:
+    """sha256 of the source of `modules` and of all that they import of this repository, such as "cuantiza.export.gpt2"."""
+    files: dict[str, str] = {}
+    waiting = list(modules)
+    while waiting:
+        name = waiting.pop()
+        path = _source(name)
+        if name in files or path is None:
+            continue
+        source = path.read_bytes()
+        files[name] = hashlib.sha256(source).hexdigest()
+        waiting.append(name.rpartition(".")[0])  # Python runs a package before its modules
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                waiting += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+            elif isinstance(node, ast.Import):
+                waiting += [alias.name for alias in node.names]
+    return digest(files)
+
+
+def _source(name: str) -> Path | None:
+    """The file of module or package `name` of cuantiza; None where there is no such module."""
+    package, *parts = name.split(".")
+    if package != "cuantiza":
+        return None
+    for folder in map(Path, cuantiza.__path__):
+        for path in (folder.joinpath(*parts, "__init__.py"), folder.joinpath(*parts).with_suffix(".py")):
+            if path.is_file():
+                return path
+    return None
+
+
+def versions(*distributions: str) -> dict[str, str]:
+    """Installed versions of `distributions` and of Python."""
+    return {"python": ".".join(map(str, sys.version_info[:3]))} | {name: version(name) for name in distributions}

@@ -1,0 +1,119 @@
+"""Folders of results: one stage at a time holds one, and what is in it is replaced whole or not at all.
+
+FOLDER/.cuantiza.lock   marks the folder as ours; the kernel's lock on it dies with its process
+FOLDER/.tmp-*           work in progress; swept by the next holder of the lock
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from cuantiza.core.errors import UserError
+
+LOCK = ".cuantiza.lock"
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold `folder` (created where missing) for one stage, and sweep what a killed stage left there.
+
+    The lock is the kernel's and dies with its process. Raises UserError where `folder` holds files
+    that no stage of ours has put there.
+    """
+    from filelock import FileLock, Timeout
+
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder}: is a file; choose another output folder (OUT=, REPORTS=, DIST=)")
+    names = os.listdir(folder) if folder.is_dir() else []  # noqa: PTH208 - one listing: another run may be starting here
+    if names and LOCK not in names:
+        raise UserError(
+            f"{folder}: holds files that are not ours; move them away or choose another output folder (OUT=, REPORTS=, DIST=)"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        print(f"waiting for another run to finish with {folder}", file=sys.stderr)
+        lock.acquire()
+    try:
+        _sweep(folder)
+        yield
+    finally:
+        with suppress(OSError):
+            _sweep(folder)  # a signal may have broken off a removal
+        lock.release()
+
+
+def _sweep(folder: Path) -> None:
+    for leftover in folder.glob(".tmp-*"):
+        shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink()
+
+
+def publish_texts(folder: Path, texts: dict[str, str]) -> bool:
+    """Write {name: text} as files of `folder`, each renamed into place, where one differs from what is there; whether so."""
+    if all(_holds(folder / name, text) for name, text in texts.items()):
+        return False
+    with staging(folder / "texts") as work:
+        for name, text in texts.items():
+            (work / name).write_text(text, encoding="utf-8")
+        for name in texts:
+            (work / name).replace(folder / name)
+    return True
+
+
+def _holds(file: Path, text: str) -> bool:
+    try:
+        return file.read_bytes() == text.encode()
+    except OSError:
+        return False
+
+
+@contextmanager
+def staging(target: Path) -> Iterator[Path]:
+    """A temporary folder beside `target`: whatever is left in it at the end goes."""
+    folder = Path(tempfile.mkdtemp(prefix=".tmp-", dir=target.parent))
+    try:
+        yield folder
+    except OSError as error:
+        if error.filename is None:  # of a write: say at least which disk it was
+            error.filename = str(target)
+        raise
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def replace(source: Path, target: Path) -> None:
+    """Put folder `source` in the place of `target` by renaming, after everything in it has reached the disk.
+
+    A kill between the two renames leaves no `target`, an error there the old one; no moment shows a mixture.
+    """
+    for path in source.rglob("*"):
+        _fsync(path)
+    _fsync(source)
+    if target.exists():
+        old = Path(tempfile.mkdtemp(prefix=".tmp-", dir=target.parent))
+        try:
+            target.rename(old / "old")
+            source.rename(target)
+        finally:
+            if not target.exists():
+                (old / "old").rename(target)
+            shutil.rmtree(old, ignore_errors=True)
+    else:
+        source.rename(target)
+    _fsync(target.parent)
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,4 +1,4 @@
-"""What big models cost: every step over GPT-2's four sizes, in time and memory -> docs/big-models.json and .md.
+"""What big models cost: every step over GPT-2's four sizes, in time and memory -> docs/data/big-models.json and docs/big-models.md.
 
 python -m lab.big_models --shapes gpt2 gpt2-medium gpt2-large gpt2-xl    measures, a shape at a time; the others that
                                                                            the JSON has stay, where they are of this machine
@@ -30,11 +30,11 @@ from cuantiza.core.machine.progress import report as say
 from cuantiza.core.store import digests
 from cuantiza.quantize.recipes import RECIPES as RECIPES_BY_NAME
 from cuantiza.quantize.recipes import to_json
-from lab import ROOT
+from lab import DATA, ROOT, page_folder
 from lab.checkpoints.random import SHAPES, Shape, checkpoint
 from lab.reliability_page import table, wrapped, write
 
-JSON = ROOT / "docs/big-models.json"
+JSON = DATA / "big-models.json"
 ORDER = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 RECIPES = ("int8-dynamic", "int8-static", "int4-weight")
 NEAREST = "int8-weight-nearest"
@@ -44,7 +44,7 @@ _INTRO = """\
 
 GPT-2's four sizes with random weights, exported, quantized and evaluated by the commands that a user gives, on {cpu} with
 {processors} processors and {memory:.0f} GB. Made by `python -m lab.big_models --shapes {shapes}`; `--reprint` prints this page anew from
-[big-models.json](big-models.json).
+[data/big-models.json](data/big-models.json).
 
 Memory is the largest sum of anonymous memory (RssAnon) over a step's processes, in samples 20 ms apart; the checkpoint and
 the files that are written are mapped or stream, and are the page cache's. `int8-weight-nearest` is the recipe `int8-weight` with weights
@@ -207,7 +207,7 @@ def growth(rows: list[dict], steps: list[str]) -> list[tuple[str, ...]]:
 
 
 def write_page(path: Path) -> None:
-    """The page beside the JSON at `path`."""
+    """Write the page of the JSON at `path` into its folder (`page_folder`)."""
     fields = json.loads(path.read_text(encoding="utf-8"))
     shapes = " ".join(row["shape"] for row in fields["rows"])
     about = {"cpu": fields["cpu"], "memory": fields["memory_bytes"] / 1e9, "tokens": fields["tokens"]}
@@ -249,8 +249,9 @@ def write_page(path: Path) -> None:
         *(f"Δ ln ppl {name}" for name in RECIPES),
     )
     parts += ["## Files, and what each recipe moves\n", table(columns, lines)]
-    write(path.with_suffix(".md"), "\n".join(parts))
-    say(f"big models {path.with_suffix('.md')}: written")
+    target = (page_folder(path) / path.name).with_suffix(".md")
+    write(target, "\n".join(parts))
+    say(f"big models {target}: written")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""docs/reliability.json -> docs/reliability.md, one section for each JSON file that is there.
+"""docs/data/reliability.json -> docs/reliability.md, one section for each JSON file that is there.
 
-python -m lab.reliability_page    the page anew, from the JSON files in docs/
+python -m lab.reliability_page    the page anew, from the JSON files in docs/data/
 
 A further section is a function from its JSON to Markdown, and a line in SECTIONS.
 """
@@ -16,7 +16,7 @@ from pathlib import Path
 from cuantiza.core.errors import UserError, run
 from cuantiza.core.machine.progress import report as say
 from cuantiza.core.store import folders
-from lab import DOCS
+from lab import DATA, DOCS, page_folder
 
 SCHEMA = "cuantiza/reliability/1"
 
@@ -155,7 +155,7 @@ MENDED_INPUT = (
 
 
 def fault_section(report: dict) -> str:
-    """The section of a fault campaign (docs/reliability.json)."""
+    """The section of a fault campaign (docs/data/reliability.json)."""
     intro = _FAULTS.format(
         seed=report["seed"],
         moments=report["kills"],
@@ -187,7 +187,7 @@ _FUZZ = {
     "hypothesis": """\
 ## Hostile input
 
-`python -m lab.fuzz --seed {seed} --json docs/fuzz.json` breaks a valid file of every format {cases} times and reads each as the
+`python -m lab.fuzz --seed {seed} --json docs/data/fuzz.json` breaks a valid file of every format {cases} times and reads each as the
 stage that takes it does: fields of JSON and of protobufs replaced by other types, huge, negative and nested values; paths that
 lead out; frames that lie of their lengths; pickles that call functions; archives that unpack to 300 MB; cyclic graphs; bytes flipped, cut, repeated.
 A reader may take the file, or refuse it with one line. A finding is anything else: a traceback, more than 10 s, more than 2 GB, a file
@@ -196,14 +196,14 @@ opened, written, renamed or removed outside of what it reads, a program started,
     "atheris": """\
 ### The same by coverage
 
-`python -m lab.fuzz --engine atheris --json docs/fuzz-atheris.json`: libFuzzer changes bytes of the same files, and keeps what reaches new code of
+`python -m lab.fuzz --engine atheris --json docs/data/fuzz-atheris.json`: libFuzzer changes bytes of the same files, and keeps what reaches new code of
 the readers. It reads its first inputs on top of the number that is asked for.
 """,
 }
 
 
 def fuzz_section(report: dict) -> str:
-    """The section of one engine's run of `python -m lab.fuzz` (docs/fuzz*.json)."""
+    """The section of one engine's run of `python -m lab.fuzz` (docs/data/fuzz*.json)."""
     rows = [
         (
             row["format"],
@@ -255,7 +255,7 @@ def _findings(findings: list[dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
-# File in docs/ -> the function that makes a section of it; in the order of the page.
+# File in docs/data/ -> the function that makes a section of it; in the order of the page.
 SECTIONS: dict[str, Callable[[dict], str]] = {
     JSON: fault_section,
     "fuzz.json": fuzz_section,
@@ -263,11 +263,11 @@ SECTIONS: dict[str, Callable[[dict], str]] = {
 }
 
 
-def page(docs: Path) -> str:
-    """The page, of those of SECTIONS that are in folder `docs`. Raises UserError where one of them is broken."""
+def page(data: Path) -> str:
+    """The page, of those of SECTIONS that are in folder `data`. Raises UserError where one of them is broken."""
     parts = [_INTRO]
     for name, section in SECTIONS.items():
-        path = docs / name
+        path = data / name
         if not path.is_file():
             continue
         try:
@@ -278,11 +278,11 @@ def page(docs: Path) -> str:
 
 
 def publish(report: dict, output: Path) -> None:
-    """Write a campaign's JSON as `output`, and, where it is one of SECTIONS, the page beside it; both whole."""
+    """Write a campaign's JSON as `output`, and, where it is one of SECTIONS, the page (`page_folder`); both whole."""
     output.parent.mkdir(parents=True, exist_ok=True)
     write(output, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
     if output.name in SECTIONS:
-        write(output.parent / MARKDOWN, page(output.parent))
+        write(page_folder(output) / MARKDOWN, page(output.parent))
 
 
 def write(path: Path, text: str) -> None:
@@ -307,7 +307,7 @@ def table(columns: tuple[str, ...], rows: list[tuple[str, ...]], left: int = 1) 
 
 
 def main() -> int:
-    write(DOCS / MARKDOWN, page(DOCS))
+    write(DOCS / MARKDOWN, page(DATA))
     say(f"reliability  {DOCS / MARKDOWN}: written")
     return 0
 

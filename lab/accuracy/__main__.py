@@ -2,7 +2,7 @@
 
 python -m lab.accuracy [--models FOLDER ...] [--text FILE]
 
-docs/accuracy.json holds the numbers, and the page is made of it alone (lab/accuracy/page.py). Artifacts and scores
+docs/data/accuracy.json holds the numbers, and the page is made of it alone (lab/accuracy/page.py). Artifacts and scores
 are kept in --work, so that a second run makes and measures only what has changed.
 """
 

@@ -1,8 +1,9 @@
 """The chapters for readers who come from the course: docs/es/cuantizacion.md, docs/en/quantization.md, their figures.
 
 python -m lab.chapters [--artifacts FOLDER] [--report FILE]
+python -m lab.chapters --reprint    pages and figures again from the JSON, without measuring
 
-Everything is measured on the artifacts and copied from the report, and stands in docs/figures/quantization.json. Pages
+Everything is measured on the artifacts and copied from the report, and stands in docs/data/quantization.json. Pages
 and figures are made of that JSON alone, and the same JSON gives the same bytes.
 """
 
@@ -17,14 +18,14 @@ from cuantiza.core.errors import UserError, run
 from cuantiza.core.inputs.corpus import Source
 from cuantiza.core.machine.process import isolated
 from cuantiza.core.machine.progress import report as say
-from cuantiza.core.store import artifact
-from lab import ROOT
+from cuantiza.core.store import artifact, folders
+from lab import DATA, ROOT
 from lab.chapters.text import PAGES, page
 
 SCHEMA = "cuantiza/chapters/1"
 
 MODEL = ROOT / "models" / "es-mini"
-JSON = "quantization.json"
+JSON = "data/quantization.json"
 RECIPES = ("int8-dynamic", "int8-static", "int8-weight", "int4-weight", "fp16", "bf16")
 ROWS = ("fp32", *RECIPES, "torch-fp32", "torch-dynamic")
 # Of a row of the report; prefill and decode are those of these shapes.
@@ -40,7 +41,7 @@ FIELDS = (
     "continuation",
 )
 PREFILL, DECODE = 512, 128
-# Of docs/accuracy.json: what outlier channels do to a scale per tensor, and GPTQ against rounding to nearest.
+# Of docs/data/accuracy.json: what outlier channels do to a scale per tensor, and GPTQ against rounding to nearest.
 MODELS, ACCURACY = (
     ("es-mini", "es-mini-twin"),
     ("ort-dynamic", "int8-dynamic", "int8-static", "int4-weight", "int4-weight-nearest"),
@@ -65,7 +66,12 @@ def main() -> int:
         help=f"report.json with the rows {', '.join(ROWS)}",
     )
     parser.add_argument("--output", type=Path, default=ROOT / "docs", help="folder of pages and figures (default docs)")
+    parser.add_argument("--reprint", action="store_true", help="measure nothing: make pages and figures of the JSON")
     args = parser.parse_args()
+    if args.reprint:
+        publish(json.loads((args.output / JSON).read_text(encoding="utf-8")), args.output)
+        say(f"chapters  {args.output}: written")
+        return 0
     report = read_report(args.report)
     if report["model"] != MODEL.name:
         raise UserError(
@@ -92,7 +98,7 @@ def _measure(found: dict[str, artifact.Artifact], report: dict) -> dict:
         "schema": SCHEMA,
         **measured,
         "report": pick_report(report),
-        "accuracy": pick_accuracy(ROOT / "docs" / "accuracy.json"),
+        "accuracy": pick_accuracy(DATA / "accuracy.json"),
         "exercise": [asdict(kind) for kind in modules_by_kind(MODEL)],
     }
 
@@ -137,7 +143,7 @@ def pick_report(report: dict) -> dict:
 
 
 def pick_accuracy(path: Path) -> dict:
-    """{model: {recipe: {delta_ln_ppl, delta_ln_ppl_stderr}}} of docs/accuracy.json on corpus/es.
+    """{model: {recipe: {delta_ln_ppl, delta_ln_ppl_stderr}}} of docs/data/accuracy.json on corpus/es.
 
     Raises UserError where it lacks one of them.
     """
@@ -172,14 +178,14 @@ def publish(data: dict, output: Path) -> None:
     """Write the JSON, every figure and both pages below `output`, all of them drawn before the first is put there."""
     from lab.chapters.figures import draw
 
-    folders = {output / "figures", *(output / Path(name).parent for name in PAGES.values())}
-    for folder in folders:
-        folder.mkdir(parents=True, exist_ok=True)
-    with folders.staging(output / JSON) as work:
-        for folder in folders:
-            (work / folder.name).mkdir()
+    rooms = {"figures", *(str(Path(name).parent) for name in (JSON, *PAGES.values()))}
+    for room in rooms:
+        (output / room).mkdir(parents=True, exist_ok=True)
+    with folders.staging(output / Path(JSON).name) as work:
+        for room in rooms:
+            (work / room).mkdir()
         draw(data, work / "figures")
-        (work / "figures" / JSON).write_text(_compact(data), encoding="utf-8")
+        (work / JSON).write_text(_compact(data), encoding="utf-8")
         for language, name in PAGES.items():
             (work / name).write_text(page(language, data), encoding="utf-8")
         for file in sorted(work.rglob("*.*")):

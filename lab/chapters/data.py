@@ -1,4 +1,4 @@
-"""The measured sections of docs/figures/quantization.json, as lab/chapters/measure.py fills them.
+"""The measured sections of docs/data/quantization.json, as lab/chapters/measure.py fills them.
 
 Errors are relative root mean square: ‖restored − exact‖ / ‖exact‖.
 """

@@ -1,4 +1,4 @@
-"""The chapters' figures, drawn from docs/figures/quantization.json: each in both languages, as docs/figures/*.svg.
+"""The chapters' figures, drawn from docs/data/quantization.json: each in both languages, as docs/figures/*.svg.
 
 Text stays text, the background is white on any page, and 324 points of width read on a phone as they are.
 """

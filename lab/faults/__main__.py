@@ -1,8 +1,8 @@
 """The fault campaign: `make export quantize eval` killed, interrupted, starved of disk and damaged at many moments.
 
-python -m lab.faults [--moments 200] [--seed 0] [--output docs/reliability.json] [--kinds KIND ...]
+python -m lab.faults [--moments 200] [--seed 0] [--output docs/data/reliability.json] [--kinds KIND ...]
 python -m lab.faults --seed 0 --only kill/17      one moment again
-python -m lab.faults --kinds interrupt --output docs/reliability.json   one kind again; the others stay as they were
+python -m lab.faults --kinds interrupt --output docs/data/reliability.json   one kind again; the others stay as they were
 
 After each: every artifact that exists is whole, and the next make ends with the bytes of an undisturbed run. Status 1
 where that does not hold; each finding names the command that meets its moment again. `--moments` counts the kills;
@@ -88,7 +88,9 @@ def main() -> int:
     parser.add_argument("--only", metavar="KIND/NUMBER", help="one moment, as a finding names it")
     parser.add_argument("--jobs", type=int, default=1, help="moments tried at once (1)")
     parser.add_argument("--work", type=Path, help="folder to work in (a temporary one)")
-    parser.add_argument("--output", type=Path, help="write the campaign's JSON here, and its page beside it")
+    parser.add_argument(
+        "--output", type=Path, help="write the campaign's JSON here, and its page (of docs/data/x.json: docs/x.md)"
+    )
     args = parser.parse_args()
     for option in ("moments", "jobs"):
         if getattr(args, option) < 1:
@@ -163,7 +165,7 @@ def told(result: Result, verbose: bool = False) -> Iterator[str]:
 
 
 def to_json(results: list[Result], seed: int, counts: dict) -> dict:
-    """The campaign as docs/reliability.json has it (lab/reliability_page.py); `counts` are of the whole of it."""
+    """The campaign as docs/data/reliability.json has it (lab/reliability_page.py); `counts` are of the whole of it."""
     kinds = []
     for kind in dict.fromkeys(result.moment.kind for result in results):
         own = [result for result in results if result.moment.kind == kind]

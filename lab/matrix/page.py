@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Callable
 
 SCHEMA = "cuantiza/runtimes/1"
-JSON, MARKDOWN, EMULATION = "runtimes.json", "runtimes.md", "runtimes-emulation.json"
+JSON, MARKDOWN, EMULATION = "data/runtimes.json", "runtimes.md", "data/runtimes-emulation.json"
 # Of a message that goes on for pages; the JSON has all of it.
 _LONGEST = 500
 _INTRO = """\

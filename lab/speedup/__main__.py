@@ -1,4 +1,4 @@
-"""What more machines are worth to `make sweep`: a small grid without Ray, on one worker and on two -> docs/sweep-speedup.json, .md.
+"""What more machines are worth to `make sweep`: a small grid without Ray, on one worker and on two -> docs/sweep-speedup.md.
 
 make sweep-speedup                        measures, in the environment of setup/ray.txt
 python -m lab.speedup --reprint   the page anew from the JSON
@@ -26,12 +26,12 @@ from cuantiza.core.store import digests
 from cuantiza.sweep.driver import Settings, Sweep
 from cuantiza.sweep.executor import Local
 from cuantiza.sweep.grid import read_grid
-from lab import ROOT
+from lab import DATA, ROOT, page_folder
 from lab.checkpoints.hard import make
 from lab.reliability_page import table, wrapped, write
 from lab.speedup.ray_cluster import Cluster
 
-JSON = ROOT / "docs/sweep-speedup.json"
+JSON = DATA / "sweep-speedup.json"
 RECIPES = ("int8-dynamic", "int8-static", "int8-weight", "int4-weight", "fp16")
 SETTINGS = Settings(tokens=12288, window=512, rounds=3, threads=1, shard=2048)
 WORKERS = (0, 1, 2)  # 0: this process alone, without Ray
@@ -61,8 +61,9 @@ def main() -> int:
             raise UserError(f"--rounds {args.rounds}: give a number from 1 on")
         write(args.output, json.dumps(measure(args.rounds), indent=1) + "\n")
     fields = json.loads(args.output.read_text(encoding="utf-8"))
-    write(args.output.with_suffix(".md"), page(fields))
-    say(f"speed-up  {args.output.with_suffix('.md')}: written")
+    target = (page_folder(args.output) / args.output.name).with_suffix(".md")
+    write(target, page(fields))
+    say(f"speed-up  {target}: written")
     return 0
 
 
@@ -139,7 +140,7 @@ one process, by one Ray worker and by two, in turns, {rounds} times each. A work
 slower in latency because each of the fresh processes that it measures in loads the tool's modules first, 0.4 s a process,
 which Ray's workers spare them. All ways gave the same figures of quality, to the
 last bit. Made by `make sweep-speedup`; `python -m lab.speedup --reprint` prints this page anew from
-[sweep-speedup.json](sweep-speedup.json).
+[data/sweep-speedup.json](data/sweep-speedup.json).
 """
 _PLAN = """\
 A grid of {models} models × {recipes} recipes × {corpora} corpora is {cells} cells. With the tasks' times as measured

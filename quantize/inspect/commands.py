@@ -39,7 +39,7 @@ from cuantiza.quantize.recipes import (
 if TYPE_CHECKING:
     from rich.table import Table
 
-ACCURACY = Path(__file__).resolve().parents[2] / "docs" / "accuracy.json"
+ACCURACY = Path(__file__).resolve().parents[2] / "docs" / "data" / "accuracy.json"
 _ACCURACY_SCHEMA = "cuantiza/accuracy/1"
 
 

@@ -17,7 +17,7 @@ import pytest
 
 import cuantiza
 from cuantiza.core.errors import UserError
-from cuantiza.core.store import artifact, digests
+from cuantiza.core.store import digests, folders
 from cuantiza.core.store.artifact import Artifact, open_artifact, publish, rebuild_reason
 from cuantiza.core.store.digests import code_digest, digest
 from cuantiza.core.store.folders import locked, staging
@@ -261,7 +261,7 @@ def test_an_error_while_replacing_leaves_the_old_one(built: Path, monkeypatch: p
 
 PUBLISH_WITHOUT_END = """
 import os, sys
-sys.path[:0] = ["tests", "."]
+sys.path[:0] = ["tests/cuantiza/core", "tests", "."]
 from pathlib import Path
 from test_artifact import CONTENT, NEW, build
 while os.fork():  # every round is a fork, as importing takes longer than a round
@@ -315,7 +315,7 @@ def test_staging_leaves_nothing(built: Path) -> None:
 # The lock
 
 HOLD = (
-    "import sys\nfrom pathlib import Path\nfrom cuantiza.core.store.artifact import locked\n"
+    "import sys\nfrom pathlib import Path\nfrom cuantiza.core.store.folders import locked\n"
     "with locked(Path(sys.argv[1])):\n    print('held', flush=True)\n    sys.stdin.readline()\n"
 )
 
@@ -376,7 +376,7 @@ def test_what_a_signal_left_is_swept(built: Path, monkeypatch: pytest.MonkeyPatc
         monkeypatch.undo()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(artifact.shutil, "rmtree", interrupted)
+    monkeypatch.setattr(folders.shutil, "rmtree", interrupted)
     with pytest.raises(KeyboardInterrupt), locked(built.parent), staging(built) as work:
         (work / "model.onnx").write_bytes(b"half")
     assert names(built.parent) == {"fp32", ".cuantiza.lock"}

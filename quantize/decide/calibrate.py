@@ -28,10 +28,12 @@ from cuantiza.quantize.decide import smooth
 from cuantiza.quantize.decide.activation import ROW_ZERO_POINTS, Activation, PerRow, PerTensor, product_error
 from cuantiza.quantize.decide.blocks import Block, open_block, split
 from cuantiza.quantize.decide.decision import Plan, Site
-from cuantiza.quantize.decide.observations import RANGES, Histogram, Moments
-from cuantiza.quantize.decide.rounding import IntWeight, gptq, round_to_nearest, rounding_noise
-from cuantiza.quantize.recipes import Calibration
+from cuantiza.quantize.decide.gptq import gptq
+from cuantiza.quantize.decide.observations import Histogram, Moments
+from cuantiza.quantize.decide.ranges import RANGES
+from cuantiza.quantize.decide.rounding import IntWeight, round_to_nearest, rounding_noise
 from cuantiza.quantize.rewrite.find import Projection, find_tables
+from cuantiza.quantize.settings import Calibration
 
 # Shares of the full range that the search for a smoothing looks at; the range itself comes from the histogram.
 _SHARES = (1.0, 0.8, 0.6, 0.4, 0.2)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,11 +13,10 @@ from cuantiza.core.machine.progress import report, track
 from cuantiza.core.onnx import file as onnx_file
 from cuantiza.core.run.divergence import compare
 from cuantiza.core.run.runtime import Runtime
-from cuantiza.quantize.decide.decision import Site
+from cuantiza.quantize.decide.decision import Rewrite, Site
 
 # Every other calibration window is measured on: 4,096 tokens of int8's 16 windows.
 EVERY = 2
-Rewrite = Callable[[ir.Model, dict[str, Site]], object]
 
 
 @dataclass(frozen=True)
@@ -28,6 +26,22 @@ class Effect:
     kl_divergence: float
     delta_ln_ppl: float
     delta_ln_ppl_stderr: float
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """The `effects` of every linear layer alone, the largest KL first; of the embeddings alone, which every other effect
+    contains (`tables`); and of all `together`. They are measured on `windows` calibration windows of `tokens` tokens."""
+
+    effects: dict[str, Effect]
+    tables: Effect
+    together: Effect
+    windows: int
+    tokens: int
+
+    @property
+    def text(self) -> str:
+        return f"{self.windows} calibration windows of {self.tokens} tokens"
 
 
 class Gauge:

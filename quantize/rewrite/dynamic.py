@@ -15,11 +15,11 @@ import numpy as np
 import onnx_ir as ir
 
 from cuantiza.quantize.decide.decision import Site
-from cuantiza.quantize.recipes import Target
 from cuantiza.quantize.rewrite.edit import clean, constant, replace_node
 from cuantiza.quantize.rewrite.find import Embedding, Projection
 from cuantiza.quantize.rewrite.fuse_attention import ORT
 from cuantiza.quantize.rewrite.shared_weights import begin
+from cuantiza.quantize.settings import Target
 
 # A row's largest magnitude is kept within what half precision holds with all of its 11 bits.
 LARGEST_MIN, LARGEST_MAX = np.float32(np.finfo(np.float16).tiny), np.float32(np.finfo(np.float16).max)

@@ -34,10 +34,10 @@ import onnx_ir as ir
 from cuantiza.core.errors import UserError
 from cuantiza.quantize.decide.decision import Site
 from cuantiza.quantize.decide.rounding import Grid, IntWeight, round_to_nearest
-from cuantiza.quantize.recipes import Target
 from cuantiza.quantize.rewrite.edit import clean, constant, lazy_constant, replace_node
 from cuantiza.quantize.rewrite.find import Embedding, Projection, find_embeddings, find_projections, find_tables
 from cuantiza.quantize.rewrite.fuse_attention import ORT
+from cuantiza.quantize.settings import Target
 
 # MatMulNBits' accuracy_level: activations may become int8 with a scale a block, which is its fast path.
 _INT8_COMPUTE = 4

@@ -17,10 +17,10 @@ from cuantiza.core.store.artifact import open_artifact
 from cuantiza.quantize.decide.activation import ROW_ZERO_POINTS, PerRow, PerTensor
 from cuantiza.quantize.decide.decision import Site
 from cuantiza.quantize.decide.rounding import Grid, IntWeight, round_to_nearest
-from cuantiza.quantize.recipes import ALPHAS, Calibration
 from cuantiza.quantize.rewrite.dynamic import quantize_dynamic
 from cuantiza.quantize.rewrite.find import find_projections
 from cuantiza.quantize.rewrite.static import quantize_static
+from cuantiza.quantize.settings import ALPHAS, Calibration
 
 from helpers import CORPUS, assert_user_error, stage
 

@@ -10,9 +10,8 @@ import pytest
 from cuantiza.core.errors import UserError
 from cuantiza.core.store.artifact import open_artifact
 from cuantiza.quantize.__main__ import main
-from cuantiza.quantize.recipes import (
+from cuantiza.quantize.recipes.registry import (
     RECIPES,
-    Calibration,
     DynamicInt8,
     Half,
     MixedStaticInt8,
@@ -22,6 +21,7 @@ from cuantiza.quantize.recipes import (
     get_recipe,
     to_json,
 )
+from cuantiza.quantize.settings import Calibration
 
 from helpers import assert_nothing_published, assert_user_error, stage
 
@@ -139,7 +139,7 @@ def test_files_that_are_no_recipe(text, fragments, run, tmp_path):
         run("--recipes", path)
     line = str(error.value)
     assert line.startswith(f"RECIPES={path}: is no recipe (") and "\n" not in line and len(line) < 500
-    assert line.endswith("start from `python -m quantize recipes --json int8-static`")
+    assert line.endswith("start from `cuantiza recipes --json int8-static`")
     assert all(fragment in line for fragment in fragments), line
     assert not (tmp_path / "artifacts").exists()
 

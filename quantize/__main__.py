@@ -1,36 +1,33 @@
-"""`python -m quantize`: fp32 artifact x recipes -> artifacts/<model>/<recipe>."""
+"""Quantizes the exported model by one recipe or several: artifacts/<model>/<recipe>."""
 
 from __future__ import annotations
 
-import argparse
 import sys
-from pathlib import Path
+from collections.abc import Sequence
 
+from cuantiza.core.cli import Parser, add_corpus, add_folder, add_model, source_of
 from cuantiza.core.errors import UserError, run
 from cuantiza.core.inputs.checkpoints import model_name
-from cuantiza.core.inputs.corpus import add_arguments, source_of
-from cuantiza.quantize.inspect.commands import add_commands
-from cuantiza.quantize.recipes.registry import DEFAULT, RECIPES, Recipe, get_recipe
+from cuantiza.core.inputs.defaults import ARTIFACTS
+from cuantiza.core.inputs.defaults import RECIPES as DEFAULT
+from cuantiza.quantize.inspect.commands import COMMANDS
+from cuantiza.quantize.recipes.registry import RECIPES, Recipe, get_recipe
 from cuantiza.quantize.stage import quantize, with_budget
 
 
-def main() -> int:
-    inputs = argparse.ArgumentParser(add_help=False)
-    inputs.add_argument("--model", default="models/es-mini", help="the model that was exported: folder or hub id")
-    inputs.add_argument("--output", type=Path, default=Path("artifacts"), help="folder of the artifacts")
-    add_arguments(inputs)
-    parser = argparse.ArgumentParser(
-        prog="python -m quantize",
-        usage="python -m quantize [options]\n       python -m quantize COMMAND [options of the command]",
-        description=__doc__,
-        parents=[inputs],
-    )
+def main(arguments: Sequence[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if arguments and arguments[0] in COMMANDS:  # as `cuantiza recipes`, `cuantiza sensitivity`, `cuantiza histogram`
+        return COMMANDS[arguments[0]](arguments[1:])
+    parser = Parser("quantize", __doc__, "cuantiza quantize --recipes int8-dynamic int4-weight")
+    add_model(parser)
     parser.add_argument(
         "--recipes",
         nargs="+",
         default=DEFAULT,
         metavar="RECIPE",
-        help=f"{', '.join(RECIPES)}, or .json files of your own (default {' '.join(DEFAULT)})",
+        help=f"{', '.join(RECIPES)}, or .json files of your own (default {' '.join(DEFAULT)}); "
+        "`cuantiza recipes` explains them",
     )
     parser.add_argument(
         "--max-delta-ln-ppl",
@@ -38,13 +35,12 @@ def main() -> int:
         metavar="NATS",
         help="how far int8-static-mixed may raise ln perplexity, in nats per token (default: what the recipe says)",
     )
-    add_commands(parser, inputs)
-    args = parser.parse_args()
-    if args.command is not None:
-        # argparse would ignore options that stand before the command's name.
-        if sys.argv[1] != args.command:
-            raise UserError(f"{sys.argv[1]}: stands in front of {args.command}; put its options behind it")
-        return args.function(args)
+    add_folder(parser, "--output", ARTIFACTS, "folder of the artifacts")
+    add_corpus(parser)
+    parser.epilog = f"other commands: {', '.join(f'cuantiza {name}' for name in COMMANDS)}"
+    if command := next((name for name in COMMANDS if name in arguments), None):
+        raise UserError(f"{arguments[0]}: stands before {command}; put the options of {command} after it")
+    args = parser.parse_args(arguments)
     recipes: dict[str, Recipe] = {}
     for given in args.recipes:
         name, recipe = get_recipe(given)

@@ -11,25 +11,29 @@ from pathlib import Path
 
 from cuantiza.core.errors import UserError
 from cuantiza.core.inputs.corpus import Source, Split, load_splits
+from cuantiza.core.inputs.defaults import CORPUS
 from cuantiza.core.machine.progress import report
 from cuantiza.core.store import artifact, digests, folders
 from cuantiza.core.store.artifact import Artifact
 from cuantiza.quantize.recipes.int8_static_mixed import MixedStaticInt8
 from cuantiza.quantize.recipes.registry import RECIPES, Recipe, calibration_of, get_recipe, to_json
 
-# The text that calibrates where none is named.
-SOURCE = Source("corpus/es")
+EMBEDDED = Source(CORPUS)
 _LIBRARIES = ("numpy", "onnx", "onnx-ir", "onnxruntime", "tokenizers")
 
 
 def quantize(
-    artifact: Path, recipe: str | Recipe, output: Path | None = None, source: Source = SOURCE, name: str | None = None
+    artifact: Path,
+    recipe: str | Recipe,
+    output: Path | None = None,
+    source: Source = EMBEDDED,
+    name: str | None = None,
 ) -> Artifact:
     """Make the quantized artifact of the fp32 artifact in the folder `artifact`, unless it is there and up to date.
 
     `recipe` is a name of RECIPES, the path of a .json file, or a recipe itself. The artifact lies in the folder `output`
-    (default: beside `artifact`, by its name) and is called `name` (default: as the recipe or the file is called).
-    `source` is the text that calibrates. Raises UserError where the recipe, the artifact or the text cannot be used.
+    (default: `name`, beside `artifact`) and is called `name` (default: as the recipe or the file is called).
+    `source` is the text that calibrates (default: the embedded one). Raises UserError where the recipe, the artifact or the text cannot be used.
     """
     label, recipe = get_recipe(recipe) if isinstance(recipe, str) else (_name_of(recipe), recipe)
     name = name or label or (output.name if output is not None else None)

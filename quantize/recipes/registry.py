@@ -46,8 +46,6 @@ RECIPES: dict[str, Recipe] = {
     "ort-dynamic": OrtDynamic(),
     "ort-static": OrtStatic(),
 }
-# What is made where no recipe is named.
-DEFAULT = ("int8-dynamic", "int8-static")
 
 
 def get_recipe(name: str) -> tuple[str, Recipe]:

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import math
 import shutil
-from argparse import Namespace
 from xml.etree import ElementTree
 
 import numpy as np
@@ -116,7 +115,7 @@ def test_names_alone():
 
 def test_a_printed_recipe_is_a_recipe(tmp_path, capsys):
     for name, recipe in RECIPES.items():
-        commands.print_recipes(Namespace(json=name, names=False, portable=False))
+        commands.recipes(["--json", name])
         (tmp_path / "mine.json").write_text(capsys.readouterr().out)
         assert get_recipe(str(tmp_path / "mine.json")) == ("mine", recipe)
     assert json.loads(stage("quantize", "recipes", "--json", "fp16").stdout) == to_json(RECIPES["fp16"])
@@ -136,14 +135,14 @@ def test_projections_are_ranked_by_what_each_costs(output, quick, tmp_path):
         rise, stderr = map(float, line[3].split(" ± "))
         assert abs(rise) < 0.05 and 0 <= stderr < 0.05
     # Every line holds the look-ups; errors of single projections are nearly independent, so that they add up.
-    assert (nothing[0], together[0]) == ("no projection", "all together")
+    assert (nothing[0], together[0]) == ("no linear layer", "all together")
     shared = float(nothing[1])
     assert shared < divergence[-1] and divergence[0] < float(together[1])
     assert float(together[1]) == pytest.approx(sum(value - shared for value in divergence) + shared, rel=0.5)
     assert "4 calibration windows of 128 tokens" in result.stdout
 
     texts = svg_texts(path)
-    assert set(PROJECTIONS) < set(texts) and "es-mini, quick: each projection quantized alone" in texts
+    assert set(PROJECTIONS) < set(texts) and "es-mini, quick: each linear layer quantized alone" in texts
     assert any("nats per token" in text for text in texts)
     assert [item.name for item in tmp_path.iterdir()] == ["chart.svg"]
 
@@ -217,7 +216,7 @@ def test_shares_that_a_range_clips(known):
         (("sensitivity", "--plot", "chart"), ("--plot chart", ".svg, .png, .pdf")),
         (("histogram", "--tensor", "lm_head", "--recipe", "int8-dynamic"), ("int8-dynamic", "no fixed ranges")),
         (("histogram", "--tensor", "lm_head", "--recipe", "ort-static"), ("ort-static", "no fixed ranges")),
-        (("histogram", "--tensor", "h.1.mlp.cproj"), ("h.1.mlp.cproj", "25 projections", "h.1.mlp.c_proj")),
+        (("histogram", "--tensor", "h.1.mlp.cproj"), ("h.1.mlp.cproj", "25 linear layers", "h.1.mlp.c_proj")),
         (("histogram", "--tensor", "lm_head", "--plot", "nowhere/figure.svg"), ("nowhere", "no folder")),
         (("histogram", "--tensor", "lm_head", "--model", "other"), ("fp32", "make export")),
     ],
@@ -230,7 +229,7 @@ def test_what_cannot_be_shown(output, command, fragments):
 
 def test_options_in_front_of_a_command_are_not_lost(output):
     result = stage("quantize", "--output", output, "sensitivity")
-    assert_user_error(result, "--output", "behind")
+    assert_user_error(result, "--output", "after")
 
 
 def test_help_names_the_commands():

@@ -1,3 +1,3 @@
-"""Checkpoint -> fp32 artifact."""
+"""Export a checkpoint to an fp32 ONNX artifact."""
 
 import cuantiza.core.startup  # noqa: F401

@@ -1,4 +1,4 @@
-"""`python -m export`: checkpoint -> fp32 artifact in artifacts/<model>/fp32."""
+"""`python -m export`: export a checkpoint to an fp32 ONNX artifact in artifacts/<model>/fp32."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cuantiza.core.store import artifact, digests, folders
 
 NAME = "fp32"
 EXPORTERS = ("graph", "optimum")
-# ReduceMax takes its axes as an input from 18 on, which the quantizers use; 24 is the last that onnxruntime runs.
+# The quantizers use ReduceMax with its axes as an input, which exists from opset 18 on. onnxruntime runs up to 24.
 OPSETS = range(18, 25)
 _LIBRARIES = ("numpy", "onnx", "onnx-ir", "onnxruntime", "onnxscript", "tokenizers", "torch", "transformers")
 
@@ -26,7 +26,7 @@ def main() -> int:
         "--exporter",
         choices=EXPORTERS,
         default="graph",
-        help="graph: GPT-2, authored here; optimum: other causal language models",
+        help="graph: this project's own graph of GPT-2; optimum: other causal language models, by optimum's exporter",
     )
     parser.add_argument(
         "--opset", type=int, default=21, help=f"ONNX operator set, {OPSETS[0]} to {OPSETS[-1]} (default 21)"
@@ -50,7 +50,7 @@ def main() -> int:
 
 
 def _inputs(checkpoint: Path, exporter: str, opset: int) -> dict:
-    """All that the bytes of the artifact depend on."""
+    """Collect everything that the bytes of the artifact depend on."""
     roots = (
         "cuantiza.export.gpt2",
         "cuantiza.export.weights",
@@ -70,7 +70,7 @@ def _inputs(checkpoint: Path, exporter: str, opset: int) -> dict:
 
 
 def _export(model: Model, target: Path, exporter: str, opset: int, inputs: dict) -> None:
-    # Imported here: a run that finds everything up to date has no need of them.
+    # These imports are slow, and a run that finds everything up to date does not need them.
     from cuantiza.core.inputs.model_config import max_positions, read_config
     from cuantiza.core.onnx import file as onnx_file
     from cuantiza.export.companions import write_configs, write_tokenizer
@@ -93,7 +93,7 @@ def _export(model: Model, target: Path, exporter: str, opset: int, inputs: dict)
         else:
             if fields.get("model_type", "gpt2") != "gpt2":
                 raise UserError(
-                    f"{path}: is a {fields['model_type']!r}, and only gpt2 is authored here; EXPORTER=optimum exports llama, mistral, opt, qwen2 and others"
+                    f"{path}: model_type is {fields['model_type']!r}, and the default exporter knows gpt2 only; EXPORTER=optimum exports llama, mistral, opt, qwen2 and others"
                 )
             config = parse_config(fields, path)
             positions = config.n_positions
@@ -101,7 +101,8 @@ def _export(model: Model, target: Path, exporter: str, opset: int, inputs: dict)
             graph = build(config, read_weights(model.folder), opset, model.folder)
             onnx_file.save(graph, work)
             del graph
-            gc.collect()  # the graph is full of cycles, and holds a checkpoint in torch's legacy format whole
+            # Reference cycles would keep the graph in memory, and with it a whole checkpoint of torch's legacy format.
+            gc.collect()
         write_configs(fields, model.folder, work)
         parity = check_parity(model.folder, work, positions)
         report(

@@ -38,7 +38,7 @@ def lazy_constant(
 
 
 def replace_node(graph: ir.Graph, node: ir.Node, tape: ir.tape.Tape, result: ir.Value) -> None:
-    """Insert the nodes of `tape` in place of `node`; `result` takes the name, shape and type of the output of `node`."""
+    """Insert the nodes of `tape` in place of `node`; `result` takes the name, shape and type of its output."""
     output = node.outputs[0]
     graph.insert_before(node, tape.nodes)
     name, result.shape, result.type = output.name, output.shape, output.type

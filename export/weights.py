@@ -146,7 +146,7 @@ def _read_bin(path: Path) -> dict[str, Weight]:
 
 
 def _refuse_bomb(path: Path) -> None:
-    """Raise UserError where the members of an archive unpack to more than its size, since torch.save never compresses."""
+    """Raise UserError where an archive unpacks to more than its own size: torch.save never compresses."""
     with zipfile.ZipFile(path) as archive:
         unpacked = sum(member.file_size for member in archive.infolist())
     if unpacked > path.stat().st_size:

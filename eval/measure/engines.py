@@ -81,7 +81,7 @@ class Engine:
         return samples
 
     def describe(self) -> dict:
-        """Return what only the runtime knows of the subject (PyTorch: bytes of weights, number of quantized modules)."""
+        """Return what only the runtime knows of the subject (PyTorch: bytes of weights, quantized modules)."""
         return self._runtime.describe() if hasattr(self._runtime, "describe") else {}
 
 

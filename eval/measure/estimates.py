@@ -21,7 +21,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class TextSize:
-    """The size of the scored documents: UTF-8 bytes, and words as lm-evaluation-harness counts (split at white space)."""
+    """Size of the scored documents: UTF-8 bytes, and words (split at white space, as lm-evaluation-harness does)."""
 
     bytes: int
     words: int

@@ -1,4 +1,4 @@
-"""Score single tokens: negative log-likelihood, KL divergence to the baseline, and whether the top token is the same."""
+"""Score single tokens: negative log-likelihood, KL divergence to the baseline, and same top token or not."""
 
 from __future__ import annotations
 

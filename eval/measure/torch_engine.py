@@ -26,7 +26,7 @@ class TorchCache:
 
 
 class TorchRuntime:
-    """A transformers model, in fp32 or dynamically quantized, with the interface of cuantiza.core.run.runtime.Runtime."""
+    """A transformers model, fp32 or dynamically quantized, with the interface of cuantiza.core.run.runtime.Runtime."""
 
     def __init__(self, checkpoint: Path, threads: int, quantized: bool) -> None:
         torch.set_num_threads(threads)

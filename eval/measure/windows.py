@@ -24,7 +24,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Window:
-    """A window has `inputs` int64 [T]; the last n of their logits predict `targets` int64 [n] of document `document`."""
+    """A window of document `document`: the last n logits of `inputs` int64 [T] predict `targets` int64 [n]."""
 
     document: int
     inputs: np.ndarray

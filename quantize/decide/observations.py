@@ -110,7 +110,7 @@ def percentile(histogram: Histogram, share: float = 0.9999) -> tuple[float, floa
 
 
 def least_error(histogram: Histogram) -> tuple[float, float]:
-    """The range with the least expected squared error of the product behind it (weights as in `product_error`)."""
+    """The range with the least expected squared error of the product behind it (weights as in `matmul_error`)."""
 
     def error(low: float, high: float) -> float:
         x = histogram.centers

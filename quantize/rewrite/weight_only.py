@@ -18,7 +18,7 @@ The target `portable` uses standard operators (DequantizeLinear of opset 21). A 
   The fused operator quantizes activations to int8, with a scale per block, unless the session sets
   session.qdq_matmulnbits_accuracy_level to 0; with that setting, 8 bits have no fast kernel.
 
-The target `ort` uses com.microsoft operators (ONNX Runtime's docs/ContribOperators.md), with K zero-padded to G · block:
+The target `ort` uses com.microsoft operators (ONNX Runtime's docs/ContribOperators.md). Zeros pad K to G · block:
     weight      uint8 [N, G, block · bits / 8] for MatMulNBits, as [N, G · block · bits / 8] for GatherBlockQuantized
     scale       float32 [N, G]
     zero point  uint8 [N, ⌈G · bits / 8⌉], left out where it is 2^(bits−1), which is what a symmetric grid becomes

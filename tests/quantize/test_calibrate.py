@@ -19,7 +19,7 @@ from cuantiza.export.gpt2 import build
 from cuantiza.export.gpt2_config import parse_config
 from cuantiza.export.weights import read_weights
 from cuantiza.quantize.apply import decide
-from cuantiza.quantize.decide.activation import ROW_ZERO_POINTS, PerRow, PerTensor, product_error
+from cuantiza.quantize.decide.activation import ROW_ZERO_POINTS, PerRow, PerTensor, matmul_error
 from cuantiza.quantize.decide.blocks import open_block, split
 from cuantiza.quantize.decide.calibrate import calibration_windows
 from cuantiza.quantize.decide.observations import (
@@ -287,15 +287,15 @@ def test_zero_is_exact_and_the_range_is_covered(low, high):
 
 
 @pytest.mark.parametrize("activation", [PerTensor(-3, 4), PerTensor(-1, 2), PerRow(128), PerRow(16)], ids=str)
-def test_product_error_is_the_error_of_the_product(activation):
+def test_matmul_error_is_the_error_of_the_matmul(activation):
     """Of independent elements; rows of very different size count alike."""
     generator = np.random.default_rng(0)
     x = generator.standard_normal((200, 300)).astype(np.float32) * np.geomspace(0.2, 1, 200, dtype=np.float32)[:, None]
     weight = generator.standard_normal((300, 400)) * np.exp(generator.standard_normal((300, 1)))
     restored, energy = activation.restore(x), (weight**2).sum(axis=1)
     exact = (((restored - x) @ weight) ** 2).sum(axis=1) / ((x @ weight) ** 2).sum(axis=1)
-    assert product_error(x, restored, energy, (x * x) @ energy) == pytest.approx(exact.mean(), rel=0.1)
-    assert product_error(x, x, energy, (x * x) @ energy) == 0
+    assert matmul_error(x, restored, energy, (x * x) @ energy) == pytest.approx(exact.mean(), rel=0.1)
+    assert matmul_error(x, x, energy, (x * x) @ energy) == 0
 
 
 # --- blocks ---

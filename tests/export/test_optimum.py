@@ -39,7 +39,7 @@ GROUPED = TINY | {"num_key_value_heads": 2, "intermediate_size": 64}
 
 @pytest.fixture
 def make_model(tmp_path: Path) -> Callable[..., Path]:
-    """`make_model(type, **config)` writes a random checkpoint, with no weight at its initial 0 or 1; returns its folder."""
+    """`make_model(type, **config)` writes a random checkpoint, no weight at its initial 0 or 1; returns its folder."""
 
     def make(kind: str, **config: object) -> Path:
         from transformers import AutoConfig, AutoModelForCausalLM

@@ -132,15 +132,15 @@ def measure_sensitivity(recipe: Recipe, parent: Path, work: Path, split: Split) 
 
     windows = calibration_windows(parent, split, recipe.calibration)
     model = onnx_file.load(parent / artifact.MODEL)
-    sites, rewrite = decide(model, windows, recipe.plan(), work), recipe.rewrite()
-    if not sites:
+    decisions, rewrite = decide(model, windows, recipe.plan(), work), recipe.rewrite()
+    if not decisions:
         raise UserError(
             f"{parent / artifact.MODEL}: has no linear layer (a matmul with a constant weight); there is nothing to rank"
         )
     with folders.staging(work / "gauge") as folder:
         gauge = Gauge(parent / artifact.MODEL, windows[::EVERY], folder)
-        effects = rank(model, sites, rewrite, gauge)
-        ends = [gauge.effect(model, some, rewrite) for some in ({}, sites)]
+        effects = rank(model, decisions, rewrite, gauge)
+        ends = [gauge.effect(model, some, rewrite) for some in ({}, decisions)]
     return Sensitivity(effects, *ends, len(windows[::EVERY]), windows.shape[1])
 
 
@@ -160,8 +160,8 @@ def observe(recipe: Recipe, parent: Path, work: Path, split: Split, tensor: str)
         near = difflib.get_close_matches(tensor, names, 4, 0.5) or names[:4]
         raise UserError(f"--tensor {tensor}: is none of {len(names)} linear layers, such as {', '.join(near)}")
     windows = calibration_windows(parent, split, recipe.calibration)
-    site = decide(model, windows, recipe.plan(), work, tensor)[tensor]
-    return site.histogram, site.account
+    decision = decide(model, windows, recipe.plan(), work, tensor)[tensor]
+    return decision.histogram, decision.account
 
 
 def _work(args: argparse.Namespace, function: Callable, recipe: Recipe, *more: Any) -> Any:

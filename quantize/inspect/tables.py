@@ -101,8 +101,8 @@ def ranges_table(ranges: dict[str, Range], chosen: str, account: dict) -> Table:
         shares = [percent(found.clipped), percent(found.clipped_weight)]
         table.add_row(("→ " if method == chosen else "  ") + method, *values, str(found.zero_point), *shares)
     table.caption = (
-        f"Weight: of an element's error in the product. Smoothing exponent: {account.get('alpha')}. "
-        f"Relative error of the product with the chosen range: {account['relative_error']:.3g}."
+        f"Weight: of an element's error in the matmul. Smoothing exponent: {account.get('alpha')}. "
+        f"Relative error of the matmul with the chosen range: {account['relative_error']:.3g}."
     )
     if channels := account.get("float_channels"):
         table.caption += f" Without the channels {', '.join(map(str, channels))}, which are computed in float."

@@ -20,7 +20,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         nargs="+",
         default=DEFAULT,
         metavar="RECIPE",
-        help=f"{', '.join(RECIPES)}, or .json files of your own (default {' '.join(DEFAULT)})",
+        help=f"{', '.join(RECIPES)}, or .json files of your own (default {' '.join(DEFAULT)}); "
+        "`cuantiza recipes` explains them",
     )
     parser.add_argument(
         "--max-delta-ln-ppl",

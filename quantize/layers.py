@@ -13,14 +13,14 @@ from cuantiza.core.errors import UserError
 from cuantiza.core.inputs.corpus import Split
 from cuantiza.core.store import folders
 from cuantiza.quantize.decide.calibrate import calibrate, calibration_windows
-from cuantiza.quantize.decide.decision import Plan, Rewrite, Site
+from cuantiza.quantize.decide.decision import Decision, Plan, Rewrite
 from cuantiza.quantize.rewrite.find import left_in_float
 from cuantiza.quantize.settings import Calibration, Target
 from cuantiza.quantize.steps import write_graph
 
 # A model, the decisions on its layers and the calibration windows int64 [n, T] -> the decisions that stay, and what the
 # manifest says of the layers that are left in floating point.
-LeaveInFloat = Callable[[ir.Model, dict[str, Site], np.ndarray], tuple[dict[str, Site], dict]]
+LeaveInFloat = Callable[[ir.Model, dict[str, Decision], np.ndarray], tuple[dict[str, Decision], dict]]
 
 
 class QuantizesLayers(Protocol):
@@ -50,15 +50,15 @@ def write_quantized(
 
     def rewrite(model: ir.Model) -> dict:
         kept = left_in_float(model.graph)
-        sites = decide(model, windows, recipe.plan(), work)
-        if not sites:
-            raise UserError(f"{parent}: has no product with a constant weight; nothing was quantized")
+        decisions = decide(model, windows, recipe.plan(), work)
+        if not decisions:
+            raise UserError(f"{parent}: has no linear layer (a matmul with a constant weight); nothing was quantized")
         details: dict = {}
         if leave_in_float is not None:
-            sites, details = leave_in_float(model, sites, windows)
-        _, embeddings = recipe.rewrite()(model, sites)
+            decisions, details = leave_in_float(model, decisions, windows)
+        _, embeddings = recipe.rewrite()(model, decisions)
         return details | {
-            "projections": {name: site.account for name, site in sites.items()},
+            "projections": {name: decision.account for name, decision in decisions.items()},
             "embeddings": [embedding.name for embedding in embeddings],
             "left_in_float": kept,
         }
@@ -71,7 +71,9 @@ def calibrated_on(windows: np.ndarray) -> dict:
     return {"calibration": {"windows": len(windows), "tokens_per_window": windows.shape[1]}}
 
 
-def decide(model: ir.Model, windows: np.ndarray, plan: Plan, work: Path, until: str | None = None) -> dict[str, Site]:
+def decide(
+    model: ir.Model, windows: np.ndarray, plan: Plan, work: Path, until: str | None = None
+) -> dict[str, Decision]:
     """The decision on every linear layer of `model` by its name, or up to the layer `until`; smooths `model` in place.
 
     `windows` are token ids int64 [n, T]; `work` is a folder for temporary files.

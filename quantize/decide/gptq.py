@@ -9,9 +9,11 @@ import numpy as np
 
 from cuantiza.quantize.decide.rounding import COLUMNS, Grid, IntWeight, choose_scale
 
-# Rows that GPTQ updates one by one before it updates all the rest at once; changes no more than a float's last digit.
+# GPTQ updates so many rows one by one before it updates all later rows at once. The number changes a float's last digit
+# at most.
 _LAZY_ROWS = 128
-# Share of the mean curvature that is added to every one (GPTQ, section 3.3): inputs that hardly occur stay harmless.
+# This share of the mean curvature is added to that of every input (GPTQ, section 3.3), which keeps inputs that hardly
+# occur harmless.
 DAMPING = 0.01
 
 
@@ -51,7 +53,7 @@ def _inverse_factor(curvature: np.ndarray) -> np.ndarray:
 
 
 def _inverse_upper(upper: np.ndarray) -> np.ndarray:
-    """Inverse of an upper triangular matrix [K, K] by halves, of which all but the smallest are products."""
+    """Inverse of an upper triangular matrix [K, K] by halves, with matmuls for all but the smallest."""
     size = len(upper)
     if size <= 64:
         return np.linalg.inv(upper)

@@ -10,7 +10,7 @@ from cuantiza.quantize.decide.observations import BINS, Histogram
 
 
 def min_max(histogram: Histogram) -> tuple[float, float]:
-    """The whole range."""
+    """The whole range of the histogram."""
     return histogram.low, histogram.high
 
 
@@ -24,7 +24,7 @@ def percentile(histogram: Histogram, share: float = 0.9999) -> tuple[float, floa
 
 
 def least_error(histogram: Histogram) -> tuple[float, float]:
-    """The range with the least expected squared error of the product behind it (weights as in `product_error`)."""
+    """The range with the least expected squared error of the matmul that reads x (weights as in `matmul_error`)."""
 
     def error(low: float, high: float) -> float:
         x = histogram.centers
@@ -39,8 +39,8 @@ def least_error(histogram: Histogram) -> tuple[float, float]:
 def least_divergence(histogram: Histogram) -> tuple[float, float]:
     """The range whose 256 steps keep the distribution best: least KL(original ‖ quantized) in nats.
 
-    As entropy calibration is known from TensorRT: what is clipped counts at the ends, and each step spreads its
-    elements evenly over the bins of it that were not empty.
+    This is TensorRT's entropy calibration. Clipped elements count at the ends of the range, and each step spreads its
+    elements evenly over those of its bins that were not empty.
     """
     counts = histogram.counts.astype(np.float64)
     x = histogram.centers
@@ -53,7 +53,7 @@ def least_divergence(histogram: Histogram) -> tuple[float, float]:
         p[0] += counts[x < low].sum()
         p[-1] += counts[x > high].sum()
         steps = np.floor((x[inside] - low) / ((high - low) / 256)).astype(np.int64).clip(0, 255)
-        # What was clipped is not in the quantized distribution, which is how clipping costs something.
+        # Clipped elements are missing from the quantized distribution, so that clipping has a cost.
         kept, filled = counts[inside], counts[inside] > 0
         share = np.bincount(steps, kept, minlength=256) / np.maximum(np.bincount(steps, filled, minlength=256), 1)
         q = np.where(filled, share[steps], 0)
@@ -75,7 +75,7 @@ def _search(histogram: Histogram, cost: Callable[[float, float], float]) -> tupl
     return float(histogram.low * low), float(histogram.high * high)
 
 
-# By the name that a recipe gives.
+# The ways by the names that recipes have for them.
 RANGES: dict[str, Callable[[Histogram], tuple[float, float]]] = {
     "min-max": min_max,
     "percentile": percentile,

@@ -121,7 +121,7 @@ def _add_inputs(parser: Parser, recipe: str, plot: str) -> None:
 
 
 def measure_sensitivity(recipe: Recipe, parent: Path, work: Path, split: Split) -> Sensitivity:
-    """The cost of every projection of the fp32 artifact `parent`, calibrated on `split`. Runs in a process of its own."""
+    """The cost of every linear layer of the fp32 artifact `parent`, calibrated on `split`. Runs in a process of its own."""
     from cuantiza.core.onnx import file as onnx_file
     from cuantiza.quantize.decide.calibrate import calibration_windows
     from cuantiza.quantize.inspect.sensitivity import EVERY, Gauge, Sensitivity, rank
@@ -129,20 +129,22 @@ def measure_sensitivity(recipe: Recipe, parent: Path, work: Path, split: Split) 
 
     windows = calibration_windows(parent, split, recipe.calibration)
     model = onnx_file.load(parent / artifact.MODEL)
-    sites, rewrite = decide(model, windows, recipe.plan(), work), recipe.rewrite()
-    if not sites:
-        raise UserError(f"{parent / artifact.MODEL}: has no product with a constant weight; there is nothing to rank")
+    decisions, rewrite = decide(model, windows, recipe.plan(), work), recipe.rewrite()
+    if not decisions:
+        raise UserError(
+            f"{parent / artifact.MODEL}: has no linear layer (a matmul with a constant weight); there is nothing to rank"
+        )
     with folders.staging(work / "gauge") as folder:
         gauge = Gauge(parent / artifact.MODEL, windows[::EVERY], folder)
-        effects = rank(model, sites, rewrite, gauge)
-        ends = [gauge.effect(model, some, rewrite) for some in ({}, sites)]
+        effects = rank(model, decisions, rewrite, gauge)
+        ends = [gauge.effect(model, some, rewrite) for some in ({}, decisions)]
     return Sensitivity(effects, *ends, len(windows[::EVERY]), windows.shape[1])
 
 
 def observe(recipe: Recipe, parent: Path, work: Path, split: Split, tensor: str) -> tuple[Histogram, dict]:
-    """(histogram, account) of the input of projection `tensor` of the fp32 artifact `parent`, calibrated on `split`.
+    """(histogram, account) of the input of the linear layer `tensor` of the fp32 artifact `parent`, calibrated on `split`.
 
-    Runs in a process of its own. Raises UserError where there is no such projection.
+    Runs in a process of its own. Raises UserError where there is no such layer.
     """
     from cuantiza.core.onnx import file as onnx_file
     from cuantiza.quantize.decide.calibrate import calibration_windows
@@ -153,16 +155,14 @@ def observe(recipe: Recipe, parent: Path, work: Path, split: Split, tensor: str)
     names = [projection.name for projection in find_projections(model.graph)]
     if tensor not in names:
         near = difflib.get_close_matches(tensor, names, 4, 0.5) or names[:4]
-        raise UserError(f"--tensor {tensor}: is none of {len(names)} projections, such as {', '.join(near)}")
+        raise UserError(f"--tensor {tensor}: is none of {len(names)} linear layers, such as {', '.join(near)}")
     windows = calibration_windows(parent, split, recipe.calibration)
-    site = decide(model, windows, recipe.plan(), work, tensor)[tensor]
-    return site.histogram, site.account
+    decision = decide(model, windows, recipe.plan(), work, tensor)[tensor]
+    return decision.histogram, decision.account
 
 
 def _work(args: argparse.Namespace, function: Callable, recipe: Recipe, *more: Any) -> Any:
     """`function(recipe, fp32 folder, temporary folder, calibration split, *more)`, in a process of its own."""
-    if args.plot is not None:
-        plots.check_path(args.plot)
     with opened(args.output / model_name(args.model) / "fp32") as parent:
         # Imported here: bad input is refused without it.
         from cuantiza.core.machine.process import isolated

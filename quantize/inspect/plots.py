@@ -35,17 +35,19 @@ def check_path(path: Path) -> None:
 
 
 def plot_sensitivity(found: Sensitivity, title: str, path: Path) -> None:
-    """A bar per projection, the largest KL on top, and beside it the rise of ln perplexity with its standard error."""
+    """A bar for each linear layer, the largest KL on top, and beside it the rise of ln perplexity with its standard error."""
     figure = _figure(9, 1.6 + _INCHES_PER_BAR * len(found.effects))
     divergence, rise = figure.subplots(1, 2, sharey=True, width_ratios=[3, 2])
     figure.suptitle(f"{title}\n({found.text})")
     places, effects = np.arange(len(found.effects)), list(found.effects.values())
     divergence.barh(places, [effect.kl_divergence for effect in effects], color="tab:blue", label="quantized alone")
-    divergence.axvline(found.tables.kl_divergence, color="black", linestyle=":", label="no projection, tables alone")
+    divergence.axvline(
+        found.tables.kl_divergence, color="black", linestyle=":", label="no linear layer, embeddings alone"
+    )
     divergence.set_yticks(places, list(found.effects), fontsize=8)
     divergence.set_ylim(len(places) - 0.4, -0.6)  # the first on top
     divergence.set_xlabel("mean KL(fp32 ‖ quantized), nats per token")
-    divergence.set_ylabel("projection")
+    divergence.set_ylabel("linear layer")
     divergence.legend(loc="lower right", fontsize=8)
     rise.errorbar(
         [effect.delta_ln_ppl for effect in effects],

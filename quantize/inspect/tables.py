@@ -48,9 +48,9 @@ def ranges_of(histogram: Histogram) -> dict[str, Range]:
 
 
 def sensitivity_table(found: Sensitivity, title: str) -> Table:
-    """A line with a bar for every projection, in the order of `found`."""
+    """A line with a bar for every linear layer, in the order of `found`."""
     table = new_table(f"{title}\n{found.text}")
-    table.add_column("projection")
+    table.add_column("linear layer")
     for column in ("KL, nats", "", "Δ ln ppl"):
         table.add_column(column, justify="left" if column == "" else "right", no_wrap=True)
     most = max(effect.kl_divergence for effect in found.effects.values()) or 1.0
@@ -60,14 +60,14 @@ def sensitivity_table(found: Sensitivity, title: str) -> Table:
         spread = "" if math.isnan(stderr) else f" ± {stderr:.5f}"  # a single window has none
         return [f"{effect.kl_divergence:.6f}", bar, f"{rise:.5f}{spread}"]
 
-    for projection, effect in found.effects.items():
-        table.add_row(projection, *cells(effect, _bar(effect.kl_divergence / most)))
+    for layer, effect in found.effects.items():
+        table.add_row(layer, *cells(effect, _bar(effect.kl_divergence / most)))
     table.add_section()
-    table.add_row("no projection", *cells(found.tables))
+    table.add_row("no linear layer", *cells(found.tables))
     table.add_row("all together", *cells(found.together))
     table.caption = (
         "KL(fp32 ‖ quantized) and Δ ln ppl in nats a token, ± is one standard error over windows. Every line contains "
-        "that of «no projection»: look-ups in tables that no projection reads."
+        "that of «no linear layer»: the embeddings, which are quantized in every line."
     )
     return table
 
@@ -91,7 +91,7 @@ def histogram_table(histogram: Histogram, chosen: Range, title: str) -> Table:
 
 
 def ranges_table(ranges: dict[str, Range], chosen: str, account: dict) -> Table:
-    """A line for every method of `ranges`, the `chosen` one marked; `account` is the manifest's of the projection."""
+    """A line for every method of `ranges`, the `chosen` one marked; `account` is the manifest's of the linear layer."""
     table = new_table("ranges (→ chosen by the recipe)")
     table.add_column("method")
     for column in ("low", "high", "step", "zero\npoint", "elements\nclipped", "weight\nclipped"):
@@ -101,8 +101,8 @@ def ranges_table(ranges: dict[str, Range], chosen: str, account: dict) -> Table:
         shares = [percent(found.clipped), percent(found.clipped_weight)]
         table.add_row(("→ " if method == chosen else "  ") + method, *values, str(found.zero_point), *shares)
     table.caption = (
-        f"Weight: of an element's error in the product. Smoothing exponent: {account.get('alpha')}. "
-        f"Relative error of the product with the chosen range: {account['relative_error']:.3g}."
+        f"Weight: of an element's error in the matmul. Smoothing exponent: {account.get('alpha')}. "
+        f"Relative error of the matmul with the chosen range: {account['relative_error']:.3g}."
     )
     if channels := account.get("float_channels"):
         table.caption += f" Without the channels {', '.join(map(str, channels))}, which are computed in float."

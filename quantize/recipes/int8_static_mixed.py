@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
     from cuantiza.core.inputs.corpus import Split
-    from cuantiza.quantize.decide.decision import Plan, Rewrite, Site
+    from cuantiza.quantize.decide.decision import Decision, Plan, Rewrite
 
 _STATIC = StaticInt8()
 
@@ -67,8 +67,8 @@ class MixedStaticInt8:
         from cuantiza.quantize.rewrite.static import quantize_static
 
         def leave_in_float(
-            model: ir.Model, decisions: dict[str, Site], windows: np.ndarray
-        ) -> tuple[dict[str, Site], dict]:
+            model: ir.Model, decisions: dict[str, Decision], windows: np.ndarray
+        ) -> tuple[dict[str, Decision], dict]:
             with folders.staging(work / "gauge") as folder:
                 gauge = Gauge(parent / artifact.MODEL, windows[::EVERY], folder)
                 kept, effect = within_budget(model, decisions, quantize_static, gauge, self.max_delta_ln_ppl)

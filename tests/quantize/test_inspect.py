@@ -21,7 +21,7 @@ from helpers import ROOT, assert_user_error, stage
 
 PROJECTIONS = [f"h.{n}.{part}" for n in range(6) for part in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")]
 PROJECTIONS.append("lm_head")
-# Eight short windows and no GPTQ: seconds instead of a minute.
+# With eight short windows and no GPTQ, a recipe takes seconds instead of a minute.
 QUICK = {"rounding": "nearest", "calibration": {"windows": 8, "tokens": 128}}
 ACCURACY = ROOT / "docs/accuracy.json"
 SVG = "{http://www.w3.org/2000/svg}"
@@ -29,7 +29,7 @@ SVG = "{http://www.w3.org/2000/svg}"
 
 @pytest.fixture(scope="module")
 def output(es_mini_fp32, tmp_path_factory):
-    """An output folder with nothing but the fp32 artifact of es-mini, which it still is at the end."""
+    """An output folder that holds only the fp32 artifact of es-mini, at the beginning and at the end."""
     folder = tmp_path_factory.mktemp("output")
     (folder / "es-mini").mkdir()
     (folder / "es-mini/.cuantiza.lock").touch()
@@ -41,21 +41,21 @@ def output(es_mini_fp32, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory):
-    """A static recipe that calibrates in seconds, as a user writes it."""
+    """A user's file with a static recipe that calibrates in seconds."""
     path = tmp_path_factory.mktemp("recipes") / "quick.json"
     path.write_text(json.dumps({"type": "StaticInt8", "smoothing": [0.5], **QUICK}))
     return path
 
 
 def rows(result):
-    """The cells of every line of the tables on standard output."""
+    """Return the cells of every line of the tables on standard output."""
     assert result.status == 0, result.stderr
     lines = [line for line in result.stdout.splitlines() if line.startswith("│")]
     return [[cell.strip() for cell in line.strip("│").split("│")] for line in lines]
 
 
 def svg_texts(path):
-    """What is written in an SVG file; ElementTree refuses one that is not whole."""
+    """Return the texts in an SVG file. ElementTree refuses a file that is not complete."""
     builder = ElementTree.TreeBuilder(insert_comments=True)
     root = ElementTree.parse(path, ElementTree.XMLParser(target=builder)).getroot()
     assert root.tag == f"{SVG}svg"
@@ -134,15 +134,15 @@ def test_projections_are_ranked_by_what_each_costs(output, quick, tmp_path):
     for line in (*ranked, nothing, together):
         rise, stderr = map(float, line[3].split(" ± "))
         assert abs(rise) < 0.05 and 0 <= stderr < 0.05
-    # Every line holds the look-ups; errors of single projections are nearly independent, so that they add up.
-    assert (nothing[0], together[0]) == ("no projection", "all together")
+    # Every line includes the quantized embeddings. Errors of single layers are nearly independent, so they add up.
+    assert (nothing[0], together[0]) == ("no linear layer", "all together")
     shared = float(nothing[1])
     assert shared < divergence[-1] and divergence[0] < float(together[1])
     assert float(together[1]) == pytest.approx(sum(value - shared for value in divergence) + shared, rel=0.5)
     assert "4 calibration windows of 128 tokens" in result.stdout
 
     texts = svg_texts(path)
-    assert set(PROJECTIONS) < set(texts) and "es-mini, quick: each projection quantized alone" in texts
+    assert set(PROJECTIONS) < set(texts) and "es-mini, quick: each linear layer quantized alone" in texts
     assert any("nats per token" in text for text in texts)
     assert [item.name for item in tmp_path.iterdir()] == ["chart.svg"]
 
@@ -154,7 +154,7 @@ def test_ranges_of_a_histogram(output, quick, tmp_path):
     bars, methods = lines[:-4], lines[-4:]
     assert len(bars) == 32
     counts = [int(line[2].replace(",", "")) for line in bars]
-    assert sum(counts) == 8 * 128 * 1024  # elements of the input: windows, tokens, width of the MLP
+    assert sum(counts) == 8 * 128 * 1024  # the input has windows x tokens x width of the MLP elements
     order = np.argsort(counts, kind="stable")
     assert (np.diff([len(bars[index][4]) for index in order]) >= 0).all()  # the more elements, the longer the bar
 
@@ -179,7 +179,7 @@ def test_ranges_of_a_histogram(output, quick, tmp_path):
 
 @pytest.fixture
 def known():
-    """A histogram of 100,000 elements from -1 to 1, and one each at -8 and 8."""
+    """A histogram of 100,000 elements from -1 to 1, one at -8 and one at 8."""
     x = np.concatenate([np.linspace(-1, 1, 100_000), [-8.0, 8.0]])[:, None]
     return Histogram.of(x, -8.0, 8.0, np.ones_like(x))
 
@@ -188,7 +188,7 @@ def known():
 def test_a_figure_is_of_the_kind_that_its_name_says(known, tmp_path, suffix, start):
     account = {"float_channels": [3, 5]}
     first, second = (tmp_path / f"{name}{suffix}" for name in ("first", "second"))
-    for path in (first, second, second):  # one that is there is replaced
+    for path in (first, second, second):  # an existing file is replaced
         plots.plot_histogram(known, tables.ranges_of(known), "mse", account, "known", path)
     assert first.read_bytes().startswith(start) and first.read_bytes() == second.read_bytes()
     assert sorted(tmp_path.iterdir()) == [first, second]
@@ -199,7 +199,7 @@ def test_shares_that_a_range_clips(known):
     assert list(found) == list(RANGES)
     assert (found["min-max"].low, found["min-max"].high, found["min-max"].clipped) == (-8, 8, 0)
     assert found["min-max"].step == pytest.approx(16 / 255) and found["min-max"].zero_point in (127, 128)
-    assert found["percentile"].clipped in (2 / 100_002, 3 / 100_002)  # by whole bins
+    assert found["percentile"].clipped in (2 / 100_002, 3 / 100_002)  # a range ends between two bins
     assert found["percentile"].high == pytest.approx(1, abs=2 * 16 / 2048)
     for method, chosen in found.items():
         low, high = RANGES[method](known)
@@ -216,7 +216,7 @@ def test_shares_that_a_range_clips(known):
         (("sensitivity", "--plot", "chart"), ("--plot chart", ".svg, .png, .pdf")),
         (("histogram", "--tensor", "lm_head", "--recipe", "int8-dynamic"), ("int8-dynamic", "no fixed ranges")),
         (("histogram", "--tensor", "lm_head", "--recipe", "ort-static"), ("ort-static", "no fixed ranges")),
-        (("histogram", "--tensor", "h.1.mlp.cproj"), ("h.1.mlp.cproj", "25 projections", "h.1.mlp.c_proj")),
+        (("histogram", "--tensor", "h.1.mlp.cproj"), ("h.1.mlp.cproj", "25 linear layers", "h.1.mlp.c_proj")),
         (("histogram", "--tensor", "lm_head", "--plot", "nowhere/figure.svg"), ("nowhere", "no folder")),
         (("histogram", "--tensor", "lm_head", "--model", "other"), ("fp32", "make export")),
     ],
@@ -236,7 +236,7 @@ def test_a_budget_replaces_that_of_every_mixed_recipe(output, tmp_path):
     assert result.status == 0, result.stderr
     manifest = open_artifact(made / "es-mini/mixed").manifest
     assert manifest.recipe["max_delta_ln_ppl"] == manifest.details["mixed"]["max_delta_ln_ppl"] == 10
-    assert manifest.details["mixed"]["kept_in_float"] == {}  # 10 nats are never spent
+    assert manifest.details["mixed"]["kept_in_float"] == {}  # no layer needs to stay in float for 10 nats
     assert "mixed: up to date" in stage("quantize", *options).stderr
 
 

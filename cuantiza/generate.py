@@ -10,7 +10,7 @@ from pathlib import Path
 from cuantiza.core.errors import UserError, run
 from cuantiza.core.inputs.model_config import end_tokens, max_positions, read_config, start_token
 from cuantiza.core.inputs.tokenizer import load_tokenizer
-from cuantiza.core.machine.threads import check_threads, default_threads
+from cuantiza.core.machine.hardware import check_threads, default_threads
 from cuantiza.core.run.sampling import Sampling, generate, text_of
 from cuantiza.core.store.artifact import open_artifact
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from cuantiza.core.errors import UserError, run
 from cuantiza.core.inputs.checkpoints import checkpoint_digest, model_name, resolve_model
 from cuantiza.core.inputs.corpus import Split, add_arguments, load_splits, source_of
+from cuantiza.core.machine.hardware import check_threads, default_threads
 from cuantiza.core.machine.progress import report as say
-from cuantiza.core.machine.threads import check_threads, default_threads
 from cuantiza.core.store import artifact, digests, folders
 from cuantiza.eval.measure.subject import Subject
 

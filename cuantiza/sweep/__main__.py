@@ -9,8 +9,8 @@ from collections import Counter
 from pathlib import Path
 
 from cuantiza.core.errors import UserError, run
+from cuantiza.core.machine.hardware import check_threads, default_threads
 from cuantiza.core.machine.progress import report as say
-from cuantiza.core.machine.threads import check_threads, default_threads
 from cuantiza.core.store import folders
 from cuantiza.sweep.driver import Settings, Sweep
 from cuantiza.sweep.executor import Executor, Local

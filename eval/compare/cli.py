@@ -10,7 +10,7 @@ from pathlib import Path
 
 from cuantiza.core.errors import UserError
 from cuantiza.core.inputs.corpus import add_arguments, load_splits, source_of
-from cuantiza.core.machine.threads import check_threads, default_threads
+from cuantiza.core.machine.hardware import check_threads, default_threads
 from cuantiza.core.store import artifact, folders
 
 LEAST_ROUNDS = 4  # with fewer, the first stage could never find anything

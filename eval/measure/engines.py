@@ -6,14 +6,13 @@ Both runtimes have forward, cache and step (cuantiza/core/run/runtime.py, eval/m
 from __future__ import annotations
 
 import copy
-import resource
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from cuantiza.core.machine.hardware import peak_rss_bytes
 from cuantiza.core.run.runtime import Runtime
 from cuantiza.core.run.sampling import Sampling, generate
 from cuantiza.eval.measure.subject import Subject
@@ -82,18 +81,6 @@ class Engine:
     def describe(self) -> dict:
         """What the subject says of itself beyond its files (PyTorch: bytes of its weights, modules quantized)."""
         return self._runtime.describe() if hasattr(self._runtime, "describe") else {}
-
-
-def peak_rss_bytes() -> int:
-    """Largest resident set that this process had.
-
-    Linux's getrusage carries the parent's peak over into a child, so its own status file is read there.
-    """
-    status = Path("/proc/self/status")
-    if status.exists():
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-        return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def _maker(subject: Subject, threads: int, alone: bool) -> Callable[[], Any]:

@@ -20,6 +20,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from cuantiza.core.contract import window_feeds
 from cuantiza.core.errors import UserError, run
 from cuantiza.core.inputs.corpus import Source, Split, load_splits
 from cuantiza.core.inputs.tokenizer import encode, load_tokenizer
@@ -27,7 +28,6 @@ from cuantiza.core.machine.hardware import machine, software
 from cuantiza.core.machine.process import isolated
 from cuantiza.core.machine.progress import report as say
 from cuantiza.core.onnx import file as onnx_file
-from cuantiza.core.run.runtime import window_feeds
 from cuantiza.core.store import artifact, digests, folders
 from cuantiza.core.store.artifact import Artifact
 from cuantiza.eval.measure.quality import Task, make_task, measure_quality

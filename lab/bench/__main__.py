@@ -8,9 +8,9 @@ import shutil
 from pathlib import Path
 
 from cuantiza.core.errors import UserError, run
+from cuantiza.core.machine.hardware import check_threads
 from cuantiza.core.machine.progress import report as say
 from cuantiza.core.machine.progress import track
-from cuantiza.core.machine.threads import check_threads
 from cuantiza.core.store import folders
 from lab.bench import rows
 from lab.bench.child import Failed

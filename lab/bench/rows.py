@@ -32,7 +32,7 @@ RECIPES = (
     "int4-weight",
     "int4-weight-ort",
 )
-# (row, recipe, options of Runtime): what each choice buys, one after the other.
+# (row, recipe, fields of Options): what each choice buys, one after the other.
 ABLATION: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("fp32 portable, all logits", "fp32", {"last_only": False, "chunk": None}),
     ("fp32 portable, last logits only", "fp32", {"chunk": None}),
@@ -58,7 +58,7 @@ class Row:
     """What is measured: an Engine (lab/bench/worker.py) of `module`, in the interpreter `python`, over files in `folder`.
 
     `kind` is a recipe of ours, or one of those that a peer's module knows; `cache_bytes` are those of an element of
-    keys and values; `options` are Runtime's.
+    keys and values; `options` are the fields of cuantiza.core.run.runtime.Options.
     """
 
     name: str

@@ -12,9 +12,8 @@ from pathlib import Path
 from cuantiza.core.errors import UserError, run
 from cuantiza.core.inputs.checkpoints import model_name
 from cuantiza.core.inputs.corpus import add_arguments, load_splits, source_of
-from cuantiza.core.machine.hardware import cpu_name
+from cuantiza.core.machine.hardware import cpu_name, default_threads
 from cuantiza.core.machine.progress import report
-from cuantiza.core.machine.threads import default_threads
 from cuantiza.core.store.folders import staging
 from lab.matrix.matrix import (
     FLOATS,

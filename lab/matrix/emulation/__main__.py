@@ -14,9 +14,9 @@ from cuantiza.core.errors import UserError, run
 from cuantiza.core.inputs.corpus import add_arguments, load_splits, source_of
 from cuantiza.core.inputs.model_config import max_positions, read_config, start_token
 from cuantiza.core.inputs.tokenizer import load_tokenizer
+from cuantiza.core.machine.hardware import default_threads
 from cuantiza.core.machine.progress import report as say
 from cuantiza.core.machine.progress import track
-from cuantiza.core.machine.threads import default_threads
 from cuantiza.core.run.exact_int8 import EXACT
 from cuantiza.core.store import artifact, folders
 from lab.matrix.emulation import qemu as emulation

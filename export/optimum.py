@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from onnxscript.version_converter import ConvertVersionPass
 from cuantiza.core import contract
 from cuantiza.core.errors import UserError
 from cuantiza.core.inputs.checkpoints import weight_files
+from cuantiza.core.machine import child
 from cuantiza.core.onnx import file as onnx_file
 from cuantiza.core.store import folders
 from cuantiza.export.weights import check_finite, read_weights
@@ -161,23 +161,20 @@ def _run(python: str, checkpoint: Path, prepared: Path, output: Path, opset: int
     """Run optimum's exporter on `prepared`. Raises UserError with the last thing it said where it fails."""
     # -I: neither this repository's packages nor the user's own can stand in for the environment's.
     command = [python, "-I", "-c", _EXPORT, str(prepared), str(output), str(opset)]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    done = subprocess.run(
-        command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace"
-    )
-    if "No module named 'optimum" in done.stderr:
+    environment = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    try:
+        child.run(command, environment=environment)
+        written = (output / "model.onnx").is_file()
+        failure = "" if written else "it wrote no model.onnx"
+    except child.Failed as error:
+        failure = str(error)
+    if "No module named 'optimum" in failure:
         raise UserError(
             f"OPTIMUM_PYTHON={python}: has no optimum-onnx; run `make optimum`, or name the interpreter that has it"
         )
-    if done.returncode < 0:
+    if failure:
         raise UserError(
-            f"{checkpoint}: optimum's exporter was killed by signal {-done.returncode}; 9 is most often a lack of memory"
-        )
-    if done.returncode or not (output / "model.onnx").is_file():
-        said = [line.strip() for line in (done.stdout + done.stderr).splitlines() if line.strip()]
-        reason = said[-1][:300] if said else f"status {done.returncode}"
-        raise UserError(
-            f"{checkpoint}: optimum's exporter failed ({reason}); check that the weights belong to the config.json"
+            f"{checkpoint}: optimum's exporter failed ({failure[:300]}); check that the weights belong to the config.json"
         )
 
 

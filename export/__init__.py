@@ -1,3 +1,5 @@
 """Checkpoint -> fp32 artifact."""
 
-import cuantiza.core.startup  # noqa: F401
+from cuantiza.core.errors import end_quietly_while_loading
+
+end_quietly_while_loading()

@@ -1,3 +1,5 @@
 """fp32 artifact x recipe -> quantized artifact."""
 
-import cuantiza.core.startup  # noqa: F401
+from cuantiza.core.errors import end_quietly_while_loading
+
+end_quietly_while_loading()

@@ -11,7 +11,7 @@ import numpy as np
 
 from cuantiza.core.errors import UserError
 from cuantiza.core.inputs.corpus import Split
-from cuantiza.core.store import artifact
+from cuantiza.core.store import artifact, folders
 from cuantiza.core.store.artifact import Artifact
 from cuantiza.eval.compare.budgets import Budgets
 from cuantiza.eval.compare.decide import (
@@ -40,10 +40,10 @@ class Measure:
 
 
 @contextmanager
-def held(*folders: Path) -> Iterator[None]:
-    """No other stage of ours writes into the folders meanwhile. Copies without our lock file have no such stage."""
+def held(*paths: Path) -> Iterator[None]:
+    """Keep other stages from writing into `paths` meanwhile. A copy without our lock file has no such stage."""
     with ExitStack() as stack:
-        for folder in {folder.resolve() for folder in folders}:
+        for folder in {path.resolve() for path in paths}:
             if (folder / folders.LOCK).is_file():
                 stack.enter_context(folders.locked(folder))
         yield

@@ -28,6 +28,7 @@ from cuantiza.core.machine import child
 from cuantiza.core.machine.hardware import machine, software
 from cuantiza.core.machine.process import isolated
 from cuantiza.core.machine.progress import report as say
+from cuantiza.core.machine.progress import working
 from cuantiza.core.onnx import file as onnx_file
 from cuantiza.core.store import artifact, digests, folders
 from cuantiza.core.store.artifact import Artifact
@@ -218,7 +219,8 @@ def _optimum(python: Path, fp32: Path, work: Path, kind: str, sentences: list[li
     # -I: neither this repository's packages nor the user's own can stand in for the environment's.
     command = [python, "-I", "-c", _OPTIMUM, fp32, work, kind, json.dumps(sentences)]
     try:
-        child.run(command, environment={"HF_HUB_OFFLINE": "1"})
+        with working(f"optimum   {kind} of {fp32.parent.name}"):
+            child.run(command, environment={"HF_HUB_OFFLINE": "1"})
     except child.Failed as error:
         raise UserError(f"optimum failed on {fp32.parent.name} ({str(error)[:200]})") from None
     if not (work / artifact.MODEL).is_file():

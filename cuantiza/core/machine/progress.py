@@ -33,6 +33,12 @@ class Work:
     bar: bool = False
     start: float = field(default_factory=time.monotonic)
 
+    def count(self, items: Iterable[T]) -> Iterator[T]:
+        """Yield `items`, and count each as done when the next one is asked for."""
+        for item in items:
+            yield item
+            self.done += 1
+
     def __str__(self) -> str:
         elapsed = time.monotonic() - self.start
         how_far = "" if self.total is None else f"{self.done} of {self.total}, "
@@ -65,9 +71,9 @@ def track(items: Iterable[T], label: str, total: int, every: float = EVERY_S) ->
                 TimeRemainingColumn(),
             )
             with Progress(*columns, console=_console, transient=True) as progress:
-                yield from progress.track(_counted(items, work), total=total, description=label)
+                yield from progress.track(work.count(items), total=total, description=label)
         else:
-            yield from _counted(items, work)
+            yield from work.count(items)
     report(f"{label}: {total} in {time.monotonic() - work.start:.1f} s")
 
 
@@ -75,7 +81,8 @@ def track(items: Iterable[T], label: str, total: int, every: float = EVERY_S) ->
 def working(label: str, total: int | None = None, every: float = EVERY_S) -> Iterator[Work]:
     """Show that the block is at work by a line after `every` seconds without one, and `done` of `total` if it counts.
 
-    The block sets `done` of the yielded Work itself. While a bar is on the terminal, nothing is printed.
+    The block counts by the yielded Work: with `count`, or by setting `done`. While a bar is on the terminal, nothing is
+    printed.
     """
     global _printed
     work = Work(label, total, every)
@@ -97,12 +104,6 @@ def report(line: str) -> None:
     global _printed
     _printed = time.monotonic()
     _console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-
-def _counted(items: Iterable[T], work: Work) -> Iterator[T]:
-    for item in items:
-        yield item
-        work.done += 1
 
 
 def _start_printer() -> None:

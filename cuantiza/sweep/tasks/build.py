@@ -15,6 +15,7 @@ import cuantiza
 from cuantiza.core.errors import UserError
 from cuantiza.core.inputs.checkpoints import Model
 from cuantiza.core.inputs.corpus import Source
+from cuantiza.core.machine import child
 from cuantiza.quantize.recipes.registry import Recipe
 from cuantiza.quantize.stage import quantize
 from cuantiza.sweep.tasks.made import Made
@@ -54,5 +55,5 @@ class Quantize:
 
     def run(self) -> Made:
         # A folder for each, and so a lock: recipes of one model are made on several machines at once.
-        quantize(self.parent, self.recipe, self.target, self.source, self.name)
+        quantize(self.parent, self.recipe, self.target, corpus=self.source, name=self.name)
         return Made.of(self.target)

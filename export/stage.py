@@ -54,19 +54,11 @@ def export(
 
 def _inputs(checkpoint: Path, exporter: str, opset: int) -> dict:
     """Collect everything that the bytes of the artifact depend on."""
-    roots = (
-        "cuantiza.export.gpt2",
-        "cuantiza.export.weights",
-        "cuantiza.export.gpt2_config",
-        "cuantiza.export.companions",
-        "cuantiza.export.parity",
-        "cuantiza.core.onnx.file",
-    )
     return {
         "checkpoint": checkpoint_digest(checkpoint),
         "exporter": exporter if exporter == "graph" else f"{exporter} {_optimum_environment()}",
         "opset": opset,
-        "code": digests.code_digest(*roots, *(["cuantiza.export.optimum"] if exporter == "optimum" else [])),
+        "code": digests.code_digest(__name__),
         "versions": digests.versions(*_LIBRARIES),
     }
 

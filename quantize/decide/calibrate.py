@@ -29,11 +29,13 @@ from cuantiza.core.machine.threads import default_threads
 from cuantiza.quantize.decide import smooth
 from cuantiza.quantize.decide.activation import ROW_ZERO_POINTS, Activation, PerRow, PerTensor, matmul_error
 from cuantiza.quantize.decide.blocks import Block, open_block, split
-from cuantiza.quantize.decide.decision import Plan, Site
-from cuantiza.quantize.decide.observations import RANGES, Histogram, Moments
-from cuantiza.quantize.decide.rounding import IntWeight, gptq, round_to_nearest, rounding_noise
-from cuantiza.quantize.recipes import Calibration
+from cuantiza.quantize.decide.decision import Decision, Plan
+from cuantiza.quantize.decide.gptq import gptq
+from cuantiza.quantize.decide.observations import Histogram, Moments
+from cuantiza.quantize.decide.ranges import RANGES
+from cuantiza.quantize.decide.rounding import IntWeight, round_to_nearest, rounding_noise
 from cuantiza.quantize.rewrite.find import Projection, find_tables
+from cuantiza.quantize.settings import Calibration
 
 # Shares of the full range for which the searches below estimate the error. The final range comes from the histogram.
 _SHARES = (1.0, 0.8, 0.6, 0.4, 0.2)
@@ -62,7 +64,7 @@ def calibration_windows(folder: Path, split: Split, calibration: Calibration) ->
 
 def calibrate(
     model: ir.Model, windows: np.ndarray, plan: Plan, work: Path, until: str | None = None
-) -> dict[str, Site]:
+) -> dict[str, Decision]:
     """Decide how to quantize every linear layer of `model`; return the decisions by layer name.
 
     `model` is smoothed in place, which does not change what it computes. `windows` are int64 [n, T]; `work` is a folder
@@ -74,11 +76,11 @@ def calibrate(
 
 def _calibrate(
     model: ir.Model, windows: np.ndarray, plan: Plan, work: Path, until: str | None, pool: ThreadPoolExecutor
-) -> dict[str, Site]:
+) -> dict[str, Decision]:
     tables = find_tables(model.graph)
     groups = smooth.find_groups(model.graph) if plan.alphas else {}
     before: list[np.ndarray | None] = [None] * len(windows)
-    sites: dict[str, Site] = {}
+    decisions: dict[str, Decision] = {}
     blocks = split(model.graph)
     for block in track(blocks, "calibrate", len(blocks)):
         with_gram = plan.rounding == "gptq" and any(p.weight not in tables for p in block.projections)
@@ -91,12 +93,12 @@ def _calibrate(
                 smooth.apply(model.graph, tensor.group, tensor.smoothing)
         histograms = _histograms(model, block, windows, before, tensors, work) if _is_static(plan) else {}
         inputs = [(projection, tensor) for tensor in tensors for projection in tensor.projections]
-        decided = pool.map(lambda pair: _site(*pair, histograms.get(pair[1].name), tables, plan, work), inputs)  # noqa: B023
-        sites |= {projection.name: site for (projection, _), site in zip(inputs, decided, strict=True)}
-        if until in sites:
+        decided = pool.map(lambda pair: _decide(*pair, histograms.get(pair[1].name), tables, plan, work), inputs)  # noqa: B023
+        decisions |= {projection.name: decision for (projection, _), decision in zip(inputs, decided, strict=True)}
+        if until in decisions:
             break
         before = after
-    return sites
+    return decisions
 
 
 @dataclass(frozen=True)
@@ -251,9 +253,9 @@ def _histograms(
     return histograms
 
 
-def _site(
+def _decide(
     projection: Projection, tensor: _Tensor, histogram: Histogram | None, tables: set[ir.Value], plan: Plan, work: Path
-) -> Site:
+) -> Decision:
     """Decide on one linear layer: choose the range of its input, and round its weight."""
     keep, activation = tensor.keep, None
     rows, output = tensor.moments.rows[:, keep], tensor.output(tensor.moments.rows)
@@ -276,7 +278,7 @@ def _site(
         account |= asdict(activation) | {"relative_error": error(activation)}
     if len(in_float):
         account |= {"float_channels": in_float.tolist(), "float_bytes": 4 * weight[in_float].size}
-    return Site(rounded, activation, in_float, np.ascontiguousarray(weight[in_float]), account, histogram)
+    return Decision(rounded, activation, in_float, np.ascontiguousarray(weight[in_float]), account, histogram)
 
 
 def _on_disk(array: np.ndarray, folder: Path) -> np.ndarray:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
+import onnx_ir as ir
 
 from cuantiza.quantize.decide.activation import Activation
 from cuantiza.quantize.decide.observations import Histogram
 from cuantiza.quantize.decide.rounding import Grid, IntWeight
+
+if TYPE_CHECKING:
+    from cuantiza.quantize.rewrite.find import Embedding, Projection
 
 
 @dataclass(frozen=True)
@@ -29,7 +35,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Site:
+class Decision:
     """The decision on one linear layer x [.., K] · W [K, N].
 
     `float_channels` int64 [k] are the input channels that stay in floating point, and `float_rows` float32 [k, N] their
@@ -44,3 +50,7 @@ class Site:
     float_rows: np.ndarray
     account: dict = field(default_factory=dict)
     histogram: Histogram | None = None
+
+
+# A pass that writes decisions, by the names of the linear layers, into a graph, and returns what it quantized.
+Rewrite = Callable[[ir.Model, dict[str, Decision]], "tuple[list[Projection], list[Embedding]]"]

@@ -14,35 +14,35 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from cuantiza.quantize.decide.decision import Site
-from cuantiza.quantize.recipes import Target
+from cuantiza.quantize.decide.decision import Decision
 from cuantiza.quantize.rewrite.edit import clean, constant, replace_node
 from cuantiza.quantize.rewrite.find import Embedding, Projection
 from cuantiza.quantize.rewrite.fuse_attention import ORT
 from cuantiza.quantize.rewrite.shared_weights import prepare_int8
+from cuantiza.quantize.settings import Target
 
 # The largest magnitude of a row is clipped to the range in which fp16 has all of its 11 bits of precision.
 LARGEST_MIN, LARGEST_MAX = np.float32(np.finfo(np.float16).tiny), np.float32(np.finfo(np.float16).max)
 
 
 def quantize_dynamic(
-    model: ir.Model, sites: dict[str, Site], target: Target = "portable"
+    model: ir.Model, decisions: dict[str, Decision], target: Target = "portable"
 ) -> tuple[list[Projection], list[Embedding]]:
     """Quantize `model` in place; return the linear layers and embeddings that were quantized.
 
-    `sites` maps the names of linear layers to decisions with `PerRow` activations. A linear layer without a decision
-    stays in floating point, and so does an embedding that shares its matrix. The target `portable` uses standard
-    operators. The target `ort` computes the same integers in fewer passes, with MatMulIntegerToFloat (ONNX Runtime's
-    docs/ContribOperators.md).
+    `decisions` maps the names of linear layers to decisions with `PerRow` activations. A linear layer without a
+    decision stays in floating point, and so does an embedding that shares its matrix. The target `portable` uses
+    standard operators. The target `ort` computes the same integers in fewer passes, with MatMulIntegerToFloat (ONNX
+    Runtime's docs/ContribOperators.md).
     """
     graph = model.graph
-    weights, projections, embeddings = prepare_int8(graph, sites)
+    weights, projections, embeddings = prepare_int8(graph, decisions)
     row_zero_points = _RowZeroPoints(graph)
     one = constant(graph, "scale_one", np.float32(1))
     for projection in projections:
         tape = ir.tape.Tape()
         x = projection.node.inputs[0]  # not projection.x, which an earlier rewrite may have replaced
-        zero = sites[projection.name].activation.zero_point
+        zero = decisions[projection.name].activation.zero_point
         zero_point = constant(graph, f"zero_point_{zero}", np.uint8(zero))
         row_scale = _row_scale(graph, tape, x, zero)
         weight, weight_scale = weights.get_columns(tape, projection)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from cuantiza.quantize.decide.decision import Site
+from cuantiza.quantize.decide.decision import Decision
 from cuantiza.quantize.decide.rounding import Grid, IntWeight, round_to_nearest
 from cuantiza.quantize.rewrite.edit import constant, lazy_constant, replace_node
 from cuantiza.quantize.rewrite.find import Embedding, Projection, find_embeddings, find_projections
@@ -56,19 +56,19 @@ class Weights:
         return weight, scale
 
 
-def prepare_int8(graph: ir.Graph, sites: dict[str, Site]) -> tuple[Weights, list[Projection], list[Embedding]]:
+def prepare_int8(graph: ir.Graph, decisions: dict[str, Decision]) -> tuple[Weights, list[Projection], list[Embedding]]:
     """Rewrite the embeddings to int8, and return all that a rewrite of the linear layers needs.
 
-    The result is (the int8 weights, with the integers that `sites` decided; the linear layers that `sites` names; the
+    The result is (the int8 weights, with the integers of `decisions`; the linear layers that `decisions` names; the
     embeddings that were rewritten).
     """
     weights = Weights(graph)
     everything = find_projections(graph)
-    projections = [projection for projection in everything if projection.name in sites]
+    projections = [projection for projection in everything if projection.name in decisions]
     for projection in projections:
-        if sites[projection.name].weight is not None:
-            weights.put(projection, sites[projection.name].weight)
-    kept = {projection.weight for projection in everything if projection.name not in sites}
+        if decisions[projection.name].weight is not None:
+            weights.put(projection, decisions[projection.name].weight)
+    kept = {projection.weight for projection in everything if projection.name not in decisions}
     return weights, projections, _quantize_embeddings(graph, weights, kept)
 
 

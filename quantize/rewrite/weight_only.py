@@ -34,12 +34,12 @@ import numpy as np
 import onnx_ir as ir
 
 from cuantiza.core.errors import UserError
-from cuantiza.quantize.decide.decision import Site
+from cuantiza.quantize.decide.decision import Decision
 from cuantiza.quantize.decide.rounding import Grid, IntWeight, round_to_nearest
-from cuantiza.quantize.recipes import Target
 from cuantiza.quantize.rewrite.edit import clean, constant, lazy_constant, replace_node
 from cuantiza.quantize.rewrite.find import Embedding, Projection, find_embeddings, find_projections, find_tables
 from cuantiza.quantize.rewrite.fuse_attention import ORT
+from cuantiza.quantize.settings import Target
 
 # The accuracy_level that lets MatMulNBits quantize activations to int8, with a scale per block: its fast path.
 _INT8_COMPUTE = 4
@@ -70,15 +70,17 @@ class _Stored:
         return self.weight.q.shape[1]
 
 
-def choose_weights(model: ir.Model, sites: dict[str, Site], tables: Grid) -> dict[str, IntWeight]:
+def choose_weights(model: ir.Model, decisions: dict[str, Decision], tables: Grid) -> dict[str, IntWeight]:
     """Collect the integer weights for `quantize_weights`, by the names of their initializers.
 
-    Linear layers have the weights that `sites` decided. The matrices of the embeddings and the head are rounded to
-    nearest here, on the grid `tables`. A matrix that a linear layer outside `sites` reads is left out.
+    Linear layers have the weights of `decisions`. The matrices of the embeddings and the head are rounded to
+    nearest here, on the grid `tables`. A matrix that a linear layer outside `decisions` reads is left out.
     """
     projections = find_projections(model.graph)
-    weights = {p.weight.name: sites[p.name].weight for p in projections if p.name in sites and sites[p.name].weight}
-    floating = {p.weight for p in projections if p.name not in sites}
+    weights = {
+        p.weight.name: decisions[p.name].weight for p in projections if p.name in decisions and decisions[p.name].weight
+    }
+    floating = {p.weight for p in projections if p.name not in decisions}
     for table in find_tables(model.graph) - floating:
         rows = next(
             (p.channel_axis == 0 for p in projections if p.weight is table), True

@@ -18,23 +18,16 @@ from cuantiza.core.run.runtime import Runtime
 from cuantiza.export.gpt2 import build
 from cuantiza.export.gpt2_config import parse_config
 from cuantiza.export.weights import read_weights
-from cuantiza.quantize.apply import decide
 from cuantiza.quantize.decide.activation import ROW_ZERO_POINTS, PerRow, PerTensor, matmul_error
 from cuantiza.quantize.decide.blocks import open_block, split
 from cuantiza.quantize.decide.calibrate import calibration_windows
-from cuantiza.quantize.decide.observations import (
-    BINS,
-    RANGES,
-    SAMPLE_EVERY,
-    Histogram,
-    Moments,
-    least_error,
-    min_max,
-    percentile,
-)
-from cuantiza.quantize.recipes import Calibration, StaticInt8
+from cuantiza.quantize.decide.observations import BINS, SAMPLE_EVERY, Histogram, Moments
+from cuantiza.quantize.decide.ranges import RANGES, least_error, min_max, percentile
+from cuantiza.quantize.layers import decide
+from cuantiza.quantize.recipes.registry import StaticInt8
 from cuantiza.quantize.rewrite.find import find_projections
 from cuantiza.quantize.rewrite.static import quantize_static
+from cuantiza.quantize.settings import Calibration
 from lab.checkpoints.hard import make
 
 from helpers import CORPUS, ES_MINI
@@ -356,7 +349,7 @@ def test_min_max_holds_what_the_calibration_showed(windows, tmp_path):
     x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5) * get("h.0.ln_1.weight") + get(
         "h.0.ln_1.bias"
     )
-    sites = decide(model, windows, StaticInt8("nearest", (), "min-max", 0, LITTLE), tmp_path)
+    sites = decide(model, windows, StaticInt8("nearest", (), "min-max", 0, LITTLE).plan(), tmp_path)
     account = sites["h.0.attn.c_attn"].account
     assert account["low"] == pytest.approx(x.min(), rel=1e-4) and account["high"] == pytest.approx(x.max(), rel=1e-4)
     assert len(sites) == 25 and not any(len(site.float_channels) for site in sites.values())
@@ -380,7 +373,7 @@ def test_the_neuron_of_a_massive_activation_stays_in_float(sink, windows, splits
     exact, losses = logits(graph_of(folder)), {}
     for limit in (0, 16):
         model = graph_of(folder)
-        sites = decide(model, windows, StaticInt8("nearest", float_channels=limit, calibration=LITTLE), tmp_path)
+        sites = decide(model, windows, StaticInt8("nearest", float_channels=limit, calibration=LITTLE).plan(), tmp_path)
         taken = {name: site.float_channels.tolist() for name, site in sites.items() if len(site.float_channels)}
         quantize_static(model, sites)
         pairs = zip(exact, logits(model), text, strict=True)

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import math
 import shutil
-from argparse import Namespace
 from xml.etree import ElementTree
 
 import numpy as np
@@ -12,17 +11,19 @@ import pytest
 
 from cuantiza.core.errors import UserError
 from cuantiza.core.store.artifact import open_artifact
-from cuantiza.quantize.__main__ import with_budget
-from cuantiza.quantize.decide.observations import RANGES, Histogram
-from cuantiza.quantize.inspect import commands, plots
-from cuantiza.quantize.recipes import RECIPES, StaticInt8, get_recipe, to_json
+from cuantiza.quantize.decide.observations import Histogram
+from cuantiza.quantize.decide.ranges import RANGES
+from cuantiza.quantize.inspect import commands, costs, plots, tables
+from cuantiza.quantize.recipes.registry import PORTABLE, RECIPES, StaticInt8, get_recipe, to_json
+from cuantiza.quantize.stage import with_budget
 
-from helpers import assert_user_error, stage
+from helpers import ROOT, assert_user_error, stage
 
 PROJECTIONS = [f"h.{n}.{part}" for n in range(6) for part in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")]
 PROJECTIONS.append("lm_head")
 # With eight short windows and no GPTQ, a recipe takes seconds instead of a minute.
 QUICK = {"rounding": "nearest", "calibration": {"windows": 8, "tokens": 128}}
+ACCURACY = ROOT / "docs/accuracy.json"
 SVG = "{http://www.w3.org/2000/svg}"
 
 
@@ -64,12 +65,12 @@ def svg_texts(path):
 def test_every_recipe_has_its_line():
     lines = rows(stage("quantize", "recipes"))
     assert [line[0] for line in lines] == list(RECIPES)
-    assert [line[1] for line in lines] == [commands.describe(recipe) for recipe in RECIPES.values()]
+    assert [line[1] for line in lines] == [recipe.describe() for recipe in RECIPES.values()]
     assert len({line[1] for line in lines}) == len(RECIPES)
 
 
 def test_costs_stand_beside_the_recipes_where_they_were_measured(tmp_path):
-    assert commands.read_accuracy(tmp_path / "missing.json") == []
+    assert costs.read_costs(tmp_path / "missing.json") == []
     rise = {"es-mini": 0.00204, "twin": 0.01}
     models = [
         {
@@ -78,9 +79,9 @@ def test_costs_stand_beside_the_recipes_where_they_were_measured(tmp_path):
         }
         for model, nats in rise.items()
     ]
-    path = tmp_path / "accuracy.json"
-    path.write_text(json.dumps({"schema": "cuantiza/accuracy/1", "models": models}))
-    table = commands.recipe_table(commands.read_accuracy(path))
+    path = tmp_path / "costs.json"
+    path.write_text(json.dumps({"schema": "cuantiza/costs/1", "models": models}))
+    table = costs.recipe_table(costs.read_costs(path))
     columns = {column.header: list(column.cells)[list(RECIPES).index("int8-static")] for column in table.columns[2:]}
     assert columns == {
         "\n× fp32": "0.263",
@@ -88,15 +89,33 @@ def test_costs_stand_beside_the_recipes_where_they_were_measured(tmp_path):
         "twin\nΔ ln ppl, top": "0.0100, 94.6 %",
     }
     assert set(list(table.columns[2].cells)[3:]) == {""}  # not measured
-    for broken in ("{", "[]", '{"schema": "cuantiza/accuracy/2"}', json.dumps({"schema": "cuantiza/accuracy/1"})):
+    for broken in ("{", "[]", '{"schema": "cuantiza/costs/2"}', json.dumps({"schema": "cuantiza/costs/1"})):
         path.write_text(broken)
-        with pytest.raises(UserError, match=r"accuracy\.json: is broken .* python -m lab\.accuracy"):
-            commands.read_accuracy(path)
+        with pytest.raises(UserError, match=r"costs\.json: is broken .* lab\.accuracy"):
+            costs.read_costs(path)
+
+
+def test_the_costs_are_those_of_the_accuracy_page():
+    """Every recipe that the page measured, on every model with the project's own text."""
+    accuracy = json.loads(ACCURACY.read_text(encoding="utf-8"))
+    assert json.loads(costs.COSTS.read_text(encoding="utf-8")) == costs.costs_of(accuracy), "run `make accuracy`"
+    models = costs.read_costs()
+    assert [model["model"] for model in models][:2] == ["es-mini", "es-mini-twin"]
+    for model in models:
+        names = {row["name"] for row in model["artifacts"]}
+        assert {*PORTABLE, "ort-dynamic"} <= names <= RECIPES.keys()
+
+
+def test_names_alone():
+    assert stage("quantize", "recipes", "--names").stdout.split() == list(RECIPES)
+    portable = stage("quantize", "recipes", "--names", "--portable").stdout.split()
+    assert portable == list(PORTABLE) and {f"{name}-ort" for name in portable} < RECIPES.keys()
+    assert_user_error(stage("quantize", "recipes", "--portable"), "--portable", "--names")
 
 
 def test_a_printed_recipe_is_a_recipe(tmp_path, capsys):
     for name, recipe in RECIPES.items():
-        commands.print_recipes(Namespace(json=name))
+        commands.recipes(["--json", name])
         (tmp_path / "mine.json").write_text(capsys.readouterr().out)
         assert get_recipe(str(tmp_path / "mine.json")) == ("mine", recipe)
     assert json.loads(stage("quantize", "recipes", "--json", "fp16").stdout) == to_json(RECIPES["fp16"])
@@ -116,14 +135,14 @@ def test_projections_are_ranked_by_what_each_costs(output, quick, tmp_path):
         rise, stderr = map(float, line[3].split(" ± "))
         assert abs(rise) < 0.05 and 0 <= stderr < 0.05
     # Every line includes the quantized embeddings. Errors of single layers are nearly independent, so they add up.
-    assert (nothing[0], together[0]) == ("no projection", "all together")
+    assert (nothing[0], together[0]) == ("no linear layer", "all together")
     shared = float(nothing[1])
     assert shared < divergence[-1] and divergence[0] < float(together[1])
     assert float(together[1]) == pytest.approx(sum(value - shared for value in divergence) + shared, rel=0.5)
     assert "4 calibration windows of 128 tokens" in result.stdout
 
     texts = svg_texts(path)
-    assert set(PROJECTIONS) < set(texts) and "es-mini, quick: each projection quantized alone" in texts
+    assert set(PROJECTIONS) < set(texts) and "es-mini, quick: each linear layer quantized alone" in texts
     assert any("nats per token" in text for text in texts)
     assert [item.name for item in tmp_path.iterdir()] == ["chart.svg"]
 
@@ -170,13 +189,13 @@ def test_a_figure_is_of_the_kind_that_its_name_says(known, tmp_path, suffix, sta
     account = {"float_channels": [3, 5]}
     first, second = (tmp_path / f"{name}{suffix}" for name in ("first", "second"))
     for path in (first, second, second):  # an existing file is replaced
-        plots.plot_histogram(known, commands.ranges_of(known), "mse", account, "known", path)
+        plots.plot_histogram(known, tables.ranges_of(known), "mse", account, "known", path)
     assert first.read_bytes().startswith(start) and first.read_bytes() == second.read_bytes()
     assert sorted(tmp_path.iterdir()) == [first, second]
 
 
 def test_shares_that_a_range_clips(known):
-    found = commands.ranges_of(known)
+    found = tables.ranges_of(known)
     assert list(found) == list(RANGES)
     assert (found["min-max"].low, found["min-max"].high, found["min-max"].clipped) == (-8, 8, 0)
     assert found["min-max"].step == pytest.approx(16 / 255) and found["min-max"].zero_point in (127, 128)
@@ -197,7 +216,7 @@ def test_shares_that_a_range_clips(known):
         (("sensitivity", "--plot", "chart"), ("--plot chart", ".svg, .png, .pdf")),
         (("histogram", "--tensor", "lm_head", "--recipe", "int8-dynamic"), ("int8-dynamic", "no fixed ranges")),
         (("histogram", "--tensor", "lm_head", "--recipe", "ort-static"), ("ort-static", "no fixed ranges")),
-        (("histogram", "--tensor", "h.1.mlp.cproj"), ("h.1.mlp.cproj", "25 projections", "h.1.mlp.c_proj")),
+        (("histogram", "--tensor", "h.1.mlp.cproj"), ("h.1.mlp.cproj", "25 linear layers", "h.1.mlp.c_proj")),
         (("histogram", "--tensor", "lm_head", "--plot", "nowhere/figure.svg"), ("nowhere", "no folder")),
         (("histogram", "--tensor", "lm_head", "--model", "other"), ("fp32", "make export")),
     ],
@@ -210,7 +229,7 @@ def test_what_cannot_be_shown(output, command, fragments):
 
 def test_options_in_front_of_a_command_are_not_lost(output):
     result = stage("quantize", "--output", output, "sensitivity")
-    assert_user_error(result, "--output", "behind")
+    assert_user_error(result, "--output", "after")
 
 
 def test_help_names_the_commands():

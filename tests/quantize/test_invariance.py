@@ -33,8 +33,8 @@ from cuantiza.core.inputs.corpus import Source, full_windows, load_splits, strea
 from cuantiza.core.inputs.tokenizer import encode, load_tokenizer
 from cuantiza.core.run.divergence import compare
 from cuantiza.core.run.runtime import Runtime
-from cuantiza.quantize.apply import apply
-from cuantiza.quantize.recipes import RECIPES, Calibration, WeightOnly
+from cuantiza.quantize.recipes.registry import RECIPES, WeightOnly
+from cuantiza.quantize.settings import Calibration
 
 from helpers import CORPUS, stage
 
@@ -67,7 +67,7 @@ def runtimes(es_mini_fp32, tmp_path_factory):
         recipe, paths[name] = RECIPES[name], tmp_path_factory.mktemp(name)
         if isinstance(recipe, WeightOnly):  # only the form of the graph matters here
             recipe = replace(recipe, rounding="nearest", calibration=Calibration(8, 32))
-        apply(recipe, es_mini_fp32.path, paths[name], split)
+        recipe.make(es_mini_fp32.path, paths[name], split)
     return {name: Runtime(path / "model.onnx", 2) for name, path in paths.items()}
 
 

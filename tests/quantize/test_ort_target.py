@@ -14,9 +14,9 @@ from cuantiza.core.inputs.corpus import Source, full_windows, load_splits, strea
 from cuantiza.core.inputs.tokenizer import encode, load_tokenizer
 from cuantiza.core.onnx import file as onnx_file
 from cuantiza.core.run.runtime import KEEP, Runtime
-from cuantiza.quantize.apply import apply
-from cuantiza.quantize.recipes import RECIPES, Calibration, Float, Half
+from cuantiza.quantize.recipes.registry import RECIPES, Float, Half
 from cuantiza.quantize.rewrite.fuse_attention import check_attention
+from cuantiza.quantize.settings import Calibration
 from lab.bench.profile import profile
 
 from helpers import CORPUS
@@ -56,7 +56,7 @@ def folders(es_mini_fp32, tmp_path_factory):
             if not isinstance(recipe, Float | Half):
                 recipe = replace(recipe, rounding="nearest", calibration=Calibration(8, 32))
             made[name + target] = tmp_path_factory.mktemp(name + target)
-            apply(recipe, es_mini_fp32.path, made[name + target], split)
+            recipe.make(es_mini_fp32.path, made[name + target], split)
     return made
 
 

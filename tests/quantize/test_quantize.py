@@ -15,12 +15,12 @@ from cuantiza.core.run.exact_int8 import EXACT, exact_products
 from cuantiza.core.run.runtime import Runtime, window_feeds
 from cuantiza.core.store.artifact import open_artifact
 from cuantiza.quantize.decide.activation import ROW_ZERO_POINTS, PerRow, PerTensor
-from cuantiza.quantize.decide.decision import Site
+from cuantiza.quantize.decide.decision import Decision
 from cuantiza.quantize.decide.rounding import Grid, IntWeight, round_to_nearest
-from cuantiza.quantize.recipes import ALPHAS, Calibration
 from cuantiza.quantize.rewrite.dynamic import quantize_dynamic
 from cuantiza.quantize.rewrite.find import find_projections
 from cuantiza.quantize.rewrite.static import quantize_static
+from cuantiza.quantize.settings import ALPHAS, Calibration
 
 from helpers import CORPUS, assert_user_error, stage
 
@@ -199,7 +199,7 @@ def site(weight, activation, taken=()):
     taken = np.array(taken, np.int64)
     kept = weight.copy()
     kept[taken] = 0
-    return Site(round_to_nearest(kept, Grid(8), np.ones(1)), activation, taken, weight[taken])
+    return Decision(round_to_nearest(kept, Grid(8), np.ones(1)), activation, taken, weight[taken])
 
 
 def run(recipe, nodes, constants, source, product, inputs, folder):
@@ -259,7 +259,7 @@ def test_an_embedding_is_quantized_if_and_only_if_the_head_that_shares_its_matri
     head = ir.node("MatMul", [gather.outputs[0], transpose.outputs[0]], outputs=[logits], name="lm_head")
     model = model_of([gather, transpose, head], [shared], ids, logits)
     activation = PerRow() if recipe == "int8-dynamic" else PerTensor(-3, 3)
-    decision = Site(None, activation, np.empty(0, np.int64), np.empty((0, 20), np.float32))
+    decision = Decision(None, activation, np.empty(0, np.int64), np.empty((0, 20), np.float32))
     _, embeddings = REWRITES[recipe](model, {"lm_head": decision} if quantized else {})
     assert [embedding.name for embedding in embeddings] == (["wte"] if quantized else [])
     tables = {name for name, value in model.graph.initializers.items() if len(value.shape) == 2}
@@ -295,7 +295,7 @@ def test_rows_come_back_as_calibration_expects(zero_point, tmp_path):
     model = model_of([ir.node("MatMul", [source, constant], outputs=[product], name="p")], [constant], source, product)
     eye = IntWeight(np.eye(64, dtype=np.int8), np.ones((1, 64), np.float32), np.zeros((1, 64), np.int8), Grid(8))
     activation = PerRow(zero_point)
-    quantize_dynamic(model, {"p": Site(eye, activation, np.empty(0, np.int64), np.empty((0, 64), np.float32))})
+    quantize_dynamic(model, {"p": Decision(eye, activation, np.empty(0, np.int64), np.empty((0, 64), np.float32))})
     y, expected = evaluate(model, x, tmp_path), activation.restore(x)
     step = np.maximum(x.max(axis=1) / (255 - zero_point), -x.min(axis=1) / min(zero_point, 127))[:, None]
     assert (np.abs(y - x) <= step / 2 + np.abs(x) * 2.0**-11 + 1e-9).all()

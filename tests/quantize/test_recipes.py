@@ -10,9 +10,8 @@ import pytest
 from cuantiza.core.errors import UserError
 from cuantiza.core.store.artifact import open_artifact
 from cuantiza.quantize.__main__ import main
-from cuantiza.quantize.recipes import (
+from cuantiza.quantize.recipes.registry import (
     RECIPES,
-    Calibration,
     DynamicInt8,
     Half,
     MixedStaticInt8,
@@ -22,6 +21,7 @@ from cuantiza.quantize.recipes import (
     get_recipe,
     to_json,
 )
+from cuantiza.quantize.settings import Calibration
 
 from helpers import assert_nothing_published, assert_user_error, stage
 

@@ -15,9 +15,10 @@ from cuantiza.core.onnx import file as onnx_file
 from cuantiza.quantize.decide import rounding
 from cuantiza.quantize.decide.blocks import Block, open_block
 from cuantiza.quantize.decide.calibrate import calibration_windows
-from cuantiza.quantize.decide.rounding import DAMPING, NORM, Grid, choose_scale, gptq, round_to_nearest, rounding_noise
-from cuantiza.quantize.recipes import Calibration
+from cuantiza.quantize.decide.gptq import DAMPING, gptq
+from cuantiza.quantize.decide.rounding import NORM, Grid, choose_scale, round_to_nearest, rounding_noise
 from cuantiza.quantize.rewrite.find import find_projections
+from cuantiza.quantize.settings import Calibration
 
 from helpers import CORPUS
 

@@ -14,13 +14,14 @@ from cuantiza.core.run.runtime import Runtime
 from cuantiza.export.gpt2 import build
 from cuantiza.export.gpt2_config import parse_config
 from cuantiza.export.weights import read_weights
-from cuantiza.quantize.apply import decide, rewrite_of
 from cuantiza.quantize.decide import smooth
 from cuantiza.quantize.decide.blocks import Block, open_block
 from cuantiza.quantize.decide.calibrate import calibration_windows
 from cuantiza.quantize.decide.rounding import Grid, round_to_nearest
-from cuantiza.quantize.recipes import RECIPES, Calibration, DynamicInt8, StaticInt8, WeightOnly
+from cuantiza.quantize.layers import decide
+from cuantiza.quantize.recipes.registry import RECIPES, DynamicInt8, StaticInt8, WeightOnly
 from cuantiza.quantize.rewrite.find import find_projections
+from cuantiza.quantize.settings import Calibration
 from lab.checkpoints.hard import make
 
 from helpers import CORPUS, ES_MINI, copy_tokenizer, tiny_gpt2
@@ -73,7 +74,7 @@ def calibrated(folders, windows, tmp_path_factory):
     def get(name, recipe):
         if (name, recipe) not in done:
             model = graph_of(folders[name])
-            sites = decide(model, windows[0], recipe, tmp_path_factory.mktemp("work"))
+            sites = decide(model, windows[0], recipe.plan(), tmp_path_factory.mktemp("work"))
             done[name, recipe] = model, sites
         return done[name, recipe]
 
@@ -126,7 +127,7 @@ def divergence(name, recipe, calibrated, exact, windows, folder):
     """Compute the mean KL(fp32 ‖ quantized) over the test windows, in nats per token."""
     model, sites = calibrated(name, recipe)
     copy = model.clone()
-    rewrite_of(recipe)(copy, sites)
+    recipe.rewrite()(copy, sites)
     found = runtime_of(copy, folder).forward(windows[1])
     parts = zip(exact[name][1], found, windows[1], strict=True)
     return float(np.mean([compare(p[:-1], [q[:-1]], ids[1:])[1][1].mean() for p, q, ids in parts]))
@@ -149,7 +150,7 @@ def test_gptq_rounds_the_smoothed_weights_for_the_smoothed_inputs(twin, windows,
     """On the inputs of the smoothed graph, GPTQ's matmul error is well below that of rounding to nearest."""
     model, last = graph_of(twin[0]), "h.0.mlp.c_fc"
     recipe = replace(SMOOTHED["int8-static"], rounding="gptq")
-    sites = decide(model, windows[0], recipe, tmp_path, until=last)
+    sites = decide(model, windows[0], recipe.plan(), tmp_path, until=last)
     projections = {projection.name: projection for projection in find_projections(model.graph)}
     names = ["h.0.attn.c_attn", "h.0.attn.c_proj", last]
     run = open_block(model, Block(None, None, ()), [projections[name].x.name for name in names], tmp_path)
@@ -236,13 +237,13 @@ def test_zeros_and_a_massive_activation_stay_finite(name, small_sink, tmp_path):
     assert not weight[:, account.marker].any()
     windows = calibration_windows(folder, load_splits(Source(str(CORPUS)))[0], LITTLE)
     wanted = runtime_of(model, tmp_path).forward(windows[:2])
-    sites = decide(model, windows, recipe, tmp_path)
+    sites = decide(model, windows, recipe.plan(), tmp_path)
     numbers = [value for site in sites.values() for value in site.account.values() if isinstance(value, float)]
     assert all(map(math.isfinite, numbers))
     assert isinstance(recipe, WeightOnly) or numbers
     if not isinstance(recipe, WeightOnly) or recipe.symmetric:
         assert not sites["h.0.attn.c_proj"].weight.dequantize()[:, account.marker].any()
-    rewrite_of(recipe)(model, sites)
+    recipe.rewrite()(model, sites)
     found = runtime_of(model, tmp_path).forward(windows[:2])
     assert np.isfinite(found).all()
     error = np.sqrt(((found - wanted) ** 2).mean() / wanted.var())

@@ -97,9 +97,9 @@ class _Call:
         self.run = function
 
 
-def isolated(function: Callable, *args: Any) -> Any:
-    """`function(*args)`, run in a process that ends with it. Raises UserError as `Remote` does."""
-    with Remote(_Call, function, label=function.__name__) as remote:
+def isolated(function: Callable, *args: Any, label: str | None = None) -> Any:
+    """`function(*args)`, run in a process that ends with it. Raises UserError as `Remote` does; `label` names it there."""
+    with Remote(_Call, function, label=label or function.__name__) as remote:
         return remote.call("run", *args)
 
 

@@ -350,7 +350,7 @@ def test_min_max_holds_what_the_calibration_showed(windows, tmp_path):
         "h.0.ln_1.bias"
     )
     decisions = decide(model, windows, StaticInt8("nearest", (), "min-max", 0, LITTLE).plan(), tmp_path)
-    account = decisions["h.0.attn.c_attn"].account
+    account = decisions["h.0.attn.c_attn"].details
     assert account["low"] == pytest.approx(x.min(), rel=1e-4) and account["high"] == pytest.approx(x.max(), rel=1e-4)
     assert len(decisions) == 25 and not any(len(decision.float_channels) for decision in decisions.values())
 
@@ -391,7 +391,7 @@ def test_the_neuron_of_a_massive_activation_stays_in_float(sink, windows, splits
     assert account.massive in taken[f"h.{account.layer + 1}.attn.c_attn"]
     assert all(len(channels) <= 16 for channels in taken.values()) and "lm_head" not in taken
     decision = decisions[f"{block}.c_proj"]
-    assert decision.account["float_channels"] == taken[f"{block}.c_proj"]
+    assert decision.details["float_channels"] == taken[f"{block}.c_proj"]
     assert decision.activation.high < 30  # the massive activation is 60
     row = decision.float_rows[taken[f"{block}.c_proj"].index(account.neuron)]
     assert (row == read_weights(folder)[f"{block}.c_proj.weight"].read()[account.neuron]).all() and row.any()

@@ -110,7 +110,7 @@ def test_a_smoothed_model_is_the_same_function(name, recipe, calibrated, exact, 
     assert np.abs(cached - whole).max() < 1e-4 * np.abs(whole).max()
     assert np.abs(cached - wanted[:2, :60]).max() < 1e-4 * np.abs(whole).max()
     # The model did change: the inputs of all linear layers may be smoothed, even that of the head, except after GELU.
-    alphas = {layer: account.account["alpha"] for layer, account in decisions.items()}
+    alphas = {layer: decision.details["alpha"] for layer, decision in decisions.items()}
     assert all(alpha is None for layer, alpha in alphas.items() if layer.endswith("mlp.c_proj"))
     assert sum(alpha is not None for alpha in alphas.values()) > (2 if recipe == "int4-weight" else 10)
     change = [
@@ -156,7 +156,7 @@ def test_gptq_rounds_the_smoothed_weights_for_the_smoothed_inputs(twin, windows,
     run = open_block(model, Block(None, None, ()), [projections[name].x.name for name in names], tmp_path)
     for name, *rows in zip(names, *(run(window, None) for window in windows[0]), strict=True):
         x, weight = np.concatenate(rows, axis=1)[0], projections[name].matrix
-        assert decisions[name].account["alpha"] is not None
+        assert decisions[name].details["alpha"] is not None
         found, nearest = (
             np.linalg.norm(x @ (rounded.dequantize() - weight))
             for rounded in (decisions[name].weight, round_to_nearest(weight, Grid(8)))
@@ -191,7 +191,7 @@ def test_ranges_shrink(calibrated):
     for name in ("es-mini", "twin"):
         for key, recipes in (("smoothed", SMOOTHED), ("plain", PLAIN)):
             decisions = calibrated(name, recipes["int8-static"])[1]
-            ranges[name, key] = {layer: decision.account for layer, decision in decisions.items()}
+            ranges[name, key] = {layer: decision.details for layer, decision in decisions.items()}
     for layer, account in ranges["es-mini", "smoothed"].items():
         error = ranges["twin", "smoothed"][layer]["relative_error"]
         assert error == pytest.approx(account["relative_error"], rel=0.3), layer
@@ -238,7 +238,7 @@ def test_zeros_and_a_massive_activation_stay_finite(name, small_sink, tmp_path):
     windows = calibration_windows(folder, load_splits(Source(str(CORPUS)))[0], LITTLE)
     wanted = runtime_of(model, tmp_path).forward(windows[:2])
     decisions = decide(model, windows, recipe.plan(), tmp_path)
-    numbers = [value for layer in decisions.values() for value in layer.account.values() if isinstance(value, float)]
+    numbers = [value for layer in decisions.values() for value in layer.details.values() if isinstance(value, float)]
     assert all(map(math.isfinite, numbers))
     assert isinstance(recipe, WeightOnly) or numbers
     if not isinstance(recipe, WeightOnly) or recipe.symmetric:

@@ -6,14 +6,13 @@ Both runtimes have the methods forward, cache and step (cuantiza/core/run/runtim
 from __future__ import annotations
 
 import copy
-import resource
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from cuantiza.core.machine.hardware import peak_rss_bytes
 from cuantiza.core.run.runtime import Runtime
 from cuantiza.core.run.sampling import Sampling, generate
 from cuantiza.eval.measure.subject import Subject

@@ -24,8 +24,8 @@ from cuantiza.core.errors import UserError
 from cuantiza.core.inputs.corpus import Split, full_windows, stream
 from cuantiza.core.inputs.model_config import max_positions, read_config, start_token
 from cuantiza.core.inputs.tokenizer import encode, load_tokenizer
+from cuantiza.core.machine.hardware import default_threads
 from cuantiza.core.machine.progress import track
-from cuantiza.core.machine.threads import default_threads
 from cuantiza.quantize.decide import smooth
 from cuantiza.quantize.decide.activation import ROW_ZERO_POINTS, Activation, PerRow, PerTensor, matmul_error
 from cuantiza.quantize.decide.blocks import Block, open_block, split

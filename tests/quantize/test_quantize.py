@@ -9,10 +9,11 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 
+from cuantiza.core.contract import window_feeds
 from cuantiza.core.inputs.corpus import Source, Split, load_splits
 from cuantiza.core.onnx import file as onnx_file
 from cuantiza.core.run.exact_int8 import EXACT, exact_products
-from cuantiza.core.run.runtime import Runtime, window_feeds
+from cuantiza.core.run.runtime import Runtime
 from cuantiza.core.store.artifact import open_artifact
 from cuantiza.quantize.decide.activation import ROW_ZERO_POINTS, PerRow, PerTensor
 from cuantiza.quantize.decide.decision import Decision

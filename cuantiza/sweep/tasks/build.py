@@ -6,7 +6,6 @@ it takes a whole machine.
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,27 +31,11 @@ class Export:
     output: Path
 
     def run(self) -> Made:
-        command = [
-            sys.executable,
-            "-m",
-            "cuantiza.export",
-            "--model",
-            str(self.model.folder),
-            "--output",
-            str(self.output),
-        ]
-        with subprocess.Popen(
-            command, cwd=Path(cuantiza.__file__).parents[1], stderr=subprocess.PIPE, text=True
-        ) as process:
-            try:
-                _, said = process.communicate()
-            except BaseException:
-                process.terminate()  # it removes its temporary folder then
-                process.wait()
-                raise
-        if process.returncode:
-            last = (said.strip().splitlines() or [f"python -m export: ended with status {process.returncode}"])[-1]
-            raise UserError(last.removeprefix("error: "))
+        arguments = ("--model", self.model.folder, "--output", self.output)
+        try:
+            child.run([sys.executable, "-m", "cuantiza.export", *arguments], cwd=Path(cuantiza.__file__).parents[1])
+        except child.Failed as error:
+            raise UserError(str(error)) from None
         return Made.of(self.output / self.model.folder.resolve().name / "fp32")
 
 

@@ -40,7 +40,7 @@ eval: quantize ## artifacts -> a report of their quality, size and speed
 	@$(run) eval --model "$(MODEL)" --recipes fp32 $(RECIPES) --artifacts "$(OUT)" --output "$(REPORTS)" $(if $(LANG_REPORT),--language "$(LANG_REPORT)") $(corpus) $(EVAL)
 
 compare: $(ready) ## is HEAD= worse than BASE= (folders of artifacts, or reports)? ARGS= are more options
-	@$(run) eval compare "$(BASE)" "$(HEAD)" $(ARGS)
+	@$(run) cuantiza compare "$(BASE)" "$(HEAD)" $(ARGS)
 
 bundle: RECIPES = int8-dynamic int4-weight fp16
 # The report goes to a folder of its own, so that the one of other recipes stays.

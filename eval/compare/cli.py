@@ -1,4 +1,4 @@
-"""`python -m eval compare BASE HEAD`: is anything worse than its budget? Status 0: no, 1: yes, 2: not comparable."""
+"""Tells whether HEAD is worse than BASE by more than its budget. Status 0: no, 1: yes, 2: not comparable."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
+from cuantiza.core.cli import Parser, add_corpus, source_of
 from cuantiza.core.errors import UserError
-from cuantiza.core.inputs.corpus import add_arguments, load_splits, source_of
+from cuantiza.core.inputs.corpus import load_splits
 from cuantiza.core.machine.threads import check_threads, default_threads
 from cuantiza.core.store import artifact, folders
 
@@ -17,7 +18,7 @@ LEAST_ROUNDS = 4  # with fewer, the first stage could never find anything
 
 
 def parser() -> argparse.ArgumentParser:
-    options = argparse.ArgumentParser(prog="python -m eval compare", description=__doc__)
+    options = Parser("compare", __doc__, "cuantiza compare main/artifacts/es-mini artifacts/es-mini")
     options.add_argument("base", metavar="BASE", help="what was: a report.json, its folder, or artifacts/<model>")
     options.add_argument("head", metavar="HEAD", help="what is now, of the same kind")
     options.add_argument("--recipes", nargs="+", metavar="NAME", help="what to compare (default: all that BASE has)")
@@ -43,11 +44,11 @@ def parser() -> argparse.ArgumentParser:
         "--rounds", type=int, default=8, help="rounds of latency, before what looks bad is measured again (default 8)"
     )
     folders.add_argument("--threads", type=int, default=default_threads(), help="threads (default: all processors)")
-    add_arguments(folders)
+    add_corpus(folders)
     return options
 
 
-def main(arguments: Sequence[str]) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """The status; 3 for a fault of our own, since 1 is a regression and nothing else."""
     try:
         return _compare(arguments)
@@ -58,7 +59,7 @@ def main(arguments: Sequence[str]) -> int:
         return 3
 
 
-def _compare(arguments: Sequence[str]) -> int:
+def _compare(arguments: Sequence[str] | None) -> int:
     args = parser().parse_args(arguments)
     check_threads(args.threads)
     for option, least in (("tokens", 2), ("window", 2), ("rounds", LEAST_ROUNDS)):

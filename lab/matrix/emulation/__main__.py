@@ -10,8 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
+from cuantiza.core.cli import add_corpus, source_of
 from cuantiza.core.errors import UserError, run
-from cuantiza.core.inputs.corpus import add_arguments, load_splits, source_of
+from cuantiza.core.inputs.corpus import load_splits
 from cuantiza.core.inputs.model_config import max_positions, read_config, start_token
 from cuantiza.core.inputs.tokenizer import load_tokenizer
 from cuantiza.core.machine.progress import report as say
@@ -196,7 +197,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--folder", type=Path, default=default, help=f"where systems are kept (default {default})")
     default = Path("docs/runtimes-emulation.json")
     parser.add_argument("--output", type=Path, default=default, help=f"file of the result (default {default})")
-    add_arguments(parser)
+    add_corpus(parser)
     args = parser.parse_args()
     for option, least in (("windows", 1), ("tokens", CACHED + 2), ("threads", 1)):
         if getattr(args, option) < least:

@@ -82,9 +82,10 @@ test: $(ready) ## the tests; TESTS=tests/quantize for some of them
 lint: $(ready) ## linter, format, import rules and types
 	@$(run) ruff check .
 	@$(run) ruff format --check .
+	@$(VENV)/bin/python setup/check_tree.py imports types
 
 clean: ## remove artifacts, reports and caches
-	rm -rf artifacts reports .pytest_cache .ruff_cache
+	rm -rf artifacts reports build .pytest_cache .ruff_cache
 
 help: ## this list
 	@echo 'make export quantize eval    the whole pipeline on the embedded model; sets itself up'; echo

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -38,9 +39,10 @@ def packages(path: Path) -> set[str]:
 
 
 def test_the_top_level_stays_small() -> None:
-    ignored = {name.strip("/") for name in (ROOT / ".gitignore").read_text(encoding="utf-8").split()}
+    ignored = [name.strip("/") for name in (ROOT / ".gitignore").read_text(encoding="utf-8").split()]
     shown = [path.name for path in ROOT.iterdir() if path.is_dir() and path.name[0] != "."]
-    assert len(set(shown) - ignored) <= 11, shown
+    kept = [name for name in shown if not any(fnmatch(name, pattern) for pattern in ignored)]
+    assert 5 < len(kept) <= 11, kept
 
 
 def test_rooms_stay_small() -> None:

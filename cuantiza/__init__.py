@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from cuantiza.core.errors import UserError
     from cuantiza.core.store.artifact import Artifact
+    from cuantiza.eval.compare.decide import Comparison
+    from cuantiza.eval.compare.stage import compare
     from cuantiza.eval.stage import evaluate
     from cuantiza.export.stage import export
     from cuantiza.model import Model, load
     from cuantiza.quantize.stage import quantize
 
 __version__ = "0.2.0"
-__all__ = ["Artifact", "Model", "UserError", "evaluate", "export", "load", "quantize"]
+__all__ = ["Artifact", "Comparison", "Model", "UserError", "compare", "evaluate", "export", "load", "quantize"]
 
 _root = Path(__file__).resolve().parent.parent
 if (_root / "pyproject.toml").is_file():
@@ -29,6 +31,8 @@ _HOMES = {
     "Artifact": "core.store.artifact",
     "Model": "model",
     "UserError": "core.errors",
+    "Comparison": "eval.compare.decide",
+    "compare": "eval.compare.stage",
     "evaluate": "eval.stage",
     "load": "model",
 }

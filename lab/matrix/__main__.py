@@ -122,7 +122,7 @@ def reprint(output: Path) -> int:
 
 
 def read_emulation(output: Path) -> dict | None:
-    """What `python -m lab.matrix.emulation.qemu` measured; None where it has not run."""
+    """What `python -m lab.matrix.emulation` measured; None where it has not run."""
     return _read(output / EMULATION) if (output / EMULATION).is_file() else None
 
 

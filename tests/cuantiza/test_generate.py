@@ -117,7 +117,7 @@ def test_sampling_out_of_range(field, value):
 
 
 def test_the_command(es_mini_fp32):
-    arguments = ("generate", "--artifact", es_mini_fp32.path, "--tokens", 12)
+    arguments = ("cuantiza.generate", "--artifact", es_mini_fp32.path, "--tokens", 12)
     greedy = stage(*arguments, "--greedy")
     assert greedy.status == 0 and greedy.stdout.startswith(PROMPT) and len(greedy.stdout) > len(PROMPT) + 12
     assert greedy.stderr.startswith("12 tokens after ") and "tokens/s, greedy" in greedy.stderr

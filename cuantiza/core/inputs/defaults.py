@@ -12,6 +12,8 @@ RECIPES = ("int8-dynamic", "int8-static")
 PROMPT = "Me gusta mucho el futbol"
 # The tokens of text that an evaluation scores, the longest context of a scored token, and interleaved latency rounds.
 TOKENS, WINDOW, ROUNDS = 12288, 512, 3
+# The rounds of a comparison; with fewer than the least, its first stage could never find anything (docs/compare.md).
+COMPARE_ROUNDS, LEAST_COMPARE_ROUNDS = 8, 4
 
 
 def place(spec: str) -> Path:

@@ -8,7 +8,8 @@ import hashlib
 import json
 import sys
 from collections.abc import Iterator
-from importlib.metadata import version
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import cuantiza
@@ -67,5 +68,9 @@ def _source(name: str) -> Path | None:
 
 
 def versions(*distributions: str) -> dict[str, str]:
-    """Installed versions of `distributions` and of Python."""
-    return {"python": ".".join(map(str, sys.version_info[:3]))} | {name: version(name) for name in distributions}
+    """The versions of Python and of those of `distributions` that are installed."""
+    found = {"python": ".".join(map(str, sys.version_info[:3]))}
+    for name in distributions:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found

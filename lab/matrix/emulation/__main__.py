@@ -1,4 +1,4 @@
-"""`python -m lab.matrix.emulation.qemu`: the artifacts on emulated processors, against this one -> docs/runtimes-emulation.json."""
+"""`python -m lab.matrix.emulation`: the artifacts on emulated processors, against this one -> docs/runtimes-emulation.json."""
 
 from __future__ import annotations
 
@@ -181,7 +181,7 @@ def _artifacts(folder: Path, recipes: list[str] | None) -> list[artifact.Artifac
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m lab.matrix.emulation.qemu", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m lab.matrix.emulation", description=__doc__)
     default = Path("artifacts/es-mini")
     parser.add_argument("--artifacts", type=Path, default=default, help=f"a model's folder (default {default})")
     parser.add_argument("--recipes", nargs="+", metavar="RECIPE", help="artifacts by name (default: all of the folder)")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -15,7 +14,8 @@ from cuantiza.core.inputs.corpus import Split, add_arguments, load_splits, sourc
 from cuantiza.core.machine.progress import report as say
 from cuantiza.core.machine.threads import check_threads, default_threads
 from cuantiza.core.store import artifact, digests, folders
-from cuantiza.eval.measure.subject import Subject
+from cuantiza.eval.measure.engines import Subject
+from cuantiza.eval.report.schema import Inputs, Report
 
 JSON, MARKDOWN, HTML = "report.json", "report.md", "report.html"
 LANGUAGES = ("en", "es")
@@ -96,7 +96,7 @@ def _evaluate(args: argparse.Namespace, artifacts: Path, output: Path) -> None:
     say(f"eval      {output / MARKDOWN}: {'written' if written else 'up to date'}")
     from cuantiza.eval.report.markdown import print_table
 
-    print_table(report)
+    print_table(report, args.language)
 
 
 def _same_checkpoint(spec: str, exported: artifact.Artifact) -> Path:
@@ -128,39 +128,34 @@ def _foreign_digest(path: Path) -> str:
     return digests.digest([[file.name, digests.sha256_file(file)] for file in inference_files(model)])
 
 
-def _inputs(args: argparse.Namespace, published: list[artifact.Artifact], test: Split) -> dict:
+def _inputs(args: argparse.Namespace, published: list[artifact.Artifact], test: Split) -> Inputs:
     """All that a report depends on, the machine and the settings of the measurement included."""
     from cuantiza.core.machine.hardware import machine, software
 
-    return {
-        "artifacts": [[item.manifest.name, item.digest] for item in published],  # in order: the first is the baseline
-        "onnx": [[str(path), _foreign_digest(path)] for path in args.onnx],
-        "torch": not args.without_torch,
-        "corpus": test.sha256,
-        "tokens": args.tokens,
-        "window": args.window,
-        "rounds": args.rounds,
-        "machine": machine(args.threads),
-        "code": digests.code_digest("cuantiza.eval.measure.report"),
-        "versions": software(),
-    }
+    return Inputs(
+        artifacts=tuple((item.manifest.name, item.digest) for item in published),  # in order: the first is the baseline
+        onnx=tuple((str(path), _foreign_digest(path)) for path in args.onnx),
+        torch=not args.without_torch,
+        corpus=test.sha256,
+        tokens=args.tokens,
+        window=args.window,
+        rounds=args.rounds,
+        machine=machine(args.threads),
+        code=digests.code_digest("cuantiza.eval.measure.report"),
+        versions=software(),
+    )
 
 
-def _measured(output: Path, inputs: dict) -> dict | None:
+def _measured(output: Path, inputs: Inputs) -> Report | None:
     """The report that is there, where it is of these inputs."""
     try:
-        done = json.loads((output / JSON).read_text(encoding="utf-8"))
-        return done if done["inputs"] == inputs and done["sha256"] == _digest(done) else None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        done = Report.from_json((output / JSON).read_bytes())
+    except (OSError, ValueError):
         return None
+    return done if done.inputs == inputs and done.sha256 == done.digest() else None
 
 
-def _digest(report: dict) -> str:
-    """sha256 of what was measured: a report that was damaged must not be shown again."""
-    return digests.digest({key: value for key, value in report.items() if key not in ("sha256", "pages")})
-
-
-def _publish(report: dict, output: Path, language: str) -> bool:
+def _publish(report: Report, output: Path, language: str) -> bool:
     """Write the report and its pages, renamed into place, where they differ from what is there; whether they did.
 
     report.json comes last and names the pages that belong to it.
@@ -169,9 +164,8 @@ def _publish(report: dict, output: Path, language: str) -> bool:
     from cuantiza.eval.report.markdown import markdown
 
     pages = {MARKDOWN: markdown(report, language), HTML: render(report, language)}
-    report["sha256"] = _digest(report)
-    report["pages"] = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in pages.items()}
-    pages[JSON] = json.dumps(report, indent=1, ensure_ascii=False) + "\n"
+    hashes = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in pages.items()}
+    pages[JSON] = report.sealed(hashes).to_json()
     return folders.publish_texts(output, pages)
 
 

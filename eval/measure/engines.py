@@ -9,6 +9,7 @@ import copy
 import resource
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,21 @@ import numpy as np
 
 from cuantiza.core.run.runtime import Runtime
 from cuantiza.core.run.sampling import Sampling, generate
-from cuantiza.eval.measure.subject import Subject
 
 # A cache is filled in pieces, so that it takes no more memory than the prefills that are measured.
 FILL_TOKENS = 512
 GREEDY = Sampling(temperature=0)
 # Of each shape in each round: one run to warm up, then samples until there are enough, or until the time is up.
 PREFILL_SAMPLES, DECODE_SAMPLES, LEAST_SAMPLES, BUDGET_NS = 5, 20, 2, 1_000_000_000
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model to measure. `kind` is onnx, torch or torch-dynamic; `path` an ONNX file, or the folder of a checkpoint."""
+
+    name: str
+    kind: str
+    path: Path
 
 
 class Engine:

@@ -30,9 +30,9 @@ from cuantiza.core.onnx import file as onnx_file
 from cuantiza.core.run.runtime import window_feeds
 from cuantiza.core.store import artifact, digests, folders
 from cuantiza.core.store.artifact import Artifact
+from cuantiza.eval.measure.engines import Subject
 from cuantiza.eval.measure.quality import Task, make_task, measure_quality
 from cuantiza.eval.measure.size import onnx_bytes
-from cuantiza.eval.measure.subject import Subject
 from cuantiza.quantize.recipes import RECIPES, to_json
 from lab import ROOT
 from lab.accuracy.page import FIELDS, MARKDOWN, SCHEMA, publish

@@ -39,7 +39,7 @@ def wrapped(text: str) -> str:
 
     Blocks are separated by empty lines. Headings, tables, HTML, pictures, footnotes and code stay as they are.
     """
-    return "\n\n".join(map(_filled, text.strip("\n").split("\n\n"))) + "\n"
+    return "\n\n".join(map(_filled, re.split(r"\n{2,}", text.strip("\n")))) + "\n"
 
 
 def _filled(block: str) -> str:
@@ -49,6 +49,7 @@ def _filled(block: str) -> str:
 
 
 def _fill(text: str, indent: str) -> str:
+    text = re.sub(r"[ \t\n]+", " ", text).strip(" ")
     return textwrap.fill(text, WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 

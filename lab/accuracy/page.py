@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-import textwrap
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
+from cuantiza.core.pages import plus_minus, table, wrapped
 from cuantiza.core.store import folders
 
 SCHEMA = "cuantiza/accuracy/1"
@@ -43,7 +42,8 @@ document of it is scored.
 **Measurement.** The report's ([docs/report.md](report.md)): every document behind one start token, windows of at most
 {window} tokens, every token scored once. Δ ln ppl (the rise of ln perplexity, nats a token), KL divergence and the share
 of positions with the same likeliest token are against the fp32 artifact of the same model, paired token by token;
-± is one standard error, with documents as the sampling unit. × fp32 is the size of the ONNX file, without tokenizer.
+± is one standard error, with documents as the sampling unit. graph × fp32 is the size of the ONNX file over that of
+fp32, without configuration and tokenizer.
 Nothing is timed here, so every model runs on {threads} thread ({cpu}, onnxruntime {onnxruntime}).
 
 **Artifacts.** The recipes of `python -m quantize`, and beside them
@@ -117,37 +117,30 @@ def page(report: dict) -> str:
         cpu=report["machine"]["cpu"],
         onnxruntime=report["versions"]["onnxruntime"],
     )
-    parts = [_wrapped(intro), *(f"Not measured: `{name}`: {reason}.\n" for name, reason in report["skipped"].items())]
+    parts = [wrapped(intro), *(f"Not measured: `{name}`: {reason}.\n" for name, reason in report["skipped"].items())]
     parts += [_section(item) for item in models]
     first = [item for item in models if item["corpus"] == models[0]["corpus"]]
     return "\n".join([*parts, _PUBLISHED_INTRO.format(corpus=f"`{models[0]['corpus']}`"), _published(first)])
 
 
-def _wrapped(text: str) -> str:
-    """Lines of at most 120 characters, whatever names stand in `text`; headings and lists stay as they are."""
-    paragraphs = text.rstrip().split("\n\n")
-    wrap = partial(textwrap.fill, width=120, break_long_words=False, break_on_hyphens=False)
-    return "\n\n".join(part if part.startswith(("#", "- ")) else wrap(part) for part in paragraphs) + "\n"
-
-
 def _section(item: dict) -> str:
     """The table of one model on one text."""
     title = f"## {item['model']} on {item['corpus']}: {item['tokens_scored']:,} tokens, {item['documents']} documents"
-    columns = ("artifact", "× fp32", "perplexity", "Δ ln ppl", "KL median", "KL p99", "same top, %")
+    columns = ("artifact", "graph × fp32", "perplexity", "Δ ln ppl", "KL median", "KL p99", "same top, %")
     rows = [("fp32", "1.000", f"{item['fp32_perplexity']:.2f}", "baseline", "", "", "")]
     rows += [
         (
             row["name"],
             f"{row['ratio']:.3f}",
             f"{row['perplexity']:.2f}",
-            _plus_minus(row["delta_ln_ppl"], row["delta_ln_ppl_stderr"], 4),
+            plus_minus(row["delta_ln_ppl"], row["delta_ln_ppl_stderr"], 4, "en"),
             f"{row['kl_divergence_p50']:.5f}",
             f"{row['kl_divergence_p99']:.5f}",
-            _plus_minus(100 * row["top1_agreement"], _scaled(row["top1_agreement_stderr"], 100), 1),
+            plus_minus(100 * row["top1_agreement"], _scaled(row["top1_agreement_stderr"], 100), 1, "en"),
         )
         for row in item["artifacts"]
     ]
-    return f"{title}\n\n{_table(columns, rows)}"
+    return f"{title}\n\n{table(columns, rows)}"
 
 
 def _published(models: list[dict]) -> str:
@@ -157,29 +150,18 @@ def _published(models: list[dict]) -> str:
         found = [next((row for row in item["artifacts"] if row["name"] == entry.recipe), None) for item in models]
         cells = ("—" if row is None else _divergence(row) if entry.divergence else _rise(row) for row in found)
         rows.append((entry.source, entry.loss, f"`{entry.recipe}`", *cells))
-    return _table(columns, rows)
+    return table(columns, rows)
 
 
 def _rise(row: dict) -> str:
     """exp(Δ ln ppl) − 1 in percent, its standard error by the delta method."""
     factor = math.exp(row["delta_ln_ppl"])
-    percent = _plus_minus(100 * (factor - 1), _scaled(row["delta_ln_ppl_stderr"], 100 * factor), 2)
-    return f"{'' if percent.startswith('-') else '+'}{percent} %"
+    rise = plus_minus(100 * (factor - 1), _scaled(row["delta_ln_ppl_stderr"], 100 * factor), 2, "en")
+    return f"{'+' if factor >= 1 else ''}{rise} %"
 
 
 def _divergence(row: dict) -> str:
     return f"{row['kl_divergence']:.4f}, {100 * row['top1_agreement']:.1f} %"
-
-
-def _table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    lines = ["| " + " | ".join(cells) + " |" for cells in (columns, *rows)]
-    lines.insert(1, "|---|" + "---:|" * (len(columns) - 1))
-    return "\n".join(lines) + "\n"
-
-
-def _plus_minus(value: float, stderr: float | None, digits: int) -> str:
-    value = round(value, digits) + 0.0  # no -0.0000
-    return f"{value:.{digits}f}" + ("" if stderr is None else f" ± {stderr:.{digits}f}")
 
 
 def _scaled(stderr: float | None, factor: float) -> float | None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Callable
+
+from cuantiza.core.pages import escape, table, wrapped
 
 SCHEMA = "cuantiza/runtimes/1"
 JSON, MARKDOWN, EMULATION = "runtimes.json", "runtimes.md", "runtimes-emulation.json"
@@ -76,7 +77,7 @@ def page(result: dict, emulation: dict | None = None) -> str:
         ]
         parts += [processors(emulation)]
     parts.append("## Versions\n\n" + _versions(result))
-    return "\n".join([*map(_wrap, parts), *notes.lines()])
+    return "\n".join([*map(wrapped, parts), *notes.lines()])
 
 
 class Footnotes:
@@ -111,7 +112,7 @@ def processors(emulation: dict) -> str:
         f"- **{name}**: {fields['about']} (`qemu -cpu {fields['qemu_cpu']}`)"
         for name, fields in emulation.get("processors", {}).items()
     ]
-    return _markdown(columns, lines, left=(0, 1, 2, 6)) + "\n" + "\n".join([*about, ""])
+    return table(columns, lines, left=(0, 1, 2, 6)) + "\n" + "\n".join([*about, ""])
 
 
 def number(value: float) -> str:
@@ -126,18 +127,18 @@ def _table(result: dict, runtimes: list[dict], notes: Footnotes, show: Callable[
         [f"`{row['recipe']}`", row["target"], *(show(found[row["recipe"], item["name"]], notes) for item in runtimes)]
         for row in result["rows"]
     ]
-    return _markdown(["recipe", "target", *(item["title"] for item in runtimes)], lines, left=(0, 1))
+    return table(["recipe", "target", *(item["title"] for item in runtimes)], lines, left=(0, 1))
 
 
 def _cell(cell: dict, notes: Footnotes) -> str:
     why, status = cell.get("reason"), cell["status"]
     if status == "missing":
-        return "not installed" + notes.mark(_escape(why["message"]))
+        return "not installed" + notes.mark(escape(why["message"]))
     if status == "fails":
         return f"**no**: {why['short']}{notes.mark(_explained(why))}"
     mark = notes.mark(_explained(why)) if why else ""
     if note := cell.get("note"):
-        mark += notes.mark(_escape(note[0].upper() + note[1:] + "."))
+        mark += notes.mark(escape(note[0].upper() + note[1:] + "."))
     values = " · ".join(number(cell[name]["maximum"]) if name in cell else "—" for name in ("whole", "cached"))
     whole = cell.get("whole")
     same = f"<br>{whole['same_top']} of {whole['positions']}" if whole else ""
@@ -174,14 +175,7 @@ def _skips(result: dict, runtime: dict, name: str) -> bool:
 def _explained(why: dict) -> str:
     message = why["message"] if len(why["message"]) <= _LONGEST else why["message"][:_LONGEST] + " …"
     cure = why["cure"] or "What would cure it is not known."
-    return f"{_escape(message)} — {cure}"
-
-
-def _escape(text: str) -> str:
-    """Text of others as text: no table, HTML, footnote, emphasis or link of Markdown comes of it."""
-    for character in "\\`*_[]<>|":
-        text = text.replace(character, f"\\{character}")
-    return text
+    return f"{escape(message)} — {cure}"
 
 
 def _versions(result: dict) -> str:
@@ -196,20 +190,3 @@ def _versions(result: dict) -> str:
 def _how(result: dict) -> str:
     machine = result["machine"]
     return _HOW.format(**machine, **{key: result[key] for key in ("date", "floats")})
-
-
-def _wrap(part: str) -> str:
-    """Lines of prose at 120 columns; tables, titles and lists as they are."""
-    lines = [
-        line
-        if line.startswith(("|", "#", "- "))
-        else textwrap.fill(line, 120, break_on_hyphens=False, break_long_words=False)
-        for line in part.splitlines()
-    ]
-    return "\n".join([*lines, ""]) if part.endswith("\n") else "\n".join(lines)
-
-
-def _markdown(columns: list[str], lines: list[list[str]], left: tuple[int, ...]) -> str:
-    align = "|" + "".join("---|" if at in left else "---:|" for at in range(len(columns)))
-    rows = [columns, *lines]
-    return "\n".join([f"| {' | '.join(rows[0])} |", align, *(f"| {' | '.join(row)} |" for row in rows[1:])]) + "\n"

@@ -85,7 +85,7 @@ def result(
         "shape": dimensions | {"parameters": shape.parameters},
         "machine": machine(max(setting.threads for setting in wanted)),
         "versions": digests.versions("onnxruntime", "numpy"),
-        "command": ["python", "-m", "bench", *sys.argv[1:]],
+        "command": ["python", "-m", "lab.bench", *sys.argv[1:]],
         "rounds": rounds,
         "others_processors": busy,
         "decode_steps": STEPS,

@@ -289,7 +289,7 @@ def test_the_command_writes_a_report(tmp_path: Path) -> None:
     assert "decode @900" in done.stdout
     assert sorted(file.name for file in output.iterdir()) == ["es-mini.json", "es-mini.md", "es-mini.svg"]
     report = json.loads((output / "es-mini.json").read_text())
-    assert report["schema"] == "cuantiza/bench/2" and report["command"][:3] == ["python", "-m", "bench"]
+    assert report["schema"] == "cuantiza/bench/2" and report["command"][:3] == ["python", "-m", "lab.bench"]
     assert [item["threads"] for item in report["limits"]] == [1] and report["machine"]["threads"] == 1
     for item in report["limits"]:
         assert min(item[key] for key in item if key != "threads") > 1e8
@@ -298,7 +298,7 @@ def test_the_command_writes_a_report(tmp_path: Path) -> None:
 
 def test_bad_options_are_one_line(tmp_path: Path) -> None:
     assert_user_error(stage("lab.bench", "--threads", 0, "--work", tmp_path), "--threads 0", "from 1 to")
-    options = ("bench", "--work", tmp_path / "work", "--without-peers")
+    options = ("lab.bench", "--work", tmp_path / "work", "--without-peers")
     assert_user_error(stage(*options, "--rows", "int9"), "--rows int9", "int8-dynamic")
 
 

@@ -30,8 +30,8 @@ class Timing(Part):
     """The latency of one shape: of a prefill of `at` tokens, or of a decode step at position `at`."""
 
     at: int
-    p50_ms: Positive = Field(description="median of all samples")
-    p90_ms: Positive = Field(description="90th percentile of all samples")
+    p50_ms: Positive = Field(description="median of all samples, ms")
+    p90_ms: Positive = Field(description="90th percentile of all samples, ms")
     tokens_per_second: Positive = Field(description="tokens per second at the median")
     speedup: Positive = Field(
         description="the baseline's median over this row's within one round (no unit): the median of the rounds"
@@ -40,7 +40,7 @@ class Timing(Part):
     speedup_max: Positive = Field(description="the largest of these ratios")
     samples_per_round: tuple[Count, ...] = Field(description="number of samples in each round")
     samples_ns: Annotated[tuple[Count, ...], FailFast()] = Field(
-        description="raw samples in the order they were taken, one round after the other"
+        description="raw samples in ns, in the order they were taken, one round after the other"
     )
 
 
@@ -107,12 +107,12 @@ class Measured(Part):
         "same tokens are paired by it"
     )
     load_ms: Positive = Field(
-        description="median time to open a session from a warm file cache (PyTorch: to load and, for "
+        description="median time in ms to open a session from a warm file cache (PyTorch: to load and, for "
         "`torch-dynamic`, to quantize), without imports"
     )
-    load_samples_ns: tuple[Count, ...] = Field(description="one sample per round")
+    load_samples_ns: tuple[Count, ...] = Field(description="one sample per round, ns")
     peak_rss_bytes: Count = Field(
-        description="largest resident set of a process that did nothing but load and measure this row, its libraries "
+        description="largest resident set, in bytes, of a process that did nothing but load and measure this row, its libraries "
         "included"
     )
     prefill: tuple[Prefill, ...] = Field(min_length=1, description="one element per prefill length: see below")
@@ -146,12 +146,14 @@ class Row(Measured):
     )
     continuation: str = Field(description="greedy continuation of the seed prompt")
     modules_with_weights: Count | None = Field(
-        None, exclude_if=lambda value: value is None, description="PyTorch rows only: modules that hold a weight"
+        None,
+        exclude_if=lambda value: value is None,
+        description="modules that hold a weight; only PyTorch rows have this field",
     )
     modules_quantized: Annotated[int, Field(ge=0)] | None = Field(
         None,
         exclude_if=lambda value: value is None,
-        description="PyTorch rows only: how many of them `quantize_dynamic` replaced",
+        description="how many of them `quantize_dynamic` replaced; only PyTorch rows have this field",
     )
     kind: Literal["onnx", "torch"] = Field(
         default_factory=_kind,

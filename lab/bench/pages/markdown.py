@@ -4,61 +4,46 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable
+from pathlib import Path
 from statistics import median
 
 from rich.console import Console
 
 from cuantiza.core.machine.terminal import new_table, show
-from cuantiza.core.pages import count, table, wrapped
+from cuantiza.core.pages import count
+from lab.pages import filled
+
+TEMPLATE = Path(__file__).resolve().parent / "bench.md.j2"
 
 _LIMITS = {
     "read_bytes_per_second": "GB/s read",
     "fp32_ops_per_second": "GFLOP/s fp32",
     "int8_ops_per_second": "GOP/s int8",
 }
-_BESIDE = """\
-Of artifacts of the same precision, within a round: median [range of the rounds]; above 1 ours is the faster.
-"""
-_HOW = """\
-Every row has a process of its own that stays loaded, stopped but for its turns; of each shape every row is timed in \
-turn, those of one precision side by side, in an order that rotates with the rounds. What memory does not hold at \
-once is measured in groups, each with the baseline. Every library is told the number of threads. A time is the median \
-of all samples, in brackets the medians of the fastest and slowest round; a speed-up is the baseline's median over \
-the row's **within one round**, likewise.
-Prefill: that many tokens through an empty cache, to the logits of the last one, after one to warm up. Decode @p: one \
-token behind a cache of p, which grows with each of {steps} steps. Generation: {generate}, greedy, as a whole. \
-Neither loading nor tokenizing is timed. A library that cannot be stepped tells when each token is there.
-Agreement: the logits of the last of {prompt} tokens, and of {check} more through the cache, against those of \
-`{first}`; of a library that gives no logits, the first token that it generates.
-MB: the model's files; bytes / parameter bytes: these files over 4 bytes for each of the {parameters:,} parameters. Peak MB: the whole process.
-Share of the limit: of a decode, the bytes that a step has to read (the model's files once, and the keys and values \
-of each sequence) over the memory bandwidth; of a prefill, its multiplications and additions (attention as full \
-squares, the head for one position) over the peak of int8 for weights in integers, else of fp32. A table that a file \
-holds beside the head counts as read, and a model that fits the processor's caches is not held to the limit. The \
-limits are measured before every round, and the most counts (in brackets the least): {limits}.
-{machine}; {rounds}{busy}; `{command}`.
-"""
 
 
 def page(result: dict, name: str) -> str:
     """The Markdown page of a result, beside which <name>.svg lies."""
     shape = result["shape"]
-    parts = [
-        f"# {shape['name']}: {shape['parameters'] / 1e6:.0f} million parameters, {shape['layers']} layers of {shape['width']}\n",
-        f"Times in ms: median, [fastest–slowest round]; below them the speed-up over `{result['baseline']}`.\n",
-        f"![decode and prefill of every row]({name}.svg)\n",
+    settings = [
+        (f"{count(setting['threads'], 'thread')}, batch of {setting['batch']}", *speed_table(result, number, _long))
+        for number, setting in enumerate(result["settings"])
     ]
-    for number, setting in enumerate(result["settings"]):
-        title = f"{count(setting['threads'], 'thread')}, batch of {setting['batch']}"
-        parts.append(f"## {title}\n\n{table(*speed_table(result, number, _long))}")
-    if lines := _beside(result):
-        columns = ["theirs", "ours", *(title for title, _, _ in _shapes(result["settings"][0]))]
-        parts.append(f"## Their time over ours\n\n{_BESIDE}\n{table(columns, lines)}")
-    parts.append(f"## Size, memory, agreement\n\n{table(*_facts(result))}")
-    parts.append(f"## Share of the limit, %\n\n{table(*_shares(result))}")
-    if skipped := _skipped(result):
-        parts.append("## Skipped\n\n" + "\n".join(f"- **{row}**: {why}" for row, why in skipped) + "\n")
-    return "\n".join([*parts, _how(result)])
+    return filled(
+        TEMPLATE,
+        name=name,
+        shape=shape,
+        million=f"{shape['parameters'] / 1e6:.0f}",
+        parameters=f"{shape['parameters']:,}",
+        baseline=result["baseline"],
+        settings=settings,
+        beside=_beside(result),
+        beside_columns=["theirs", "ours", *(title for title, _, _ in _shapes(result["settings"][0]))],
+        facts=_facts(result),
+        shares=_shares(result),
+        skipped=_skipped(result),
+        **_how(result),
+    )
 
 
 def ratios(ours: dict, theirs: dict) -> dict:
@@ -185,7 +170,8 @@ def _skipped(result: dict) -> list[tuple[str, str]]:
     return found
 
 
-def _how(result: dict) -> str:
+def _how(result: dict) -> dict[str, object]:
+    """What the template says of the measurement, by name."""
     machine, check, busy = result["machine"], result["check"], result["others_processors"]
     main = result["settings"][0]
     prompt, tokens = main["generate"] or (0, 0)
@@ -194,20 +180,18 @@ def _how(result: dict) -> str:
         found = [item for item in result["limits"] if item["threads"] == threads]
         figures = [_limit([item[key] / 1e9 for item in found], unit) for key, unit in _LIMITS.items()]
         limits.append(f"{count(threads, 'thread')}: {', '.join(figures)}")
-    text = _HOW.format(
-        steps=result["decode_steps"],
-        generate=f"{tokens} tokens behind a prompt of {prompt}",
-        prompt=check["prompt"],
-        check=check["steps"],
-        first=result["rows"][0]["name"],
-        parameters=result["shape"]["parameters"],
-        limits="; ".join(limits),
-        machine=f"{machine['cpu']}, {machine['processors']} processors, {machine['memory_bytes'] / 2**30:.0f} GiB",
-        rounds=count(result["rounds"], "round"),
-        busy="" if busy is None else f", during which other processes kept {busy:.1f} processors busy",
-        command=shlex.join(result["command"]),
-    )
-    return "## How it was measured\n\n" + wrapped("\n".join(f"- {line}" for line in text.splitlines()))
+    return {
+        "steps": result["decode_steps"],
+        "generate": f"{tokens} tokens after a prompt of {prompt}",
+        "prompt": check["prompt"],
+        "check": check["steps"],
+        "first": result["rows"][0]["name"],
+        "limits": "; ".join(limits),
+        "machine": f"{machine['cpu']}, {machine['processors']} processors, {machine['memory_bytes'] / 2**30:.0f} GiB",
+        "rounds": count(result["rounds"], "round"),
+        "busy": "" if busy is None else f", during which other processes kept {busy:.1f} processors busy",
+        "command": shlex.join(result["command"]),
+    }
 
 
 def _limit(values: list[float], unit: str) -> str:

@@ -1,4 +1,4 @@
-"""Causal language models other than GPT-2 through optimum's exporter, brought to the artifact contract.
+"""Causal language models other than GPT-2 through optimum's exporter, brought to the contract of cuantiza/core/contract.py.
 
 optimum-onnx stops at transformers 4.57, so it runs in an interpreter of its own (`make optimum`, OPTIMUM_PYTHON).
 """
@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,8 +16,10 @@ import onnx_ir as ir
 from onnx_ir.passes import common as passes
 from onnxscript.version_converter import ConvertVersionPass
 
+from cuantiza.core import contract
 from cuantiza.core.errors import UserError
 from cuantiza.core.inputs.checkpoints import weight_files
+from cuantiza.core.machine import child
 from cuantiza.core.onnx import file as onnx_file
 from cuantiza.core.store import folders
 from cuantiza.export.weights import check_finite, read_weights
@@ -73,14 +73,11 @@ main_export(sys.argv[1], output=sys.argv[2], task="text-generation-with-past", o
 def export_optimum(checkpoint: Path, fields: dict, work: Path, opset: int) -> None:
     """Export the model of `checkpoint`, whose config.json is `fields`, to `work`/model.onnx.
 
-    Inputs   input_ids [B, T], attention_mask [B, P+T], position_ids [B, T], past_key_values.{l}.key|value [B, H, P, d]
-    Outputs  logits [B, T, V], present.{l}.key|value [B, H, P+T, d]
-
-    H is the number of key and value heads, fewer than the model's heads where these share them. The graphs of
-    bloom, gemma, gemma2, gemma3_text, mpt and nemotron take no position_ids: only distances matter to them, and
-    cuantiza/core/run/runtime.py does without. Weights that occur twice are stored once, as they are or transposed.
-    Raises UserError where the model type is not in MODEL_TYPES, the second environment is missing, the weights
-    are damaged, or the export fails or does not keep the contract.
+    The graph has the inputs and outputs of cuantiza/core/contract.py. The graphs of bloom, gemma, gemma2, gemma3_text,
+    mpt and nemotron take no position_ids, as only distances matter to these models; cuantiza/core/run/runtime.py then
+    feeds none. A weight that occurs twice is stored once, also where one copy is the other's transpose.
+    Raises UserError if the model type is not in MODEL_TYPES, the second environment is missing, the weights are
+    damaged, or the export fails or does not keep the contract.
     """
     config = _legacy_config(fields, checkpoint / "config.json")
     python = _interpreter()
@@ -118,7 +115,7 @@ def _legacy_config(fields: dict, path: Path) -> dict:
     kind = fields.get("model_type")
     if kind not in MODEL_TYPES:
         raise UserError(
-            f"{path}: model_type {kind!r} is none of those that optimum's exporter brings to the README's contract: "
+            f"{path}: model_type {kind!r} is none of those that optimum's exporter brings to the contract of docs/artifact.md: "
             f"{', '.join(MODEL_TYPES)}; choose a model of these types"
         )
     # Code in the repository is never run: what is left of its name could only confuse.
@@ -164,23 +161,20 @@ def _run(python: str, checkpoint: Path, prepared: Path, output: Path, opset: int
     """Run optimum's exporter on `prepared`. Raises UserError with the last thing it said where it fails."""
     # -I: neither this repository's packages nor the user's own can stand in for the environment's.
     command = [python, "-I", "-c", _EXPORT, str(prepared), str(output), str(opset)]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    done = subprocess.run(
-        command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace"
-    )
-    if "No module named 'optimum" in done.stderr:
+    environment = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    try:
+        child.run(command, environment=environment)
+        written = (output / "model.onnx").is_file()
+        failure = "" if written else "it wrote no model.onnx"
+    except child.Failed as error:
+        failure = str(error)
+    if "No module named 'optimum" in failure:
         raise UserError(
             f"OPTIMUM_PYTHON={python}: has no optimum-onnx; run `make optimum`, or name the interpreter that has it"
         )
-    if done.returncode < 0:
+    if failure:
         raise UserError(
-            f"{checkpoint}: optimum's exporter was killed by signal {-done.returncode}; 9 is most often a lack of memory"
-        )
-    if done.returncode or not (output / "model.onnx").is_file():
-        said = [line.strip() for line in (done.stdout + done.stderr).splitlines() if line.strip()]
-        reason = said[-1][:300] if said else f"status {done.returncode}"
-        raise UserError(
-            f"{checkpoint}: optimum's exporter failed ({reason}); check that the weights belong to the config.json"
+            f"{checkpoint}: optimum's exporter failed ({failure[:300]}); check that the weights belong to the config.json"
         )
 
 
@@ -245,31 +239,31 @@ def _set_interface(graph: ir.Graph, checkpoint: Path) -> None:
     """
     inputs = {value.name: value for value in graph.inputs}
     outputs = {value.name: value for value in graph.outputs}
-    layers = range(sum(re.fullmatch(r"past_key_values\.\d+\.key", name) is not None for name in inputs))
-    cache = [f"{layer}.{kv}" for layer in layers for kv in ("key", "value")]
-    positions = ["position_ids"] if "position_ids" in inputs else []
-    wanted_inputs = ["input_ids", "attention_mask", *positions, *(f"past_key_values.{name}" for name in cache)]
-    wanted_outputs = ["logits", *(f"present.{name}" for name in cache)]
+    layers = contract.count_layers(inputs)
+    past, present = contract.past_names(layers), contract.present_names(layers)
+    positions = [contract.POSITION_IDS] if contract.POSITION_IDS in inputs else []
+    wanted_inputs = [contract.INPUT_IDS, contract.ATTENTION_MASK, *positions, *past]
+    wanted_outputs = [contract.LOGITS, *present]
     if not layers or (odd := sorted({*inputs} ^ {*wanted_inputs} | {*outputs} ^ {*wanted_outputs})):
         raise UserError(
-            f"{checkpoint}: optimum's export does not keep the README's contract ({', '.join(odd) if layers else 'no cache'}); "
+            f"{checkpoint}: optimum's export does not keep the contract of docs/artifact.md ({', '.join(odd) if layers else 'no cache'}); "
             f"choose a model of another type: {', '.join(MODEL_TYPES)}"
         )
     axes = {
-        "input_ids": ["batch_size", "sequence_length"],
-        "attention_mask": ["batch_size", "total_sequence_length"],
-        "position_ids": ["batch_size", "sequence_length"],
-        "logits": ["batch_size", "sequence_length", outputs["logits"].shape[2]],
+        contract.INPUT_IDS: [contract.BATCH, contract.TOKENS],
+        contract.ATTENTION_MASK: [contract.BATCH, contract.TOTAL],
+        contract.POSITION_IDS: [contract.BATCH, contract.TOKENS],
+        contract.LOGITS: [contract.BATCH, contract.TOKENS, outputs[contract.LOGITS].shape[2]],
     }
-    for name in cache:
-        _, heads, _, width = inputs[f"past_key_values.{name}"].shape
+    for before, after in zip(past, present, strict=True):
+        _, heads, _, width = inputs[before].shape
         if not isinstance(heads, int) or not isinstance(width, int):
             raise UserError(
                 f"{checkpoint}: optimum's export leaves the shape of the cache open ([B, {heads}, P, {width}]); "
                 f"choose a model of another type: {', '.join(MODEL_TYPES)}"
             )
-        axes[f"past_key_values.{name}"] = ["batch_size", heads, "past_sequence_length", width]
-        axes[f"present.{name}"] = ["batch_size", heads, "total_sequence_length", width]
+        axes[before] = [contract.BATCH, heads, contract.PAST, width]
+        axes[after] = [contract.BATCH, heads, contract.TOTAL, width]
     for value in (*graph.inputs, *graph.outputs):
         value.shape = ir.Shape(axes[value.name])
     graph.inputs[:] = [inputs[name] for name in wanted_inputs]

@@ -94,18 +94,6 @@ class Engine:
         return self._runtime.describe() if hasattr(self._runtime, "describe") else {}
 
 
-def peak_rss_bytes() -> int:
-    """Return the largest resident set size that this process has had.
-
-    On Linux, getrusage in a child includes the peak of the parent, so the process's own status file is read instead.
-    """
-    status = Path("/proc/self/status")
-    if status.exists():
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-        return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
 def _maker(subject: Subject, threads: int, alone: bool) -> Callable[[], Any]:
     """Return a function that loads `subject`. Its imports are done here, so that they are not part of the load time."""
     if subject.kind == "onnx":

@@ -15,6 +15,7 @@ import cuantiza
 from cuantiza.core.errors import UserError
 from cuantiza.core.inputs.checkpoints import Model
 from cuantiza.core.inputs.corpus import Source
+from cuantiza.core.machine import child
 from cuantiza.quantize.recipes.registry import Recipe
 from cuantiza.quantize.stage import quantize
 from cuantiza.sweep.tasks.made import Made

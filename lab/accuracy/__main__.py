@@ -1,6 +1,7 @@
 """The accuracy page, docs/accuracy.md: what every recipe and the usual tools' defaults cost, on tame and hard models.
 
 python -m lab.accuracy [--models FOLDER ...] [--text FILE]
+python -m lab.accuracy --reprint
 
 docs/accuracy.json holds the numbers, and the page is made of it alone (lab/accuracy/page.py). Artifacts and scores
 are kept in --work, so that a second run makes and measures only what has changed.
@@ -32,9 +33,9 @@ from cuantiza.core.machine.progress import working
 from cuantiza.core.onnx import file as onnx_file
 from cuantiza.core.store import artifact, digests, folders
 from cuantiza.core.store.artifact import Artifact
+from cuantiza.eval.measure.engines import Subject
 from cuantiza.eval.measure.quality import Task, make_task, measure_quality
 from cuantiza.eval.measure.size import onnx_bytes
-from cuantiza.eval.measure.subject import Subject
 from cuantiza.quantize.inspect.costs import COSTS, write_costs
 from cuantiza.quantize.recipes.registry import RECIPES, to_json
 from lab import ROOT
@@ -91,7 +92,12 @@ def main() -> int:
     default = Path("artifacts/accuracy")
     parser.add_argument("--work", type=Path, default=default, help=f"folder of what is kept (default {default})")
     parser.add_argument("--output", type=Path, default=Path("docs"), help="folder of the page (default docs)")
+    parser.add_argument("--reprint", action="store_true", help="measure nothing: print the page again from its JSON")
     args = parser.parse_args()
+    if args.reprint:
+        publish(json.loads((args.output / JSON).read_text(encoding="utf-8")), args.output)
+        say(f"accuracy  {args.output / MARKDOWN}: written")
+        return 0
     if odd := next((folder for folder in args.models if not folder.is_dir()), None):
         raise UserError(f"--models {odd}: is no folder; give folders of GPT-2 checkpoints")
     given = [folder.resolve() for folder in args.models]

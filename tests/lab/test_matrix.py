@@ -197,7 +197,7 @@ def test_a_cell_for_each_way_to_end():
 def test_footnotes_are_numbered_once():
     notes = Footnotes()
     assert [notes.mark(text) for text in "aba"] == ["[^1]", "[^2]", "[^1]"]
-    assert notes.lines() == ["[^1]: a\n", "[^2]: b\n"]
+    assert notes.lines() == ["[^1]: a", "[^2]: b"]
 
 
 def test_numbers_have_two_digits():

@@ -1,4 +1,4 @@
-"""Our artifacts behind the interface of the rows (lab/bench/worker.py)."""
+"""Runs this project's artifacts as rows of the benchmark, with the interface that lab/bench/worker.py describes."""
 
 from __future__ import annotations
 
@@ -18,12 +18,15 @@ def version() -> str:
 
 
 def files(kind: str, folder: Path) -> list[Path]:
-    """What counts as the size of the artifact in `folder`."""
+    """The files that count as the size of the artifact in `folder`."""
     return [file for file in (folder / MODEL, folder / DATA) if file.is_file()]
 
 
 class Engine:
-    """The artifact in `folder`; `options` are Runtime's own. Alone on the machine, as every row is."""
+    """The artifact in `folder`. `options` are arguments of Runtime.
+
+    Its threads spin while they wait, which is fastest. They disturb nobody, since only one row runs at a time.
+    """
 
     def __init__(self, kind: str, folder: Path, threads: int, **options: Any) -> None:
         self._runtime = Runtime(folder / MODEL, threads, spin=True, **options)

@@ -101,7 +101,7 @@ class Answer:
 class Agreement:
     """How well a row agrees with the first row.
 
-    The fields are the largest difference of a logit, and the share of `positions` at which the likeliest token is the same.
+    The fields are the largest difference of a logit, and the share of `positions` with the same likeliest token.
     """
 
     max_logit_difference: float | None

@@ -28,7 +28,7 @@ TEXT = (
 # Largest root mean square error of the logits, relative to their standard deviation; fp32 also has the absolute bound
 # 1e-3.
 SPREAD = {"fp32": 3e-3, "int8": 0.12, "int8 head": 0.12, "int4": 0.3}
-# onnxruntime-genai can run any of our artifacts. Here it runs one that needs no calibration and must agree as fp32 does.
+# onnxruntime-genai can run any of our artifacts. Here it runs one without calibration, which must agree as fp32 does.
 QUICK = {"int8-weight-ort": ("fp32-ort", "fp32")}
 # Prepares a row, runs it on one thread, and saves logits [2, V] with and without the KV cache, alone and in a batch.
 PROBE = """

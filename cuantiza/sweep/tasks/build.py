@@ -1,7 +1,7 @@
-"""Tasks that make artifacts, by the stages themselves.
+"""Tasks that make artifacts with the stages' own code.
 
-A task is plain data with a method `run`: any process of any machine that sees its folders can do it. `alone` says that
-it takes a whole machine.
+A task is plain data with a method `run`. Any process on any machine that sees its folders can run it. `alone` says that
+it needs a whole machine for itself.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from cuantiza.sweep.tasks.made import Made
 
 @dataclass(frozen=True)
 class Export:
-    """Checkpoint -> fp32 artifact `output`/<model>/fp32, as `python -m export` makes it."""
+    """Export a checkpoint to the fp32 artifact `output`/<model>/fp32, as `python -m export` does."""
 
     kind: ClassVar[str] = "export"
     alone: ClassVar[bool] = True
@@ -48,7 +48,7 @@ class Export:
             try:
                 _, said = process.communicate()
             except BaseException:
-                process.terminate()  # it removes its temporary folder then
+                process.terminate()  # on SIGTERM the stage removes its temporary folder
                 process.wait()
                 raise
         if process.returncode:
@@ -59,7 +59,7 @@ class Export:
 
 @dataclass(frozen=True)
 class Quantize:
-    """fp32 artifact × recipe -> `target`, as `python -m quantize` makes it; `name` is the recipe's."""
+    """Quantize the fp32 artifact `parent` to `target`, as `python -m quantize` does. `name` is the recipe's name."""
 
     kind: ClassVar[str] = "quantize"
     alone: ClassVar[bool] = True
@@ -71,7 +71,7 @@ class Quantize:
     source: Source
 
     def run(self) -> Made:
-        # A folder for each, and so a lock: recipes of one model are made on several machines at once.
+        # Several machines may quantize one model with different recipes at once, so each has its own folder and lock.
         with folders.locked(self.target.parent):
             quantize_one(artifact.open_artifact(self.parent), self.target, self.name, self.recipe, self.source)
         return Made.of(self.target)

@@ -131,7 +131,7 @@ torture: $(ready)
 	@$(VENV)/bin/python -m lab.faults $(TORTURE)
 
 compare: $(ready)
-	@$(run) eval compare "$(BASE)" "$(HEAD)" $(ARGS)
+	@$(run) cuantiza compare "$(BASE)" "$(HEAD)" $(ARGS)
 
 chapters: $(ready)
 	@$(MAKE) eval MODEL=models/es-mini CORPUS=corpus/es EXPORTER=graph QUANTIZE= EVAL= OUT="$(OUT)/chapters" REPORTS="$(REPORTS)/chapters" \

@@ -68,53 +68,53 @@ MENDED = (
     Mended(
         "A bit flipped in a manifest was not noticed where it left valid JSON (a model's name, a parity)",
         "The manifest has a sha256 of its own, and must be written as we write it, to the last byte",
-        "test_artifact.py::test_every_flipped_bit_of_the_manifest_is_noticed",
+        "cuantiza/core/test_artifact.py::test_every_flipped_bit_of_the_manifest_is_noticed",
     ),
     Mended(
         "SIGINT or SIGTERM between the two renames that replace an artifact lost it, and left a temporary folder",
         "The old one goes back",
-        "test_artifact.py::test_an_error_while_replacing_leaves_the_old_one",
+        "cuantiza/core/test_artifact.py::test_an_error_while_replacing_leaves_the_old_one",
     ),
     Mended(
         "A second Ctrl-C broke off the removal of temporary folders, as did a first one that fell into it",
         "Further signals are ignored while a stage unwinds, and who holds the lock sweeps on its way out",
-        "test_torture.py::test_a_second_signal_does_not_break_off_the_cleaning",
+        "lab/test_faults.py::test_a_second_signal_does_not_break_off_the_cleaning",
     ),
     Mended(
         "Ctrl-C showed a traceback of a child process that was still importing its modules",
         "Children start with SIGINT blocked; their parent ends them",
-        "test_torture.py::test_ctrl_c_while_a_child_starts",
+        "lab/test_faults.py::test_ctrl_c_while_a_child_starts",
     ),
     Mended(
         "Ctrl-C in the first 0.3 s of a stage, while it imports its modules, showed a traceback",
         "Until a stage can unwind, SIGINT ends it as SIGTERM does",
-        "test_torture.py::test_ctrl_c_while_a_stage_loads_its_modules",
+        "lab/test_faults.py::test_ctrl_c_while_a_stage_loads_its_modules",
     ),
     Mended(
         "A signal after a stage's last line, while Python joins threads, showed a traceback of Python's own",
         "What is published is whole by then: the signal ends the process as if nobody handled it",
-        "test_torture.py::test_a_signal_while_the_interpreter_ends_says_nothing",
+        "lab/test_faults.py::test_a_signal_while_the_interpreter_ends_says_nothing",
     ),
     Mended(
         "The campaign expected what is not due: a line in a log that may hold 0 bytes (size-limit/9), and a refusal where "
         "all is up to date and nothing has to be written (read-only/5)",
         "A limit leaves room for the line, and what is up to date may say so",
-        "test_torture.py::test_a_moment",
+        "lab/test_faults.py::test_a_moment",
     ),
     Mended(
         "A file beyond what `ulimit -f` or the file system allows was a traceback, as was an error of the disk itself",
         "One line, status 2",
-        "test_torture.py::test_a_file_too_large",
+        "lab/test_faults.py::test_a_file_too_large",
     ),
     Mended(
         "A figure that changed in report.json was shown as measured by every further run",
         "The report has a sha256 of what it measured, and one of each page",
-        "test_torture.py::test_a_report_with_another_figure_is_measured_again",
+        "lab/test_faults.py::test_a_report_with_another_figure_is_measured_again",
     ),
     Mended(
         "A full disk was told without saying where",
         "The line names the artifact that could not be written",
-        "test_torture.py::test_a_write_that_fails_names_the_artifact",
+        "lab/test_faults.py::test_a_write_that_fails_names_the_artifact",
     ),
 )
 
@@ -137,7 +137,7 @@ MENDED_INPUT = (
     Mended(
         "A .bin with a tensor that requires grad",
         "It is read: its values are fine",
-        "test_fuzz.py::test_a_tensor_that_requires_grad_is_a_tensor",
+        "lab/test_fuzz.py::test_a_tensor_that_requires_grad_is_a_tensor",
     ),
     Mended(
         "An ONNX node with fewer inputs than its operator has",

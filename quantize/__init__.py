@@ -1,3 +1,6 @@
-"""fp32 artifact x recipe -> quantized artifact."""
+"""fp32 artifact × recipe -> quantized artifact. Calling this package calls `cuantiza.quantize.stage.quantize`."""
 
 import cuantiza.core.startup  # noqa: F401
+from cuantiza.core.stages import make_callable
+
+make_callable(__name__)

@@ -7,10 +7,12 @@ import dataclasses
 import math
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+from cuantiza.core.cli import source_of
 from cuantiza.core.errors import UserError, run
-from cuantiza.core.inputs.corpus import Source, load_splits, source_of
+from cuantiza.core.inputs.corpus import Source, load_splits
 from cuantiza.core.machine.progress import report
 from cuantiza.core.store import artifact, digests, folders
 from cuantiza.core.store.artifact import Artifact
@@ -50,7 +52,7 @@ _CODE = {
 _ORT_CODE = ("cuantiza.core.onnx.genai_config",)
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m quantize",
         usage="python -m quantize [options]\n       python -m quantize COMMAND [options of the command]",
@@ -71,11 +73,12 @@ def main() -> int:
     )
     add_inputs(parser)
     add_commands(parser)
-    args = parser.parse_args()
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    args = parser.parse_args(arguments)
     if args.command is not None:
         # Behind its name only: argparse would take no notice of those in front.
-        if sys.argv[1] != args.command:
-            raise UserError(f"{sys.argv[1]}: stands in front of {args.command}; put its options behind it")
+        if arguments[0] != args.command:
+            raise UserError(f"{arguments[0]}: stands in front of {args.command}; put its options behind it")
         return args.function(args)
     recipes: dict[str, Recipe] = {}
     for given in args.recipes:

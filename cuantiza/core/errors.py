@@ -22,6 +22,15 @@ _STOPS = {signal.SIGINT, signal.SIGTERM}
 _IGNORED = {number for number in _STOPS if signal.getsignal(number) is signal.SIG_IGN}
 
 
+# Which extra of the distribution brings a module that cuantiza runs without.
+EXTRAS = {
+    **dict.fromkeys(("torch", "transformers", "onnxscript", "safetensors", "huggingface_hub", "httpx2"), "export"),
+    **dict.fromkeys(("datasets", "pyarrow"), "corpora"),
+    "matplotlib": "plots",
+    "ray": "sweep",
+}
+
+
 class UserError(Exception):
     """Bad input: the message is one line that names the file or option, what is wrong, how to mend it."""
 
@@ -42,6 +51,11 @@ def run(main: Callable[[], int]) -> None:
         status = main()
     except UserError as error:
         status = _fail(_one_line(error))
+    except ModuleNotFoundError as error:
+        extra = EXTRAS.get((error.name or "").split(".")[0])
+        if extra is None:
+            raise
+        status = _fail(f"{error.name}: is not installed; `pip install 'cuantiza[{extra}]'` brings it")
     except KeyboardInterrupt:
         status = 128 + signal.SIGINT
     except BrokenPipeError:

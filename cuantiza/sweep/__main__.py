@@ -1,4 +1,4 @@
-"""`python -m cuantiza.sweep` builds and measures an artifact for each model, recipe and corpus, and writes one page."""
+"""Builds and measures an artifact for each model, recipe and corpus, and writes one page of all of them."""
 
 from __future__ import annotations
 
@@ -6,19 +6,21 @@ import argparse
 import os
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
+from cuantiza.core.cli import Parser, add_folder, add_number, add_threads, check_numbers
 from cuantiza.core.errors import UserError, run
+from cuantiza.core.inputs.defaults import ARTIFACTS, CORPUS, MODEL, RECIPES, REPORTS, ROUNDS, TOKENS, WINDOW
 from cuantiza.core.machine.progress import report as say
-from cuantiza.core.machine.threads import check_threads, default_threads
 from cuantiza.core.store import folders
 from cuantiza.sweep.driver import Settings, Sweep
 from cuantiza.sweep.executor import Executor, Local
 from cuantiza.sweep.grid import read_grid
 
 
-def main() -> int:
-    args = _arguments()
+def main(arguments: Sequence[str] | None = None) -> int:
+    args = _arguments(arguments)
     settings = Settings(args.tokens, args.window, args.rounds, args.threads, args.shard)
     grid = read_grid(args.models, args.recipes, args.corpora)
     work = args.work.absolute()
@@ -81,28 +83,24 @@ def _publish(sweep: Sweep, output: Path, seconds: float) -> None:
         )
 
 
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m cuantiza.sweep", description=__doc__)
+def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = Parser("sweep", __doc__, "cuantiza sweep --models one two --recipes int8-dynamic int4-weight")
     parser.add_argument(
-        "--models",
-        nargs="*",
-        default=["models/es-mini"],
-        metavar="MODEL",
-        help="checkpoint folders or hub ids (default models/es-mini)",
+        "--models", nargs="*", default=[MODEL], metavar="MODEL", help=f"checkpoint folders or hub ids ({MODEL})"
     )
     parser.add_argument(
         "--recipes",
         nargs="*",
-        default=["int8-dynamic", "int8-static"],
+        default=list(RECIPES),
         metavar="RECIPE",
-        help="recipes as for `python -m quantize` (default int8-dynamic int8-static); fp32 is always measured too",
+        help=f"recipes as for `cuantiza quantize` ({' '.join(RECIPES)}); fp32 is always measured too",
     )
     parser.add_argument(
         "--corpora",
         nargs="*",
-        default=["corpus/es"],
+        default=[CORPUS],
         metavar="CORPUS",
-        help="files, folders or hub dataset ids (default corpus/es)",
+        help=f"files, folders or hub data set ids ({CORPUS})",
     )
     parser.add_argument(
         "--ray",
@@ -110,33 +108,17 @@ def _arguments() -> argparse.Namespace:
         metavar="ADDRESS",
         help="run on this Ray cluster: host:port, or auto (default: only this process)",
     )
-    parser.add_argument(
-        "--tokens", type=int, default=12288, help="score whole documents until this many tokens (default 12288)"
+    add_number(parser, "--tokens", TOKENS, "score whole documents until this many tokens")
+    add_number(parser, "--window", WINDOW, "longest context of a scored token, in tokens")
+    add_number(parser, "--rounds", ROUNDS, "interleaved rounds of latency")
+    add_threads(parser)
+    add_number(parser, "--shard", 4096, "tokens to score per task")
+    add_folder(
+        parser, "--work", ARTIFACTS / "sweep", "folder for artifacts and measurements, which all machines must see"
     )
-    parser.add_argument(
-        "--window", type=int, default=512, help="longest context of a scored token, in tokens (default 512)"
-    )
-    parser.add_argument("--rounds", type=int, default=3, help="interleaved rounds of latency (default 3)")
-    parser.add_argument(
-        "--threads", type=int, default=default_threads(), help="threads of every runtime (default: all processors here)"
-    )
-    parser.add_argument(
-        "--shard", type=int, default=4096, metavar="TOKENS", help="tokens to score per task (default 4096)"
-    )
-    default = Path("artifacts/sweep")
-    parser.add_argument(
-        "--work",
-        type=Path,
-        default=default,
-        help=f"folder for artifacts and measurements; all machines must see it (default {default})",
-    )
-    default = Path("reports/sweep")
-    parser.add_argument("--output", type=Path, default=default, help=f"folder for the page (default {default})")
-    args = parser.parse_args()
-    check_threads(args.threads)
-    for option, least in (("tokens", 2), ("window", 2), ("rounds", 1), ("shard", 1)):
-        if getattr(args, option) < least:
-            raise UserError(f"--{option} {getattr(args, option)}: give {least} or more")
+    add_folder(parser, "--output", REPORTS / "sweep", "folder for the page")
+    args = parser.parse_args(arguments)
+    check_numbers(args, tokens=2, window=2, rounds=1, shard=1)
     return args
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from cuantiza.core.errors import UserError
 from cuantiza.core.inputs.corpus import Split
-from cuantiza.core.store import artifact
+from cuantiza.core.store import artifact, folders
 from cuantiza.core.store.artifact import Artifact
 from cuantiza.eval.compare.budgets import Budgets
 from cuantiza.eval.compare.decide import (

@@ -9,9 +9,10 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
+from cuantiza.core.cli import add_corpus, source_of
 from cuantiza.core.errors import UserError, run
 from cuantiza.core.inputs.checkpoints import model_name
-from cuantiza.core.inputs.corpus import add_arguments, load_splits, source_of
+from cuantiza.core.inputs.corpus import load_splits
 from cuantiza.core.machine.hardware import cpu_name
 from cuantiza.core.machine.progress import report
 from cuantiza.core.machine.threads import default_threads
@@ -53,7 +54,7 @@ def main() -> int:
     )
     parser.add_argument("--output", type=Path, default=Path("docs"), help="folder of the page (default docs)")
     parser.add_argument("--reprint", action="store_true", help="run nothing: print the page anew from its JSON")
-    add_arguments(parser)
+    add_corpus(parser)
     args = parser.parse_args()
     if args.reprint:
         return reprint(args.output)
@@ -121,7 +122,7 @@ def reprint(output: Path) -> int:
 
 
 def read_emulation(output: Path) -> dict | None:
-    """What `python -m lab.matrix.emulation.qemu` measured; None where it has not run."""
+    """What `python -m lab.matrix.emulation` measured; None where it has not run."""
     return _read(output / EMULATION) if (output / EMULATION).is_file() else None
 
 

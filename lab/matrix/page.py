@@ -40,7 +40,7 @@ _PROCESSORS = """\
 ## Other processors
 
 Under user-mode emulation: the artifacts on processors with other instructions, compared with the same artifact on the \
-real one, by `python -m lab.matrix.emulation.qemu` ([{json}]({json})). Δ ln ppl is on {windows} windows of {length} tokens; an \
+real one, by `python -m lab.matrix.emulation` ([{json}]({json})). Δ ln ppl is on {windows} windows of {length} tokens; an \
 option is one of ONNX Runtime's session.
 """
 

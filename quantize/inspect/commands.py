@@ -10,9 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cuantiza.core.cli import add_corpus, source_of
 from cuantiza.core.errors import UserError
 from cuantiza.core.inputs.checkpoints import model_name
-from cuantiza.core.inputs.corpus import Split, add_arguments, load_splits, source_of
+from cuantiza.core.inputs.corpus import Split, load_splits
 from cuantiza.core.machine.progress import report
 from cuantiza.core.machine.terminal import new_table, show
 from cuantiza.core.store import artifact, folders
@@ -47,7 +48,7 @@ def add_inputs(parser: argparse.ArgumentParser) -> None:
     """Add the options that name a model, its artifacts and the corpus."""
     parser.add_argument("--model", default="models/es-mini", help="the model that was exported: folder or hub id")
     parser.add_argument("--output", type=Path, default=Path("artifacts"), help="folder of the artifacts")
-    add_arguments(parser)
+    add_corpus(parser)
 
 
 def add_commands(parser: argparse.ArgumentParser) -> None:

@@ -62,7 +62,7 @@ def built(tmp_path_factory):
         ("export", "--output", artifacts.parent),
         ("quantize", "--recipes", *RECIPES, "--output", artifacts.parent),
         ("eval", "--recipes", "fp32", *RECIPES, "--artifacts", artifacts.parent, "--output", reports, *little),
-        ("bundle", "--artifacts", artifacts.parent, "--reports", reports, "--output", dist),
+        ("cuantiza.bundle", "--artifacts", artifacts.parent, "--reports", reports, "--output", dist),
     ):
         result = stage(*arguments)
         assert result.status == 0, result.stderr

@@ -69,7 +69,7 @@ def served(*command: object) -> Iterator[str]:
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate()
     assert process.returncode == 0, errors
-    if command[0] == "demo":  # Python's own server prints a traceback where a browser closes a download midway
+    if command[0] == "cuantiza.demo":  # Python's own server prints a traceback where a browser closes a download midway
         assert "Traceback" not in errors, errors
 
 
@@ -114,7 +114,7 @@ def assert_undisturbed(seen: dict) -> None:
 def test_the_page_continues_text_as_python_does(int8, es_mini_fp32, tmp_path):
     runs = [asks(), asks(temperature=0.8, length=16), asks(temperature=0.8, length=16, seed=2)]
     runs += [runs[1], asks(temperature=1.5, topK=1), asks(length=256, stopAfter=20)]
-    with served("demo", "--artifact", int8, "--port", 0) as url:
+    with served("cuantiza.demo", "--artifact", int8, "--port", 0) as url:
         seen = visit(url, tmp_path, runs=runs, language="es", processors=4)
     assert_undisturbed(seen)
     assert seen["isolated"] and seen["title"] == "Continúa el texto"
@@ -136,7 +136,7 @@ def test_the_page_continues_text_as_python_does(int8, es_mini_fp32, tmp_path):
 
 @in_browser
 def test_fp32_in_english_on_a_phone(es_mini_fp32, tmp_path):
-    with served("demo", "--artifact", es_mini_fp32.path, "--port", 0) as url:
+    with served("cuantiza.demo", "--artifact", es_mini_fp32.path, "--port", 0) as url:
         phone = {"width": 390, "height": 844}
         seen = visit(url, tmp_path, runs=[asks(length=16)], language="en-GB", viewport=phone, dark=True)
     assert_undisturbed(seen)
@@ -167,7 +167,7 @@ def test_a_built_folder_works_from_any_server(int8, tmp_path):
 
 @in_browser
 def test_a_browser_without_simd_is_told(int8, tmp_path):
-    with served("demo", "--artifact", int8, "--port", 0) as url:
+    with served("cuantiza.demo", "--artifact", int8, "--port", 0) as url:
         seen = visit(url, tmp_path, noSimd=True, language="en")
     assert "WebAssembly SIMD" in seen["alert"] and seen["disabled"]
     assert not [url for url in seen["requests"] if url.endswith((".onnx", ".wasm"))]
@@ -200,7 +200,7 @@ def test_sampling():
 
 @needs_packages
 def test_a_broken_name_is_not_found(int8):
-    with served("demo", "--artifact", int8, "--port", 0) as url, pytest.raises(HTTPError, match="404"):
+    with served("cuantiza.demo", "--artifact", int8, "--port", 0) as url, pytest.raises(HTTPError, match="404"):
         urlopen(f"{url}%00")
 
 

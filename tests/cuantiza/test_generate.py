@@ -117,10 +117,10 @@ def test_sampling_out_of_range(field, value):
 
 
 def test_the_command(es_mini_fp32):
-    arguments = ("generate", "--artifact", es_mini_fp32.path, "--tokens", 12)
+    arguments = ("cuantiza.generate", "--artifact", es_mini_fp32.path, "--tokens", 12)
     greedy = stage(*arguments, "--greedy")
     assert greedy.status == 0 and greedy.stdout.startswith(PROMPT) and len(greedy.stdout) > len(PROMPT) + 12
-    assert greedy.stderr.startswith("12 tokens behind ") and "tokens/s, greedy" in greedy.stderr
+    assert greedy.stderr.startswith("12 tokens after ") and "tokens/s, greedy" in greedy.stderr
     piped = stage(*arguments, "--greedy", "--prompt", "-", input=PROMPT + "\n")
     assert piped.stdout == greedy.stdout
     assert stage(*arguments, "--seed", 3).stdout == stage(*arguments, "--seed", 3).stdout != greedy.stdout
@@ -132,7 +132,7 @@ def test_it_ends_at_the_models_last_position(es_mini_fp32):
     assert_user_error(too_long, "--prompt: has ", "1023")
     near = "a b c d " * 127  # so near to the end that the model does not end the text before
     result = stage("cuantiza.generate", "--artifact", es_mini_fp32.path, "--prompt", near, "--tokens", 1000, "--greedy")
-    behind = int(result.stderr.split(" tokens behind ")[1].split(",")[0])
+    behind = int(result.stderr.split(" tokens after ")[1].split(",")[0])
     assert (
         result.status == 0 and result.stderr.startswith(f"{1024 - behind} tokens") and "last position" in result.stderr
     )

@@ -204,7 +204,7 @@ def test_one_cell_that_fails_keeps_the_others(place: Path) -> None:
         (("--recipes", "int9"), ("RECIPES=int9", "choose from")),
         (("--corpora", "corpus/none.txt"), ("CORPUS=corpus/none.txt",)),
         (("--corpora", "corpus/es", "{twin}"), ("CORPORA=", "called es", "rename")),
-        (("--shard", "0"), ("--shard 0", "give 1 or more")),
+        (("--shard", "0"), ("--shard 0", "from 1")),
         (("--output", "{work}"), ("--output", "--work")),
     ],
 )

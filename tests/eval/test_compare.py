@@ -374,13 +374,13 @@ def test_text_of_a_report_is_shown_and_nothing_else(written, compare, tmp_path):
 def test_the_command_as_a_user_calls_it(written, tmp_path):
     base, head = written("base", report(1)), written("head", report(2, q=2_000_000))
     output = tmp_path / "compare.md"
-    done = stage("eval", "compare", base / "report.json", head, "--without-latency", "--output", output)
+    done = stage("cuantiza", "compare", base / "report.json", head, "--without-latency", "--output", output)
     assert done.status == 1 and "q, size: +100.0 %" in done.stdout and not done.stderr
     assert "| q | size |" in output.read_text()
-    assert_user_error(stage("eval", "compare", base, tmp_path / "nowhere"), "HEAD=", "nowhere")
-    assert_user_error(stage("eval", "compare", base, head, "--output", tmp_path), "--output", "is a folder")
-    assert_user_error(stage("eval", "compare", base, head, "--rounds", 2), "--rounds 2")
-    assert "BASE HEAD" in stage("eval", "compare", "--help").stdout
+    assert_user_error(stage("cuantiza", "compare", base, tmp_path / "nowhere"), "HEAD=", "nowhere")
+    assert_user_error(stage("cuantiza", "compare", base, head, "--output", tmp_path), "--output", "is a folder")
+    assert_user_error(stage("cuantiza", "compare", base, head, "--rounds", 2), "--rounds 2")
+    assert "BASE HEAD" in stage("cuantiza", "compare", "--help").stdout
 
 
 def test_markdown_is_one_table(written):

@@ -127,7 +127,7 @@ def spoilt_by(base: artifact.Artifact, folder: Path, wanted: float) -> artifact.
 
 
 def compare(base: Path, head: Path, output: Path, *options: object):
-    return stage("eval", "compare", base, head, "--output", output / "compare.md", *options, timeout=3600)
+    return stage("cuantiza", "compare", base, head, "--output", output / "compare.md", *options, timeout=3600)
 
 
 def verdicts(output: Path) -> dict[tuple[str, str], str]:

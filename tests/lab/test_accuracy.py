@@ -202,10 +202,10 @@ def test_bad_options_are_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
         (["--models", "nowhere"], "--models nowhere: is not a folder"),
         (["--models", str(ES_MINI)], "two models are called 'es-mini'"),
     ):
-        monkeypatch.setattr(sys, "argv", ["accuracy.py", *options, *places])
+        monkeypatch.setattr(sys, "argv", ["accuracy", *options, *places])
         with pytest.raises(UserError, match=message):
             accuracy.main()
     command = [sys.executable, "-m", "lab.accuracy", "--text", "nowhere.txt", *places]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=60)
+    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert_user_error(Result(done.returncode, done.stdout, done.stderr), "--text nowhere.txt", "is not a file")
     assert not list(tmp_path.iterdir())

@@ -298,7 +298,7 @@ def test_the_command_writes_a_report(tmp_path: Path) -> None:
 
 def test_bad_options_are_one_line(tmp_path: Path) -> None:
     assert_user_error(stage("lab.bench", "--threads", 0, "--work", tmp_path), "--threads 0", "from 1 to")
-    options = ("bench", "--work", tmp_path / "work", "--without-peers")
+    options = ("lab.bench", "--work", tmp_path / "work", "--without-peers")
     assert_user_error(stage(*options, "--rows", "int9"), "--rows int9", "int8-dynamic")
 
 

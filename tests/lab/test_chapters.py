@@ -291,7 +291,7 @@ def test_a_report_that_is_not_the_chapters_is_refused(tmp_path: Path):
     output = tmp_path / "docs"
 
     def refused(*fragments: str) -> None:
-        result = stage("lab.chapters.__main__", "--report", report, "--artifacts", tmp_path, "--output", output)
+        result = stage("lab.chapters", "--report", report, "--artifacts", tmp_path, "--output", output)
         assert_user_error(result, *fragments)
         assert not output.exists()
 
@@ -315,6 +315,6 @@ def test_a_report_of_other_artifacts_is_refused(es_mini_fp32, tmp_path):
     rows = [{"name": name} for name in chapters.ROWS]
     report.write_text(json.dumps({"model": "es-mini", "artifacts": rows, "inputs": inputs}))
     result = stage(
-        "lab.chapters.__main__", "--report", report, "--artifacts", tmp_path / "es-mini", "--output", tmp_path / "docs"
+        "lab.chapters", "--report", report, "--artifacts", tmp_path / "es-mini", "--output", tmp_path / "docs"
     )
     assert_user_error(result, "was measured on another int8-dynamic")

@@ -95,12 +95,12 @@ def test_bad_options_are_one_line(arguments, fragments, tmp_path):
     if "haswell" in arguments and not shutil.which("qemu-x86_64"):
         pytest.skip("no qemu-x86_64: refused for that first")
     output = tmp_path / "result.json"
-    assert_user_error(stage("lab.matrix.emulation.qemu", "--output", output, *arguments), *fragments)
+    assert_user_error(stage("lab.matrix.emulation", "--output", output, *arguments), *fragments)
     assert not list(tmp_path.iterdir())
 
 
 def test_a_missing_emulator_is_named_with_what_installs_it(tmp_path):
-    result = stage("lab.matrix.emulation.qemu", "--processors", "cortex-a72", env={"PATH": str(tmp_path)})
+    result = stage("lab.matrix.emulation", "--processors", "cortex-a72", env={"PATH": str(tmp_path)})
     assert_user_error(result, "cortex-a72", "no qemu-aarch64", "apt-get install qemu-user")
 
 
@@ -155,7 +155,7 @@ def test_int8_dynamic_is_wrong_without_vnni_and_right_with_the_option(es_mini_fp
     assert made.status == 0, made.stderr
     options = ["--processors", "haswell", "--windows", 1, "--tokens", 16, "--output", tmp_path / "result.json"]
     where = ["--artifacts", artifacts / "es-mini", "--recipes", "int8-dynamic", "--folder", tmp_path / "systems"]
-    result = stage("lab.matrix.emulation.qemu", *where, *options, timeout=3600)
+    result = stage("lab.matrix.emulation", *where, *options, timeout=3600)
     assert result.status == 0, result.stderr
     report = json.loads((tmp_path / "result.json").read_text())
     clipped, cured = report["rows"]
@@ -169,7 +169,7 @@ def test_int8_dynamic_is_wrong_without_vnni_and_right_with_the_option(es_mini_fp
 
 @pytest.mark.skipif(
     not emulation.aarch64_system(ROOT / ".emulation").is_dir() or not shutil.which("qemu-aarch64"),
-    reason="no aarch64 system in .emulation, or no qemu-aarch64: `python -m lab.matrix.emulation.qemu` makes one",
+    reason="no aarch64 system in .emulation, or no qemu-aarch64: `python -m lab.matrix.emulation` makes one",
 )
 def test_aarch64_without_dot_product_is_exact(tmp_path):
     np.save(tmp_path / "windows.npy", np.zeros((1, 1), np.int64))

@@ -234,11 +234,11 @@ def test_files(twin: tuple[Path, Twin]) -> None:
 
 @pytest.mark.parametrize("kind", ["twin", "sink"])
 def test_same_seed_same_bytes(request: pytest.FixtureRequest, tmp_path: Path, kind: str) -> None:
-    """The command gives the same bytes from another working directory as this process, and makes parent folders."""
+    """The command gives the same bytes as this process, and makes the parent folders."""
     folder, changes = request.getfixturevalue(kind)
     again, other = tmp_path / "a" / "b" / kind, tmp_path / "other"
-    command = [sys.executable, ROOT / "tools" / "hard_model.py", kind, ES_MINI, again, "--seed", "0"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    command = [sys.executable, "-m", "lab.checkpoints.hard", kind, ES_MINI, again, "--seed", "0"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and not done.stderr, done.stderr
     printed = json.loads(done.stdout)
     assert (printed.pop("kind"), printed.pop("seed")) == (kind, 0)
@@ -253,7 +253,7 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> C
     """`command("twin", ...)` calls the command's main in this process."""
 
     def call(*args: object) -> Result:
-        monkeypatch.setattr(sys, "argv", ["hard_model.py", *map(str, args)])
+        monkeypatch.setattr(sys, "argv", ["hard", *map(str, args)])
         handler = signal.getsignal(signal.SIGTERM)
         capsys.readouterr()
         try:

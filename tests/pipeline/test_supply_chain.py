@@ -17,7 +17,7 @@ from packaging.utils import canonicalize_name
 
 from helpers import ROOT
 
-PINS = sorted((ROOT / "pins").glob("*.txt"))
+PINS = sorted((ROOT / "setup").glob("*.txt"))
 WORKFLOWS = sorted((ROOT / ".github/workflows").glob("*.yml"))
 PIN = re.compile(r"([A-Za-z0-9._-]+)==(\S+)((?: \\\n    --hash=sha256:[0-9a-f]{64})+)\n")
 

@@ -49,4 +49,4 @@ def test_the_workflow_calls_what_exists():
             if name == "ARGS":
                 parser().parse_args(["a", "b", *shlex.split(value)])
     make_compare = re.search(r"^compare:.*\n\t(.+)", makefile, re.MULTILINE).group(1)
-    assert "eval compare" in make_compare and "$(ARGS)" in make_compare
+    assert "cuantiza compare" in make_compare and "$(ARGS)" in make_compare

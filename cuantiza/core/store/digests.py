@@ -7,7 +7,9 @@ import functools
 import hashlib
 import json
 import sys
-from importlib.metadata import version
+from collections.abc import Iterator
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import cuantiza
@@ -36,12 +38,21 @@ def code_digest(*modules: str) -> str:
         source = path.read_bytes()
         files[name] = hashlib.sha256(source).hexdigest()
         waiting.append(name.rpartition(".")[0])  # Python runs a package before its modules
-        for node in ast.walk(ast.parse(source)):
+        for node in _run(ast.parse(source)):
             if isinstance(node, ast.ImportFrom) and node.module:
                 waiting += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
             elif isinstance(node, ast.Import):
                 waiting += [alias.name for alias in node.names]
     return digest(files)
+
+
+def _run(node: ast.AST) -> Iterator[ast.AST]:
+    """`node` and everything in it that runs: what stands under `if TYPE_CHECKING:` is for type checkers alone."""
+    yield node
+    for child in ast.iter_child_nodes(node):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test) and child in node.body:
+            continue
+        yield from _run(child)
 
 
 def _source(name: str) -> Path | None:
@@ -57,5 +68,9 @@ def _source(name: str) -> Path | None:
 
 
 def versions(*distributions: str) -> dict[str, str]:
-    """Installed versions of `distributions` and of Python."""
-    return {"python": ".".join(map(str, sys.version_info[:3]))} | {name: version(name) for name in distributions}
+    """The versions of Python and of those of `distributions` that are installed."""
+    found = {"python": ".".join(map(str, sys.version_info[:3]))}
+    for name in distributions:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found

@@ -1,4 +1,4 @@
-"""`python -m lab.matrix.emulation.qemu`: the artifacts on emulated processors, against this one -> docs/runtimes-emulation.json."""
+"""`python -m lab.matrix.emulation`: the artifacts on emulated processors, against this one -> docs/runtimes-emulation.json."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
+from cuantiza.core.cli import add_corpus, source_of
 from cuantiza.core.errors import UserError, run
-from cuantiza.core.inputs.corpus import add_arguments, load_splits, source_of
+from cuantiza.core.inputs.corpus import load_splits
 from cuantiza.core.inputs.model_config import max_positions, read_config, start_token
 from cuantiza.core.inputs.tokenizer import load_tokenizer
 from cuantiza.core.machine.progress import report as say
@@ -180,7 +181,7 @@ def _artifacts(folder: Path, recipes: list[str] | None) -> list[artifact.Artifac
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m lab.matrix.emulation.qemu", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m lab.matrix.emulation", description=__doc__)
     default = Path("artifacts/es-mini")
     parser.add_argument("--artifacts", type=Path, default=default, help=f"a model's folder (default {default})")
     parser.add_argument("--recipes", nargs="+", metavar="RECIPE", help="artifacts by name (default: all of the folder)")
@@ -196,7 +197,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--folder", type=Path, default=default, help=f"where systems are kept (default {default})")
     default = Path("docs/runtimes-emulation.json")
     parser.add_argument("--output", type=Path, default=default, help=f"file of the result (default {default})")
-    add_arguments(parser)
+    add_corpus(parser)
     args = parser.parse_args()
     for option, least in (("windows", 1), ("tokens", CACHED + 2), ("threads", 1)):
         if getattr(args, option) < least:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +16,7 @@ import pytest
 
 import cuantiza
 from cuantiza.core.errors import UserError
-from cuantiza.core.store import artifact, digests
+from cuantiza.core.store import digests, folders
 from cuantiza.core.store.artifact import Artifact, open_artifact, publish, rebuild_reason
 from cuantiza.core.store.digests import code_digest, digest
 from cuantiza.core.store.folders import locked, staging
@@ -261,7 +260,7 @@ def test_an_error_while_replacing_leaves_the_old_one(built: Path, monkeypatch: p
 
 PUBLISH_WITHOUT_END = """
 import os, sys
-sys.path[:0] = ["tests", "."]
+sys.path[:0] = ["tests/cuantiza/core", "tests", "."]
 from pathlib import Path
 from test_artifact import CONTENT, NEW, build
 while os.fork():  # every round is a fork, as importing takes longer than a round
@@ -312,60 +311,7 @@ def test_staging_leaves_nothing(built: Path) -> None:
     assert names(built.parent) == {"fp32"}
 
 
-# The lock
-
-HOLD = (
-    "import sys\nfrom pathlib import Path\nfrom cuantiza.core.store.artifact import locked\n"
-    "with locked(Path(sys.argv[1])):\n    print('held', flush=True)\n    sys.stdin.readline()\n"
-)
-
-
-def hold(folder: Path) -> subprocess.Popen:
-    """A process of its own that takes the lock, says so, and keeps it until it is given a line."""
-    return subprocess.Popen(
-        [sys.executable, "-c", HOLD, folder],
-        cwd=ROOT,
-        text=True,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-
-
-@pytest.mark.parametrize("end", ["released", "killed"])
-def test_lock_waits_for_another_process(tmp_path: Path, end: str) -> None:
-    folder = tmp_path / "modelo"
-    first = hold(folder)
-    assert first.stdout.readline() == "held\n"
-    with first, hold(folder) as second:
-        assert "waiting for another run" in second.stderr.readline()
-        (folder / ".tmp-mine").mkdir()
-        time.sleep(0.2)
-        assert second.poll() is None and (folder / ".tmp-mine").is_dir()  # the waiting one sweeps nothing
-        if end == "killed":
-            first.kill()
-        else:
-            first.stdin.write("\n")
-            first.stdin.flush()
-        assert second.stdout.readline() == "held\n"
-        assert not (folder / ".tmp-mine").exists()
-        second.communicate("\n")
-        assert second.returncode == 0
-
-
-def test_lock_is_released_by_an_error(tmp_path: Path) -> None:
-    folder = tmp_path / "modelo"
-    with pytest.raises(UserError), locked(folder):
-        raise UserError("bad")
-    with hold(folder) as other:
-        assert other.stdout.readline() == "held\n"
-        other.communicate("\n")
-
-
-def test_other_folders_are_not_locked(tmp_path: Path) -> None:
-    with locked(tmp_path / "a"), hold(tmp_path / "b") as other:
-        assert other.stdout.readline() == "held\n"
-        other.communicate("\n")
+# What is left over
 
 
 def test_what_a_signal_left_is_swept(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -376,7 +322,7 @@ def test_what_a_signal_left_is_swept(built: Path, monkeypatch: pytest.MonkeyPatc
         monkeypatch.undo()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(artifact.shutil, "rmtree", interrupted)
+    monkeypatch.setattr(folders.shutil, "rmtree", interrupted)
     with pytest.raises(KeyboardInterrupt), locked(built.parent), staging(built) as work:
         (work / "model.onnx").write_bytes(b"half")
     assert names(built.parent) == {"fp32", ".cuantiza.lock"}
@@ -390,25 +336,6 @@ def test_leftovers_are_swept(built: Path) -> None:
     with locked(built.parent):
         assert names(built.parent) == {"fp32", ".cuantiza.lock"}
     open_artifact(built)
-
-
-def test_foreign_folder(tmp_path: Path) -> None:
-    folder = tmp_path / "tesis"
-    (folder / "capítulos").mkdir(parents=True)
-    (folder / ".tmp-notes").mkdir()
-    with pytest.raises(UserError, match=r"tesis: holds files that are not ours.*OUT="), locked(folder):
-        pass
-    assert names(folder) == {"capítulos", ".tmp-notes"}
-    shutil.rmtree(folder / "capítulos")
-    shutil.rmtree(folder / ".tmp-notes")
-    with locked(folder):  # empty folders are nobody's
-        assert names(folder) == {".cuantiza.lock"}
-
-
-def test_file_in_the_place_of_the_folder(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"file: is a file.*OUT="), locked(tmp_path / "file"):
-        pass
 
 
 # Both, as users meet them

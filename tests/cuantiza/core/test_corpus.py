@@ -265,9 +265,9 @@ def test_index_decides(indexed: Path) -> None:
 
 
 def test_index_tool(indexed: Path) -> None:
-    """`python cuantiza/index.py folder` writes the index of the folder as it is, the same again."""
+    """`python -m cuantiza.index folder` writes the index of the folder as it is, the same again."""
     (indexed / "7.txt").write_text("Otro.", encoding="utf-8")
-    subprocess.run([sys.executable, ROOT / "tools" / "corpus_index.py", indexed], check=True, cwd=indexed.parent)
+    subprocess.run([sys.executable, "-m", "cuantiza.index", indexed], check=True, cwd=ROOT)
     first = (indexed / INDEX).read_bytes()
     assert len(sides(indexed)[1]) == 5 and "Otro." in sides(indexed)[0]
     write_index(indexed)
@@ -276,7 +276,7 @@ def test_index_tool(indexed: Path) -> None:
 
 def test_changed_document(indexed: Path) -> None:
     (indexed / "3.txt").write_text("Texto número 3,\n", encoding="utf-8")
-    with pytest.raises(UserError, match=r"3\.txt.*index\.json.*corpus_index"):
+    with pytest.raises(UserError, match=r"3\.txt.*index\.json.*python -m cuantiza\.index"):
         sides(indexed)
 
 
@@ -289,7 +289,7 @@ def test_missing_document(indexed: Path) -> None:
 def test_unlisted_document(indexed: Path) -> None:
     """A text that somebody adds is not passed over in silence."""
     (indexed / "7.txt").write_text("Nuevo.", encoding="utf-8")
-    with pytest.raises(UserError, match=r"7\.txt.*index\.json.*corpus_index"):
+    with pytest.raises(UserError, match=r"7\.txt.*index\.json.*python -m cuantiza\.index"):
         sides(indexed)
 
 
@@ -320,14 +320,14 @@ def test_broken_index(indexed: Path, change: Callable[[list], object]) -> None:
     index = json.loads((indexed / INDEX).read_text(encoding="utf-8"))
     change(index["documents"])
     (indexed / INDEX).write_text(json.dumps(index), encoding="utf-8")
-    with pytest.raises(UserError, match=r"corpus_index\.py"):
+    with pytest.raises(UserError, match=r"python -m cuantiza\.index"):
         sides(indexed)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"documents": 3}', "\udcff"])
 def test_index_is_no_index(indexed: Path, content: str) -> None:
     (indexed / INDEX).write_bytes(content.encode("utf-8", "surrogateescape"))
-    with pytest.raises(UserError, match=r"corpus_index\.py"):
+    with pytest.raises(UserError, match=r"python -m cuantiza\.index"):
         sides(indexed)
 
 

@@ -1,0 +1,93 @@
+"""The folders of results: one process at a time holds one, and folders of other people's files are refused."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from cuantiza.core.errors import UserError
+from cuantiza.core.store.folders import locked
+
+from helpers import ROOT
+
+
+def names(folder: Path) -> set[str]:
+    return {file.name for file in folder.iterdir()}
+
+
+HOLD = (
+    "import sys\nfrom pathlib import Path\nfrom cuantiza.core.store.folders import locked\n"
+    "with locked(Path(sys.argv[1])):\n    print('held', flush=True)\n    sys.stdin.readline()\n"
+)
+
+
+def hold(folder: Path) -> subprocess.Popen:
+    """A process of its own that takes the lock, says so, and keeps it until it is given a line."""
+    return subprocess.Popen(
+        [sys.executable, "-c", HOLD, folder],
+        cwd=ROOT,
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
+@pytest.mark.parametrize("end", ["released", "killed"])
+def test_lock_waits_for_another_process(tmp_path: Path, end: str) -> None:
+    folder = tmp_path / "modelo"
+    first = hold(folder)
+    assert first.stdout.readline() == "held\n"
+    with first, hold(folder) as second:
+        assert "waiting for another run" in second.stderr.readline()
+        (folder / ".tmp-mine").mkdir()
+        time.sleep(0.2)
+        assert second.poll() is None and (folder / ".tmp-mine").is_dir()  # the waiting one sweeps nothing
+        if end == "killed":
+            first.kill()
+        else:
+            first.stdin.write("\n")
+            first.stdin.flush()
+        assert second.stdout.readline() == "held\n"
+        assert not (folder / ".tmp-mine").exists()
+        second.communicate("\n")
+        assert second.returncode == 0
+
+
+def test_lock_is_released_by_an_error(tmp_path: Path) -> None:
+    folder = tmp_path / "modelo"
+    with pytest.raises(UserError), locked(folder):
+        raise UserError("bad")
+    with hold(folder) as other:
+        assert other.stdout.readline() == "held\n"
+        other.communicate("\n")
+
+
+def test_other_folders_are_not_locked(tmp_path: Path) -> None:
+    with locked(tmp_path / "a"), hold(tmp_path / "b") as other:
+        assert other.stdout.readline() == "held\n"
+        other.communicate("\n")
+
+
+def test_foreign_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "tesis"
+    (folder / "capítulos").mkdir(parents=True)
+    (folder / ".tmp-notes").mkdir()
+    with pytest.raises(UserError, match=r"tesis: holds files that are not ours.*OUT="), locked(folder):
+        pass
+    assert names(folder) == {"capítulos", ".tmp-notes"}
+    shutil.rmtree(folder / "capítulos")
+    shutil.rmtree(folder / ".tmp-notes")
+    with locked(folder):  # empty folders are nobody's
+        assert names(folder) == {".cuantiza.lock"}
+
+
+def test_file_in_the_place_of_the_folder(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"file: is a file.*OUT="), locked(tmp_path / "file"):
+        pass

@@ -160,7 +160,7 @@ def module_of(engine: type) -> types.SimpleNamespace:
     return types.SimpleNamespace(Engine=lambda kind, folder, threads: engine(), version=lambda: "1")
 
 
-def test_a_decode_sample_is_one_step_behind_a_cache_that_grows(clock: Clock) -> None:
+def test_a_decode_sample_is_one_step_after_a_cache_that_grows(clock: Clock) -> None:
     class Engine:
         def start(self, batch: int, capacity: int) -> None:
             self.length, self.capacity = 0, capacity

@@ -41,8 +41,8 @@ FIELDS = (
     "continuation",
 )
 PREFILL, DECODE = 512, 128
-# What is copied from docs/accuracy.json. It shows what outlier channels do to a scale per tensor, and compares GPTQ
-# with rounding to nearest.
+# Models and recipes that are copied from docs/accuracy.json. They show what outlier channels do to a scale per tensor,
+# and compare GPTQ with rounding to nearest.
 MODELS, ACCURACY = (
     ("es-mini", "es-mini-twin"),
     ("ort-dynamic", "int8-dynamic", "int8-static", "int4-weight", "int4-weight-nearest"),

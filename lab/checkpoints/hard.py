@@ -100,7 +100,7 @@ def sink(weights: Weights, config: GPT2Config, seed: int) -> tuple[Weights, Sink
     layer 0 if the model has one layer). One neuron of that MLP reads only this channel, outputs 60 at position 0 and 0
     elsewhere, and writes 400 times the median |residual| into another channel, where the value stays to the end.
 
-    Beside so large a value, LayerNorm leaves little of the other channels at position 0, but attention relies on that
+    Next to so large a value, LayerNorm leaves little of the other channels at position 0, but attention relies on that
     position. So the weights that read the large channel are set to produce the average output that position 0 had
     before: a constant bias of attention, as massive activations are in trained models. The perplexity of es-mini rises
     by 3 to 4 %; without this repair it doubles. Raises UserError if the activation function cannot output 60.

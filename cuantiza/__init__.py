@@ -20,7 +20,18 @@ if TYPE_CHECKING:
     from cuantiza.quantize.stage import quantize
 
 __version__ = "0.2.0"
-__all__ = ["Artifact", "Comparison", "Model", "Report", "UserError", "compare", "evaluate", "export", "load", "quantize"]
+__all__ = [
+    "Artifact",
+    "Comparison",
+    "Model",
+    "Report",
+    "UserError",
+    "compare",
+    "evaluate",
+    "export",
+    "load",
+    "quantize",
+]
 
 _root = Path(__file__).resolve().parent.parent
 if (_root / "pyproject.toml").is_file():

@@ -15,9 +15,11 @@ from pathlib import Path
 
 from cuantiza.core.errors import UserError, run
 from cuantiza.core.machine.progress import report as say
+from cuantiza.core.pages import plus_minus, table
 from cuantiza.core.store import folders
 from lab import DATA, DOCS, ROOT
-from lab.bench.pages.markdown import markdown_table, page, ratios, speed_table, spread, three_digits
+from lab.bench.pages.markdown import page, ratios, speed_table, spread, three_digits
+from lab.pages import write
 
 FIGURE = DOCS / "figures" / "performance.svg"
 # The rows of the first table of docs/performance.md and of its figure: what one would take of ours, then of others.
@@ -76,7 +78,8 @@ def main() -> int:
     for file in sorted((DATA / "bench").glob("*.json")):
         result = json.loads(file.read_text(encoding="utf-8"))
         target = DOCS / "bench" / file.name
-        _write(target.with_suffix(".md"), page(result, file.stem))
+        write(target.with_suffix(".md"), page(result, file.stem))
+        say(f"performance {target.with_suffix('.md')}: written")
         with folders.staging(target) as work:
             draw(result, work / "figure.svg")
             (work / "figure.svg").replace(target.with_suffix(".svg"))
@@ -84,7 +87,8 @@ def main() -> int:
         draw(chosen(DATA), work / FIGURE.name)
         (work / FIGURE.name).replace(FIGURE)
     for name in TABLES:
-        _write(ROOT / name, filled(name, (ROOT / name).read_text(encoding="utf-8"), DATA))
+        write(ROOT / name, filled(name, (ROOT / name).read_text(encoding="utf-8"), DATA))
+        say(f"performance {name}: written")
     return 0
 
 
@@ -93,10 +97,10 @@ def filled(name: str, text: str, data: Path) -> str:
 
     Raises UserError where the page lacks the place of a table, or `data` lacks a file.
     """
-    for table, make in TABLES[name].items():
-        place = re.compile(rf"(<!-- {re.escape(table)} -->\n).*?(\n<!-- end -->)", re.DOTALL)
+    for title, make in TABLES[name].items():
+        place = re.compile(rf"(<!-- {re.escape(title)} -->\n).*?(\n<!-- end -->)", re.DOTALL)
         if not place.search(text):
-            raise UserError(f"{name}: has no <!-- {table} --> with an <!-- end --> after it; add both lines")
+            raise UserError(f"{name}: has no <!-- {title} --> with an <!-- end --> after it; add both lines")
         made = make(data).strip()
         text = place.sub(lambda found, made=made: found[1] + made + found[2], text)
     return text
@@ -107,13 +111,6 @@ def chosen(data: Path) -> dict:
     result = _load(data, "gpt2")
     rows = {row["name"]: row for row in result["rows"]}
     return {**result, "rows": [rows[name] for name in CHOSEN]}
-
-
-def _write(path: Path, text: str) -> None:
-    with folders.staging(path) as work:
-        (work / path.name).write_text(text, encoding="utf-8")
-        (work / path.name).replace(path)
-    say(f"performance {path}: written")
 
 
 def _load(data: Path, name: str) -> dict:
@@ -144,7 +141,7 @@ def _chosen(data: Path) -> str:
         ]
         for row in chosen(data)["rows"]
     ]
-    return markdown_table(columns, lines)
+    return table(columns, lines)
 
 
 def _bought(data: Path) -> str:
@@ -158,8 +155,7 @@ def _bought(data: Path) -> str:
         row, loss = rows[name], "baseline"
         if measured:
             found = quality[measured]
-            change = round(found["delta_ln_ppl"], 4) + 0.0  # no -0.0000
-            loss = f"{change:.4f} ± {found['delta_ln_ppl_stderr']:.4f}"
+            loss = plus_minus(found["delta_ln_ppl"], found["delta_ln_ppl_stderr"], 4, "en")
         lines.append(
             [
                 f"`{name}`",
@@ -170,16 +166,12 @@ def _bought(data: Path) -> str:
                 loss,
             ]
         )
-    return markdown_table(
-        ["artifact", "MB", "prompt of 512, ms", "token @128, ms", "tokens/s", "Δ ln ppl (es-mini)"], lines
-    )
+    return table(["artifact", "MB", "prompt of 512, ms", "token @128, ms", "tokens/s", "Δ ln ppl (es-mini)"], lines)
 
 
 def _speeds(name: str, setting: int) -> Callable[[Path], str]:
     """A function that makes the table of medians of the run `name`, in its setting number `setting`."""
-    return lambda data: markdown_table(
-        *speed_table(_load(data, name), setting, lambda item: three_digits(item["median_ms"]))
-    )
+    return lambda data: table(*speed_table(_load(data, name), setting, lambda item: three_digits(item["median_ms"])))
 
 
 def _pairs(data: Path) -> str:
@@ -189,7 +181,7 @@ def _pairs(data: Path) -> str:
         [theirs, f"`{ours}`", *(_ratio(rows[ours][phase][at], rows[theirs][phase][at]) for _, phase, at in SHAPES)]
         for theirs, ours in PAIRS
     ]
-    return markdown_table(["theirs", "ours", *(title for title, _, _ in SHAPES)], lines)
+    return table(["theirs", "ours", *(title for title, _, _ in SHAPES)], lines)
 
 
 def _ratio(ours: dict, theirs: dict) -> str:

@@ -133,5 +133,5 @@ def _serve(there: Connection, factory: Callable, args: tuple) -> None:
             while True:
                 method, arguments = there.recv()
                 there.send((getattr(served, method)(*arguments), None))
-        except (UserError, OSError) as error:  # the parent raises it, and cuantiza.core.errors prints it as one line
+        except (UserError, OSError, ModuleNotFoundError) as error:  # the parent raises it, and cuantiza.core.errors prints it as one line
             there.send((None, error))

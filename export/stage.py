@@ -10,7 +10,7 @@ from pathlib import Path
 from cuantiza.core.errors import UserError
 from cuantiza.core.inputs.checkpoints import Model, checkpoint_digest, resolve_model
 from cuantiza.core.inputs.defaults import ARTIFACTS, MODEL
-from cuantiza.core.machine.progress import report
+from cuantiza.core.machine.progress import report, working
 from cuantiza.core.store import artifact, digests, folders
 from cuantiza.core.store.artifact import Artifact
 
@@ -84,7 +84,8 @@ def _export(model: Model, target: Path, exporter: str, opset: int, inputs: dict)
         if exporter == "optimum":
             from cuantiza.export.optimum import export_optimum
 
-            export_optimum(model.folder, fields, work, opset)
+            with working("optimum's exporter"):
+                export_optimum(model.folder, fields, work, opset)
             vocabulary, positions = fields.get("vocab_size"), max_positions(fields)
             if not isinstance(vocabulary, int):
                 raise UserError(f"{path}: vocab_size is {vocabulary!r} where a whole number is needed")
@@ -98,7 +99,8 @@ def _export(model: Model, target: Path, exporter: str, opset: int, inputs: dict)
             positions = config.n_positions
             write_tokenizer(model.folder, work, config.vocab_size)
             graph = build(config, read_weights(model.folder), opset, model.folder)
-            onnx_file.save(graph, work)
+            with working("export    weights"):
+                onnx_file.save(graph, work)
             del graph
             # Reference cycles would keep the graph in memory, and with it a whole checkpoint of torch's legacy format.
             gc.collect()

@@ -1,8 +1,7 @@
-"""Quantizes the exported model by one recipe or several: artifacts/<model>/<recipe>."""
+"""Quantizes the fp32 artifact by every recipe that is named: artifacts/<model>/<recipe>."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
 from cuantiza.core.cli import Parser, add_corpus, add_folder, add_model, source_of
@@ -10,17 +9,12 @@ from cuantiza.core.errors import UserError, run
 from cuantiza.core.inputs.checkpoints import model_name
 from cuantiza.core.inputs.defaults import ARTIFACTS
 from cuantiza.core.inputs.defaults import RECIPES as DEFAULT
-from cuantiza.quantize.inspect.commands import COMMANDS
 from cuantiza.quantize.recipes.registry import RECIPES, Recipe, get_recipe
-from cuantiza.quantize.stage import quantize, with_budget
+from cuantiza.quantize.stage import opened, quantize_one, with_budget
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
-    if arguments and arguments[0] in COMMANDS:  # as `cuantiza recipes`, `cuantiza sensitivity`, `cuantiza histogram`
-        return COMMANDS[arguments[0]](arguments[1:])
     parser = Parser("quantize", __doc__, "cuantiza quantize --recipes int8-dynamic int4-weight")
-    add_model(parser)
     parser.add_argument(
         "--recipes",
         nargs="+",
@@ -35,11 +29,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="NATS",
         help="how far int8-static-mixed may raise ln perplexity, in nats per token (default: what the recipe says)",
     )
+    add_model(parser)
     add_folder(parser, "--output", ARTIFACTS, "folder of the artifacts")
     add_corpus(parser)
-    parser.epilog = f"other commands: {', '.join(f'cuantiza {name}' for name in COMMANDS)}"
-    if command := next((name for name in COMMANDS if name in arguments), None):
-        raise UserError(f"{arguments[0]}: stands before {command}; put the options of {command} after it")
     args = parser.parse_args(arguments)
     recipes: dict[str, Recipe] = {}
     for given in args.recipes:
@@ -48,8 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise UserError(f"RECIPES={given}: another recipe is named {name} too; give the file another name")
     if args.max_delta_ln_ppl is not None:
         recipes = with_budget(recipes, args.max_delta_ln_ppl)
-    for name, recipe in recipes.items():
-        quantize(args.output / model_name(args.model) / "fp32", recipe, source=source_of(args), name=name)
+    with opened(args.output / model_name(args.model) / "fp32") as parent:
+        for name, recipe in recipes.items():
+            quantize_one(parent, parent.path.parent / name, name, recipe, source_of(args))
     return 0
 
 

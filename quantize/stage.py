@@ -18,29 +18,31 @@ from cuantiza.core.store.artifact import Artifact
 from cuantiza.quantize.recipes.int8_static_mixed import MixedStaticInt8
 from cuantiza.quantize.recipes.registry import RECIPES, Recipe, calibration_of, get_recipe, to_json
 
-EMBEDDED = Source(CORPUS)
 _LIBRARIES = ("numpy", "onnx", "onnx-ir", "onnxruntime", "tokenizers")
 
 
 def quantize(
-    artifact: Path,
+    fp32: str | Path | Artifact,
     recipe: str | Recipe,
     output: Path | None = None,
-    source: Source = EMBEDDED,
+    *,
+    corpus: str | Path | Source = CORPUS,
     name: str | None = None,
 ) -> Artifact:
-    """Make the quantized artifact of the fp32 artifact in the folder `artifact`, unless it is there and up to date.
+    """Quantize the artifact `fp32`, which `export` made, unless the result is there and up to date.
 
-    `recipe` is a name of RECIPES, the path of a .json file, or a recipe itself. The artifact lies in the folder `output`
-    (default: `name`, beside `artifact`) and is called `name` (default: as the recipe or the file is called).
-    `source` is the text that calibrates (default: the embedded one). Raises UserError where the recipe, the artifact or the text cannot be used.
+    `recipe` is a name of RECIPES, the path of a .json file, or a recipe. The result lies in the folder `output` (beside
+    `fp32`, by its name) and is called `name` (as the recipe or its file is called). `corpus` is the text whose
+    calibration split calibrates. Raises UserError where the recipe, the artifact or the text cannot be used.
     """
+    path = fp32.path if isinstance(fp32, Artifact) else Path(fp32)
     label, recipe = get_recipe(recipe) if isinstance(recipe, str) else (_name_of(recipe), recipe)
     name = name or label or (output.name if output is not None else None)
     if name is None:
-        raise UserError("name=: is missing; this recipe has none of its own, so say what its artifact is called")
-    target = output or artifact.parent / name
-    with opened(artifact, target.parent) as parent:
+        raise UserError("name=: is missing; this recipe has no name of its own, so say how its artifact is called")
+    target = path.parent / name if output is None else Path(output)
+    source = corpus if isinstance(corpus, Source) else Source(str(corpus))
+    with opened(path, target.parent) as parent:
         return quantize_one(parent, target, name, recipe, source)
 
 

@@ -15,13 +15,12 @@ from cuantiza.core.inputs.model_config import max_positions, read_config, start_
 from cuantiza.core.inputs.tokenizer import encode, load_tokenizer
 from cuantiza.core.machine.hardware import memory_bytes
 from cuantiza.core.machine.process import Remote
-from cuantiza.core.machine.progress import track
+from cuantiza.core.machine.progress import track, working
 from cuantiza.core.store.digests import digest
-from cuantiza.eval.measure.engines import Engine
+from cuantiza.eval.measure.engines import Engine, Subject
 from cuantiza.eval.measure.estimates import TextSize, perplexity, quality, text_size
 from cuantiza.eval.measure.score import score
 from cuantiza.eval.measure.size import loaded_bytes
-from cuantiza.eval.measure.subject import Subject
 from cuantiza.eval.measure.windows import Window, halves, rolling
 
 PROMPT = "Me gusta mucho el futbol"
@@ -135,7 +134,8 @@ def _halves(remote: Remote, task: Task) -> dict | None:
     windows = task.halves
     if not windows:
         return None
-    estimate = perplexity(score(windows, [remote])[0])
+    with working("quality   llama.cpp's protocol", len(windows)) as work:
+        estimate = perplexity(score(work.count(windows), [remote])[0])
     return {
         "perplexity": estimate.value,
         "perplexity_stderr": estimate.stderr,

@@ -15,8 +15,9 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from cuantiza.core.contract import window_feeds
 from cuantiza.core.onnx import file as onnx_file
-from cuantiza.core.run.runtime import open_session, window_feeds
+from cuantiza.core.run.runtime import open_session
 from cuantiza.quantize.rewrite.find import Projection, find_embeddings, find_projections
 
 _INPUT = "block_input"

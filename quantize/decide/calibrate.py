@@ -24,8 +24,8 @@ from cuantiza.core.errors import UserError
 from cuantiza.core.inputs.corpus import Split, full_windows, stream
 from cuantiza.core.inputs.model_config import max_positions, read_config, start_token
 from cuantiza.core.inputs.tokenizer import encode, load_tokenizer
+from cuantiza.core.machine.hardware import default_threads
 from cuantiza.core.machine.progress import track
-from cuantiza.core.machine.threads import default_threads
 from cuantiza.quantize.decide import smooth
 from cuantiza.quantize.decide.activation import ROW_ZERO_POINTS, Activation, PerRow, PerTensor, matmul_error
 from cuantiza.quantize.decide.blocks import Block, open_block, split
@@ -273,12 +273,12 @@ def _decide(
     if projection.weight not in tables:
         rounded = _round(weight, tensor.moments.gram, keep, plan)
         rounded = replace(rounded, q=_on_disk(rounded.q, work))
-    account = {"alpha": tensor.smoothing.alpha} if plan.alphas else {}
+    details = {"alpha": tensor.smoothing.alpha} if plan.alphas else {}
     if activation is not None:
-        account |= asdict(activation) | {"relative_error": error(activation)}
+        details |= asdict(activation) | {"relative_error": error(activation)}
     if len(in_float):
-        account |= {"float_channels": in_float.tolist(), "float_bytes": 4 * weight[in_float].size}
-    return Decision(rounded, activation, in_float, np.ascontiguousarray(weight[in_float]), account, histogram)
+        details |= {"float_channels": in_float.tolist(), "float_bytes": 4 * weight[in_float].size}
+    return Decision(rounded, activation, in_float, np.ascontiguousarray(weight[in_float]), details, histogram)
 
 
 def _on_disk(array: np.ndarray, folder: Path) -> np.ndarray:

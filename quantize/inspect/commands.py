@@ -1,4 +1,7 @@
-"""The commands `recipes`, `sensitivity` and `histogram`: they show recipes and tensors, and publish nothing."""
+"""The commands `cuantiza recipes`, `sensitivity` and `histogram`, which show recipes and tensors.
+
+None of them publishes anything.
+"""
 
 from __future__ import annotations
 
@@ -28,10 +31,13 @@ if TYPE_CHECKING:
     from cuantiza.quantize.inspect.sensitivity import Sensitivity
 
 
-def recipes(arguments: Sequence[str]) -> int:
-    """Print the table of all recipes, their names, or one recipe as JSON. Raises UserError where `--json` names none."""
-    example = "cuantiza recipes --json int8-static > mine.json"
-    parser = Parser("recipes", "Lists the recipes, with what each costs where that was measured.", example)
+def recipes(arguments: Sequence[str] | None = None) -> int:
+    """`cuantiza recipes`. Raises UserError where `--json` names no recipe."""
+    parser = Parser(
+        "recipes",
+        "Lists the recipes, with what each costs where that was measured.",
+        "cuantiza recipes --json int8-static > mine.json",
+    )
     one = parser.add_mutually_exclusive_group()
     one.add_argument(
         "--json", metavar="NAME", help="print this recipe instead, as a .json file for --recipes to start from"
@@ -54,12 +60,15 @@ def recipes(arguments: Sequence[str]) -> int:
     return 0
 
 
-def sensitivity(arguments: Sequence[str]) -> int:
-    """Print the ranking of all linear layers, and plot it. Raises UserError where the recipe quantizes none alone."""
-    example = "cuantiza sensitivity --recipe int8-static --plot sensitivity.svg"
-    parser = Parser("sensitivity", "Ranks the linear layers by the KL that each causes, quantized alone.", example)
-    parser.add_argument("--recipe", default="int8-static", help="recipe of int8 or weights (default int8-static)")
-    args = _parsed(parser, arguments)
+def sensitivity(arguments: Sequence[str] | None = None) -> int:
+    """`cuantiza sensitivity`. Raises UserError where the recipe quantizes no linear layer on its own."""
+    parser = Parser(
+        "sensitivity",
+        "Ranks the linear layers by the KL divergence that each causes, quantized alone.",
+        "cuantiza sensitivity --recipe int8-static --plot sensitivity.svg",
+    )
+    _add_inputs(parser, "recipe of int8 or of weights", "write a chart too: .svg, .png or .pdf")
+    args = parser.parse_args(arguments)
     name, recipe = get_recipe(args.recipe)
     if plan_of(recipe) is None:
         raise UserError(
@@ -74,16 +83,16 @@ def sensitivity(arguments: Sequence[str]) -> int:
     return 0
 
 
-def histogram(arguments: Sequence[str]) -> int:
-    """Print the histogram of a linear layer's input with all ranges, and plot it.
-
-    Raises UserError where the recipe has no fixed ranges, or `--tensor` is no linear layer.
-    """
-    example = "cuantiza histogram --tensor h.1.mlp.c_proj --plot histogram.svg"
-    parser = Parser("histogram", "Shows a linear layer's input and the range that each method gives it.", example)
-    parser.add_argument("--recipe", default="int8-static", help="recipe with fixed ranges (default int8-static)")
+def histogram(arguments: Sequence[str] | None = None) -> int:
+    """`cuantiza histogram`. Raises UserError where the recipe has no fixed ranges, or `--tensor` is no linear layer."""
+    parser = Parser(
+        "histogram",
+        "Shows the input of a linear layer and the range that each method gives it.",
+        "cuantiza histogram --tensor h.1.mlp.c_proj --plot range.svg",
+    )
     parser.add_argument("--tensor", required=True, help="name of a linear layer, such as h.1.mlp.c_proj")
-    args = _parsed(parser, arguments)
+    _add_inputs(parser, "recipe with fixed ranges", "write a figure too: .svg, .png or .pdf")
+    args = parser.parse_args(arguments)
     name, recipe = get_recipe(args.recipe)
     plan = plan_of(recipe)
     if plan is None or plan.ranges not in RANGES:
@@ -103,24 +112,12 @@ def histogram(arguments: Sequence[str]) -> int:
     return 0
 
 
-# The commands by name, each a function of its arguments. `python -m quantize NAME ...` runs them too.
-COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
-    "recipes": recipes,
-    "sensitivity": sensitivity,
-    "histogram": histogram,
-}
-
-
-def _parsed(parser: Parser, arguments: Sequence[str]) -> argparse.Namespace:
-    """`arguments`, with the options that name a figure, a model, its artifacts and a corpus."""
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="write a figure too: .svg, .png or .pdf")
+def _add_inputs(parser: Parser, recipe: str, plot: str) -> None:
+    parser.add_argument("--recipe", default="int8-static", help=f"{recipe} (default int8-static)")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help=plot)
     add_model(parser)
     add_folder(parser, "--output", ARTIFACTS, "folder of the artifacts")
     add_corpus(parser)
-    args = parser.parse_args(arguments)
-    if args.plot is not None:
-        plots.check_path(args.plot)
-    return args
 
 
 def measure_sensitivity(recipe: Recipe, parent: Path, work: Path, split: Split) -> Sensitivity:
@@ -161,7 +158,7 @@ def observe(recipe: Recipe, parent: Path, work: Path, split: Split, tensor: str)
         raise UserError(f"--tensor {tensor}: is none of {len(names)} linear layers, such as {', '.join(near)}")
     windows = calibration_windows(parent, split, recipe.calibration)
     decision = decide(model, windows, recipe.plan(), work, tensor)[tensor]
-    return decision.histogram, decision.account
+    return decision.histogram, decision.details
 
 
 def _work(args: argparse.Namespace, function: Callable, recipe: Recipe, *more: Any) -> Any:

@@ -72,7 +72,7 @@ def read_costs(path: Path = COSTS) -> list[dict]:
 
 def recipe_table(models: list[dict]) -> Table:
     """A line for every recipe, with what it costs on each of `models` (as `read_costs` gives them)."""
-    table = new_table("python -m quantize --recipes RECIPE ...", "recipe")
+    table = new_table("cuantiza quantize --recipes RECIPE ...", "recipe")
     table.add_column("what it is")
     columns = [(model, "\n× fp32", ("ratio",)) for model in models[:1]]
     columns += [(model, f"{model['model']}\nΔ ln ppl, top", ("delta_ln_ppl", "top1_agreement")) for model in models]

@@ -66,7 +66,7 @@ def get_recipe(name: str) -> tuple[str, Recipe]:
         return label, from_json(fields)
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
-            f"RECIPES={name}: is no recipe ({error}); start from `python -m quantize recipes --json int8-static`"
+            f"RECIPES={name}: is no recipe ({error}); start from `cuantiza recipes --json int8-static`"
         ) from None
 
 

@@ -17,13 +17,11 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
+from cuantiza.core import contract
 from cuantiza.core.errors import UserError
-from cuantiza.core.run.runtime import IN_PLACE
 from cuantiza.quantize.rewrite.edit import clean, constant
 
 ORT = "com.microsoft"
-# As in the portable graph: exp() of it is 0.
-_MASKED = np.float32(-1e30)
 
 
 @dataclass(frozen=True)
@@ -61,19 +59,19 @@ def fuse_attention(model: ir.Model) -> int:
     for number, layer in enumerate(layers):
         _replace(graph, layer, lengths, f"h.{number}.attn")
     graph.opset_imports[ORT] = 1
-    model.metadata_props[IN_PLACE] = "1"
+    model.metadata_props[contract.IN_PLACE] = "1"
     clean(model)
     return len(layers)
 
 
 def _find_all(graph: ir.Graph) -> list[_Attention | None]:
-    return [_find(graph, layer) for layer in range(sum(value.name.endswith(".key") for value in graph.inputs))]
+    return [_find(graph, layer) for layer in range(contract.count_layers(value.name for value in graph.inputs))]
 
 
 def _find(graph: ir.Graph, layer: int) -> _Attention | None:
     """Find the attention that computes present.{layer}; None if its nodes are not those that export/gpt2.py writes."""
     outputs = {value.name: value for value in graph.outputs}
-    key, value = (outputs.get(f"present.{layer}.{kv}") for kv in ("key", "value"))
+    key, value = (outputs.get(contract.present_name(layer, kv)) for kv in ("key", "value"))
     scores = _single(_single(key, "Transpose"), "MatMul")
     scaled = _single(scores, "Mul")
     scale = scaled.producer().inputs[1].const_value if scaled is not None else ir.tensor(np.float32(1))
@@ -125,7 +123,8 @@ def _lengths(graph: ir.Graph, input_ids: ir.Value, attention_mask: ir.Value) -> 
     last = tape.op("Expand", [tape.op("Sub", [total, constant(graph, "one_int32", np.int32(1))]), batch])
     padding = tape.op("Cast", [tape.op("Sub", [vector("one", 1), attention_mask])], {"to": ir.DataType.FLOAT})
     bias = tape.op(
-        "Unsqueeze", [tape.op("Mul", [padding, constant(graph, "masked", _MASKED)]), vector("axes_1_2", 1, 2)]
+        "Unsqueeze",
+        [tape.op("Mul", [padding, constant(graph, "masked", np.float32(contract.MASKED))]), vector("axes_1_2", 1, 2)],
     )
     count = tape.op("Shape", [input_ids], {"start": 1, "end": 2})
     shape = tape.op("Concat", [vector("ones_2", 1, 1), count, vector("one", 1)], {"axis": 0})

@@ -18,10 +18,10 @@ from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_
 from onnxruntime.quantization.shape_inference import quant_pre_process
 from onnxruntime.transformers.optimizer import optimize_model
 
+from cuantiza.core.contract import window_feeds
 from cuantiza.core.inputs.model_config import read_config
 from cuantiza.core.machine.progress import track
 from cuantiza.core.onnx import file as onnx_file
-from cuantiza.core.run.runtime import window_feeds
 
 
 def ort_dynamic(model: Path, work: Path) -> None:

@@ -1,4 +1,4 @@
-"""`python -m quantize recipes | sensitivity | histogram`, and --max-delta-ln-ppl, on the embedded model."""
+"""`cuantiza recipes`, `sensitivity` and `histogram`, and --max-delta-ln-ppl, on the embedded model."""
 
 import dataclasses
 import json
@@ -63,7 +63,7 @@ def svg_texts(path):
 
 
 def test_every_recipe_has_its_line():
-    lines = rows(stage("quantize", "recipes"))
+    lines = rows(stage("cuantiza", "recipes"))
     assert [line[0] for line in lines] == list(RECIPES)
     assert [line[1] for line in lines] == [recipe.describe() for recipe in RECIPES.values()]
     assert len({line[1] for line in lines}) == len(RECIPES)
@@ -107,10 +107,10 @@ def test_the_costs_are_those_of_the_accuracy_page():
 
 
 def test_names_alone():
-    assert stage("quantize", "recipes", "--names").stdout.split() == list(RECIPES)
-    portable = stage("quantize", "recipes", "--names", "--portable").stdout.split()
+    assert stage("cuantiza", "recipes", "--names").stdout.split() == list(RECIPES)
+    portable = stage("cuantiza", "recipes", "--names", "--portable").stdout.split()
     assert portable == list(PORTABLE) and {f"{name}-ort" for name in portable} < RECIPES.keys()
-    assert_user_error(stage("quantize", "recipes", "--portable"), "--portable", "--names")
+    assert_user_error(stage("cuantiza", "recipes", "--portable"), "--portable", "--names")
 
 
 def test_a_printed_recipe_is_a_recipe(tmp_path, capsys):
@@ -118,13 +118,13 @@ def test_a_printed_recipe_is_a_recipe(tmp_path, capsys):
         commands.recipes(["--json", name])
         (tmp_path / "mine.json").write_text(capsys.readouterr().out)
         assert get_recipe(str(tmp_path / "mine.json")) == ("mine", recipe)
-    assert json.loads(stage("quantize", "recipes", "--json", "fp16").stdout) == to_json(RECIPES["fp16"])
-    assert_user_error(stage("quantize", "recipes", "--json", "int7"), "int7", "int8-dynamic")
+    assert json.loads(stage("cuantiza", "recipes", "--json", "fp16").stdout) == to_json(RECIPES["fp16"])
+    assert_user_error(stage("cuantiza", "recipes", "--json", "int7"), "int7", "int8-dynamic")
 
 
 def test_projections_are_ranked_by_what_each_costs(output, quick, tmp_path):
     path = tmp_path / "chart.svg"
-    result = stage("quantize", "sensitivity", "--output", output, "--recipe", quick, "--plot", path)
+    result = stage("cuantiza", "sensitivity", "--output", output, "--recipe", quick, "--plot", path)
     *ranked, nothing, together = rows(result)
     assert sorted(line[0] for line in ranked) == sorted(PROJECTIONS)
     divergence = [float(line[1]) for line in ranked]
@@ -150,7 +150,7 @@ def test_projections_are_ranked_by_what_each_costs(output, quick, tmp_path):
 def test_ranges_of_a_histogram(output, quick, tmp_path):
     path = tmp_path / "figure.svg"
     options = ("--output", output, "--recipe", quick, "--tensor", "h.1.mlp.c_proj", "--plot", path)
-    lines = rows(stage("quantize", "histogram", *options))
+    lines = rows(stage("cuantiza", "histogram", *options))
     bars, methods = lines[:-4], lines[-4:]
     assert len(bars) == 32
     counts = [int(line[2].replace(",", "")) for line in bars]
@@ -222,19 +222,9 @@ def test_shares_that_a_range_clips(known):
     ],
 )
 def test_what_cannot_be_shown(output, command, fragments):
-    result = stage("quantize", *command, "--output", output)
+    result = stage("cuantiza", *command, "--output", output)
     assert_user_error(result, *fragments)
     assert not result.stdout
-
-
-def test_options_in_front_of_a_command_are_not_lost(output):
-    result = stage("quantize", "--output", output, "sensitivity")
-    assert_user_error(result, "--output", "after")
-
-
-def test_help_names_the_commands():
-    text = stage("quantize", "--help").stdout
-    assert all(name in text for name in ("recipes", "sensitivity", "histogram", "--max-delta-ln-ppl"))
 
 
 def test_a_budget_replaces_that_of_every_mixed_recipe(output, tmp_path):

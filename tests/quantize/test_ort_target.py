@@ -9,11 +9,12 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 
+from cuantiza.core.contract import KEEP
 from cuantiza.core.errors import UserError
 from cuantiza.core.inputs.corpus import Source, full_windows, load_splits, stream
 from cuantiza.core.inputs.tokenizer import encode, load_tokenizer
 from cuantiza.core.onnx import file as onnx_file
-from cuantiza.core.run.runtime import KEEP, Runtime
+from cuantiza.core.run.runtime import Options, Runtime
 from cuantiza.quantize.recipes.registry import RECIPES, Float, Half
 from cuantiza.quantize.rewrite.fuse_attention import check_attention
 from cuantiza.quantize.settings import Calibration
@@ -223,7 +224,7 @@ def test_stepping_a_padded_batch(name, runtimes, windows):
 
 @pytest.mark.parametrize("chunk", [1, 7, 64, None])
 def test_a_prompt_in_pieces(chunk, folders, windows):
-    runtime = Runtime(folders["fp32-ort"] / "model.onnx", 2, chunk=chunk)
+    runtime = Runtime(folders["fp32-ort"] / "model.onnx", 2, options=Options(chunk=chunk))
     logits = runtime.step(runtime.cache(1, 96), windows[:1])
     assert np.allclose(logits[0], runtime.forward(windows[:1])[0, -1], atol=1e-4)
 

@@ -139,7 +139,7 @@ def test_files_that_are_no_recipe(text, fragments, run, tmp_path):
         run("--recipes", path)
     line = str(error.value)
     assert line.startswith(f"RECIPES={path}: is no recipe (") and "\n" not in line and len(line) < 500
-    assert line.endswith("start from `python -m quantize recipes --json int8-static`")
+    assert line.endswith("start from `cuantiza recipes --json int8-static`")
     assert all(fragment in line for fragment in fragments), line
     assert not (tmp_path / "artifacts").exists()
 

@@ -19,10 +19,12 @@ import pytest
 
 import cuantiza
 from cuantiza.core.inputs.corpus import Source, load_splits
+from cuantiza.core.machine.hardware import machine, software
 from cuantiza.core.store.artifact import Artifact
 from cuantiza.core.store.digests import code_digest, code_files
+from cuantiza.eval.measure.engines import Subject
 from cuantiza.eval.measure.report import measure
-from cuantiza.eval.measure.subject import Subject
+from cuantiza.eval.report.schema import Inputs
 from cuantiza.export.stage import export
 from cuantiza.quantize.recipes.registry import RECIPES, Recipe, calibration_of
 from cuantiza.quantize.settings import Calibration
@@ -157,9 +159,18 @@ def test_every_module_that_measures_is_in_the_reports_digest(fp32: Artifact, tin
         Subject("torch-dynamic", "torch-dynamic", tiny_folder),
     ]
     test = load_splits(Source(str(CORPUS)))[1]
-    inputs = {"machine": {}, "versions": {}}
-    settings = {"tokens": 300, "window": 64, "rounds": 1, "threads": 1}
-    call = functools.partial(measure, subjects, fp32.path, test, str(CORPUS), inputs, **settings)
+    settings = {"tokens": 300, "window": 64, "rounds": 1}
+    inputs = Inputs(
+        artifacts=(),
+        onnx=(),
+        torch=True,
+        corpus=test.sha256,
+        machine=machine(1),
+        code="",
+        versions=software(),
+        **settings,
+    )
+    call = functools.partial(measure, subjects, fp32.path, test, str(CORPUS), inputs, **settings, threads=1)
     found = loaded_by([call], tmp_path)
     assert {"cuantiza.eval.measure.torch_engine", "cuantiza.eval.measure.latency"} <= found
     assert found <= code_files("cuantiza.eval.measure.report").keys()

@@ -96,8 +96,7 @@ def main() -> int:
     parser.add_argument("--reprint", action="store_true", help="measure nothing: print the page again from its JSON")
     args = parser.parse_args()
     if args.reprint:
-        publish(json.loads((args.output / JSON).read_text(encoding="utf-8")), args.output)
-        say(f"accuracy  {args.output / MARKDOWN}: written")
+        _publish(json.loads((args.output / JSON).read_text(encoding="utf-8")), args.output)
         return 0
     if odd := next((folder for folder in args.models if not folder.is_dir()), None):
         raise UserError(f"--models {odd}: is not a folder; give folders of GPT-2 checkpoints")
@@ -114,12 +113,17 @@ def main() -> int:
     with folders.locked(work):
         checkpoints = [MODEL, *(_hard_model(kind, work) for kind in HARD), *given]
         result = measure(checkpoints, texts, calibration, work, ROWS)
-    publish(result, args.output)
-    say(f"accuracy  {args.output / MARKDOWN}: written")
-    if args.output.resolve() == ROOT / "docs":
-        write_costs(args.output / JSON)
-        say(f"accuracy  {COSTS}: written")
+    _publish(result, args.output)
     return 0
+
+
+def _publish(report: dict, output: Path) -> None:
+    """Write the page and its JSON into `output`; for the project's own page also what `cuantiza recipes` prints of it."""
+    publish(report, output)
+    say(f"accuracy  {output / MARKDOWN}: written")
+    if output.resolve() == ROOT / "docs":
+        write_costs(output / JSON)
+        say(f"accuracy  {COSTS}: written")
 
 
 def measure(checkpoints: list[Path], texts: list[Text], calibration: Split, work: Path, recipes: list[str]) -> dict:

@@ -200,12 +200,12 @@ def _share_weights(graph: ir.Graph) -> None:
         array = weight.const_value.numpy()
         if array.ndim < 2:
             continue
-        twins = kept.setdefault((array.dtype, array.shape), [])
-        twin = next((twin for twin in twins if np.array_equal(twin.const_value.numpy(), array)), None)
-        if twin is None:
-            twins.append(weight)
+        alike = kept.setdefault((array.dtype, array.shape), [])
+        equal = next((other for other in alike if np.array_equal(other.const_value.numpy(), array)), None)
+        if equal is None:
+            alike.append(weight)
         else:
-            weight.replace_all_uses_with(twin)
+            weight.replace_all_uses_with(equal)
             del graph.initializers[weight.name]
     for embedding in list(_embedding_matrices(graph)):
         array = embedding.const_value.numpy()

@@ -28,37 +28,30 @@ from statistics import linear_regression
 from cuantiza.core.errors import UserError, run
 from cuantiza.core.machine.hardware import cpu_name, memory_bytes
 from cuantiza.core.machine.progress import report as say
+from cuantiza.core.machine.progress import working
+from cuantiza.core.pages import signed
 from cuantiza.core.store import digests
-from cuantiza.quantize.recipes import RECIPES as RECIPES_BY_NAME
-from cuantiza.quantize.recipes import to_json
+from cuantiza.quantize.recipes.registry import RECIPES as RECIPES_BY_NAME
+from cuantiza.quantize.recipes.registry import to_json
 from lab import ROOT
 from lab.checkpoints.random import SHAPES, Shape, checkpoint
-from lab.reliability_page import table, wrapped, write
+from lab.pages import filled, write
 
 JSON = ROOT / "docs/big-models.json"
 ORDER = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 RECIPES = ("int8-dynamic", "int8-static", "int4-weight")
 NEAREST = "int8-weight-nearest"
 STEPS = (NEAREST, *RECIPES, "eval")
-_INTRO = """\
-# Big models on a small machine
-
-GPT-2's four sizes with random weights, exported, quantized and evaluated by the commands that a user gives, on {cpu} with
-{processors} processors and {memory:.0f} GB. Made by `python -m lab.big_models --shapes {shapes}`; `--reprint` prints this page anew from
-[big-models.json](big-models.json).
-
-Memory is the largest sum of anonymous memory (RssAnon) over a step's processes, in samples 20 ms apart; the checkpoint and
-the files that are written are mapped or stream, and are the page cache's. `int8-weight-nearest` is the recipe `int8-weight` with weights
-rounded to nearest and no calibration; the others are calibrated and rounded by GPTQ. Export includes parity, for which a model below 2 GB is
-one file that ONNX Runtime copies as it loads it; a larger one has external data, which it maps. Evaluation is of {tokens} tokens in windows of 512, with one round of latency; a random model's
-perplexity says nothing, so of quality the table has only how far each recipe moves it.
-"""
-
-_GROWTH = """\
-Time grows with the bytes to the power below (least squares over logarithms; 1 is linear): those of the checkpoint, and those of
-its blocks, without the embedding, which is three tenths of the smallest model and a twentieth of the largest and needs no
-calibration. Memory grows by so many bytes for each byte of the checkpoint (least squares; 1 is a model held once).
-"""
+# (title, field of a step, bytes or seconds in a unit) of each table of steps.
+_TABLES = (
+    ("Time, s", "seconds", 1),
+    ("Anonymous memory at its peak, GB", "anonymous_bytes", 1e9),
+    (
+        "Of that, a stage's first process: without parity, and without what sessions hold, GB",
+        "anonymous_bytes_of_the_first",
+        1e9,
+    ),
+)
 
 
 def main() -> int:
@@ -163,7 +156,7 @@ def nearest_recipe(folder: Path) -> Path:
 def step(arguments: list[object]) -> dict:
     """Run `python -m ARGUMENTS` and return its time and memory. Raises UserError if it fails."""
     start, peak, main = time.monotonic(), 0, 0
-    with tempfile.TemporaryFile() as log:
+    with tempfile.TemporaryFile() as log, working(str(arguments[0])):
         process = subprocess.Popen(
             [sys.executable, "-m", *map(str, arguments)], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=log
         )
@@ -220,47 +213,44 @@ def growth(rows: list[dict], steps: list[str]) -> list[tuple[str, ...]]:
 def write_page(path: Path) -> None:
     """Write the Markdown page beside the JSON file `path`."""
     fields = json.loads(path.read_text(encoding="utf-8"))
-    shapes = " ".join(row["shape"] for row in fields["rows"])
-    about = {"cpu": fields["cpu"], "memory": fields["memory_bytes"] / 1e9, "tokens": fields["tokens"]}
-    steps = [name for name in ("export", *STEPS) if all(name in row["steps"] for row in fields["rows"])]
-    parts = [wrapped(_INTRO.format(**about, shapes=shapes, processors=fields["processors"]))]
-    for title, key, unit in (
-        ("Time, s", "seconds", 1),
-        ("Anonymous memory at its peak, GB", "anonymous_bytes", 1e9),
-        (
-            "Of that, a stage's first process: without parity, and without what sessions hold, GB",
-            "anonymous_bytes_of_the_first",
-            1e9,
-        ),
-    ):
+    rows = fields["rows"]
+    steps = [name for name in ("export", *STEPS) if all(name in row["steps"] for row in rows)]
+    tables = []
+    for title, key, unit in _TABLES:
         digits = 0 if unit == 1 else 2
         lines = [
-            (
+            [
                 row["shape"],
                 f"{row['checkpoint_bytes'] / 1e9:.2f}",
                 *(f"{row['steps'][name][key] / unit:.{digits}f}" for name in steps),
-            )
-            for row in fields["rows"]
+            ]
+            for row in rows
         ]
-        parts += [f"## {title}\n", table(("model", "checkpoint, GB", *steps), lines)]
-    if len(fields["rows"]) > 1:
-        parts += ["## How it grows\n", wrapped(_GROWTH), table(("", *steps), growth(fields["rows"], steps))]
-    lines = [
-        (
+        tables.append((title, lines))
+    files = [
+        [
             row["shape"],
             *(f"{size / 1e9:.2f}" for size in row["file_bytes"].values()),
-            *(f"{(row['ln_ppl'][name] - row['ln_ppl']['fp32']) / row['scored']:+.4f}" for name in RECIPES),
-        )
-        for row in fields["rows"]
+            *(signed((row["ln_ppl"][name] - row["ln_ppl"]["fp32"]) / row["scored"], 4, "en") for name in RECIPES),
+        ]
+        for row in rows
         if "ln_ppl" in row
     ]
-    columns = (
-        "model",
-        *(f"{name}, GB" for name in ("fp32", *RECIPES)),
-        *(f"Δ ln ppl {name}" for name in RECIPES),
+    columns = ["model", *(f"{name}, GB" for name in ("fp32", *RECIPES)), *(f"Δ ln ppl {name}" for name in RECIPES)]
+    text = filled(
+        Path(__file__).resolve().parent / "templates/big-models.md.j2",
+        cpu=fields["cpu"],
+        processors=fields["processors"],
+        memory=f"{fields['memory_bytes'] / 1e9:.0f}",
+        tokens=fields["tokens"],
+        shapes=" ".join(row["shape"] for row in rows),
+        steps=steps,
+        tables=tables,
+        growth=growth(rows, steps) if len(rows) > 1 else [],
+        columns=columns,
+        files=files,
     )
-    parts += ["## Files, and what each recipe moves\n", table(columns, lines)]
-    write(path.with_suffix(".md"), "\n".join(parts))
+    write(path.with_suffix(".md"), text)
     say(f"big models {path.with_suffix('.md')}: written")
 
 

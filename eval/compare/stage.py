@@ -8,13 +8,13 @@ from pathlib import Path
 from cuantiza.core.errors import UserError
 from cuantiza.core.inputs.corpus import Source, load_splits
 from cuantiza.core.inputs.defaults import COMPARE_ROUNDS, CORPUS, LEAST_COMPARE_ROUNDS, TOKENS, WINDOW
-from cuantiza.core.machine.hardware import cpu_name
-from cuantiza.core.machine.threads import check_threads, default_threads
+from cuantiza.core.machine.hardware import check_threads, cpu_name, default_threads
+from cuantiza.core.machine.progress import working
 from cuantiza.core.store import artifact
 from cuantiza.eval.compare.budgets import Budgets, read_budgets
 from cuantiza.eval.compare.decide import FIRST_LEVEL, Comparison, compare_reports
 from cuantiza.eval.compare.folders import CONFIRMING_ROUNDS, Measure, compare_folders, held, is_artifacts
-from cuantiza.eval.compare.reports import read_report
+from cuantiza.eval.compare.reports import read_side
 
 
 def compare(
@@ -91,18 +91,19 @@ def _path(side: str, given: str) -> Path:
 
 
 def _reports(base: Path, head: Path, budgets: Budgets, recipes: Sequence[str] | None, latency: bool) -> Comparison:
-    theirs, ours = read_report(base), read_report(head)
-    checks, new = compare_reports(theirs, ours, budgets, recipes, latency)
+    one, other = read_side(base), read_side(head)
+    checks, new = compare_reports(one, other, budgets, recipes, latency)
+    theirs, ours = one.report, other.report
     notes = [
         f"{name}: {theirs.versions.get(name, 'none')} in base, {ours.versions.get(name, 'none')} in head"
         for name in sorted(theirs.versions.keys() | ours.versions.keys())
         if theirs.versions.get(name) != ours.versions.get(name)
     ]
-    measured = f"Two reports on {sum(theirs.document_tokens)} tokens of {theirs.corpus}."
+    measured = f"Two reports on {sum(theirs.corpus.document_tokens)} tokens of {theirs.corpus.source}."
     if latency:
         measured += (
-            f" Latency is relative to {theirs.baseline} of the same report, on {theirs.machine['cpu']}, {theirs.machine['threads']} threads:"
-            f" a change of {theirs.baseline} itself cannot be seen."
+            f" Latency is relative to {one.baseline} of the same report, on {theirs.machine.cpu}, {theirs.machine.threads} threads:"
+            f" a change of {one.baseline} itself cannot be seen."
         )
     return Comparison(theirs.model, str(base), str(head), measured, checks, new, notes)
 
@@ -111,7 +112,7 @@ def _folders(
     base: Path, head: Path, budgets: Budgets, recipes: Sequence[str] | None, corpus: Source, how: Measure
 ) -> Comparison:
     split = load_splits(corpus)[1]
-    with held(base, head):
+    with held(base, head), working("compare"):
         model, checks, new, notes = compare_folders(base, head, budgets, recipes, split, how)
     measured = f"Evaluated on {cpu_name()}, {how.threads} threads, with the test split of {corpus.spec}."
     if how.rounds:

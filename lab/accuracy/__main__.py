@@ -1,6 +1,7 @@
 """Makes docs/accuracy.md: the accuracy lost by every recipe and by common tools' defaults, on easy and hard models.
 
 python -m lab.accuracy [--models FOLDER ...] [--text FILE]
+python -m lab.accuracy --reprint    writes the page again from the JSON
 
 docs/accuracy.json holds the numbers, and lab/accuracy/page.py makes the page only from it. Artifacts and scores are
 kept in the folder of --work, so a second run builds and measures only what has changed.
@@ -20,22 +21,25 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from cuantiza.core.contract import window_feeds
 from cuantiza.core.errors import UserError, run
 from cuantiza.core.inputs.corpus import Source, Split, load_splits
 from cuantiza.core.inputs.tokenizer import encode, load_tokenizer
+from cuantiza.core.machine import child
 from cuantiza.core.machine.hardware import machine, software
 from cuantiza.core.machine.process import isolated
 from cuantiza.core.machine.progress import report as say
+from cuantiza.core.machine.progress import working
 from cuantiza.core.onnx import file as onnx_file
-from cuantiza.core.run.runtime import window_feeds
 from cuantiza.core.store import artifact, digests, folders
 from cuantiza.core.store.artifact import Artifact
+from cuantiza.eval.measure.engines import Subject
 from cuantiza.eval.measure.quality import Task, make_task, measure_quality
 from cuantiza.eval.measure.size import onnx_bytes
-from cuantiza.eval.measure.subject import Subject
-from cuantiza.quantize.recipes import RECIPES, to_json
+from cuantiza.quantize.inspect.costs import COSTS, write_costs
+from cuantiza.quantize.recipes.registry import RECIPES, to_json
 from lab import ROOT
-from lab.accuracy.page import FIELDS, MARKDOWN, SCHEMA, publish
+from lab.accuracy.page import FIELDS, JSON, MARKDOWN, SCHEMA, publish
 
 MODEL, CORPUS, HARD, SEED = ROOT / "models" / "es-mini", "corpus/es", ("twin", "sink"), 0
 WINDOW = 512  # tokens
@@ -93,7 +97,12 @@ def main() -> int:
     parser.add_argument(
         "--output", type=Path, default=Path("docs"), help="folder for the page and its JSON (default docs)"
     )
+    parser.add_argument("--reprint", action="store_true", help="write the page again from its JSON, without measuring")
     args = parser.parse_args()
+    if args.reprint:
+        publish(json.loads((args.output / JSON).read_text(encoding="utf-8")), args.output)
+        say(f"accuracy  {args.output / MARKDOWN}: written")
+        return 0
     if odd := next((folder for folder in args.models if not folder.is_dir()), None):
         raise UserError(f"--models {odd}: is not a folder; give folders of GPT-2 checkpoints")
     given = [folder.resolve() for folder in args.models]
@@ -111,6 +120,9 @@ def main() -> int:
         result = measure(checkpoints, texts, calibration, work, ROWS)
     publish(result, args.output)
     say(f"accuracy  {args.output / MARKDOWN}: written")
+    if args.output.resolve() == ROOT / "docs":
+        write_costs(args.output / JSON)
+        say(f"accuracy  {COSTS}: written")
     return 0
 
 
@@ -225,10 +237,13 @@ def onnxruntime_defaults(kind: str, model: Path, work: Path, sentences: list[lis
 def _optimum(python: Path, fp32: Path, work: Path, kind: str, sentences: list[list[int]]) -> None:
     # With -I, Python finds only the environment's own packages, not this repository's or the user's.
     command = [python, "-I", "-c", _OPTIMUM, fp32, work, kind, json.dumps(sentences)]
-    done = subprocess.run(command, env=os.environ | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True)
-    if done.returncode or not (work / artifact.MODEL).is_file():
-        said = done.stderr.strip().splitlines() or [f"status {done.returncode}"]
-        raise UserError(f"optimum failed on {fp32.parent.name} ({said[-1][:200]})")
+    try:
+        with working(f"optimum   {kind} of {fp32.parent.name}"):
+            child.run(command, environment={"HF_HUB_OFFLINE": "1"})
+    except child.Failed as error:
+        raise UserError(f"optimum failed on {fp32.parent.name} ({str(error)[:200]})") from None
+    if not (work / artifact.MODEL).is_file():
+        raise UserError(f"optimum failed on {fp32.parent.name} (it wrote no {artifact.MODEL})")
 
 
 def _measure_on(text: Text, items: list[Artifact], cache: Path) -> dict:

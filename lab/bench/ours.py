@@ -9,7 +9,7 @@ import numpy as np
 import onnxruntime
 
 from cuantiza.core.onnx.file import DATA
-from cuantiza.core.run.runtime import Runtime
+from cuantiza.core.run.runtime import Options, Runtime
 from cuantiza.core.store.artifact import MODEL
 
 
@@ -23,13 +23,13 @@ def files(kind: str, folder: Path) -> list[Path]:
 
 
 class Engine:
-    """The artifact in `folder`. `options` are arguments of Runtime.
+    """The artifact in `folder`. `options` are the fields of Options.
 
     Its threads spin while they wait, which is fastest. They disturb nobody, since only one row runs at a time.
     """
 
     def __init__(self, kind: str, folder: Path, threads: int, **options: Any) -> None:
-        self._runtime = Runtime(folder / MODEL, threads, spin=True, **options)
+        self._runtime = Runtime(folder / MODEL, threads, spin=True, options=Options(**options))
 
     def start(self, batch: int, capacity: int) -> None:
         self._cache = self._runtime.cache(batch, capacity)

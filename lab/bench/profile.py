@@ -13,9 +13,9 @@ import numpy as np
 import onnxruntime as ort
 
 from cuantiza.core.errors import UserError, run
+from cuantiza.core.machine.hardware import default_threads
 from cuantiza.core.machine.terminal import new_table, show
-from cuantiza.core.machine.threads import default_threads
-from cuantiza.core.run.runtime import Runtime
+from cuantiza.core.run.runtime import Options, Runtime
 from cuantiza.core.store.artifact import MODEL
 
 WARM_UP = 3
@@ -51,7 +51,7 @@ def profile(
     Returns ({operator: (calls per step, ms per step)}, ms of a whole step), averaged over `steps` steps. A matmul is
     named with the widths of its input and output, as in `MatMul 768 -> 3072`. Profiling costs some µs per operator.
     """
-    runtime = Runtime(model, threads, spin=True, chunk=None)
+    runtime = Runtime(model, threads, spin=True, options=Options(chunk=None))
     with tempfile.TemporaryDirectory() as work:
         options = ort.SessionOptions()
         options.intra_op_num_threads, options.log_severity_level = threads, 3

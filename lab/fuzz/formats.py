@@ -166,33 +166,53 @@ def _read_corpus(name: str) -> Callable[[Path], None]:
 
 
 def _recipe(folder: Path) -> None:
-    from cuantiza.quantize.recipes import RECIPES, to_json
+    from cuantiza.quantize.recipes.registry import RECIPES, to_json
 
     (folder / "mine.json").write_text(json.dumps(to_json(RECIPES["int8-static"])))
 
 
 def _read_recipe(folder: Path) -> None:
-    from cuantiza.quantize.recipes import get_recipe
+    from cuantiza.quantize.recipes.registry import get_recipe
 
     name, recipe = get_recipe(str(folder / "mine.json"))
     assert "/" not in name and dataclasses.is_dataclass(recipe)
 
 
 def _report(folder: Path) -> None:
-    from cuantiza.eval.measure.report import SCHEMA
+    from cuantiza.eval.report.schema import SCHEMA, Measured
 
     def row(name: str, nats: float) -> dict:
-        rounds = {"samples_per_round": [1] * 6, "samples_ns": [1000 + number for number in range(6)]}
-        latency = {"prefill": [{"tokens": 32, **rounds}], "decode": [{"position": 32, **rounds}]}
-        return {"name": name, "bytes": 1000, "nll_by_document": [nats, 2 * nats, nats], **latency}
+        timing = {"samples_per_round": [1] * 6, "samples_ns": [1000 + number for number in range(6)]}
+        timing |= dict.fromkeys(("p50_ms", "p90_ms", "tokens_per_second", "speedup", "speedup_min", "speedup_max"), 1.0)
+        latency = {"prefill": [{"tokens": 32, **timing}], "decode": [{"position": 32, **timing}], "load_ms": 1.0}
+        figures = [key for key, field in Measured.model_fields.items() if "float" in str(field.annotation)]
+        counts = {"bytes": 1000, "model_bytes": 900, "tokens_scored": 27, "peak_rss_bytes": 9000}
+        text = {"name": name, "llama_cpp": None, "continuation": "c", "load_samples_ns": [1000]}
+        nll = {"nll_by_document": [nats, 2 * nats, nats]}
+        return dict.fromkeys(figures, 0.5) | text | counts | nll | latency
+
+    machine = {"cpu": "a", "processors": 2, "threads": 2, "memory_bytes": 10**9, "system": "Linux"}
+    corpus = {
+        "source": "c",
+        "split": "test",
+        "sha256": "ab",
+        "documents": 3,
+        "documents_in_split": 3,
+        "bytes": 9,
+        "words": 9,
+    }
+    settings = {"onnx": [], "torch": False, "corpus": "ab", "tokens": 9, "window": 9, "rounds": 6, "code": "ab"}
+    settings |= {"machine": machine, "versions": {"onnxruntime": "1"}}
 
     report = {
         "schema": SCHEMA,
         "model": "m",
-        "corpus": {"source": "c", "document_tokens": [9, 9, 9], "tokens_sha256": "ab", "window_tokens": 9},
-        "machine": {"cpu": "a", "processors": 2, "threads": 2, "memory_bytes": 10**9, "system": "Linux"},
+        "corpus": corpus | {"document_tokens": [9, 9, 9], "tokens_sha256": "ab", "window_tokens": 9},
+        "machine": machine,
         "versions": {"onnxruntime": "1"},
-        "inputs": {"artifacts": [["fp32", "a"], ["q", "b"]]},
+        "rounds": 6,
+        "prompt": "p",
+        "inputs": settings | {"artifacts": [["fp32", "a"], ["q", "b"]]},
         "artifacts": [row("fp32", 9.0), row("q", 9.5)],
     }
     for name in ("base", "report"):
@@ -204,11 +224,11 @@ def _compare_report(folder: Path) -> None:
     from cuantiza.eval.compare.budgets import Budget, Budgets
     from cuantiza.eval.compare.decide import Comparison, compare_reports
     from cuantiza.eval.compare.page import markdown
-    from cuantiza.eval.compare.reports import read_report
+    from cuantiza.eval.compare.reports import read_side
 
-    base, head = read_report(folder / "base.json"), read_report(folder / "report.json")
+    base, head = read_side(folder / "base.json"), read_side(folder / "report.json")
     checks, new = compare_reports(base, head, Budgets(Budget(0.01, 0.01, 0.1), {}), None, True)
-    markdown(Comparison(head.model, "base", "head", "", checks, new, []))
+    markdown(Comparison(head.report.model, "base", "head", "", checks, new, []))
 
 
 def _budgets(folder: Path) -> None:

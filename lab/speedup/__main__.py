@@ -29,7 +29,7 @@ from cuantiza.sweep.executor import Local
 from cuantiza.sweep.grid import read_grid
 from lab import ROOT
 from lab.checkpoints.hard import make
-from lab.reliability_page import table, wrapped, write
+from lab.pages import filled, write
 from lab.speedup.ray_cluster import Cluster
 
 JSON = ROOT / "docs/sweep-speedup.json"
@@ -133,25 +133,6 @@ def _done(sweep: Sweep) -> Run:
     return Run(seconds, tasks, {str(cell): fields for cell, fields in sorted(sweep.quality.items(), key=str)})
 
 
-_INTRO = """\
-# What more machines are worth to a sweep
-
-{cells} cells (es-mini and its twin × fp32 and {recipes} recipes × corpus/es, {tokens} tokens each) done from nothing by
-one process, by one Ray worker and by two, in turns, {rounds} times each. A worker is a Ray node with one processor
-({cpu}), which its processes are bound to, and tasks have one thread. The one process is
-slower in latency because each of the fresh processes that it measures in loads the tool's modules first, 0.4 s a process,
-which Ray's workers spare them. All ways gave the same figures of quality, to the
-last bit. Made by `make sweep-speedup`; `python -m lab.speedup --reprint` prints this page anew from
-[sweep-speedup.json](sweep-speedup.json).
-"""
-_PLAN = """\
-A grid of {models} models × {recipes} recipes × {corpora} corpora is {cells} cells. With the tasks' times as measured
-here (models of es-mini's size, one thread, the median of every kind on one worker; every recipe taken as one that
-calibrates), it has {tasks}. A step ends when its last task does, so it takes at least as long as its tasks
-together over the workers, and as one of them. Times grow with a model's bytes: GPT-2 small has 35 times es-mini's.
-"""
-
-
 def page(fields: dict) -> str:
     """The text of docs/sweep-speedup.md, from the content of docs/sweep-speedup.json."""
     runs = {int(workers): own for workers, own in fields["runs"].items()}
@@ -163,22 +144,6 @@ def page(fields: dict) -> str:
         name = "one process, no Ray" if workers == 0 else f"{workers} worker" + ("s" if workers > 1 else "")
         lines.append((name, times, f"{wall[1] / wall[workers]:.2f}", *(f"{value:.0f}" for value in spent)))
     counts = {kind: len(runs[1][0]["tasks"][kind]) for kind in KINDS}
-    parts = [
-        wrapped(
-            _INTRO.format(
-                cells=fields["cells"],
-                recipes=len(fields["recipes"]),
-                tokens=fields["tokens"],
-                rounds=len(runs[0]),
-                cpu=fields["cpu"],
-            )
-        ),
-        table(
-            ("where", "wall, s", "speed-up", *(f"{counts[kind]} × {kind}, s" for kind in KINDS)),
-            lines,
-        ),
-        "## The plan past that\n",
-    ]
     scored = sum(sum(item["tasks"]["quality"]) for item in runs[1])
     typical = {kind: statistics.median(x for item in runs[1] for x in item["tasks"][kind]) for kind in KINDS}
     typical["quality"] = scored / (len(runs[1]) * fields["cells"])
@@ -191,11 +156,21 @@ def page(fields: dict) -> str:
     for workers in PLAN_WORKERS:
         steps = [max(typical[kind], amount[kind] * typical[kind] / workers) for kind in KINDS]
         rows.append((str(workers), *(f"{value / 60:.1f}" for value in steps), f"{sum(steps) / 3600:.2f}"))
-    parts += [
-        wrapped(_PLAN.format(**PLAN, cells=f"{cells:,}", tasks=said)),
-        table(("workers", *(f"{kind}, min" for kind in KINDS), "all, h"), rows),
-    ]
-    return "\n".join(parts)
+    return filled(
+        Path(__file__).resolve().parent / "sweep-speedup.md.j2",
+        cells=fields["cells"],
+        recipes=len(fields["recipes"]),
+        tokens=fields["tokens"],
+        rounds=len(runs[0]),
+        cpu=fields["cpu"],
+        where_columns=["where", "wall, s", "speed-up", *(f"{counts[kind]} × {kind}, s" for kind in KINDS)],
+        where_rows=lines,
+        plan=PLAN,
+        planned=f"{cells:,}",
+        tasks=said,
+        plan_columns=["workers", *(f"{kind}, min" for kind in KINDS), "all, h"],
+        plan_rows=rows,
+    )
 
 
 if __name__ == "__main__":

@@ -20,6 +20,8 @@ from cuantiza.eval.measure.estimates import text_size
 from cuantiza.eval.measure.score import Scores
 from cuantiza.sweep.grid import Cell
 from cuantiza.sweep.page import html, markdown
+from cuantiza.sweep.result import Cell as Done
+from cuantiza.sweep.result import Result as Grid
 from cuantiza.sweep.result import front
 from cuantiza.sweep.tasks.made import Made
 from cuantiza.sweep.tasks.measure import merge
@@ -28,7 +30,17 @@ from cuantiza.sweep.tasks.store import Store
 from lab.speedup import __main__ as sweep_speedup
 from lab.speedup.ray_cluster import Cluster
 
-from helpers import CORPUS, ROOT, Result, assert_nothing_published, assert_user_error, copy_tokenizer, stage, tiny_gpt2
+from helpers import (
+    CORPUS,
+    ROOT,
+    Result,
+    assert_nothing_published,
+    assert_user_error,
+    copy_tokenizer,
+    report_row,
+    stage,
+    tiny_gpt2,
+)
 
 VENV = ROOT / ".venv-ray"
 needs_ray = pytest.mark.skipif(not (VENV / "bin" / "ray").exists(), reason="no .venv-ray here; `make ray` creates it")
@@ -272,8 +284,12 @@ def test_artifacts_are_scored_together_where_they_are_small(tmp_path: Path) -> N
     assert text_size(("a b", "c")).words == 3
 
 
-def row(name: str, size: int, delta: float, speedup: float) -> dict:
-    return {"recipe": name, "bytes": size, "delta_ln_ppl": delta, "decode": [{"position": 128, "speedup": speedup}]}
+def row(name: str, size: int, delta: float, speedup: float) -> Done:
+    fields = report_row(name, bytes=size, delta_ln_ppl=delta)
+    fields["decode"][0]["speedup"] = speedup
+    machine = {"cpu": "a CPU", "processors": 2, "threads": 1, "memory_bytes": 2**34, "system": "Linux"}
+    named = {"recipe": name, "model": "m", "corpus": "c", "artifact": "0" * 64, "machine": machine}
+    return Done.model_validate(fields | named)
 
 
 def test_the_front_is_what_no_other_beats() -> None:
@@ -285,12 +301,14 @@ def test_the_front_is_what_no_other_beats() -> None:
         row("same", 20, 0.01, 3),
         row("slow and better", 100, -0.001, 0.5),
     ]
-    names = {item["recipe"] for item in front(rows)}
+    names = {item.name for item in front(rows)}
     assert names == {"fp32", "small", "smaller and slower", "same", "slow and better"}
 
 
 def test_the_page_has_every_cell_and_escapes_names(place: Path, here: Result) -> None:
-    found = json.loads((place / "here-report" / "sweep.json").read_text(encoding="utf-8"))
+    text = (place / "here-report" / "sweep.json").read_text(encoding="utf-8")
+    found = Grid.from_json(text)
+    assert found.to_json() == text
     assert (place / "here-report" / "sweep.html").read_text(encoding="utf-8") == html(found)
     assert (
         html(found).count("<tr") == 1 + 12
@@ -298,9 +316,9 @@ def test_the_page_has_every_cell_and_escapes_names(place: Path, here: Result) ->
         and "http" not in html(found).replace("http://www.w3.org/2000/svg", "")
     )
     assert markdown(found).count("\n| ") == 12 + 1 and " ● " in markdown(found)
-    assert all(f"{row['perplexity']:,.2f}" in html(found) for row in found["cells"])
-    for item in found["cells"]:
-        item["model"] = "<script>|"
+    assert all(f"{cell.perplexity:,.2f}" in html(found) for cell in found.cells)
+    named = tuple(cell.model_copy(update={"model": "<script>|"}) for cell in found.cells)
+    found = found.model_copy(update={"cells": named})
     assert "<script>" not in html(found) and "<script>\\|" in markdown(found)
 
 

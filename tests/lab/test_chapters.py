@@ -263,7 +263,7 @@ def commands(text: str) -> list[str]:
 
 
 def test_every_command_that_the_pages_show_exists():
-    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    makefile = "".join((ROOT / name).read_text(encoding="utf-8") for name in ("Makefile", "lab/lab.mk"))
     shown = list(dict.fromkeys(commands(TEXTS["es"])))
     assert sum(line.startswith("make") for line in shown) >= 4 and any("python -m" in line for line in shown)
     for line in shown:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from cuantiza.core.errors import UserError
 from cuantiza.core.store import artifact
+from cuantiza.eval.measure.engines import Subject
 from cuantiza.eval.measure.size import onnx_bytes
-from cuantiza.eval.measure.subject import Subject
 
 
 @dataclass(frozen=True)

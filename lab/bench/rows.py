@@ -192,7 +192,7 @@ def _our_row(name: str, recipe: str, artifacts: Path, options: dict[str, Any]) -
 
 def _cheap_recipe(name: str, folder: Path) -> Path:
     """Write `folder`/<name>.json: the built-in recipe with the fields of CHEAP, and return its path."""
-    fields = json.loads(run(command(Path(sys.executable), "cuantiza", "recipes", "--json", name), 60))
+    fields = json.loads(_run("cuantiza", "recipes", "--json", name))
     folder.mkdir(exist_ok=True)
     path = folder / f"{name}.json"
     path.write_text(json.dumps(fields | {key: CHEAP[key] for key in CHEAP if key in fields}), encoding="utf-8")

@@ -54,7 +54,7 @@ class Quantize:
     source: Source
 
     def run(self) -> Made:
-        # Several machines may quantize one model with different recipes at once, so each target has a folder and a lock of
-        # its own.
+        # Several machines may quantize one model with different recipes at once, so each target has a folder and a lock
+        # of its own.
         quantize(self.parent, self.recipe, self.target, corpus=self.source, name=self.name)
         return Made.of(self.target)

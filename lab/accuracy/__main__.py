@@ -1,7 +1,7 @@
 """Makes docs/accuracy.md: the accuracy lost by every recipe and by common tools' defaults, on easy and hard models.
 
 python -m lab.accuracy [--models FOLDER ...] [--text FILE]
-python -m lab.accuracy --reprint
+python -m lab.accuracy --reprint    writes the page again from the JSON
 
 docs/accuracy.json holds the numbers, and lab/accuracy/page.py makes the page only from it. Artifacts and scores are
 kept in the folder of --work, so a second run builds and measures only what has changed.
@@ -91,9 +91,13 @@ def main() -> int:
     )
     parser.add_argument("--text", type=Path, metavar="FILE", help="another text, of which the test split is scored")
     default = Path("artifacts/accuracy")
-    parser.add_argument("--work", type=Path, default=default, help=f"folder of what is kept (default {default})")
-    parser.add_argument("--output", type=Path, default=Path("docs"), help="folder of the page (default docs)")
-    parser.add_argument("--reprint", action="store_true", help="measure nothing: print the page again from its JSON")
+    parser.add_argument(
+        "--work", type=Path, default=default, help=f"folder where artifacts and scores are kept (default {default})"
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("docs"), help="folder for the page and its JSON (default docs)"
+    )
+    parser.add_argument("--reprint", action="store_true", help="write the page again from its JSON, without measuring")
     args = parser.parse_args()
     if args.reprint:
         _publish(json.loads((args.output / JSON).read_text(encoding="utf-8")), args.output)

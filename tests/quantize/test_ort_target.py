@@ -14,7 +14,7 @@ from cuantiza.core.errors import UserError
 from cuantiza.core.inputs.corpus import Source, full_windows, load_splits, stream
 from cuantiza.core.inputs.tokenizer import encode, load_tokenizer
 from cuantiza.core.onnx import file as onnx_file
-from cuantiza.core.run.runtime import KEEP, Runtime
+from cuantiza.core.run.runtime import Options, Runtime
 from cuantiza.quantize.recipes.registry import RECIPES, Float, Half
 from cuantiza.quantize.rewrite.fuse_attention import check_attention
 from cuantiza.quantize.settings import Calibration

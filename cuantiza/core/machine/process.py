@@ -107,8 +107,9 @@ class _Call:
 
 
 def isolated(function: Callable, *args: Any, label: str | None = None) -> Any:
-    """`function(*args)`, run in a process that ends with it. Raises UserError as `Remote` does; `label` names it there."""
-    with Remote(_Call, function, label=label or function.__name__) as remote:
+    """Run `function(*args)` in a process that ends with it. Raises UserError as `Remote` does; `label` names it there."""
+    label = label or function.__name__
+    with Remote(_Call, function, label, label=label) as remote:
         return remote.call("run", *args)
 
 

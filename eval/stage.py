@@ -13,8 +13,9 @@ from cuantiza.core.errors import UserError
 from cuantiza.core.inputs.checkpoints import checkpoint_digest, resolve_model
 from cuantiza.core.inputs.corpus import Source, Split, load_splits
 from cuantiza.core.inputs.defaults import CORPUS, ROUNDS, TOKENS, WINDOW
+from cuantiza.core.machine.hardware import check_threads, default_threads
 from cuantiza.core.machine.progress import report as say
-from cuantiza.core.machine.threads import check_threads, default_threads
+from cuantiza.core.machine.progress import working
 from cuantiza.core.store import artifact, digests, folders
 from cuantiza.core.store.artifact import Artifact
 from cuantiza.eval.measure.subject import Subject
@@ -78,6 +79,7 @@ def evaluate(
                 held.enter_context(folders.locked(folder))
         if output is not None:
             held.enter_context(folders.locked(output))
+        held.enter_context(working("eval"))
         return _evaluate(published, corpus, settings, list(onnx), checkpoint, output, language)
 
 

@@ -27,9 +27,10 @@ from statistics import linear_regression
 from cuantiza.core.errors import UserError, run
 from cuantiza.core.machine.hardware import cpu_name, memory_bytes
 from cuantiza.core.machine.progress import report as say
+from cuantiza.core.machine.progress import working
 from cuantiza.core.store import digests
-from cuantiza.quantize.recipes import RECIPES as RECIPES_BY_NAME
-from cuantiza.quantize.recipes import to_json
+from cuantiza.quantize.recipes.registry import RECIPES as RECIPES_BY_NAME
+from cuantiza.quantize.recipes.registry import to_json
 from lab import ROOT
 from lab.checkpoints.random import SHAPES, Shape, checkpoint
 from lab.reliability_page import table, wrapped, write
@@ -156,7 +157,7 @@ def nearest_recipe(folder: Path) -> Path:
 def step(arguments: list[object]) -> dict:
     """Run `python -m ARGUMENTS`. Raises UserError where it fails."""
     start, peak, main = time.monotonic(), 0, 0
-    with tempfile.TemporaryFile() as log:
+    with tempfile.TemporaryFile() as log, working(str(arguments[0])):
         process = subprocess.Popen(
             [sys.executable, "-m", *map(str, arguments)], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=log
         )

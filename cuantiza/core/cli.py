@@ -9,7 +9,7 @@ from typing import NoReturn
 from cuantiza.core.errors import UserError
 from cuantiza.core.inputs.corpus import Source
 from cuantiza.core.inputs.defaults import CORPUS, MODEL
-from cuantiza.core.machine.threads import check_threads, default_threads
+from cuantiza.core.machine.hardware import check_threads, default_threads
 
 
 class Parser(argparse.ArgumentParser):

@@ -9,10 +9,11 @@ from typing import Any
 
 from cuantiza.core.machine.hardware import software
 from cuantiza.core.machine.progress import report as say
+from cuantiza.core.machine.progress import working
 from cuantiza.core.store import digests
 from cuantiza.eval.measure.quality import Task as Text
 from cuantiza.eval.measure.quality import make_task
-from cuantiza.sweep.executor import Executor, Task
+from cuantiza.sweep.executor import Done, Executor, Task
 from cuantiza.sweep.grid import BASELINE, Cell, Grid
 from cuantiza.sweep.tasks.build import Export, Quantize
 from cuantiza.sweep.tasks.made import Made
@@ -73,7 +74,7 @@ class Sweep:
     def _done(self, jobs: list[tuple[Task, list[Cell]]]) -> Iterator[tuple[Task, list[Cell], Any]]:
         """The tasks of `jobs` as they end, with their cells and what they returned; cells of one that failed are marked."""
         cells = {id(task): own for task, own in jobs}
-        for number, done in enumerate(self.executor.run([task for task, _ in jobs]), 1):
+        for number, done in enumerate(self._working([task for task, _ in jobs]), 1):
             task = done.task
             self.costs.append(Cost(task.kind, task.label, done.seconds, done.where))
             if done.error is None:
@@ -82,6 +83,11 @@ class Sweep:
             else:
                 say(f"{task.kind:9} {task.label}: failed ({done.error})")
                 self.failed |= {cell: done.error for cell in cells[id(task)] if cell not in self.failed}
+
+    def _working(self, tasks: list[Task]) -> Iterator[Done]:
+        """The executor's results, with lines of progress while a task takes long."""
+        with working(f"sweep     {tasks[0].kind}" if tasks else "sweep", len(tasks)) as work:
+            yield from work.count(self.executor.run(tasks))
 
     def _export(self) -> None:
         jobs = [

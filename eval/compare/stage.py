@@ -8,8 +8,8 @@ from pathlib import Path
 from cuantiza.core.errors import UserError
 from cuantiza.core.inputs.corpus import Source, load_splits
 from cuantiza.core.inputs.defaults import COMPARE_ROUNDS, CORPUS, LEAST_COMPARE_ROUNDS, TOKENS, WINDOW
-from cuantiza.core.machine.hardware import cpu_name
-from cuantiza.core.machine.threads import check_threads, default_threads
+from cuantiza.core.machine.hardware import check_threads, cpu_name, default_threads
+from cuantiza.core.machine.progress import working
 from cuantiza.core.store import artifact
 from cuantiza.eval.compare.budgets import Budgets, read_budgets
 from cuantiza.eval.compare.decide import FIRST_LEVEL, Comparison, compare_reports
@@ -111,7 +111,7 @@ def _folders(
     base: Path, head: Path, budgets: Budgets, recipes: Sequence[str] | None, corpus: Source, how: Measure
 ) -> Comparison:
     split = load_splits(corpus)[1]
-    with held(base, head):
+    with held(base, head), working("compare"):
         model, checks, new, notes = compare_folders(base, head, budgets, recipes, split, how)
     measured = f"Evaluated on {cpu_name()}, {how.threads} threads, with the test split of {corpus.spec}."
     if how.rounds:

@@ -20,22 +20,25 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from cuantiza.core.contract import window_feeds
 from cuantiza.core.errors import UserError, run
 from cuantiza.core.inputs.corpus import Source, Split, load_splits
 from cuantiza.core.inputs.tokenizer import encode, load_tokenizer
+from cuantiza.core.machine import child
 from cuantiza.core.machine.hardware import machine, software
 from cuantiza.core.machine.process import isolated
 from cuantiza.core.machine.progress import report as say
+from cuantiza.core.machine.progress import working
 from cuantiza.core.onnx import file as onnx_file
-from cuantiza.core.run.runtime import window_feeds
 from cuantiza.core.store import artifact, digests, folders
 from cuantiza.core.store.artifact import Artifact
 from cuantiza.eval.measure.quality import Task, make_task, measure_quality
 from cuantiza.eval.measure.size import onnx_bytes
 from cuantiza.eval.measure.subject import Subject
-from cuantiza.quantize.recipes import RECIPES, to_json
+from cuantiza.quantize.inspect.costs import COSTS, write_costs
+from cuantiza.quantize.recipes.registry import RECIPES, to_json
 from lab import ROOT
-from lab.accuracy.page import FIELDS, MARKDOWN, SCHEMA, publish
+from lab.accuracy.page import FIELDS, JSON, MARKDOWN, SCHEMA, publish
 
 MODEL, CORPUS, HARD, SEED = ROOT / "models" / "es-mini", "corpus/es", ("twin", "sink"), 0
 WINDOW = 512  # tokens
@@ -106,6 +109,9 @@ def main() -> int:
         result = measure(checkpoints, texts, calibration, work, ROWS)
     publish(result, args.output)
     say(f"accuracy  {args.output / MARKDOWN}: written")
+    if args.output.resolve() == ROOT / "docs":
+        write_costs(args.output / JSON)
+        say(f"accuracy  {COSTS}: written")
     return 0
 
 
@@ -216,10 +222,13 @@ def onnxruntime_defaults(kind: str, model: Path, work: Path, sentences: list[lis
 def _optimum(python: Path, fp32: Path, work: Path, kind: str, sentences: list[list[int]]) -> None:
     # -I: neither this repository's packages nor the user's own can stand in for the environment's.
     command = [python, "-I", "-c", _OPTIMUM, fp32, work, kind, json.dumps(sentences)]
-    done = subprocess.run(command, env=os.environ | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True)
-    if done.returncode or not (work / artifact.MODEL).is_file():
-        said = done.stderr.strip().splitlines() or [f"status {done.returncode}"]
-        raise UserError(f"optimum failed on {fp32.parent.name} ({said[-1][:200]})")
+    try:
+        with working(f"optimum   {kind} of {fp32.parent.name}"):
+            child.run(command, environment={"HF_HUB_OFFLINE": "1"})
+    except child.Failed as error:
+        raise UserError(f"optimum failed on {fp32.parent.name} ({str(error)[:200]})") from None
+    if not (work / artifact.MODEL).is_file():
+        raise UserError(f"optimum failed on {fp32.parent.name} (it wrote no {artifact.MODEL})")
 
 
 def _measure_on(text: Text, items: list[Artifact], cache: Path) -> dict:

@@ -8,12 +8,12 @@ import shutil
 from pathlib import Path
 
 from cuantiza.core.errors import UserError, run
+from cuantiza.core.machine.child import Failed
+from cuantiza.core.machine.hardware import check_threads
 from cuantiza.core.machine.progress import report as say
-from cuantiza.core.machine.progress import track
-from cuantiza.core.machine.threads import check_threads
+from cuantiza.core.machine.progress import track, working
 from cuantiza.core.store import folders
 from lab.bench import rows
-from lab.bench.child import Failed
 from lab.bench.rounds import Others, measure, settings
 from lab.bench.rows import Prepared, Row
 from lab.checkpoints import random as models
@@ -25,7 +25,7 @@ def main() -> int:
     work = args.work.absolute()
     with folders.locked(work):
         for name in dict.fromkeys(args.shapes):
-            with folders.staging(work / name) as temporary:
+            with folders.staging(work / name) as temporary, working(f"bench     {name}"):
                 result = benchmark(SHAPES[name], args, work, temporary)
             _publish(result, f"{name}-ablation" if args.ablation else name, args.output)
     return 0

@@ -19,8 +19,10 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
+from cuantiza.core.machine.child import run
 from cuantiza.core.run.runtime import open_session
-from lab.bench.child import command, run
+from lab import ROOT
+from lab.bench.child import command
 from lab.checkpoints.random import Shape
 
 # Far beyond any cache. Each thread reads its part by a dot product with itself: of what was tried (dot products of two
@@ -42,9 +44,9 @@ class Limits:
 
 
 def measure(threads: int) -> Limits:
-    """The limits of this machine now, measured in a process of its own. Raises lab.bench.child.Failed."""
+    """The limits of this machine now, measured in a process of its own. Raises child.Failed."""
     alone = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
-    answer = run(command(Path(sys.executable), "lab.bench.limits", threads), timeout=300, environment=alone)
+    answer = run(command(Path(sys.executable), "lab.bench.limits", threads), timeout=300, cwd=ROOT, environment=alone)
     return Limits(**json.loads(answer))
 
 

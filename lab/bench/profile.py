@@ -13,9 +13,9 @@ import numpy as np
 import onnxruntime as ort
 
 from cuantiza.core.errors import UserError, run
+from cuantiza.core.machine.hardware import default_threads
 from cuantiza.core.machine.terminal import new_table, show
-from cuantiza.core.machine.threads import default_threads
-from cuantiza.core.run.runtime import Runtime
+from cuantiza.core.run.runtime import Options, Runtime
 from cuantiza.core.store.artifact import MODEL
 
 WARM_UP = 3
@@ -50,7 +50,7 @@ def profile(
 
     A product is named with its inputs and outputs, as in `MatMul 768 -> 3072`. Profiling costs some µs an operator.
     """
-    runtime = Runtime(model, threads, spin=True, chunk=None)
+    runtime = Runtime(model, threads, spin=True, options=Options(chunk=None))
     with tempfile.TemporaryDirectory() as work:
         options = ort.SessionOptions()
         options.intra_op_num_threads, options.log_severity_level = threads, 3

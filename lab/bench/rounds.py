@@ -17,10 +17,11 @@ from pathlib import Path
 
 import numpy as np
 
+from cuantiza.core.machine.child import Failed
 from cuantiza.core.machine.hardware import memory_bytes
 from cuantiza.core.machine.progress import track
 from lab.bench import limits
-from lab.bench.child import Failed, Resident
+from lab.bench.child import Resident
 from lab.bench.limits import Limits
 from lab.bench.rows import Row
 from lab.bench.worker import STEPS, WARM_UP_STEPS

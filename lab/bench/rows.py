@@ -14,10 +14,11 @@ from typing import Any
 
 from cuantiza.core.errors import UserError
 from cuantiza.core.inputs.checkpoints import checkpoint_digest
+from cuantiza.core.machine.child import Failed, run
 from cuantiza.core.store import digests
 from lab import CORPUS, ROOT
 from lab.bench import ours
-from lab.bench.child import Failed, ask, command, require, run
+from lab.bench.child import ask, command, require
 from lab.checkpoints.random import Shape
 
 # The first is the baseline unless told, and what every row's logits are compared with.
@@ -32,7 +33,7 @@ RECIPES = (
     "int4-weight",
     "int4-weight-ort",
 )
-# (row, recipe, options of Runtime): what each choice buys, one after the other.
+# (row, recipe, fields of Options): what each choice buys, one after the other.
 ABLATION: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("fp32 portable, all logits", "fp32", {"last_only": False, "chunk": None}),
     ("fp32 portable, last logits only", "fp32", {"chunk": None}),
@@ -58,7 +59,7 @@ class Row:
     """What is measured: an Engine (lab/bench/worker.py) of `module`, in the interpreter `python`, over files in `folder`.
 
     `kind` is a recipe of ours, or one of those that a peer's module knows; `cache_bytes` are those of an element of
-    keys and values; `options` are Runtime's.
+    keys and values; `options` are the fields of cuantiza.core.run.runtime.Options.
     """
 
     name: str
@@ -136,7 +137,7 @@ def select(rows: list[Row], patterns: list[str] | None, baseline: str | None) ->
 def export(checkpoint: Path, output: Path) -> None:
     """Our fp32 artifact of `checkpoint` in `output`/<its name>. Raises UserError where the export fails."""
     try:
-        run(command(Path(sys.executable), "export", "--model", checkpoint, "--output", output), PREPARE_TIMEOUT_S)
+        _run("export", "--model", checkpoint, "--output", output)
     except Failed as error:
         raise UserError(f"python -m export --model {checkpoint}: {error}") from None
 
@@ -146,7 +147,7 @@ def prepare_ours(row: Row, shape: Shape, checkpoint: Path) -> Prepared:
     if row.kind != "fp32":
         recipe = row.kind if shape.folder else _cheap_recipe(row.kind, row.folder.parent.parent / "recipes")
         common = ("--model", checkpoint, "--output", row.folder.parent.parent, "--corpus", CORPUS)
-        run(command(Path(sys.executable), "quantize", "--recipes", recipe, *common), PREPARE_TIMEOUT_S)
+        _run("quantize", "--recipes", recipe, *common)
     return Prepared(_bytes(ours.files(row.kind, row.folder)), ours.version())
 
 
@@ -177,6 +178,11 @@ def prepare_peer(row: Row, checkpoint: Path, artifacts: Path, inputs: dict, work
     return Prepared(_bytes([Path(file) for file in made["files"]]), made["version"])
 
 
+def _run(module: str, *arguments: object) -> str:
+    """Standard output of one of our stages in this interpreter. Raises Failed."""
+    return run(command(Path(sys.executable), module, *arguments), timeout=PREPARE_TIMEOUT_S, cwd=ROOT)
+
+
 def _our_row(name: str, recipe: str, artifacts: Path, options: dict[str, Any]) -> Row:
     precision = recipe.split("-")[0]
     return Row(name, recipe, ours.__name__, Path(sys.executable), artifacts / recipe, precision, options=options)
@@ -184,7 +190,7 @@ def _our_row(name: str, recipe: str, artifacts: Path, options: dict[str, Any]) -
 
 def _cheap_recipe(name: str, folder: Path) -> Path:
     """`folder`/<name>.json: the built-in recipe without the search for what suits a model."""
-    fields = json.loads(run(command(Path(sys.executable), "quantize", "recipes", "--json", name), 60))
+    fields = json.loads(run(command(Path(sys.executable), "cuantiza", "recipes", "--json", name), 60))
     folder.mkdir(exist_ok=True)
     path = folder / f"{name}.json"
     path.write_text(json.dumps(fields | {key: CHEAP[key] for key in CHEAP if key in fields}), encoding="utf-8")

@@ -76,7 +76,7 @@ def main() -> int:
     if changed := [name for name, item in found.items() if reported.get(name) != item.digest]:
         raise UserError(f"{args.report}: was measured on another {changed[0]} than {args.artifacts} holds; {_MAKE}")
     say("chapters  measuring the artifacts")
-    data = isolated(_measure, found, report)
+    data = isolated(_measure, found, report, label="chapters")
     publish(rounded(data), args.output)
     say(f"chapters  {args.output}: written")
     return 0

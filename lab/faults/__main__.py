@@ -25,7 +25,7 @@ from pathlib import Path
 from cuantiza.core.errors import UserError, run
 from cuantiza.core.machine.hardware import machine, software
 from cuantiza.core.machine.progress import report as say
-from cuantiza.core.machine.progress import track
+from cuantiza.core.machine.progress import track, working
 from lab.faults import disk as torture_disk
 from lab.faults import faults as torture_faults
 from lab.faults.faults import Fault, Outcome
@@ -97,7 +97,7 @@ def main() -> int:
     # A shell that starts this in the background has it ignore Ctrl-C, and the runs would inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     start = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="cuantiza-torture-", dir=args.work) as folder:
+    with tempfile.TemporaryDirectory(prefix="cuantiza-torture-", dir=args.work) as folder, working("faults"):
         lab = Lab(Path(folder).resolve())
         results = []
         for result in track(carry_out(lab, moments, args.jobs), "torture   ", len(moments)):

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 from cuantiza.core.errors import UserError
+from cuantiza.core.machine.child import Failed
 from lab.bench import limits, rows
-from lab.bench.child import Failed
 from lab.bench.limits import Limits
 from lab.bench.pages.markdown import page, ratios
 from lab.bench.pages.plot import draw

@@ -9,6 +9,7 @@ import pytest
 
 from cuantiza.core.errors import UserError
 from cuantiza.core.inputs.corpus import Source, load_splits
+from cuantiza.core.machine.child import Failed
 from cuantiza.core.run.exact_int8 import EXACT, exact_products, probe, saturates
 from lab.matrix.emulation import qemu as emulation
 from lab.matrix.emulation.__main__ import Outcome, notes, row, token_windows
@@ -142,7 +143,7 @@ def test_a_driver_that_fails_says_so_in_one_line(tmp_path):
     bad.write_bytes(b"no model")
     runs = [{"model": str(bad), "options": {}, "output": str(tmp_path / "logits.npz")}]
     job = {"windows": str(tmp_path / "windows.npy"), "cached": 1, "threads": 1, "runs": runs}
-    with pytest.raises(emulation.Failed, match="ONNXRuntimeError") as error:
+    with pytest.raises(Failed, match="ONNXRuntimeError") as error:
         emulation.run(emulation.command(PROCESSORS["haswell"], tmp_path), job, tmp_path)
     assert "\n" not in str(error.value) and not (tmp_path / "logits.npz").exists()
 

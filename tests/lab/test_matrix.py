@@ -14,13 +14,14 @@ import pytest
 
 from cuantiza.core.inputs.corpus import Source, load_splits
 from cuantiza.core.inputs.tokenizer import load_tokenizer
+from cuantiza.core.machine.child import Failed
 from cuantiza.core.onnx.genai_config import GENAI_CONFIG, genai_config
 from cuantiza.core.store.artifact import open_artifact
 from lab.matrix import matrix
 from lab.matrix.__main__ import read_emulation
 from lab.matrix.matrix import PAD, PREFILL, RECIPES, TOKENS, Cell, Difference, Generated, Reference
 from lab.matrix.page import Footnotes, number, page, processors
-from lab.matrix.programs import Failed, Program, programs, run
+from lab.matrix.programs import Program, programs, run
 from lab.matrix.reasons import Reason, explain
 
 from helpers import CORPUS, ROOT, SPANISH, assert_user_error, stage
@@ -226,7 +227,7 @@ def test_the_last_line_of_a_failure_is_its_reason(tmp_path):
     here = {"output": str(tmp_path), "threads": 1}
     with pytest.raises(Failed, match=r"^the reason$"):
         run(python("import sys; print('noise', file=sys.stderr); sys.exit('the reason')"), here)
-    with pytest.raises(Failed, match=r"^died of SIGKILL$"):
+    with pytest.raises(Failed, match=r"^died of SIGKILL: most often a lack of memory$"):
         run(python("import os; os.kill(os.getpid(), 9)"), here)
     answer = python("import sys, json, pathlib; job = json.load(open(sys.argv[-1])); pathlib.Path(job['output'], 'result.json').write_text('{\"a\": 1}')")  # fmt: skip
     assert run(answer, here) == {"a": 1}
@@ -239,7 +240,7 @@ child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
 open({str(tmp_path / "pid")!r}, "w").write(str(child.pid))
 time.sleep(600)
 """
-    with pytest.raises(Failed, match="no result after 3 s"):
+    with pytest.raises(Failed, match="gave no answer in 3 s"):
         run(python(code), {"output": str(tmp_path), "threads": 1}, limit=3)
     stat = Path("/proc", (tmp_path / "pid").read_text(), "stat")
 

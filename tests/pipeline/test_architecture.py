@@ -45,11 +45,90 @@ def test_the_top_level_stays_small() -> None:
     assert 5 < len(kept) <= 11, kept
 
 
+<<<<<<< HEAD
 def test_rooms_stay_small() -> None:
     rooms: dict[Path, int] = {}
     for path in sources(*PRODUCT):
         rooms[path.parent] = rooms.get(path.parent, 0) + 1
     assert len(rooms) > 20 and not {room: count for room, count in rooms.items() if count > 10}
+=======
+def sources(room: str) -> list[Path]:
+    """The files of a room, which is a folder or one file."""
+    for place in (ROOT / "cuantiza" / room, ROOT / room):
+        if found := [*place.rglob("*.py"), *([file] if (file := place.with_suffix(".py")).is_file() else [])]:
+            return found
+    raise AssertionError(f"no room {room}")
+
+
+@pytest.mark.parametrize("room", ["core", *STAGES, "bundle", "demo", "generate", "index"])
+def test_stages_and_rooms_import_core_alone(room: str) -> None:
+    for path in sources(room):
+        others = rooms(path) - {room, "core"}
+        assert not others, f"{path} imports {others}"
+
+
+def test_sweep_imports_stages_and_core() -> None:
+    for path in sources("sweep"):
+        others = rooms(path) - {"sweep", "core", *STAGES}
+        assert not others and "torch" not in imports(path), f"{path} imports {others}"
+
+
+# What the programs for other libraries' environments may import of core: these need NumPy at most.
+LIGHT = {
+    "cuantiza.core",
+    "cuantiza.core.contract",
+    "cuantiza.core.errors",
+    "cuantiza.core.inputs.model_config",
+    "cuantiza.core.machine.child",
+    "cuantiza.core.machine.hardware",
+    "cuantiza.core.onnx.genai_config",
+}
+
+
+def own_modules(path: Path) -> set[str]:
+    """The modules of ours that `path` imports when it is loaded."""
+    found = set()
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] in {"cuantiza", "lab", *STAGES}:
+            for name in (f"{node.module}.{alias.name}" for alias in node.names):
+                found.add(name if (ROOT / f"{name.replace('.', '/')}.py").is_file() else node.module)
+    return found
+
+
+def test_what_runs_in_every_environment_imports_next_to_nothing() -> None:
+    names = set(sys.stdlib_module_names)
+    assert imports(ROOT / "lab/bench/worker.py") <= {*names, "numpy", "cuantiza"}
+    assert imports(ROOT / "lab/bench/__init__.py") | imports(ROOT / "lab/bench/peers/__init__.py") <= names
+    for path in (ROOT / "lab/__init__.py", ROOT / "cuantiza/__init__.py"):
+        assert imports(path) <= {*names, "cuantiza"} and not own_modules(path), path
+    programs = {
+        *(ROOT / "lab/bench/peers").glob("*.py"),
+        *(ROOT / "lab/matrix/python").glob("*.py"),
+        ROOT / "lab/bench/worker.py",
+    }
+    for path in programs:
+        others = own_modules(path) - LIGHT
+        assert all(name.startswith(("lab.bench.peers", "lab.matrix.python")) for name in others), f"{path}: {others}"
+    for name in LIGHT:
+        path = ROOT / f"{name.replace('.', '/')}.py"
+        assert not path.is_file() or own_modules(path) <= LIGHT, name
+
+
+def test_torch_is_imported_where_it_is_needed_only() -> None:
+    found = {
+        str(path.relative_to(ROOT))
+        for room in ("core", *STAGES, *ROOMS)
+        for path in sources(room)
+        if "torch" in imports(path)
+    }
+    assert found == TORCH
+
+
+def test_ray_is_imported_in_one_file() -> None:
+    for room in ("core", *STAGES, *ROOMS, "lab"):
+        for path in sources(room):
+            assert ("ray" in imports(path)) == (path == ROOT / "cuantiza/sweep/on_ray.py"), path
+>>>>>>> main
 
 
 def test_files_stay_small() -> None:

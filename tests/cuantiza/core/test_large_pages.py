@@ -12,7 +12,7 @@ import pytest
 
 from cuantiza.core.machine.process import isolated
 from cuantiza.core.run.large_pages import use_large_pages
-from cuantiza.core.run.runtime import Runtime
+from cuantiza.core.run.runtime import Options, Runtime
 from cuantiza.core.store.artifact import Artifact
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
@@ -44,7 +44,7 @@ def test_what_fills_large_pages_moves_there():
 
 
 def logits(model: Path, large_pages: bool) -> np.ndarray:
-    return Runtime(model, 1, large_pages=large_pages).forward(np.arange(1, 65)[None])
+    return Runtime(model, 1, options=Options(large_pages=large_pages)).forward(np.arange(1, 65)[None])
 
 
 def test_logits_do_not_depend_on_it(es_mini_fp32: Artifact):

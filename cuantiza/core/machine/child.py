@@ -5,6 +5,7 @@ The counterpart for our own functions is cuantiza/core/machine/process.py. This 
 
 from __future__ import annotations
 
+from typing import Any
 import os
 import signal
 import subprocess
@@ -56,7 +57,7 @@ def run(
     return output
 
 
-def end(process: subprocess.Popen) -> None:
+def end(process: subprocess.Popen[Any]) -> None:
     """End `process` and its group: SIGTERM first, so that it can clean up, then SIGKILL."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGTERM)

@@ -5,6 +5,7 @@ Importing this module loads only the standard library, so that it also runs in o
 
 from __future__ import annotations
 
+from typing import Any
 import os
 import platform
 import resource
@@ -13,7 +14,7 @@ from pathlib import Path
 from cuantiza.core.errors import UserError
 
 
-def machine(threads: int) -> dict:
+def machine(threads: int) -> dict[str, Any]:
     """What a report says of the machine: processor, logical processors, `threads` used, memory in bytes, system."""
     return {
         "cpu": cpu_name(),

@@ -90,7 +90,7 @@ def test_costs_stand_beside_the_recipes_where_they_were_measured(tmp_path):
     assert set(list(table.columns[2].cells)[3:]) == {""}  # not measured
     for broken in ("{", "[]", '{"schema": "cuantiza/accuracy/2"}', json.dumps({"schema": "cuantiza/accuracy/1"})):
         path.write_text(broken)
-        with pytest.raises(UserError, match=r"accuracy\.json: is broken .* python -m lab\.accuracy"):
+        with pytest.raises(UserError, match=r"accuracy\.json: is broken .*`python -m lab\.accuracy"):
             commands.read_accuracy(path)
 
 

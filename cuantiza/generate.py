@@ -1,54 +1,43 @@
-"""`python -m cuantiza.generate`: continue a text with an artifact, token by token."""
+"""Continues a text with an artifact, token by token."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from cuantiza.core.cli import Parser, add_folder, add_number, add_threads, check_numbers
 from cuantiza.core.errors import UserError, run
-from cuantiza.core.inputs.model_config import end_tokens, max_positions, read_config, start_token
-from cuantiza.core.inputs.tokenizer import load_tokenizer
-from cuantiza.core.machine.threads import check_threads, default_threads
-from cuantiza.core.run.sampling import Sampling, generate, text_of
+from cuantiza.core.inputs.defaults import ARTIFACTS, MODEL, PROMPT, RECIPES
+from cuantiza.core.run.sampling import Sampling
 from cuantiza.core.store.artifact import open_artifact
 
 
-def main() -> int:
-    args = _arguments()
+def main(arguments: Sequence[str] | None = None) -> int:
+    args = _arguments(arguments)
     sampling = Sampling(0.0 if args.greedy else args.temperature, args.top_k, args.top_p, args.no_repeat_ngram)
     prompt = _prompt(args.prompt)
     artifact = open_artifact(args.artifact)
-    tokenizer, config, start = (
-        load_tokenizer(artifact.path),
-        read_config(artifact.path),
-        start_token(artifact.path),
-    )
-    ids = [start, *tokenizer.encode(prompt, add_special_tokens=False).ids]
-    room = max_positions(config) - len(ids)
-    if room < 1:
-        raise UserError(
-            f"--prompt: has {len(ids)} tokens where {artifact.path} takes {len(ids) + room - 1}; shorten it"
-        )
 
-    from cuantiza.core.run.runtime import Runtime
+    from cuantiza.model import load
 
-    stop = end_tokens(artifact.path)
-    runtime = Runtime(artifact.model, args.threads, spin=True)
-    out, times = sys.stdout, [time.perf_counter()]
+    model = load(artifact, args.threads)
+    ids = model.encode(prompt)
+    room = model.room(ids)
+    times = [time.perf_counter()]
 
-    def timed():
-        for token in generate(runtime, ids, min(args.tokens, room), sampling, args.seed, stop):
+    def timed() -> Iterator[int]:
+        for token in model.tokens(ids, args.tokens, sampling, args.seed):
             times.append(time.perf_counter())
             yield token
 
     print(prompt, end="", flush=True)
-    for piece in text_of(tokenizer, timed(), ids):
-        out.write(piece)
-        out.flush()
+    for piece in model.text(timed(), ids):
+        print(piece, end="", flush=True)
     print(flush=True)
-    _account(times, len(ids), args, room)
+    _print_speed(times, len(ids), args, room)
     return 0
 
 
@@ -62,8 +51,8 @@ def _prompt(given: str) -> str:
     return text
 
 
-def _account(times: list[float], prompt: int, args: argparse.Namespace, room: int) -> None:
-    """One line on standard error: what was made and how fast; the first token waits for the prompt."""
+def _print_speed(times: list[float], prompt: int, args: argparse.Namespace, room: int) -> None:
+    """Say on standard error how many tokens were made and how fast; the first one includes the prompt's prefill."""
     count = len(times) - 1
     speed = f", {(count - 1) / (times[-1] - times[1]):.1f} tokens/s" if count > 1 else ""
     first = f", the first after {1000 * (times[1] - times[0]):.0f} ms" if count else ""
@@ -71,29 +60,26 @@ def _account(times: list[float], prompt: int, args: argparse.Namespace, room: in
     why = ""
     if count < args.tokens:
         why = "; the model's last position" if count == room else "; the model ended the text"
-    print(f"{count} tokens behind {prompt}{first}{speed}, {drawn}{why}", file=sys.stderr)
+    print(f"{count} tokens after {prompt}{first}{speed}, {drawn}{why}", file=sys.stderr)
 
 
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m cuantiza.generate", description=__doc__)
-    default = Path("artifacts/es-mini/int8-dynamic")
-    parser.add_argument("--artifact", type=Path, default=default, help=f"folder of the artifact (default {default})")
-    parser.add_argument("--prompt", default="Me gusta mucho el futbol", help="what to continue; - reads standard input")
-    parser.add_argument("--tokens", type=int, default=100, help="at most so many (default 100)")
+def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = Parser("generate", __doc__, 'cuantiza generate --artifact artifacts/es-mini/int8-dynamic --prompt "Hola"')
+    default = ARTIFACTS / Path(MODEL).name / RECIPES[0]
+    add_folder(parser, "--artifact", default, "folder of the artifact")
+    parser.add_argument("--prompt", default=PROMPT, help=f"what to continue; - reads standard input ({PROMPT})")
+    add_number(parser, "--tokens", 100, "how many tokens at most")
     parser.add_argument("--greedy", action="store_true", help="take the likeliest token each time")
     parser.add_argument("--temperature", type=float, default=0.8, help="of sampling; 0 is greedy (default 0.8)")
     parser.add_argument("--top-k", type=int, default=50, help="draw from so many likeliest tokens; 0: all (default 50)")
     parser.add_argument("--top-p", type=float, default=0.95, help="draw from this share of probability (default 0.95)")
     parser.add_argument(
-        "--no-repeat-ngram", type=int, default=3, help="no so many tokens in a row come twice; 0: may (default 3)"
+        "--no-repeat-ngram", type=int, default=3, help="no sequence of so many tokens repeats; 0: any may (default 3)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same text (default 0)")
-    parser.add_argument("--threads", type=int, default=default_threads(), help="threads (default: all processors)")
-    args = parser.parse_args()
-    check_threads(args.threads)
-    for option, least in (("tokens", 1), ("seed", 0)):
-        if getattr(args, option) < least:
-            raise UserError(f"--{option} {getattr(args, option)}: give a number from {least} on")
+    add_number(parser, "--seed", 0, "the same seed gives the same text")
+    add_threads(parser)
+    args = parser.parse_args(arguments)
+    check_numbers(args, tokens=1, seed=0)
     return args
 
 

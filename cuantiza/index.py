@@ -1,10 +1,26 @@
-"""Fix the split of a folder of .txt documents: `python -m cuantiza.index corpus/es`."""
+"""Fixes the split of a folder of .txt documents: every third one calibrates, the others test."""
 
-import sys
+from __future__ import annotations
+
+from collections.abc import Sequence
 from pathlib import Path
 
-from cuantiza.core.inputs.corpus import write_index
+from cuantiza.core.cli import Parser
+from cuantiza.core.errors import UserError, run
+from cuantiza.core.inputs.corpus import INDEX, write_index
+from cuantiza.core.machine.progress import report
 
-if len(sys.argv) != 2:
-    sys.exit("error: give the folder: python -m cuantiza.index corpus/es")
-write_index(Path(sys.argv[1]))
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = Parser("index", __doc__, "cuantiza index corpus/es")
+    parser.add_argument("folder", type=Path, help=f"folder of the documents; its {INDEX} is written")
+    folder = parser.parse_args(arguments).folder
+    if not any(folder.glob("*.txt")):
+        raise UserError(f"{folder}: holds no .txt file; give the folder of the documents")
+    write_index(folder)
+    report(f"index     {folder / INDEX}: written")
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)

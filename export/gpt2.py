@@ -1,11 +1,8 @@
 """GPT-2 as an ONNX graph, in standard operators, written as one reads the model.
 
-Inputs   input_ids [B, T], attention_mask [B, P+T], position_ids [B, T], past_key_values.{l}.key|value [B, H, P, d]
-Outputs  logits [B, T, V], present.{l}.key|value [B, H, P+T, d]
-Optional num_logits_to_keep [], 0 where it is not fed: all. n > 0 gives the logits of the last n positions, [B, n, V],
-         n < 0 those of all but the first −n: of none where n is −T, to fill the cache alone
+Its inputs and outputs are those of cuantiza/core/contract.py.
 
-B batch, T new tokens, P tokens in the past, D width, H heads, d = D/H, V vocabulary.
+B batch, T new tokens, P tokens in the cache, D width of the model, H heads, d = D/H, V vocabulary.
 """
 
 from __future__ import annotations
@@ -20,24 +17,20 @@ import onnx_ir as ir
 import onnxscript
 from onnx_ir import DataType
 
+from cuantiza.core import contract
 from cuantiza.core.errors import UserError
-from cuantiza.core.run.runtime import KEEP
 from cuantiza.export.gpt2_config import GPT2Config
 from cuantiza.export.weights import Weight, check_finite
 
-# Added to the scores of positions that may not be seen: exp() of it is 0, and a row that sees nothing stays finite.
-MASKED = -1e30
 _END = 2**63 - 1  # Slice's end: however long
-# The name of P+T as symbolic shape inference computes it from the others.
-TOTAL = "past_sequence_length + sequence_length"
 _BLOCK = re.compile(r"h\.(\d+)\.")
 
 
 def build(config: GPT2Config, weights: dict[str, Weight], opset: int, folder: Path) -> ir.Model:
-    """The graph of `config` over `weights`, which are read when the model is saved.
+    """Build the graph of `config` with `weights`, which are read only when the model is saved.
 
-    Raises UserError where a weight is missing, has another shape, or (when it is read) is not finite;
-    `folder` is named in the message.
+    Raises UserError where a weight is missing, has another shape, or (when it is read) is not finite. The message names
+    `folder`.
     """
     graph = ir.Graph([], [], nodes=[], opset_imports={"": opset}, name="gpt2")
     builder = onnxscript.GraphBuilder(graph)
@@ -46,7 +39,7 @@ def build(config: GPT2Config, weights: dict[str, Weight], opset: int, folder: Pa
 
     def weight(name: str, *shape: int) -> ir.Value:
         if name not in weights:
-            raise UserError(f"{folder}: has no weight {name}; the checkpoint is not a whole GPT-2")
+            raise UserError(f"{folder}: has no weight {name}; take the files of the original checkpoint")
         source = weights[name]
         if source.shape != shape:
             raise UserError(f"{folder}: {name} is {list(source.shape)} where config.json says {list(shape)}")
@@ -59,7 +52,7 @@ def build(config: GPT2Config, weights: dict[str, Weight], opset: int, folder: Pa
         return builder.initializer(tensor, name)
 
     def linear(x: ir.Value, name: str, inputs: int, outputs: int) -> ir.Value:
-        # transformers' Conv1D keeps its weight as [inputs, outputs], which is MatMul's own layout.
+        # transformers' Conv1D stores its weight as [inputs, outputs], which is the layout of MatMul.
         y = op.MatMul(x, weight(f"{name}.weight", inputs, outputs), _name=name)
         return op.Add(y, weight(f"{name}.bias", outputs), _name=f"{name}.bias")
 
@@ -68,7 +61,7 @@ def build(config: GPT2Config, weights: dict[str, Weight], opset: int, folder: Pa
         return op.LayerNormalization(x, scale, bias, axis=-1, epsilon=config.layer_norm_epsilon, _name=name)
 
     layers = {int(found[1]): name for name in weights if (found := _BLOCK.match(name))}
-    # Before anything is built: two billion layers are a number like another.
+    # Check the number of layers before anything is built: config.json may say two billion.
     if (missing := next(layer for layer in count() if layer not in layers)) < config.n_layer:
         raise UserError(
             f"{folder}: has no weight h.{missing}.* where config.json says n_layer {config.n_layer}; take the config.json of the same checkpoint"
@@ -78,22 +71,20 @@ def build(config: GPT2Config, weights: dict[str, Weight], opset: int, folder: Pa
             f"{folder}: has a weight {beyond} where config.json says n_layer {config.n_layer}; take the config.json of the same checkpoint"
         )
 
-    input_ids = builder.input("input_ids", DataType.INT64, ["batch_size", "sequence_length"])
-    attention_mask = builder.input("attention_mask", DataType.INT64, ["batch_size", TOTAL])
-    position_ids = builder.input("position_ids", DataType.INT64, ["batch_size", "sequence_length"])
-    cache = ["batch_size", config.n_head, "past_sequence_length", config.head_dim]
-    past = [
-        [builder.input(f"past_key_values.{layer}.{kv}", DataType.FLOAT, cache) for kv in ("key", "value")]
-        for layer in range(config.n_layer)
-    ]
+    tokens = [contract.BATCH, contract.TOKENS]
+    input_ids = builder.input(contract.INPUT_IDS, DataType.INT64, tokens)
+    attention_mask = builder.input(contract.ATTENTION_MASK, DataType.INT64, [contract.BATCH, contract.TOTAL])
+    position_ids = builder.input(contract.POSITION_IDS, DataType.INT64, tokens)
+    cache = [contract.BATCH, config.n_head, contract.PAST, config.head_dim]
+    past = [builder.input(name, DataType.FLOAT, cache) for name in contract.past_names(config.n_layer)]
     present: list[ir.Value] = []
 
-    # An input with a default: loaders that do not know it need not feed it.
+    # This input has a default, so that loaders that do not know it need not feed it.
     keep = ir.Value(
-        name=KEEP,
+        name=contract.KEEP,
         shape=ir.Shape([]),
         type=ir.TensorType(DataType.INT64),
-        const_value=ir.tensor(np.array(0, np.int64), name=KEEP),
+        const_value=ir.tensor(np.array(0, np.int64), name=contract.KEEP),
     )
     graph.inputs.append(keep)
     graph.register_initializer(keep)
@@ -108,8 +99,8 @@ def build(config: GPT2Config, weights: dict[str, Weight], opset: int, folder: Pa
         h = layer_norm(x, f"{block}.ln_1")
         qkv = linear(h, f"{block}.attn.c_attn", width, 3 * width)  # [B, T, 3D]
         q, k, v = (_split_heads(op, part, config) for part in op.Split(qkv, axis=-1, num_outputs=3, _outputs=3))
-        k = op.Concat(past[layer][0], k, axis=2)  # [B, H, P+T, d]
-        v = op.Concat(past[layer][1], v, axis=2)
+        k = op.Concat(past[2 * layer], k, axis=2)  # [B, H, P+T, d]
+        v = op.Concat(past[2 * layer + 1], v, axis=2)
         present += [k, v]
         scores = op.MatMul(q, op.Transpose(k, perm=[0, 1, 3, 2]), _name=f"{block}.attn.scores")  # [B, H, T, P+T]
         if (scale := _attention_scale(config, layer)) != 1.0:
@@ -118,7 +109,8 @@ def build(config: GPT2Config, weights: dict[str, Weight], opset: int, folder: Pa
         context = op.MatMul(attention, v, _name=f"{block}.attn.context")  # [B, H, T, d]
         context = op.Reshape(op.Transpose(context, perm=[0, 2, 1, 3]), [0, 0, width])  # [B, T, D]
         if layer == config.n_layer - 1:
-            # All that the cache needs is computed: the rest is for the logits.
+            # Keys and values are complete here. What follows only feeds the logits, so keep just the positions that
+            # were asked for.
             start = op.Neg(op.Unsqueeze(keep, [0]))
             context, x = (op.Slice(value, start, [_END], [1]) for value in (context, x))  # [B, n or T, D]
         x = op.Add(x, linear(context, f"{block}.attn.c_proj", width, width))
@@ -127,15 +119,15 @@ def build(config: GPT2Config, weights: dict[str, Weight], opset: int, folder: Pa
         x = op.Add(x, linear(h, f"{block}.mlp.c_proj", config.n_inner, width))
 
     x = layer_norm(x, "ln_f")
-    # One table serves both ends of a tied model; runtimes fold the transpose of a constant at load.
+    # In a tied model, the embedding matrix is also the head's weight. Runtimes fold the transpose of a constant at load.
     head = wte if _is_tied(config, weights) else weight("lm_head.weight", vocabulary, width)
     logits = op.MatMul(x, op.Transpose(head, perm=[1, 0]), _name="lm_head")  # [B, T, V]
 
-    logits.shape = ir.Shape(["batch_size", "sequence_length", vocabulary])
-    builder.add_output(logits, "logits")
-    for index, value in enumerate(present):
-        value.shape = ir.Shape(["batch_size", config.n_head, TOTAL, config.head_dim])
-        builder.add_output(value, f"present.{index // 2}.{('key', 'value')[index % 2]}")
+    logits.shape = ir.Shape([*tokens, vocabulary])
+    builder.add_output(logits, contract.LOGITS)
+    for value, name in zip(present, contract.present_names(config.n_layer), strict=True):
+        value.shape = ir.Shape([contract.BATCH, config.n_head, contract.TOTAL, config.head_dim])
+        builder.add_output(value, name)
     for node in graph:
         node.metadata_props.clear()
     ir_version = onnx.helper.find_min_ir_version_for([onnx.helper.make_opsetid("", opset)])
@@ -143,26 +135,26 @@ def build(config: GPT2Config, weights: dict[str, Weight], opset: int, folder: Pa
 
 
 def _is_tied(config: GPT2Config, weights: dict[str, Weight]) -> bool:
-    """Whether head and embedding are one: as config.json says where there is no head, else where they are equal."""
+    """Whether head and embedding share a matrix: they are equal, or there is no head and config.json says so."""
     if "lm_head.weight" not in weights or "wte.weight" not in weights:
         return config.tie_word_embeddings
-    head, table = weights["lm_head.weight"], weights["wte.weight"]
-    return head.shape == table.shape and np.array_equal(head.read(), table.read())
+    head, embedding = weights["lm_head.weight"], weights["wte.weight"]
+    return head.shape == embedding.shape and np.array_equal(head.read(), embedding.read())
 
 
 def _visible(op: onnxscript.OpBuilder, input_ids: ir.Value, attention_mask: ir.Value) -> ir.Value:
-    """0 where query t of T may see key s of P+T, else MASKED: s ≤ P + t, and s is no padding. [B, 1, T, P+T]"""
+    """0 where query t of T may see key s of P+T, else -1e30: s ≤ P + t, and s is no padding. [B, 1, T, P+T]"""
     total = op.Shape(attention_mask, start=1, end=2)
     count = op.Shape(input_ids, start=1, end=2)
     keys = op.Range(0, op.Squeeze(total, [0]), 1)  # [P+T]
     queries = op.Slice(keys, op.Sub(total, count), total)  # [T]: P .. P+T-1
     causal = op.LessOrEqual(keys, op.Unsqueeze(queries, [1]))  # [T, P+T]
     real = op.Cast(op.Unsqueeze(attention_mask, [1, 2]), to=DataType.BOOL)  # [B, 1, 1, P+T]
-    return op.Where(op.And(causal, real), 0.0, MASKED)
+    return op.Where(op.And(causal, real), 0.0, contract.MASKED)
 
 
 def _split_heads(op: onnxscript.OpBuilder, x: ir.Value, config: GPT2Config) -> ir.Value:
-    """[B, T, D] -> [B, H, T, d]"""
+    """Split x [B, T, D] into heads [B, H, T, d]."""
     return op.Transpose(op.Reshape(x, [0, 0, config.n_head, config.head_dim]), perm=[0, 2, 1, 3])
 
 
@@ -172,7 +164,7 @@ def _attention_scale(config: GPT2Config, layer: int) -> float:
 
 
 def _activation(op: onnxscript.OpBuilder, x: ir.Value, name: str, opset: int) -> ir.Value:
-    """transformers' activation `name`; Gelu is an operator of its own from opset 20 on."""
+    """Apply transformers' activation `name`. ONNX has a Gelu operator from opset 20 on."""
     match name:
         case "relu":
             return op.Relu(x)

@@ -1,4 +1,4 @@
-"""Causal language models other than GPT-2 through optimum's exporter, brought to the artifact contract.
+"""Causal language models other than GPT-2 through optimum's exporter, brought to the contract of cuantiza/core/contract.py.
 
 optimum-onnx stops at transformers 4.57, so it runs in an interpreter of its own (`make optimum`, OPTIMUM_PYTHON).
 """
@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,13 +16,15 @@ import onnx_ir as ir
 from onnx_ir.passes import common as passes
 from onnxscript.version_converter import ConvertVersionPass
 
+from cuantiza.core import contract
 from cuantiza.core.errors import UserError
 from cuantiza.core.inputs.checkpoints import weight_files
+from cuantiza.core.machine import child
 from cuantiza.core.onnx import file as onnx_file
 from cuantiza.core.store import folders
 from cuantiza.export.weights import check_finite, read_weights
 
-# Each ran end to end, parity included, with optimum-onnx 0.1.0.
+# Each of these was exported end to end, with the parity check, by optimum-onnx 0.1.0.
 MODEL_TYPES = (
     "arcee",
     "bloom",
@@ -56,11 +56,11 @@ MODEL_TYPES = (
     "smollm3",
     "stablelm",
 )
-# The last opset that torch's TorchScript exporter writes, which is the one that optimum uses.
+# optimum uses torch's TorchScript exporter, which writes no opset after this one.
 _LAST_OPSET = 20
-# Rotary embeddings that change with the length of the text: tracing fixes them at the length of the example.
+# Rotary embeddings that change with the length of the text. Tracing would fix them at the length of the example.
 _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope", "su")
-# The types of layer that have a rotary embedding each.
+# The layer types of gemma3, each of which has a rotary embedding of its own.
 _GEMMA3_LAYERS = ("full_attention", "sliding_attention")
 _EXPORT = """
 import sys
@@ -73,14 +73,11 @@ main_export(sys.argv[1], output=sys.argv[2], task="text-generation-with-past", o
 def export_optimum(checkpoint: Path, fields: dict, work: Path, opset: int) -> None:
     """Export the model of `checkpoint`, whose config.json is `fields`, to `work`/model.onnx.
 
-    Inputs   input_ids [B, T], attention_mask [B, P+T], position_ids [B, T], past_key_values.{l}.key|value [B, H, P, d]
-    Outputs  logits [B, T, V], present.{l}.key|value [B, H, P+T, d]
-
-    H is the number of key and value heads, fewer than the model's heads where these share them. The graphs of
-    bloom, gemma, gemma2, gemma3_text, mpt and nemotron take no position_ids: only distances matter to them, and
-    cuantiza/core/run/runtime.py does without. Weights that occur twice are stored once, as they are or transposed.
-    Raises UserError where the model type is not in MODEL_TYPES, the second environment is missing, the weights
-    are damaged, or the export fails or does not keep the contract.
+    The graph has the inputs and outputs of cuantiza/core/contract.py. The graphs of bloom, gemma, gemma2, gemma3_text,
+    mpt and nemotron take no position_ids, as only distances matter to these models; cuantiza/core/run/runtime.py then
+    feeds none. A weight that occurs twice is stored once, also where one copy is the other's transpose.
+    Raises UserError if the model type is not in MODEL_TYPES, the second environment is missing, the weights are
+    damaged, or the export fails or does not keep the contract.
     """
     config = _legacy_config(fields, checkpoint / "config.json")
     python = _interpreter()
@@ -111,17 +108,17 @@ def _interpreter() -> str:
 
 
 def _legacy_config(fields: dict, path: Path) -> dict:
-    """`fields` as transformers 4.57 reads them: what 5.x writes as rope_parameters stood in fields of its own.
+    """Return `fields` as transformers 4.57 reads them: it has separate fields where 5.x writes rope_parameters.
 
-    Raises UserError where the model is of another type than MODEL_TYPES, or its positions cannot be traced.
+    Raises UserError where the model type is not in MODEL_TYPES, or where the rotary embedding cannot be exported.
     """
     kind = fields.get("model_type")
     if kind not in MODEL_TYPES:
         raise UserError(
-            f"{path}: model_type {kind!r} is none of those that optimum's exporter brings to the README's contract: "
+            f"{path}: model_type {kind!r} is none of those that optimum's exporter brings to the contract of docs/artifact.md: "
             f"{', '.join(MODEL_TYPES)}; choose a model of these types"
         )
-    # Code in the repository is never run: what is left of its name could only confuse.
+    # Code from a model's repository is never run, so the field auto_map that names it is dropped.
     config = {key: value for key, value in fields.items() if key not in ("auto_map", "rope_parameters")}
     rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
     if kind == "gemma3_text" and isinstance(rope, dict) and [*map(type, map(rope.get, _GEMMA3_LAYERS))] == [dict, dict]:
@@ -134,12 +131,12 @@ def _legacy_config(fields: dict, path: Path) -> dict:
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type in _LENGTH_DEPENDENT_ROPE:
         raise UserError(
-            f"{path}: its rotary embedding ({rope_type}) changes with the length of the text, which an exported graph cannot; "
-            "choose a model without"
+            f"{path}: its rotary embedding ({rope_type}) changes with the length of the text, which an exported graph cannot do; "
+            "choose a model with another rotary embedding"
         )
     if "rope_parameters" not in fields:
         return config
-    # gpt_neox has names of its own for both.
+    # gpt_neox has its own names for these two fields.
     theta, part = ("rotary_emb_base", "rotary_pct") if kind == "gpt_neox" else ("rope_theta", "partial_rotary_factor")
     config |= {new: rope[old] for new, old in ((theta, "rope_theta"), (part, "partial_rotary_factor")) if old in rope}
     if rope_type != "default":
@@ -150,10 +147,10 @@ def _legacy_config(fields: dict, path: Path) -> dict:
 
 
 def _prepare(checkpoint: Path, config: dict, folder: Path) -> None:
-    """A folder with `config` and links to the weights, and nothing else that optimum would load."""
+    """Make a folder that holds `config` and links to the weights, and nothing else that optimum would load."""
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    # Damaged files get a clear line here; transformers would start from random weights or give NaN.
+    # Damaged files get a clear message here. transformers would use random weights in their place, or compute NaN.
     for name, weight in read_weights(checkpoint).items():
         check_finite(name, weight.read(), checkpoint)
     for name in weight_files({file.name for file in checkpoint.iterdir()}):
@@ -161,34 +158,31 @@ def _prepare(checkpoint: Path, config: dict, folder: Path) -> None:
 
 
 def _run(python: str, checkpoint: Path, prepared: Path, output: Path, opset: int) -> None:
-    """Run optimum's exporter on `prepared`. Raises UserError with the last thing it said where it fails."""
-    # -I: neither this repository's packages nor the user's own can stand in for the environment's.
+    """Run optimum's exporter on `prepared`. Where it fails, raises UserError with the last line that it printed."""
+    # -I keeps packages of this repository and of the user from replacing those of the environment.
     command = [python, "-I", "-c", _EXPORT, str(prepared), str(output), str(opset)]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    done = subprocess.run(
-        command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace"
-    )
-    if "No module named 'optimum" in done.stderr:
+    environment = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    try:
+        child.run(command, environment=environment)
+        written = (output / "model.onnx").is_file()
+        failure = "" if written else "it wrote no model.onnx"
+    except child.Failed as error:
+        failure = str(error)
+    if "No module named 'optimum" in failure:
         raise UserError(
             f"OPTIMUM_PYTHON={python}: has no optimum-onnx; run `make optimum`, or name the interpreter that has it"
         )
-    if done.returncode < 0:
+    if failure:
         raise UserError(
-            f"{checkpoint}: optimum's exporter was killed by signal {-done.returncode}; 9 is most often a lack of memory"
-        )
-    if done.returncode or not (output / "model.onnx").is_file():
-        said = [line.strip() for line in (done.stdout + done.stderr).splitlines() if line.strip()]
-        reason = said[-1][:300] if said else f"status {done.returncode}"
-        raise UserError(
-            f"{checkpoint}: optimum's exporter failed ({reason}); check that the weights belong to the config.json"
+            f"{checkpoint}: optimum's exporter failed ({failure[:300]}); check that the weights belong to the config.json"
         )
 
 
 def _name_weights(graph: ir.Graph) -> None:
-    """Give a weight that tracing has left as onnx::MatMul_803 the name of the module that multiplies by it."""
+    """Name weights after the modules that multiply by them, where tracing gave them a name like onnx::MatMul_803."""
     for weight in list(graph.initializers.values()):
         node = next(iter(weight.consumers()), None)
-        # /model/layers.0/mlp/up_proj/MatMul
+        # A node's name is, for example, /model/layers.0/mlp/up_proj/MatMul.
         path = (node.name or "").strip("/").rpartition("/")[0].replace("/", ".") if node else ""
         name = f"{path}.weight"
         if weight.name.startswith("onnx::") and path and name not in graph.initializers:
@@ -196,9 +190,9 @@ def _name_weights(graph: ir.Graph) -> None:
 
 
 def _share_weights(graph: ir.Graph) -> None:
-    """Store equal arrays once, and a transposed twin of a table that Gather reads as its Transpose.
+    """Store equal matrices once, and replace a matrix by a Transpose where it is that of an embedding matrix.
 
-    Vectors stay apart: many are equal by chance (zeros, ones), and a quantizer may want to change only one.
+    Vectors are not shared, because many are equal by chance (zeros, ones), and a quantizer may want to change only one.
     """
     kept: dict[tuple, list[ir.Value]] = {}
     for weight in list(graph.initializers.values()):
@@ -212,26 +206,27 @@ def _share_weights(graph: ir.Graph) -> None:
         else:
             weight.replace_all_uses_with(twin)
             del graph.initializers[weight.name]
-    for table in list(_tables(graph)):
-        array = table.const_value.numpy()
+    for embedding in list(_embedding_matrices(graph)):
+        array = embedding.const_value.numpy()
         for weight in kept.get((array.dtype, array.shape[::-1]), []):
-            # A column against a row first: that tells most matrices apart without reading them whole.
+            # Comparing one column with one row first tells most matrices apart without reading them whole.
             other = weight.const_value.numpy()
-            if weight is not table and np.array_equal(array[:, 0], other[0]) and np.array_equal(array.T, other):
-                _replace_by_transpose(graph, weight, table)
+            if weight is not embedding and np.array_equal(array[:, 0], other[0]) and np.array_equal(array.T, other):
+                _replace_by_transpose(graph, weight, embedding)
 
 
-def _tables(graph: ir.Graph) -> Iterator[ir.Value]:
-    """Matrices whose rows a Gather picks."""
+def _embedding_matrices(graph: ir.Graph) -> Iterator[ir.Value]:
+    """Yield the matrices whose rows a Gather picks."""
     for weight in graph.initializers.values():
         if weight.const_value.shape.rank() == 2 and any(node.op_type == "Gather" for node in weight.consumers()):
             yield weight
 
 
-def _replace_by_transpose(graph: ir.Graph, weight: ir.Value, table: ir.Value) -> None:
+def _replace_by_transpose(graph: ir.Graph, weight: ir.Value, embedding: ir.Value) -> None:
+    """Let all nodes that read `weight` read the Transpose of `embedding` instead."""
     users = set(weight.consumers())
     first = next(node for node in graph if node in users)
-    transpose = ir.node("Transpose", [table], {"perm": [1, 0]}, name=f"{weight.name}.transpose")
+    transpose = ir.node("Transpose", [embedding], {"perm": [1, 0]}, name=f"{weight.name}.transpose")
     transpose.outputs[0].name = f"{weight.name}.transposed"
     graph.insert_before(first, transpose)
     weight.replace_all_uses_with(transpose.outputs[0])
@@ -239,37 +234,37 @@ def _replace_by_transpose(graph: ir.Graph, weight: ir.Value, table: ir.Value) ->
 
 
 def _set_interface(graph: ir.Graph, checkpoint: Path) -> None:
-    """Order the inputs and outputs, and name their axes, as the authored graph does.
+    """Give the graph the order of inputs and outputs, and the names of axes, that the graphs of export/gpt2.py have.
 
-    Raises UserError where one is missing or unknown, or where heads or head width are not fixed.
+    Raises UserError where an input or output is missing or unknown, or where the number or width of heads is not fixed.
     """
     inputs = {value.name: value for value in graph.inputs}
     outputs = {value.name: value for value in graph.outputs}
-    layers = range(sum(re.fullmatch(r"past_key_values\.\d+\.key", name) is not None for name in inputs))
-    cache = [f"{layer}.{kv}" for layer in layers for kv in ("key", "value")]
-    positions = ["position_ids"] if "position_ids" in inputs else []
-    wanted_inputs = ["input_ids", "attention_mask", *positions, *(f"past_key_values.{name}" for name in cache)]
-    wanted_outputs = ["logits", *(f"present.{name}" for name in cache)]
+    layers = contract.count_layers(inputs)
+    past, present = contract.past_names(layers), contract.present_names(layers)
+    positions = [contract.POSITION_IDS] if contract.POSITION_IDS in inputs else []
+    wanted_inputs = [contract.INPUT_IDS, contract.ATTENTION_MASK, *positions, *past]
+    wanted_outputs = [contract.LOGITS, *present]
     if not layers or (odd := sorted({*inputs} ^ {*wanted_inputs} | {*outputs} ^ {*wanted_outputs})):
         raise UserError(
-            f"{checkpoint}: optimum's export does not keep the README's contract ({', '.join(odd) if layers else 'no cache'}); "
+            f"{checkpoint}: optimum's export does not keep the contract of docs/artifact.md ({', '.join(odd) if layers else 'no cache'}); "
             f"choose a model of another type: {', '.join(MODEL_TYPES)}"
         )
     axes = {
-        "input_ids": ["batch_size", "sequence_length"],
-        "attention_mask": ["batch_size", "total_sequence_length"],
-        "position_ids": ["batch_size", "sequence_length"],
-        "logits": ["batch_size", "sequence_length", outputs["logits"].shape[2]],
+        contract.INPUT_IDS: [contract.BATCH, contract.TOKENS],
+        contract.ATTENTION_MASK: [contract.BATCH, contract.TOTAL],
+        contract.POSITION_IDS: [contract.BATCH, contract.TOKENS],
+        contract.LOGITS: [contract.BATCH, contract.TOKENS, outputs[contract.LOGITS].shape[2]],
     }
-    for name in cache:
-        _, heads, _, width = inputs[f"past_key_values.{name}"].shape
+    for before, after in zip(past, present, strict=True):
+        _, heads, _, width = inputs[before].shape
         if not isinstance(heads, int) or not isinstance(width, int):
             raise UserError(
                 f"{checkpoint}: optimum's export leaves the shape of the cache open ([B, {heads}, P, {width}]); "
                 f"choose a model of another type: {', '.join(MODEL_TYPES)}"
             )
-        axes[f"past_key_values.{name}"] = ["batch_size", heads, "past_sequence_length", width]
-        axes[f"present.{name}"] = ["batch_size", heads, "total_sequence_length", width]
+        axes[before] = [contract.BATCH, heads, contract.PAST, width]
+        axes[after] = [contract.BATCH, heads, contract.TOTAL, width]
     for value in (*graph.inputs, *graph.outputs):
         value.shape = ir.Shape(axes[value.name])
     graph.inputs[:] = [inputs[name] for name in wanted_inputs]

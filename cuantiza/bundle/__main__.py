@@ -1,4 +1,4 @@
-"""`python -m cuantiza.bundle`: artifacts and their report -> dist/<model>, a folder for the Hugging Face Hub.
+"""Writes artifacts and their measured report to dist/<model>, a folder for the Hugging Face Hub.
 
 Upload it with the hub's own client: `hf upload owner/name dist/<model>`.
 """
@@ -6,33 +6,34 @@ Upload it with the hub's own client: `hf upload owner/name dist/<model>`.
 from __future__ import annotations
 
 import argparse
-import json
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
 from cuantiza.bundle.card import card, rows_of
 from cuantiza.bundle.files import assemble, open_all
+from cuantiza.core.cli import Parser, add_folder, add_model
 from cuantiza.core.errors import UserError, run
 from cuantiza.core.inputs.checkpoints import checkpoint_digest, model_name, resolve_model
+from cuantiza.core.inputs.defaults import ARTIFACTS, DIST, REPORTS
 from cuantiza.core.inputs.model_config import read_config
 from cuantiza.core.machine.progress import report as say
 from cuantiza.core.store import folders
+from cuantiza.eval.report.read import read_report
+
+BUNDLED = ("int8-dynamic", "int4-weight", "fp16")
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m cuantiza.bundle", description=__doc__)
-    parser.add_argument("--model", default="models/es-mini", help="the model that was exported: folder or hub id")
-    parser.add_argument("--artifacts", type=Path, default=Path("artifacts"), help="folder of the artifacts")
-    parser.add_argument("--reports", type=Path, default=Path("reports"), help="folder of the reports")
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = Parser("bundle", __doc__, "cuantiza bundle --recipes int8-dynamic fp16")
+    add_model(parser)
+    add_folder(parser, "--artifacts", ARTIFACTS, "folder of the artifacts")
+    add_folder(parser, "--reports", REPORTS, "folder of the reports")
     parser.add_argument(
-        "--recipes",
-        nargs="+",
-        default=["int8-dynamic", "int4-weight", "fp16"],
-        metavar="NAME",
-        help="artifacts beside fp32 (default int8-dynamic int4-weight fp16)",
+        "--recipes", nargs="+", default=BUNDLED, metavar="NAME", help=f"artifacts beside fp32 ({' '.join(BUNDLED)})"
     )
-    parser.add_argument("--output", type=Path, default=Path("dist"), help="folder of the bundles (default dist)")
-    args = parser.parse_args()
+    add_folder(parser, "--output", DIST, "folder of the bundles")
+    args = parser.parse_args(arguments)
     name = model_name(args.model)
     source, path = args.artifacts / name, args.reports / name / "report.json"
     if not source.is_dir():
@@ -50,12 +51,7 @@ def _bundle(args: argparse.Namespace, name: str, source: Path, path: Path) -> No
         raise UserError(
             f"MODEL={args.model}: has changed since {artifacts[0].path} was exported; run `make export` again"
         )
-    try:
-        report = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: is not there; run `make eval` first, its figures go into the card") from None
-    except (ValueError, RecursionError):
-        raise UserError(f"{path}: is no report of `make eval`; run it again") from None
+    report = read_report(path)
     rows = rows_of(report, artifacts, path)
     hub_id = None if Path(args.model).is_dir() else args.model.split("@")[0]
     target = args.output / name

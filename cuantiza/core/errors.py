@@ -1,4 +1,7 @@
-"""One kind of error for everything a user can mend, and the one place that prints it."""
+"""UserError, for everything that a user can mend, and `run`, the one place that prints it.
+
+Stage packages import this module before all others, so it imports nothing that takes time to load.
+"""
 
 from __future__ import annotations
 
@@ -22,30 +25,51 @@ _STOPS = {signal.SIGINT, signal.SIGTERM}
 _IGNORED = {number for number in _STOPS if signal.getsignal(number) is signal.SIG_IGN}
 
 
+# Which extra of the distribution brings a module that cuantiza runs without.
+EXTRAS = {
+    **dict.fromkeys(("torch", "transformers", "onnxscript", "safetensors", "huggingface_hub", "httpx2"), "export"),
+    **dict.fromkeys(("datasets", "pyarrow"), "corpora"),
+    "matplotlib": "plots",
+    "ray": "sweep",
+}
+
+
 class UserError(Exception):
-    """Bad input: the message is one line that names the file or option, what is wrong, how to mend it."""
+    """Bad input. The message is one line: the file or option, what is wrong with it, and how to mend it."""
 
 
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
+def end_quietly_while_loading() -> None:
+    """Let Ctrl-C end `python -m STAGE` without a traceback while the stage's modules load; then `run` takes over.
+
+    A stage's package calls this before it imports anything else.
+    """
+    # Python sets argv[0] to "-m" only while it looks for the module to run. A program that imports the package keeps
+    # its own handler.
+    if sys.argv[0] == "-m" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def run(main: Callable[[], int]) -> None:
-    """Run a stage's `main` and exit: bad input is one line and status 2, never a traceback.
+    """Run a stage's `main` and exit with its status. A UserError is one line and status 2, never a traceback.
 
-    A full disk and a path that cannot be read or written are the user's to mend as well (status 2).
-    SIGINT exits 130 and SIGTERM 143, both through `finally`, so that temporary folders are removed; a second one
-    does not break that off.
+    A full disk and a path that cannot be read or written are the user's to mend, too (status 2). SIGINT exits with 130
+    and SIGTERM with 143, both through `finally`, so that temporary folders are removed; a second signal does not
+    interrupt that.
     """
     _set_handlers(_stop)
     try:
         status = main()
     except UserError as error:
         status = _fail(_one_line(error))
+    except ModuleNotFoundError as error:
+        extra = EXTRAS.get((error.name or "").split(".")[0])
+        if extra is None:
+            raise
+        status = _fail(f"{error.name}: is not installed; `pip install 'cuantiza[{extra}]'` brings it")
     except KeyboardInterrupt:
         status = 128 + signal.SIGINT
     except BrokenPipeError:
-        # The reader (`| head`) is gone: silence the interpreter's own flush at exit.
+        # The reader (`| head`) is gone. Without this, the interpreter's own flush at exit would fail with a message.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 1
     except OSError as error:
@@ -56,10 +80,14 @@ def run(main: Callable[[], int]) -> None:
             f"{where}{error.strerror.lower()}; {MENDS[error.errno]} and run the command again (nothing was published)"
         )
     finally:
-        # While the interpreter ends (it joins threads first) nothing is left to unwind, and an exception would be a
-        # traceback.
+        # Nothing is left to clean up while the interpreter ends, which joins threads first. An exception from a signal
+        # handler would be a traceback there.
         _set_handlers(signal.SIG_DFL)
     sys.exit(status)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
 
 
 def _stop(number: int, _frame: object) -> NoReturn:
@@ -70,7 +98,7 @@ def _stop(number: int, _frame: object) -> NoReturn:
 
 
 def _set_handlers(handler: signal.Handlers | Callable) -> None:
-    """Of both signals, but where a shell has one ignored, as in the background of a script."""
+    """Set `handler` for SIGINT and SIGTERM. A signal that the parent shell ignores (background jobs) stays ignored."""
     for number in _STOPS - _IGNORED:
         signal.signal(number, handler)
 

@@ -1,23 +1,29 @@
-"""`python -m cuantiza.demo`: serves a page that continues text in the browser with an artifact, or writes it as a folder."""
+"""Serves a web page that continues text with an artifact in the browser, or writes the page to a folder."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 import tempfile
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
 from http import HTTPStatus
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+from cuantiza.core.cli import Parser, add_folder
 from cuantiza.core.errors import UserError, run
+from cuantiza.core.inputs.defaults import ARTIFACTS, MODEL, RECIPES, packaged
 from cuantiza.core.store import artifact, folders
 from cuantiza.demo.site import HEADERS, assemble, names
 
 
 class Handler(SimpleHTTPRequestHandler):
-    """Files of a folder, with the headers that give the page threads, checked for changes at each visit."""
+    """Serves the files of a folder.
+
+    The headers allow the page to use threads, and make the browser check for changed files at each visit.
+    """
 
     extensions_map = SimpleHTTPRequestHandler.extensions_map | {".js": "text/javascript", ".wasm": "application/wasm"}
 
@@ -34,11 +40,11 @@ class Handler(SimpleHTTPRequestHandler):
             return None
 
     def log_message(self, format: str, *args: object) -> None:
-        """Nothing: the terminal keeps the one line that says where the page is."""
+        """Log nothing, so that the terminal keeps the one line that says where the page is."""
 
 
 class Server(ThreadingHTTPServer):
-    """One that does not print a traceback where a browser closes a download midway."""
+    """A server that prints no traceback if a browser closes the connection during a download."""
 
     daemon_threads = True
 
@@ -47,40 +53,40 @@ class Server(ThreadingHTTPServer):
             super().handle_error(request, client_address)
 
 
-def main() -> int:
-    args = _arguments()
+def main(arguments: Sequence[str] | None = None) -> int:
+    args = _arguments(arguments)
     found = artifact.open_artifact(args.artifact)
     if args.build:
-        build(found, args.build.absolute())
+        build(found, args.js, args.build.absolute())
         print(f"demo      {args.build}: open it through a web server, such as `python -m http.server -d {args.build}`")
         return 0
     with tempfile.TemporaryDirectory(prefix="cuantiza-demo-") as folder, suppress(KeyboardInterrupt):
-        assemble(found, Path(folder), lambda source, target: target.symlink_to(source.absolute()))
+        assemble(found, args.js, Path(folder), lambda source, target: target.symlink_to(source.absolute()))
         serve(Path(folder), args.port)
     return 0
 
 
-def build(found: artifact.Artifact, target: Path) -> None:
-    """Write the page and all that it needs as folder `target`, whole or not at all; one that we wrote is replaced.
+def build(found: artifact.Artifact, js: Path, target: Path) -> None:
+    """Write the page and all files that it needs to the folder `target`, completely or not at all.
 
-    Raises UserError where `target` holds something else.
+    A folder that an earlier run wrote is replaced. Raises UserError if `target` holds any other file.
     """
     if target.exists():
         there = {file.name for file in target.iterdir()} if target.is_dir() else {target.name}
-        if foreign := sorted(there - names(found)):
+        if foreign := sorted(there - names(found, js)):
             raise UserError(
-                f"{target}: holds {foreign[0]!r}, which is not ours and would be lost; name another folder by --build"
+                f"{target}: holds {foreign[0]!r}, which is not ours and would be lost; give another folder to --build"
             )
     target.parent.mkdir(parents=True, exist_ok=True)
     with folders.staging(target) as work:
         site = work / "site"
         site.mkdir()
-        assemble(found, site)
+        assemble(found, js, site)
         folders.replace(site, target)
 
 
 def serve(folder: Path, port: int) -> None:
-    """Serve `folder` on this machine alone, until Ctrl-C; port 0 takes any free one."""
+    """Serve `folder` until Ctrl-C. Only this machine can reach the server. Port 0 means any free port."""
     try:
         server = Server(("127.0.0.1", port), partial(Handler, directory=str(folder)))
     except OSError as error:
@@ -92,17 +98,18 @@ def serve(folder: Path, port: int) -> None:
         server.serve_forever()
 
 
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m cuantiza.demo", description=__doc__)
-    default = Path("artifacts/es-mini/int8-dynamic")
-    parser.add_argument("--artifact", type=Path, default=default, help=f"the artifact's folder (default {default})")
+def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = Parser("demo", __doc__, "cuantiza demo --artifact artifacts/es-mini/int8-dynamic")
+    default = ARTIFACTS / Path(MODEL).name / RECIPES[0]
+    add_folder(parser, "--artifact", default, "folder of the artifact")
+    parser.add_argument("--port", type=int, default=8000, help="port on 127.0.0.1 (default 8000; 0: any free port)")
+    add_folder(parser, "--js", packaged("js"), "folder in which npm has installed the JavaScript packages")
     parser.add_argument(
-        "--port", type=int, default=8000, help="where to serve on 127.0.0.1 (default 8000; 0: any free)"
+        "--build", type=Path, metavar="FOLDER", help="write the page to this folder instead of serving it"
     )
-    parser.add_argument("--build", type=Path, metavar="FOLDER", help="write the page as a folder instead of serving it")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     if not 0 <= args.port <= 65535:
-        raise UserError(f"--port {args.port}: is no port; give a number from 0 to 65535")
+        raise UserError(f"--port {args.port}: is not a port; give a number from 0 to 65535")
     return args
 
 

@@ -1,4 +1,7 @@
-"""The files of the page by the names that it asks for: ours, ONNX Runtime's, the tokenizer's, the artifact's."""
+"""The files of the demo page, by the names under which the page requests them.
+
+They are the project's own files, ONNX Runtime's, the tokenizer library's and the artifact's.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +11,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from cuantiza.core.errors import UserError
+from cuantiza.core.inputs.defaults import packaged
 from cuantiza.core.inputs.model_config import end_tokens, max_positions, read_config, start_token
 from cuantiza.core.store.artifact import MODEL, Artifact
 
 HERE = Path(__file__).resolve().parent / "web"
-JS = Path(__file__).resolve().parents[2] / "js"
 PAGE = ("index.html", "demo.css", "demo.js", "texts.js", "worker.js", "sampling.js", "licenses.txt")
-# Names end in .js throughout, as not every web server knows that .mjs is JavaScript.
+# All names end in .js, because some web servers do not know that .mjs is JavaScript.
 PACKAGES = {
     "ort.js": "onnxruntime-web/dist/ort.wasm.min.mjs",
     "ort-wasm.js": "onnxruntime-web/dist/ort-wasm-simd-threaded.mjs",
@@ -22,45 +25,52 @@ PACKAGES = {
     "tokenizers.js": "@huggingface/tokenizers/dist/tokenizers.min.mjs",
     "license-tokenizers.txt": "@huggingface/tokenizers/LICENSE",
 }
+NPM = ("onnxruntime-web", "@huggingface/tokenizers")
 ARTIFACT = (MODEL, "tokenizer.json", "tokenizer_config.json")
-# What a server has to send for a page to run on several threads; without them it runs on one.
+# If the server sends these headers, the page may use several threads. Without them it uses one.
 HEADERS = {"Cross-Origin-Opener-Policy": "same-origin", "Cross-Origin-Embedder-Policy": "require-corp"}
 
 
-def assemble(artifact: Artifact, folder: Path, place: Callable[[Path, Path], object] = shutil.copyfile) -> None:
-    """Put the page's files into `folder`, which exists, by `place(source, target)`.
+def assemble(
+    artifact: Artifact, js: Path, folder: Path, place: Callable[[Path, Path], object] = shutil.copyfile
+) -> None:
+    """Put the page's files into the existing folder `folder` with `place(source, target)`.
 
-    Raises UserError where a package of JavaScript is missing or the artifact is more than one file's weights.
+    `js` is the folder where npm has installed the JavaScript packages. Raises UserError if a package is missing, or if
+    the artifact's weights are in a file of their own.
     """
-    for name, source in sources(artifact).items():
+    for name, source in sources(artifact, js).items():
         place(source, folder / name)
-    (folder / "demo.json").write_text(json.dumps(description(artifact)), encoding="utf-8")
+    (folder / "demo.json").write_text(json.dumps(description(artifact, js)), encoding="utf-8")
 
 
-def sources(artifact: Artifact) -> dict[str, Path]:
-    """{name on the page's server: file}, without demo.json."""
+def sources(artifact: Artifact, js: Path) -> dict[str, Path]:
+    """{name on the server: file} for all files of the page but demo.json."""
     if unfit := sorted(name for name in artifact.manifest.files if name.startswith(f"{MODEL}.")):
         raise UserError(
-            f"{artifact.path / unfit[0]}: weights beside the graph are too large for a browser; take a smaller model"
+            f"{artifact.path / unfit[0]}: the weights are more than 2 GB, too large for a browser; use a smaller model"
         )
-    packages = {name: JS / "node_modules" / path for name, path in PACKAGES.items()}
+    packages = {name: js / "node_modules" / path for name, path in PACKAGES.items()}
     if missing := [path for path in packages.values() if not path.is_file()]:
-        raise UserError(f"{missing[0]}: is missing; install the JavaScript packages by `make js`")
+        raise UserError(
+            f"{missing[0]}: is missing; install the JavaScript packages by `make js`, or outside a checkout by "
+            f"`npm install {' '.join(NPM)}` in a folder that --js names"
+        )
     return {
         **{name: HERE / name for name in PAGE},
-        "causal_lm.js": JS / "causal_lm.mjs",
+        "causal_lm.js": packaged("js/causal_lm.mjs"),
         **packages,
         **{name: artifact.path / name for name in ARTIFACT},
     }
 
 
-def names(artifact: Artifact) -> set[str]:
-    """What `assemble` puts into a folder."""
-    return {*sources(artifact), "demo.json"}
+def names(artifact: Artifact, js: Path) -> set[str]:
+    """The names of all files that `assemble` puts into a folder."""
+    return {*sources(artifact, js), "demo.json"}
 
 
-def description(artifact: Artifact) -> dict:
-    """What the page has to know of the artifact before it downloads it."""
+def description(artifact: Artifact, js: Path) -> dict:
+    """The content of demo.json: facts about the artifact that the page needs before it downloads it."""
     config = read_config(artifact.path)
     return {
         "model": artifact.manifest.model,
@@ -70,6 +80,6 @@ def description(artifact: Artifact) -> dict:
         "positions": max_positions(config),
         "bytes": {
             "model": artifact.manifest.files[MODEL].bytes,
-            "runtime": (JS / "node_modules" / PACKAGES["ort-wasm.wasm"]).stat().st_size,
+            "runtime": (js / "node_modules" / PACKAGES["ort-wasm.wasm"]).stat().st_size,
         },
     }

@@ -1,4 +1,4 @@
-"""`python -m cuantiza.sweep`: models × recipes × corpora -> artifacts, measurements, and one page of all of them."""
+"""Builds and measures an artifact for each model, recipe and corpus, and writes one page of all of them."""
 
 from __future__ import annotations
 
@@ -6,19 +6,21 @@ import argparse
 import os
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
+from cuantiza.core.cli import Parser, add_folder, add_number, add_threads, check_numbers
 from cuantiza.core.errors import UserError, run
+from cuantiza.core.inputs.defaults import ARTIFACTS, CORPUS, MODEL, RECIPES, REPORTS, ROUNDS, TOKENS, WINDOW
 from cuantiza.core.machine.progress import report as say
-from cuantiza.core.machine.threads import check_threads, default_threads
 from cuantiza.core.store import folders
 from cuantiza.sweep.driver import Settings, Sweep
 from cuantiza.sweep.executor import Executor, Local
 from cuantiza.sweep.grid import read_grid
 
 
-def main() -> int:
-    args = _arguments()
+def main(arguments: Sequence[str] | None = None) -> int:
+    args = _arguments(arguments)
     settings = Settings(args.tokens, args.window, args.rounds, args.threads, args.shard)
     grid = read_grid(args.models, args.recipes, args.corpora)
     work = args.work.absolute()
@@ -38,7 +40,7 @@ def main() -> int:
 
 
 def executor(address: str | None, threads: int, work: Path) -> Executor:
-    """This process, or the cluster at `address`. Raises UserError where Ray is not in this environment."""
+    """The executor: this process, or the cluster at `address`. Raises UserError if this environment has no Ray."""
     if not address:
         return Local()
     try:
@@ -47,20 +49,20 @@ def executor(address: str | None, threads: int, work: Path) -> Executor:
         if error.name != "ray":
             raise
         raise UserError(
-            f"RAY={address}: this environment has no Ray; use that of setup/ray.txt (`make sweep RAY=...` sets it up)"
+            f"RAY={address}: this environment has no Ray; use one made from setup/ray.txt (`make sweep RAY=...` does)"
         ) from None
     return OnRay(address, threads, work)
 
 
 def clean(work: Path) -> None:
-    """Remove what tasks that were broken off have left in the folders of artifacts, once they are gone."""
+    """Wait until interrupted tasks have ended, and remove the temporary folders that they left among the artifacts."""
     for lock in sorted((work / "artifacts").glob(f"*/{folders.LOCK}")):
         with folders.locked(lock.parent):
             pass
 
 
 def _publish(sweep: Sweep, output: Path, seconds: float) -> None:
-    """Write the pages, and the table on the terminal. Raises UserError where a cell has no result."""
+    """Write the pages and print the table on the terminal. Raises UserError if a cell has no result."""
     from cuantiza.sweep.page import print_table, write
     from cuantiza.sweep.result import result
 
@@ -76,52 +78,47 @@ def _publish(sweep: Sweep, output: Path, seconds: float) -> None:
     if sweep.failed:
         cell, reason = next(iter(sweep.failed.items()))
         raise UserError(
-            f"{len(sweep.failed)} of {len(sweep.grid.cells)} cells have no result, {cell} for one: {reason}; "
-            "run the command again when that is mended: what was measured is kept"
+            f"{len(sweep.failed)} of {len(sweep.grid.cells)} cells have no result, for example {cell}: {reason}; "
+            "mend that and run the command again: finished measurements are kept"
         )
 
 
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m cuantiza.sweep", description=__doc__)
-    parser.add_argument("--models", nargs="*", default=["models/es-mini"], metavar="MODEL", help="folders or hub ids")
+def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = Parser("sweep", __doc__, "cuantiza sweep --models one two --recipes int8-dynamic int4-weight")
+    parser.add_argument(
+        "--models", nargs="*", default=[MODEL], metavar="MODEL", help=f"checkpoint folders or hub ids ({MODEL})"
+    )
     parser.add_argument(
         "--recipes",
         nargs="*",
-        default=["int8-dynamic", "int8-static"],
+        default=list(RECIPES),
         metavar="RECIPE",
-        help="as those of `python -m quantize`; fp32 is measured beside them always",
+        help=f"recipes as for `cuantiza quantize` ({' '.join(RECIPES)}); fp32 is always measured too",
     )
     parser.add_argument(
-        "--corpora", nargs="*", default=["corpus/es"], metavar="CORPUS", help="files, folders or hub dataset ids"
+        "--corpora",
+        nargs="*",
+        default=[CORPUS],
+        metavar="CORPUS",
+        help=f"files, folders or hub data set ids ({CORPUS})",
     )
     parser.add_argument(
         "--ray",
         default=os.environ.get("RAY") or None,
         metavar="ADDRESS",
-        help="a running cluster: host:port, or auto (default: this process alone)",
+        help="run on this Ray cluster: host:port, or auto (default: only this process)",
     )
-    parser.add_argument(
-        "--tokens", type=int, default=12288, help="score whole documents until this many tokens (default 12288)"
+    add_number(parser, "--tokens", TOKENS, "score whole documents until this many tokens")
+    add_number(parser, "--window", WINDOW, "longest context of a scored token, in tokens")
+    add_number(parser, "--rounds", ROUNDS, "interleaved rounds of latency")
+    add_threads(parser)
+    add_number(parser, "--shard", 4096, "tokens to score per task")
+    add_folder(
+        parser, "--work", ARTIFACTS / "sweep", "folder for artifacts and measurements, which all machines must see"
     )
-    parser.add_argument("--window", type=int, default=512, help="longest context of a scored token (default 512)")
-    parser.add_argument("--rounds", type=int, default=3, help="interleaved rounds of latency (default 3)")
-    parser.add_argument(
-        "--threads", type=int, default=default_threads(), help="threads of every runtime (default: all processors here)"
-    )
-    parser.add_argument(
-        "--shard", type=int, default=4096, metavar="TOKENS", help="tokens that one task scores (default 4096)"
-    )
-    default = Path("artifacts/sweep")
-    parser.add_argument(
-        "--work", type=Path, default=default, help=f"folder of artifacts and cells, seen by all machines ({default})"
-    )
-    default = Path("reports/sweep")
-    parser.add_argument("--output", type=Path, default=default, help=f"folder of the page ({default})")
-    args = parser.parse_args()
-    check_threads(args.threads)
-    for option, least in (("tokens", 2), ("window", 2), ("rounds", 1), ("shard", 1)):
-        if getattr(args, option) < least:
-            raise UserError(f"--{option} {getattr(args, option)}: give a number from {least} on")
+    add_folder(parser, "--output", REPORTS / "sweep", "folder for the page")
+    args = parser.parse_args(arguments)
+    check_numbers(args, tokens=2, window=2, rounds=1, shard=1)
     return args
 
 

@@ -27,13 +27,24 @@ class Budgets:
 
     default: Budget
     recipes: dict[str, Budget]
+    source: Path | None = None
 
     def of(self, recipe: str) -> Budget:
         return self.recipes.get(recipe, self.default)
 
 
-def read_budgets(path: Path) -> Budgets:
-    """The budgets of a TOML file. Raises UserError where it is missing, or a budget is missing, unknown or no number."""
+FILE = Path("budgets.toml")
+DEFAULT = Budgets(Budget(quality=0.005, size=0.01, latency=0.1), {})
+
+
+def read_budgets(path: Path | None = None) -> Budgets:
+    """Read a TOML file of budgets; without one, budgets.toml where it exists, else DEFAULT.
+
+    Raises UserError where the file is missing, or a budget is missing, unknown or not a number.
+    """
+    if path is None and not FILE.exists():
+        return DEFAULT
+    path = path or FILE
     try:
         fields = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -46,9 +57,8 @@ def read_budgets(path: Path) -> Budgets:
     if missing := sorted(_UNITS.keys() - fields.keys()):
         raise UserError(f"{path}: names no {missing[0]}; add `{missing[0]} = ` and a number of {_UNITS[missing[0]]}")
     default = Budget(**_shares(path, "", fields))
-    return Budgets(
-        default, {name: replace(default, **_shares(path, f"recipes.{name}.", item)) for name, item in own.items()}
-    )
+    recipes = {name: replace(default, **_shares(path, f"recipes.{name}.", item)) for name, item in own.items()}
+    return Budgets(default, recipes, path)
 
 
 def _shares(path: Path, prefix: str, fields: dict) -> dict[str, float]:

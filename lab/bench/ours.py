@@ -1,4 +1,4 @@
-"""Our artifacts behind the interface of the rows (lab/bench/worker.py)."""
+"""Our artifacts as rows of the benchmark: the interface is described in lab/bench/worker.py."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import onnxruntime
 
 from cuantiza.core.onnx.file import DATA
-from cuantiza.core.run.runtime import Runtime
+from cuantiza.core.run.runtime import Options, Runtime
 from cuantiza.core.store.artifact import MODEL
 
 
@@ -18,15 +18,18 @@ def version() -> str:
 
 
 def files(kind: str, folder: Path) -> list[Path]:
-    """What counts as the size of the artifact in `folder`."""
+    """The files that count as the size of the artifact in `folder`."""
     return [file for file in (folder / MODEL, folder / DATA) if file.is_file()]
 
 
 class Engine:
-    """The artifact in `folder`; `options` are Runtime's own. Alone on the machine, as every row is."""
+    """The artifact in `folder`; `options` are the fields of Options.
+
+    Threads spin, because a row has the machine to itself while it is timed.
+    """
 
     def __init__(self, kind: str, folder: Path, threads: int, **options: Any) -> None:
-        self._runtime = Runtime(folder / MODEL, threads, spin=True, **options)
+        self._runtime = Runtime(folder / MODEL, threads, spin=True, options=Options(**options))
 
     def start(self, batch: int, capacity: int) -> None:
         self._cache = self._runtime.cache(batch, capacity)

@@ -1,7 +1,8 @@
 """`python -m lab.bench.worker REQUEST.json`: prepare or serve one row, in the interpreter that has its library.
 
 Prints lines of JSON: one of what was prepared; or one when the row is loaded, and then one for each question on
-standard input. Imports the standard library and NumPy, and the row's module, which has
+standard input. Imports the standard library, NumPy, what of cuantiza needs no more than these, and the row's module,
+which has
 
     prepare(kind, checkpoint, ours, folder)    makes the files of the row in `folder` (not of our rows)
     files(kind, folder) -> list[Path]          those whose bytes count as its size
@@ -22,7 +23,6 @@ import ctypes
 import importlib
 import json
 import os
-import resource
 import signal
 import sys
 import time
@@ -32,6 +32,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
+
+from cuantiza.core.machine.hardware import peak_rss_bytes
 
 # Of a decode: steps to warm up, and steps that are timed. The position grows with each, as in generation.
 WARM_UP_STEPS, STEPS = 3, 20
@@ -182,15 +184,6 @@ def _end_with_parent() -> None:
     """
     if sys.platform.startswith("linux"):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
-def peak_rss_bytes() -> int:
-    """Largest resident set of this process; Linux's getrusage would carry over its parent's."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-        return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def _elapsed(run: Callable[[], object]) -> int:

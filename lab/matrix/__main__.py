@@ -9,12 +9,12 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
+from cuantiza.core.cli import add_corpus, source_of
 from cuantiza.core.errors import UserError, run
 from cuantiza.core.inputs.checkpoints import model_name
-from cuantiza.core.inputs.corpus import add_arguments, load_splits, source_of
-from cuantiza.core.machine.hardware import cpu_name
-from cuantiza.core.machine.progress import report
-from cuantiza.core.machine.threads import default_threads
+from cuantiza.core.inputs.corpus import load_splits
+from cuantiza.core.machine.hardware import cpu_name, default_threads
+from cuantiza.core.machine.progress import report, track
 from cuantiza.core.store.folders import staging
 from lab.matrix.matrix import (
     FLOATS,
@@ -53,7 +53,7 @@ def main() -> int:
     )
     parser.add_argument("--output", type=Path, default=Path("docs"), help="folder of the page (default docs)")
     parser.add_argument("--reprint", action="store_true", help="run nothing: print the page anew from its JSON")
-    add_arguments(parser)
+    add_corpus(parser)
     args = parser.parse_args()
     if args.reprint:
         return reprint(args.output)
@@ -69,7 +69,8 @@ def main() -> int:
     rows: dict[str, dict] = {}
     results = []
     original = make_reference(found["fp32"].path, job)
-    for cell, quantization in cells(found, chosen, job, original):
+    every = cells(found, chosen, job, original)
+    for cell, quantization in track(every, "runtimes", len(found) * len(chosen)):
         rows[cell.recipe] = {
             "recipe": cell.recipe,
             "target": target(cell.recipe),

@@ -19,10 +19,11 @@ from cuantiza.core.errors import UserError
 from cuantiza.core.inputs.corpus import Split
 from cuantiza.core.inputs.model_config import start_token
 from cuantiza.core.inputs.tokenizer import load_tokenizer
+from cuantiza.core.machine.child import Failed
 from cuantiza.core.run.divergence import compare
 from cuantiza.core.run.runtime import Runtime
 from cuantiza.core.store.artifact import MODEL, Artifact, open_artifact
-from lab.matrix.programs import Failed, Program, run
+from lab.matrix.programs import Program, run
 from lab.matrix.reasons import BFLOAT16, Reason, explain
 
 TOKENS, PREFILL, PAD, GENERATE = 48, 16, 7, 16

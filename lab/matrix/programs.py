@@ -1,31 +1,26 @@
-"""The runtimes: which program each is, in whose environment, and how one is run in a process of its own."""
+"""The runtimes: the program of each, the environment that it needs, and how a job is run in it."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
-import signal
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from cuantiza.core.machine import child
 from lab import ROOT
 
-# Generous: the slowest takes a minute on an idle machine, and a machine may be busy.
+# The slowest takes a minute on an idle machine; a busy one may take much longer.
 LIMIT_SECONDS = 900.0
-
-
-class Failed(Exception):
-    """Why a runtime gave no result: the last line of what it said."""
 
 
 @dataclass(frozen=True)
 class Program:
-    """A runtime as the command that is given a job (lab/matrix/python/job.py, js/runtimes/common.mjs).
+    """A runtime: the command that takes a job (lab/matrix/python/job.py, js/runtimes/common.mjs).
 
-    `needs` are files that are there where its environment is, which `install` makes.
+    `needs` are files of its environment; where they are missing, `install` says how to make them.
     """
 
     name: str
@@ -35,7 +30,7 @@ class Program:
     install: str | None = None
 
     def missing(self) -> str | None:
-        """Why it cannot be run here and what installs it; None where it can."""
+        """Why it cannot run here, and what installs it; None if it can run."""
         if not shutil.which(self.command[0]):
             what = "no node on PATH" if self.command[0] == "node" else f"no {_relative(Path(self.command[0]))}"
         elif absent := next((path for path in self.needs if not path.exists()), None):
@@ -68,39 +63,17 @@ def programs() -> dict[str, Program]:
 
 
 def run(program: Program, job: dict, limit: float = LIMIT_SECONDS) -> dict:
-    """The result of `job`, whose `output` folder exists. Raises Failed where there is none after `limit` seconds."""
+    """The result of `job`, whose `output` folder exists. Raises child.Failed, also after `limit` seconds."""
     output = Path(job["output"])
     path = output / "job.json"
     path.write_text(json.dumps(job), encoding="utf-8")
-    process = subprocess.Popen(
-        [*program.command, str(path)],
-        cwd=ROOT,
-        env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(job["threads"])},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        errors="replace",
-        start_new_session=True,  # so that it can be killed with all that it started
-    )
-    try:
-        _, errors = process.communicate(timeout=limit)
-    except subprocess.TimeoutExpired:
-        raise Failed(f"no result after {limit:.0f} s") from None
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
-    if process.returncode < 0:
-        raise Failed(f"died of {signal.Signals(-process.returncode).name}")
-    if process.returncode:
-        lines = [line.strip() for line in errors.splitlines() if line.strip()]
-        raise Failed(lines[-1] if lines else f"ended with status {process.returncode}")
+    alone = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(job["threads"])}
+    child.run([*program.command, path], timeout=limit, cwd=ROOT, environment=alone)
     return json.loads((output / "result.json").read_text(encoding="utf-8"))
 
 
 def chromium() -> str | None:
-    """The browser that js/browser.mjs takes."""
+    """The path of the browser that js/browser.mjs uses; None if there is none."""
     names = ("chromium", "chromium-browser", "google-chrome")
     return os.environ.get("CHROME_PATH") or next(filter(None, map(shutil.which, names)), None)
 

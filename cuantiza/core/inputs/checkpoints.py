@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cuantiza.core.errors import MENDS, UserError
+from cuantiza.core.inputs.defaults import place
 from cuantiza.core.store.digests import digest, sha256_file
 
 # In order of preference: the first group that a repository has is the one that is read. Nothing else is
@@ -51,7 +52,7 @@ def model_name(spec: str) -> str:
 
     Raises UserError where `spec` gives none.
     """
-    name = Path(spec).resolve().name if Path(spec).is_dir() else spec.replace("/", "--")
+    name = place(spec).resolve().name if place(spec).is_dir() else spec.replace("/", "--")
     if not spec or not name:
         raise _no_model(spec)
     return name
@@ -68,7 +69,7 @@ def resolve_model(spec: str) -> Model:
 
     Raises UserError where `spec` is neither a folder nor a hub id, or cannot be had.
     """
-    path = Path(spec)
+    path = place(spec)
     if path.is_dir():
         return Model(model_name(spec), path)
     match = _HUB_ID.fullmatch(spec)

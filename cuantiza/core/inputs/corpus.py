@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import functools
 import hashlib
 import json
@@ -13,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from cuantiza.core.errors import UserError
+from cuantiza.core.inputs.defaults import CORPUS, place
 from cuantiza.core.store.digests import digest
 
 SEPARATOR = "<|endoftext|>"
@@ -24,7 +24,7 @@ _SUFFIXES = (".txt", ".jsonl", ".parquet")
 class Source:
     """`CORPUS=`: a file or folder, or a hub dataset with its configuration, split and text column."""
 
-    spec: str
+    spec: str = CORPUS
     config: str | None = None
     split: str = "train"
     column: str = "text"
@@ -51,7 +51,7 @@ def load_splits(source: Source) -> tuple[Split, Split]:
     the same corpus; documents that stand in it twice count once. Raises UserError where there are fewer
     than two documents, or where a file cannot be read.
     """
-    folder = Path(source.spec)
+    folder = place(source.spec)
     if (folder / INDEX).is_file():
         calibration, test = _indexed(folder)
     else:
@@ -66,23 +66,6 @@ def load_splits(source: Source) -> tuple[Split, Split]:
         calibration = [text for text in documents if text in chosen]
         test = [text for text in documents if text not in chosen]
     return Split("calibration", tuple(calibration)), Split("test", tuple(test))
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options that name a corpus to a stage's command line."""
-    parser.add_argument(
-        "--corpus", default="corpus/es", help="file or folder of .txt, .jsonl or .parquet, or hub dataset id"
-    )
-    parser.add_argument("--corpus-config", help="configuration of a hub dataset")
-    parser.add_argument("--corpus-split", default="train", help="split of a hub dataset (default train)")
-    parser.add_argument(
-        "--corpus-column", default="text", help="column of the text in .jsonl, .parquet and hub datasets (default text)"
-    )
-
-
-def source_of(args: argparse.Namespace) -> Source:
-    """The corpus that the options of `add_arguments` name."""
-    return Source(args.corpus, args.corpus_config, args.corpus_split, args.corpus_column)
 
 
 def write_index(folder: Path) -> None:
@@ -116,7 +99,7 @@ def _sha256(text: str) -> str:
 
 
 def _indexed(folder: Path) -> tuple[list[str], list[str]]:
-    anew = f"write it anew with `python -m cuantiza.index {folder}`"
+    anew = f"write it anew with `cuantiza index {folder}`"
     try:
         entries = json.loads((folder / INDEX).read_text(encoding="utf-8"))["documents"]
         wanted = [(Path(entry["file"]).name, str(entry["split"]), entry["sha256"]) for entry in entries]
@@ -140,7 +123,7 @@ def _indexed(folder: Path) -> tuple[list[str], list[str]]:
 def _documents(source: Source) -> Iterator[str]:
     if not source.spec:
         raise UserError("CORPUS= is empty; give a file, a folder or a hub dataset id")
-    path = Path(source.spec)
+    path = place(source.spec)
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.suffix in _SUFFIXES and file.is_file())
         if not files:

@@ -1,16 +1,20 @@
-"""The machine and the software that a report was made on."""
+"""This machine: its processor, memory and threads, and how much memory a process took.
+
+Importing this module loads only the standard library, so that it also runs in other libraries' environments.
+"""
 
 from __future__ import annotations
 
 import os
 import platform
+import resource
 from pathlib import Path
 
-from cuantiza.core.store.digests import versions
+from cuantiza.core.errors import UserError
 
 
 def machine(threads: int) -> dict:
-    """CPU by name, its logical processors, memory in bytes, operating system, and the threads that were used."""
+    """What a report says of the machine: processor, logical processors, `threads` used, memory in bytes, system."""
     return {
         "cpu": cpu_name(),
         "processors": os.cpu_count(),
@@ -21,10 +25,14 @@ def machine(threads: int) -> dict:
 
 
 def software() -> dict[str, str]:
+    """Versions of the libraries that a measurement depends on, by distribution, and of Python."""
+    from cuantiza.core.store.digests import versions
+
     return versions("onnxruntime", "onnx", "numpy", "tokenizers", "torch", "transformers")
 
 
 def cpu_name() -> str:
+    """The processor's name as Linux shows it; elsewhere its architecture."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         fields = dict(line.split(":", 1) for line in cpuinfo.read_text().splitlines() if ":" in line)
@@ -35,5 +43,30 @@ def cpu_name() -> str:
 
 
 def memory_bytes() -> int:
-    """The machine's memory."""
+    """The size of the machine's memory."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def peak_rss_bytes() -> int:
+    """The largest resident set that this process has had so far, in bytes.
+
+    On Linux it is read from /proc, because getrusage() in a child process starts with its parent's peak.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if platform.system() == "Darwin" else peak * 1024  # macOS counts bytes, other systems KiB
+
+
+def default_threads() -> int:
+    """How many threads a runtime uses unless told otherwise: the processors that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def check_threads(threads: int) -> None:
+    """Raises UserError unless `threads` is between 1 and four for each processor, more than any machine can use."""
+    most = 4 * (os.cpu_count() or 1)
+    if not 1 <= threads <= most:
+        raise UserError(f"--threads {threads}: give a number from 1 to {most}, four for each processor")

@@ -1,4 +1,7 @@
-"""Work in a process of its own: its memory goes back to the system, and its death is one clear line here."""
+"""Run our own functions in a process of their own: its memory goes back to the system, its death is one clear line here.
+
+The counterpart for programs in other interpreters is cuantiza/core/machine/child.py.
+"""
 
 from __future__ import annotations
 
@@ -13,15 +16,16 @@ from multiprocessing.connection import Connection
 from typing import Any, NoReturn
 
 from cuantiza.core.errors import UserError
+from cuantiza.core.machine.progress import working
 
 _context = multiprocessing.get_context("spawn")
 
 
 class Remote:
-    """An object that `factory(*args)` makes and keeps in a child process; `call` runs its methods there.
+    """An object in a child process, made there by `factory(*args)`; `call` runs its methods.
 
-    The child ends with the `with` block, and with this process. Raises UserError where the child raises one,
-    or is killed (by the kernel, where memory runs out).
+    The child ends with the `with` block, and also when this process dies. Raises UserError if the child raises one, or
+    if the child is killed (by the kernel, when memory runs out).
     """
 
     def __init__(self, factory: Callable, *args: Any, label: str | None = None) -> None:
@@ -38,19 +42,19 @@ class Remote:
             raise
 
     def call(self, method: str, *args: Any) -> Any:
-        """The result of the object's `method(*args)`."""
+        """Run the object's `method(*args)` and return its result."""
         self.start(method, *args)
         return self.result()
 
     def start(self, method: str, *args: Any) -> None:
-        """Begin `method(*args)` and go on here; `result` waits for it."""
+        """Begin `method(*args)` and return at once; `result` waits for it."""
         try:
             self._here.send((method, args))
         except (BrokenPipeError, ConnectionResetError):
             self._died()
 
     def result(self) -> Any:
-        """What the method that was started last returned."""
+        """Wait for the method that was started last, and return its result."""
         try:
             value, error = self._here.recv()
         except (EOFError, ConnectionResetError):
@@ -75,14 +79,15 @@ class Remote:
 
 
 def _start(process: multiprocessing.Process) -> None:
-    """Start it without SIGINT: a Ctrl-C while it imports its modules, before `_serve`, would show a traceback of its own.
+    """Start `process` with SIGINT blocked.
 
-    What this process is sent meanwhile waits until it has started.
+    Otherwise a Ctrl-C while the child imports its modules, before `_serve`, would print the child's own traceback.
+    A SIGINT to this process is delivered as soon as the child has started.
     """
     if not hasattr(signal, "pthread_sigmask"):
         process.start()
         return
-    resource_tracker.ensure_running()  # the first start of a child starts it, and it unblocks SIGINT
+    resource_tracker.ensure_running()  # otherwise the first start of a child would start it, and it unblocks SIGINT
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         process.start()
@@ -91,26 +96,34 @@ def _start(process: multiprocessing.Process) -> None:
 
 
 class _Call:
-    """A function as an object with one method."""
+    """A function as an object with one method, `run`, which is shown to be at work while it takes long."""
 
-    def __init__(self, function: Callable) -> None:
-        self.run = function
+    def __init__(self, function: Callable, label: str) -> None:
+        self._function, self._label = function, label
+
+    def run(self, *args: Any) -> Any:
+        with working(self._label):
+            return self._function(*args)
 
 
-def isolated(function: Callable, *args: Any) -> Any:
-    """`function(*args)`, run in a process that ends with it. Raises UserError as `Remote` does."""
-    with Remote(_Call, function, label=function.__name__) as remote:
+def isolated(function: Callable, *args: Any, label: str | None = None) -> Any:
+    """Run `function(*args)` in a process that ends with it. Raises UserError as `Remote` does; `label` names it there."""
+    label = label or function.__name__
+    with Remote(_Call, function, label, label=label) as remote:
         return remote.call("run", *args)
 
 
 def _end_with_parent() -> None:
-    """A parent that was killed outright can end nobody: its children see to it themselves."""
+    """Exit when the parent is gone.
+
+    A parent that is killed with SIGKILL cannot clean up, so each child watches it and exits by itself.
+    """
     multiprocessing.parent_process().join()
     os._exit(1)
 
 
 def _serve(there: Connection, factory: Callable, args: tuple) -> None:
-    # A Ctrl-C reaches the whole group: the parent unwinds and ends this process.
+    # A Ctrl-C reaches the whole process group. The parent handles it, and ends this process.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
@@ -120,5 +133,5 @@ def _serve(there: Connection, factory: Callable, args: tuple) -> None:
             while True:
                 method, arguments = there.recv()
                 there.send((getattr(served, method)(*arguments), None))
-        except (UserError, OSError) as error:  # what cuantiza.core.errors turns into one line
+        except (UserError, OSError) as error:  # the parent raises it, and cuantiza.core.errors prints it as one line
             there.send((None, error))

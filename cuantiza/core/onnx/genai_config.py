@@ -5,6 +5,8 @@ Its tokenizer is made of tokenizer.json and tokenizer_config.json, which lie in 
 
 from __future__ import annotations
 
+from cuantiza.core import contract
+
 GENAI_CONFIG = "genai_config.json"
 # Any decoder with a pair of tensors, keys and values, a layer; "gpt2" stands for graphs that have one joint tensor.
 _TYPE = "decoder"
@@ -21,7 +23,7 @@ def genai_config(
     positions: int,
     in_place: bool,
 ) -> dict:
-    """The fields of genai_config.json for a graph with the inputs and outputs of the README's contract.
+    """The fields of genai_config.json for a graph with the inputs and outputs of cuantiza/core/contract.py.
 
     `config` and `generation` are config.json and generation_config.json, of which the special tokens are taken, the
     second's first. `heads` is the count of keys and values, which is that of queries too; `positions` the longest
@@ -47,16 +49,16 @@ def genai_config(
                 "num_hidden_layers": layers,
                 "session_options": {"provider_options": []},
                 "inputs": {
-                    "input_ids": "input_ids",
-                    "attention_mask": "attention_mask",
-                    "position_ids": "position_ids",
-                    "past_key_names": "past_key_values.%d.key",
-                    "past_value_names": "past_key_values.%d.value",
+                    "input_ids": contract.INPUT_IDS,
+                    "attention_mask": contract.ATTENTION_MASK,
+                    "position_ids": contract.POSITION_IDS,
+                    "past_key_names": contract.past_name("%d", "key"),
+                    "past_value_names": contract.past_name("%d", "value"),
                 },
                 "outputs": {
-                    "logits": "logits",
-                    "present_key_names": "present.%d.key",
-                    "present_value_names": "present.%d.value",
+                    "logits": contract.LOGITS,
+                    "present_key_names": contract.present_name("%d", "key"),
+                    "present_value_names": contract.present_name("%d", "value"),
                 },
             },
         },

@@ -1,48 +1,64 @@
-"""One ONNX Runtime session of the artifact contract: full forward, cached decode, explicit threads."""
+"""An artifact in one ONNX Runtime session: whole sequences, or step by step with a KV cache, on a given number of threads."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
 
+from cuantiza.core import contract
 from cuantiza.core.errors import UserError
-from cuantiza.core.machine.threads import default_threads
+from cuantiza.core.machine.hardware import default_threads
 from cuantiza.core.run.exact_int8 import exact_products
 from cuantiza.core.run.large_pages import use_large_pages
 
-# Set in the metadata of a file whose past and present may be one buffer [B, H, capacity, d].
-IN_PLACE = "kv_cache_in_place"
-KEEP = "num_logits_to_keep"
-# Tokens that go through the model at a time: attention's products grow with their square. Measured on GPT-2 small, 512
-# tokens in pieces of 128, 256 and 512 (docs/performance.md).
+# A prompt goes through the model in pieces of this many tokens, because the attention scores grow with the square of
+# the piece. Chosen on GPT-2 small: 512 tokens in pieces of 128, 256 and 512 (docs/performance.md).
 CHUNK = 256
 
 
 class Cache:
-    """Keys and values of `length` tokens of a batch, which `Runtime.step` adds to. Belongs to the runtime that made it.
+    """The keys and values of a batch's first `length` tokens. `Runtime.step` extends it; it belongs to that runtime.
 
-    A shallow copy goes on by itself, from the tokens that both have.
+    `copy.copy(cache)` branches: both share the tokens so far, and later steps on one do not change the other.
     """
 
     def __init__(self, past: list[ort.OrtValue], capacity: int, batch: int) -> None:
         self.past = past
         self.mask = np.ones((batch, capacity), np.int64)  # 0 on padding
         self.length = 0
-        self.binding: ort.IOBinding | None = None  # of what stays the same, where the cache is updated in place
+        self.binding: ort.IOBinding | None = None  # only for a cache in place, whose buffers never change
 
     @property
     def capacity(self) -> int:
+        """How many tokens fit, in each sequence."""
         return self.mask.shape[1]
 
 
-class Runtime:
-    """A session over `model` (an ONNX file of the contract in the README).
+@dataclass(frozen=True)
+class Options:
+    """What makes `Runtime.step` fast. The defaults are best; lab/bench switches them off to measure what each is worth.
 
-    The number of layers L, heads H and the head width d are read from the file's own inputs.
-    Raises UserError where ONNX Runtime refuses the file or its inputs and outputs are not the contract's.
+    in_place: write new keys and values into one buffer, where the file allows it.
+    last_only: compute the logits of the last position only, where the file allows it.
+    chunk: how many tokens of a prompt go through at a time; None for all at once.
+    large_pages: move the weights into large memory pages (cuantiza/core/run/large_pages.py).
+    """
+
+    in_place: bool = True
+    last_only: bool = True
+    chunk: int | None = CHUNK
+    large_pages: bool = True
+
+
+class Runtime:
+    """A session over `model`, an ONNX file with the inputs and outputs of cuantiza/core/contract.py.
+
+    The number of layers L, of heads H, and the head width d are read from the file's own inputs.
+    Raises UserError if ONNX Runtime refuses the file, or if it does not keep the contract.
     """
 
     def __init__(
@@ -51,63 +67,66 @@ class Runtime:
         threads: int | None = None,
         outputs: Sequence[str] | None = None,
         *,
-        in_place: bool = True,
-        last_only: bool = True,
-        chunk: int | None = CHUNK,
         spin: bool = False,
         prepack: bool = True,
-        large_pages: bool = True,
+        options: Options = Options(),
     ) -> None:
-        """`outputs` replaces the contract's, for a graph that shows something else of the same model; `spin` and
-        `prepack` as in `open_session`; `large_pages` as cuantiza/core/run/large_pages.py has it.
+        """Load `model`; `threads`, `spin` and `prepack` are those of `open_session`.
 
-        The others concern `step`, and are there for measuring what each is worth: whether to update the cache in
-        place and to compute the last position's logits alone, where the file can do so, and how many tokens of a
-        prompt go through at a time (None: all).
+        `outputs` names what `run` returns in place of the contract's outputs, for graphs that show other tensors too.
         """
         self.session = open_session(model, threads, spin, prepack)
-        if large_pages:
+        if options.large_pages:
             use_large_pages()
-        inputs = {item.name: item.shape for item in self.session.get_inputs()}
-        found = {*inputs, *(item.name for item in self.session.get_outputs())}
-        self.layers = sum(name.startswith("past_key_values.") for name in inputs) // 2
-        self._past = [
-            f"past_key_values.{layer}.{kv}" for layer in range(max(self.layers, 1)) for kv in ("key", "value")
-        ]
-        self._present = [name.replace("past_key_values", "present") for name in self._past]
-        self._outputs = outputs or ["logits", *self._present]
-        wanted = {"input_ids", "attention_mask", *self._past, *self._outputs}
+        inputs = {item.name: item for item in self.session.get_inputs()}
+        self.layers = contract.count_layers(inputs)
+        # A file without any cache is told that it lacks the first layer's.
+        self._past = contract.past_names(max(self.layers, 1))
+        self._present = contract.present_names(max(self.layers, 1))
+        self._outputs = outputs or [contract.LOGITS, *self._present]
+        self._check_names(model, set(inputs))
+        for name in self._past:
+            self._check_cache(model, inputs[name])
+        _, self.heads, _, self.head_dim = inputs[self._past[0]].shape
+        self._takes_positions = contract.POSITION_IDS in inputs
+        self.in_place = options.in_place and contract.IN_PLACE in self.session.get_modelmeta().custom_metadata_map
+        overridable = {item.name for item in self.session.get_overridable_initializers()}
+        keeps = options.last_only and contract.KEEP in overridable
+        self._keep_last = ort.OrtValue.ortvalue_from_numpy(np.array(1, np.int64)) if keeps else None
+        self._chunk = options.chunk
+
+    def _check_names(self, model: Path, inputs: set[str]) -> None:
+        found = inputs | {item.name for item in self.session.get_outputs()}
+        wanted = {contract.INPUT_IDS, contract.ATTENTION_MASK, *self._past, *self._outputs}
         if missing := sorted(wanted - found):
             raise UserError(
-                f"{model}: has no {', '.join(missing[:3])}; only graphs with the inputs and outputs of the README's contract are measured"
+                f"{model}: has no {', '.join(missing[:3])}; only graphs with the inputs and outputs of the contract in "
+                "docs/artifact.md are measured"
             )
-        if unknown := sorted(inputs.keys() - wanted - {"position_ids"}):
-            raise UserError(f"{model}: asks for {', '.join(unknown[:3])}, which the README's contract does not know")
-        self._takes_positions = "position_ids" in inputs
-        for item in self.session.get_inputs():
-            if item.name in self._past and (
-                item.type != "tensor(float)" or [*map(type, item.shape[1::2])] != [int, int]
-            ):
-                raise UserError(
-                    f"{model}: {item.name} is {item.type} {item.shape} where the README's contract has float32 [B, heads, P, width]"
-                )
-        _, self.heads, _, self.head_dim = inputs[self._past[0]]
-        self.in_place = in_place and IN_PLACE in self.session.get_modelmeta().custom_metadata_map
-        keeps = last_only and KEEP in (item.name for item in self.session.get_overridable_initializers())
-        self._keep_last = ort.OrtValue.ortvalue_from_numpy(np.array(1, np.int64)) if keeps else None
-        self._chunk = chunk
+        if unknown := sorted(inputs - wanted - {contract.POSITION_IDS}):
+            raise UserError(
+                f"{model}: asks for {', '.join(unknown[:3])}, which the contract in docs/artifact.md does not know"
+            )
+
+    @staticmethod
+    def _check_cache(model: Path, item: ort.NodeArg) -> None:
+        if item.type != "tensor(float)" or [*map(type, item.shape[1::2])] != [int, int]:
+            raise UserError(
+                f"{model}: {item.name} is {item.type} {item.shape} where the contract in docs/artifact.md has "
+                "float32 [B, heads, P, width]"
+            )
 
     def forward(self, ids: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
-        """Logits float32 [B, T, V] of token ids [B, T] without a past; `mask` [B, T] is 0 on padding."""
+        """Logits float32 [B, T, V] of token ids [B, T], computed without a cache; `mask` [B, T] is 0 on padding."""
         return self.run(ids, mask)[0].numpy()
 
     def extend(
         self, ids: np.ndarray, past: list[ort.OrtValue], mask: np.ndarray | None = None
     ) -> tuple[np.ndarray, list[ort.OrtValue]]:
-        """Logits [B, T, V] of token ids [B, T] behind `past`, and the past that includes them.
+        """Logits [B, T, V] of token ids [B, T] that follow `past`, and the new past, which includes them.
 
-        `past` holds L × (key, value), each [B, H, P, d]; `mask` [B, P+T] is 0 on padding. Neither the
-        past nor the new one passes through NumPy.
+        `past` holds L × (key, value), each [B, H, P, d]; `mask` [B, P+T] is 0 on padding. Keys and values are never
+        copied to NumPy arrays.
         """
         logits, *present = self.run(ids, mask, past)
         return logits.numpy(), present
@@ -115,7 +134,7 @@ class Runtime:
     def run(
         self, ids: np.ndarray, mask: np.ndarray | None = None, past: list[ort.OrtValue] | None = None
     ) -> list[ort.OrtValue]:
-        """All outputs for token ids [B, T] behind `past` (none where not given), in their order."""
+        """All outputs, in their order, for token ids [B, T] that follow `past` (default: no tokens)."""
         past = past or self.empty_past(len(ids))
         before = past[0].shape()[2]
         if mask is None:
@@ -124,15 +143,16 @@ class Runtime:
         return self.session.run_with_ort_values(self._outputs, values | dict(zip(self._past, past, strict=True)))
 
     def empty_past(self, batch: int) -> list[ort.OrtValue]:
-        """A past of no tokens: L × (key, value), each [B, H, 0, d]."""
+        """The past of a sequence without tokens: L × (key, value), each [B, H, 0, d]."""
         empty = np.zeros((batch, self.heads, 0, self.head_dim), np.float32)
         return [ort.OrtValue.ortvalue_from_numpy(empty) for _ in self._past]
 
     def cache(self, batch: int, capacity: int) -> Cache:
-        """A cache of no tokens for `batch` sequences of at most `capacity` tokens, for `step`."""
+        """An empty cache for `step`: `batch` sequences of at most `capacity` tokens each."""
         if not self.in_place:
             return Cache(self.empty_past(batch), capacity, batch)
-        # One block, and written to here: the system backs it with large pages, and none of them in the midst of a step.
+        # One block, which the kernel can back with large pages. It is written to now, so that no step has to wait for
+        # the kernel to provide its memory.
         block = np.empty((len(self._past), batch, self.heads, capacity, self.head_dim), np.float32)
         block.fill(0)
         cache = Cache([ort.OrtValue.ortvalue_from_numpy(part) for part in block], capacity, batch)
@@ -143,18 +163,18 @@ class Runtime:
         return cache
 
     def step(self, cache: Cache, ids: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
-        """Logits float32 [B, V] of the last of token ids [B, T], which are added to `cache`.
+        """Add token ids [B, T] to `cache`; returns the logits float32 [B, V] of the last position.
 
-        `mask` [B, T] is 0 on padding. What generation needs and no more: other positions' logits are not computed
-        where the file allows, and nothing passes through NumPy but ids and these logits. Where the file updates its
-        cache in place, nothing is allocated that grows with the tokens.
+        `mask` [B, T] is 0 on padding. This does what generation needs and no more: where the file allows it, no other
+        position's logits are computed, and with a cache in place no allocation grows with the number of tokens.
+        Raises ValueError if the cache is full.
         """
         batch, count = ids.shape
         if cache.length + count > cache.capacity:
             raise ValueError(f"{cache.length} + {count} tokens in a cache of {cache.capacity}")
         if mask is not None:
             cache.mask[:, cache.length : cache.length + count] = mask
-        # GroupQueryAttention takes several tokens behind a past for a batch of one alone.
+        # GroupQueryAttention accepts several tokens after a past only for a batch of one.
         together = count if batch > 1 and cache.length == 0 else 1 if batch > 1 and self.in_place else self._chunk
         together = together or count
         *before, last = (ids[:, start : start + together] for start in range(0, count, together))
@@ -164,14 +184,14 @@ class Runtime:
         return self._step(cache, last, self._keep_last)[:, -1]
 
     def _step(self, cache: Cache, ids: np.ndarray, keep: ort.OrtValue | None) -> np.ndarray:
-        """Logits [B, n, V] of token ids [B, T], which are added to `cache`; `keep` says which, None: all."""
+        """Add token ids [B, T] to `cache`; logits [B, n, V] of the last n positions, as `keep` says (None: all T)."""
         cache.length += ids.shape[1]
         binding = cache.binding or self._binding()
         if keep is not None:
-            binding.bind_ortvalue_input(KEEP, keep)
+            binding.bind_ortvalue_input(contract.KEEP, keep)
         for name, array in self._feeds(ids, cache.mask[:, : cache.length]).items():
             binding.bind_cpu_input(name, array)
-        binding.bind_output("logits")  # anew, as their shape may have changed
+        binding.bind_output(contract.LOGITS)  # at every step, as their shape changes with T
         if cache.binding is None:
             for past, present, value in zip(self._past, self._present, cache.past, strict=True):
                 binding.bind_ortvalue_input(past, value)
@@ -184,42 +204,25 @@ class Runtime:
 
     def _binding(self) -> ort.IOBinding:
         binding = self.session.io_binding()
-        binding.bind_output("logits")  # before all others, so that it is the first of get_outputs()
+        binding.bind_output(contract.LOGITS)  # bound first, so that get_outputs() returns it first
         return binding
 
     def _feeds(self, ids: np.ndarray, mask: np.ndarray) -> dict[str, np.ndarray]:
-        feeds = {"input_ids": ids, "attention_mask": mask}
-        if self._takes_positions:
-            # Padding stands on the left or in the past: a token's position counts the real ones before it.
-            feeds["position_ids"] = np.maximum(mask.cumsum(axis=1) - 1, 0)[:, -ids.shape[1] :]
-        return {name: np.ascontiguousarray(array, np.int64) for name, array in feeds.items()}
-
-
-def window_feeds(inputs: Iterable, ids: np.ndarray) -> dict[str, np.ndarray]:
-    """What a graph with contract `inputs` (each with a name and a shape) asks for: token ids int64 [T], no past."""
-    feeds = {
-        "input_ids": ids[None],
-        "attention_mask": np.ones((1, len(ids)), np.int64),
-        "position_ids": np.arange(len(ids))[None],
-    }
-    shapes = {item.name: item.shape for item in inputs}
-    past = {
-        name: np.zeros((1, shape[1], 0, shape[3]), np.float32)
-        for name, shape in shapes.items()
-        if name.startswith("past_")
-    }
-    return {name: array for name, array in feeds.items() if name in shapes} | past
+        feeds = contract.token_feeds(ids, mask)
+        if not self._takes_positions:
+            del feeds[contract.POSITION_IDS]
+        return feeds
 
 
 def open_session(
     model: Path, threads: int | None = None, spin: bool = False, prepack: bool = True
 ) -> ort.InferenceSession:
-    """A session over any ONNX file, on `threads` threads (all processors where not given).
+    """A CPU session over any ONNX file, on `threads` threads (default: all processors).
 
-    Threads that `spin` on after a run begin the next one sooner, and slow every other session down meanwhile: for one
-    that has the processors to itself. Without `prepack`, weights stay where they are (those of external data in the
-    mapped file) and are packed at every product, which is slower. Integer products are exact on every processor (cuantiza/core/run/exact_int8.py). Raises
-    UserError where ONNX Runtime refuses the file.
+    With `spin`, threads keep running for a while after a step, so that the next one starts sooner; this slows down
+    every other process, so it is for a process that has the machine to itself. Without `prepack`, ONNX Runtime makes no
+    second copy of the weights in the layout that its kernels want, which saves memory and is slower. Integer matmuls
+    are exact on every processor (cuantiza/core/run/exact_int8.py). Raises UserError if ONNX Runtime refuses the file.
     """
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads or default_threads()

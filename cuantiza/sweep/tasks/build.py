@@ -1,12 +1,11 @@
-"""Tasks that make artifacts, by the stages themselves.
+"""Tasks that make artifacts with the stages' own code.
 
-A task is plain data with a method `run`: any process of any machine that sees its folders can do it. `alone` says that
-it takes a whole machine.
+A task is plain data with a method `run`. Any process on any machine that sees its folders can run it. `alone` says that
+it needs a whole machine for itself.
 """
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,15 +15,15 @@ import cuantiza
 from cuantiza.core.errors import UserError
 from cuantiza.core.inputs.checkpoints import Model
 from cuantiza.core.inputs.corpus import Source
-from cuantiza.core.store import artifact, folders
-from cuantiza.quantize.__main__ import quantize_one
-from cuantiza.quantize.recipes import Recipe
+from cuantiza.core.machine import child
+from cuantiza.quantize.recipes.registry import Recipe
+from cuantiza.quantize.stage import quantize
 from cuantiza.sweep.tasks.made import Made
 
 
 @dataclass(frozen=True)
 class Export:
-    """Checkpoint -> fp32 artifact `output`/<model>/fp32, as `python -m export` makes it."""
+    """Export a checkpoint to the fp32 artifact `output`/<model>/fp32, as `python -m export` does."""
 
     kind: ClassVar[str] = "export"
     alone: ClassVar[bool] = True
@@ -33,33 +32,17 @@ class Export:
     output: Path
 
     def run(self) -> Made:
-        command = [
-            sys.executable,
-            "-m",
-            "cuantiza.export",
-            "--model",
-            str(self.model.folder),
-            "--output",
-            str(self.output),
-        ]
-        with subprocess.Popen(
-            command, cwd=Path(cuantiza.__file__).parents[1], stderr=subprocess.PIPE, text=True
-        ) as process:
-            try:
-                _, said = process.communicate()
-            except BaseException:
-                process.terminate()  # it removes its temporary folder then
-                process.wait()
-                raise
-        if process.returncode:
-            last = (said.strip().splitlines() or [f"python -m export: ended with status {process.returncode}"])[-1]
-            raise UserError(last.removeprefix("error: "))
+        arguments = ("--model", self.model.folder, "--output", self.output)
+        try:
+            child.run([sys.executable, "-m", "cuantiza.export", *arguments], cwd=Path(cuantiza.__file__).parents[1])
+        except child.Failed as error:
+            raise UserError(str(error)) from None
         return Made.of(self.output / self.model.folder.resolve().name / "fp32")
 
 
 @dataclass(frozen=True)
 class Quantize:
-    """fp32 artifact × recipe -> `target`, as `python -m quantize` makes it; `name` is the recipe's."""
+    """Quantize the fp32 artifact `parent` to `target`, as `python -m quantize` does. `name` is the recipe's name."""
 
     kind: ClassVar[str] = "quantize"
     alone: ClassVar[bool] = True
@@ -72,6 +55,5 @@ class Quantize:
 
     def run(self) -> Made:
         # A folder for each, and so a lock: recipes of one model are made on several machines at once.
-        with folders.locked(self.target.parent):
-            quantize_one(artifact.open_artifact(self.parent), self.target, self.name, self.recipe, self.source)
+        quantize(self.parent, self.recipe, self.target, corpus=self.source, name=self.name)
         return Made.of(self.target)

@@ -13,6 +13,8 @@ import openvino as ov
 from openvino import opset13 as ops
 from openvino import properties
 
+from cuantiza.core import contract
+
 MODEL = "openvino_model.xml"
 
 
@@ -55,20 +57,20 @@ class Engine:
         self._length += count
         self._request.start_async(
             {
-                "input_ids": ids,
-                "attention_mask": np.ones((batch, self._length), np.int64),
-                "position_ids": np.broadcast_to(positions, ids.shape),
+                contract.INPUT_IDS: ids,
+                contract.ATTENTION_MASK: np.ones((batch, self._length), np.int64),
+                contract.POSITION_IDS: np.broadcast_to(positions, ids.shape),
                 "beam_idx": self._beams,
             },
             share_inputs=True,
         )
         self._request.wait()
-        return self._request.get_tensor("logits").data[:, -1]
+        return self._request.get_tensor(contract.LOGITS).data[:, -1]
 
 
 def _last_logits(model: ov.Model) -> None:
     """Slice the last position before the head, as OpenVINO GenAI does with the models that it loads."""
-    head = model.output("logits").get_node().input_value(0).get_node()
+    head = model.output(contract.LOGITS).get_node().input_value(0).get_node()
     while head.get_type_name() != "MatMul":
         head = head.input_value(0).get_node()
     hidden = head.input_value(0)
@@ -78,11 +80,11 @@ def _last_logits(model: ov.Model) -> None:
 
 
 def _hide_cache(model: ov.Model) -> None:
-    """Turn the inputs past_key_values and the outputs present into states, reordered by a new input beam_idx [B]."""
+    """Turn the cache's inputs and outputs into states of the model, reordered by a new input beam_idx [B]."""
     from openvino._offline_transformations import apply_make_stateful_transformation
 
-    ids = model.input("input_ids")
-    past = [port.get_any_name() for port in model.inputs if port.get_any_name().startswith("past_key_values")]
+    ids = model.input(contract.INPUT_IDS)
+    past = [port.get_any_name() for port in model.inputs if contract.is_past(port.get_any_name())]
     beams = ops.parameter(ov.PartialShape([ids.get_partial_shape()[0]]), np.int32, name="beam_idx")
     beams.output(0).get_tensor().add_names({"beam_idx"})
     model.add_parameters([beams])
@@ -93,7 +95,7 @@ def _hide_cache(model: ov.Model) -> None:
         for consumer in consumers:
             consumer.replace_source_output(ordered.output(0))
     model.validate_nodes_and_infer_types()
-    apply_make_stateful_transformation(model, {name: name.replace("past_key_values", "present") for name in past})
+    apply_make_stateful_transformation(model, {name: contract.present_of(name) for name in past})
     # An empty state needs the batch, which only input_ids knows.
     batch = ops.gather(ops.shape_of(ids, output_type="i64"), ops.constant([0]), ops.constant(0))
     for state in (op for op in model.get_ops() if op.get_type_name() == "ReadValue"):

@@ -1,4 +1,4 @@
-"""ONNX Runtime over a decoder of another exporter: I/O binding, keys and values that never pass through NumPy."""
+"""ONNX Runtime on a graph of another exporter, with I/O binding, so that keys and values are never copied to NumPy."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
+from cuantiza.core import contract
+
 
 class CachedSession:
     """A session with all graph optimizations, and the keys and values of the tokens fed to it.
 
-    Inputs input_ids [B, T], attention_mask [B, P+T], position_ids [B, T], past_key_values.{l}.key|value [B, H, P, d];
-    outputs logits [B, T, V], present.{l}.key|value [B, H, P+T, d]. Where `in_place`, the graph's attention is
-    com.microsoft's GroupQueryAttention, whose past and present may be one buffer [B, H, capacity, d].
+    The graph has the inputs and outputs of cuantiza/core/contract.py. With `in_place`, its attention is com.microsoft's
+    GroupQueryAttention, whose past and present may be one buffer [B, H, capacity, d].
     """
 
     def __init__(self, model: Path, threads: int, in_place: bool) -> None:
@@ -22,19 +23,19 @@ class CachedSession:
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
-        # Threads spin within a run, as by default, and sleep behind it.
+        # Threads spin during a run, as by default, and sleep after it.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         self._session = ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
         shapes = {item.name: item.shape for item in self._session.get_inputs()}
-        self._past = [name for name in shapes if name.startswith("past_key_values.")]
+        self._past = [name for name in shapes if contract.is_past(name)]
         _, self._heads, _, self._width = shapes[self._past[0]]
-        self._takes_positions = "position_ids" in shapes
-        self._vocabulary = next(item.shape[-1] for item in self._session.get_outputs() if item.name == "logits")
+        self._takes_positions = contract.POSITION_IDS in shapes
+        self._vocabulary = next(item.shape[-1] for item in self._session.get_outputs() if item.name == contract.LOGITS)
         self._in_place = in_place
         self._logits = np.empty(0, np.float32)
 
     def start(self, batch: int, capacity: int) -> None:
-        """No tokens, in `batch` sequences that grow to `capacity`."""
+        """Begin with an empty cache for `batch` sequences of up to `capacity` tokens."""
         shape = (batch, self._heads, capacity if self._in_place else 0, self._width)
         self._values = [ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, np.float32)) for _ in self._past]
         self._length = 0
@@ -42,7 +43,7 @@ class CachedSession:
     def feed(self, ids: np.ndarray) -> np.ndarray:
         """Logits [B, V] of the last of ids [B, T]; a view that the next call overwrites."""
         batch, count = ids.shape
-        # GroupQueryAttention takes several tokens behind a past for a batch of one alone.
+        # GroupQueryAttention accepts several tokens after a past only for a batch of one.
         together = 1 if self._in_place and batch > 1 and self._length else count
         for start in range(0, count, together):
             self._step(ids[:, start : start + together])
@@ -52,21 +53,21 @@ class CachedSession:
         batch, count = ids.shape
         positions = np.arange(self._length, self._length + count)
         self._length += count
-        feeds = {"input_ids": ids, "attention_mask": np.ones((batch, self._length), np.int64)}
+        feeds = {contract.INPUT_IDS: ids, contract.ATTENTION_MASK: np.ones((batch, self._length), np.int64)}
         if self._takes_positions:
-            feeds["position_ids"] = np.broadcast_to(positions, ids.shape)
+            feeds[contract.POSITION_IDS] = np.broadcast_to(positions, ids.shape)
         feeds = {name: np.ascontiguousarray(array, np.int64) for name, array in feeds.items()}
         binding = self._session.io_binding()
         for name, array in feeds.items():
             binding.bind_cpu_input(name, array)
-        # The graph computes every position's logits. Into a buffer that stays: 100 MB of fresh pages cost 20 ms.
+        # The graph computes every position's logits. The buffer is kept, as 100 MB of fresh memory pages cost 20 ms.
         shape = (batch, count, self._vocabulary)
         if self._logits.size < np.prod(shape):
             self._logits = np.zeros(int(np.prod(shape)), np.float32)
-        binding.bind_output("logits", "cpu", 0, np.float32, shape, self._logits.ctypes.data)
+        binding.bind_output(contract.LOGITS, "cpu", 0, np.float32, shape, self._logits.ctypes.data)
         for name, value in zip(self._past, self._values, strict=True):
             binding.bind_ortvalue_input(name, value)
-            present = name.replace("past_key_values", "present")
+            present = contract.present_of(name)
             if self._in_place:
                 binding.bind_ortvalue_output(present, value)
             else:

@@ -1,4 +1,4 @@
-"""onnxruntime-genai, Microsoft's own generation loop, driving our `-ort` artifact: what its loop costs beside ours.
+"""onnxruntime-genai, Microsoft's own generation loop, on our `-ort` artifact: the difference is what its loop costs.
 
 past_present_share_buffer: keys and values in one buffer of max_length, which the artifact's GroupQueryAttention
 updates in place.
@@ -15,6 +15,8 @@ from pathlib import Path
 import numpy as np
 import onnxruntime_genai as genai
 
+from cuantiza.core.onnx.genai_config import GENAI_CONFIG, genai_config
+
 genai.disable_telemetry_events()
 
 
@@ -27,8 +29,7 @@ def prepare(kind: str, checkpoint: Path, ours: Path, folder: Path) -> None:
     for file in artifact.glob("model.onnx*"):
         _link(file, folder / file.name)
     config = json.loads((artifact / "config.json").read_text(encoding="utf-8"))
-    text = json.dumps(_genai_config(config), indent=2)
-    (folder / "genai_config.json").write_text(text, encoding="utf-8")
+    (folder / GENAI_CONFIG).write_text(json.dumps(_config(config), indent=2), encoding="utf-8")
 
 
 def files(kind: str, folder: Path) -> list[Path]:
@@ -41,7 +42,7 @@ class Engine:
         options = {"intra_op_num_threads": threads, "inter_op_num_threads": 1, "session.force_spinning_stop": "1"}
         config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
         self._model = genai.Model(config)
-        fields = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))
+        fields = json.loads((folder / GENAI_CONFIG).read_text(encoding="utf-8"))
         self._vocabulary = fields["model"]["vocab_size"]
 
     def start(self, batch: int, capacity: int) -> None:
@@ -69,7 +70,7 @@ class Engine:
         return self._generator.get_logits()[:, -1]
 
     def _choose(self, tokens: np.ndarray) -> None:
-        """Add tokens [B] to a batch, which takes none but those it chooses: by logits that leave no other."""
+        """Add tokens [B] to a batch. It accepts only tokens that it chose itself, so the logits leave no other choice."""
         rows = np.arange(len(tokens))
         self._next[rows, 0, tokens] = 0
         self._generator.set_logits(self._next)
@@ -77,45 +78,26 @@ class Engine:
         self._next[rows, 0, tokens] = np.finfo(np.float32).min
 
 
-def _genai_config(config: dict) -> dict:
-    """genai_config.json of a GPT-2 with the inputs and outputs of the README's contract."""
-    decoder = {
-        "filename": "model.onnx",
-        "head_size": config["n_embd"] // config["n_head"],
-        "hidden_size": config["n_embd"],
-        "num_attention_heads": config["n_head"],
-        "num_key_value_heads": config["n_head"],
-        "num_hidden_layers": config["n_layer"],
-        "session_options": {"provider_options": []},
-        "inputs": {
-            "input_ids": "input_ids",
-            "attention_mask": "attention_mask",
-            "position_ids": "position_ids",
-            "past_key_names": "past_key_values.%d.key",
-            "past_value_names": "past_key_values.%d.value",
-        },
-        "outputs": {
-            "logits": "logits",
-            "present_key_names": "present.%d.key",
-            "present_value_names": "present.%d.value",
-        },
-    }
-    model = {
-        # "gpt2" stands for graphs with one joint tensor of keys and values a layer; any decoder with a pair is a "llama".
-        "type": "llama",
-        "vocab_size": config["vocab_size"],
-        "context_length": config["n_positions"],
-        "bos_token_id": config["bos_token_id"],
-        # No text ends here: a sequence that has its end is not continued, so a token that is hardly ever one stands for it.
-        "eos_token_id": config["vocab_size"] - 2,
-        "pad_token_id": config["vocab_size"] - 2,
-        "decoder": decoder,
-    }
-    return {"model": model, "search": {"max_length": config["n_positions"], "past_present_share_buffer": True}}
+def _config(config: dict) -> dict:
+    """genai_config.json for an artifact whose config.json (a GPT-2's) is `config`.
+
+    A sequence that holds its end token is not continued, so the end is set to a token that hardly ever occurs.
+    """
+    never = config["vocab_size"] - 2
+    return genai_config(
+        config,
+        {"eos_token_id": never, "pad_token_id": never},
+        layers=config["n_layer"],
+        heads=config["n_head"],
+        head_dim=config["n_embd"] // config["n_head"],
+        vocabulary=config["vocab_size"],
+        positions=config["n_positions"],
+        in_place=True,
+    )
 
 
 def _link(source: Path, target: Path) -> None:
-    """A hard link, or a copy where the two are on different disks."""
+    """Make `target` a hard link to `source`, or a copy if the two are on different disks."""
     try:
         os.link(source, target)
     except OSError:

@@ -10,17 +10,19 @@ from pathlib import Path
 
 import numpy as np
 
+from cuantiza.core.cli import add_corpus, source_of
 from cuantiza.core.errors import UserError, run
-from cuantiza.core.inputs.corpus import add_arguments, load_splits, source_of
+from cuantiza.core.inputs.corpus import load_splits
 from cuantiza.core.inputs.model_config import max_positions, read_config, start_token
 from cuantiza.core.inputs.tokenizer import load_tokenizer
+from cuantiza.core.machine.child import Failed
+from cuantiza.core.machine.hardware import default_threads
 from cuantiza.core.machine.progress import report as say
-from cuantiza.core.machine.progress import track
-from cuantiza.core.machine.threads import default_threads
+from cuantiza.core.machine.progress import track, working
 from cuantiza.core.run.exact_int8 import EXACT
 from cuantiza.core.store import artifact, folders
 from lab.matrix.emulation import qemu as emulation
-from lab.matrix.emulation.qemu import PROCESSORS, Difference, Failed, Processor
+from lab.matrix.emulation.qemu import PROCESSORS, Difference, Processor
 
 SCHEMA = "cuantiza/emulation/1"
 # Tokens of the first window that go through the cache one by one: one row takes other kernels than many.
@@ -45,8 +47,8 @@ def main() -> int:
         emulation.emulator(processor)
     artifacts = _artifacts(args.artifacts, args.recipes)
     windows = token_windows(artifacts[0].path, load_splits(source_of(args))[1].documents, args.windows, args.tokens)
-    prefixes = {processor: emulation.command(processor, args.folder) for processor in chosen}
-    with tempfile.TemporaryDirectory(prefix="cuantiza-emulation-") as work:
+    with working("emulation"), tempfile.TemporaryDirectory(prefix="cuantiza-emulation-") as work:
+        prefixes = {processor: emulation.command(processor, args.folder) for processor in chosen}
         found = measure(prefixes, artifacts, windows, Path(work), args.threads)
     result = {
         "schema": SCHEMA,
@@ -196,7 +198,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--folder", type=Path, default=default, help=f"where systems are kept (default {default})")
     default = Path("docs/runtimes-emulation.json")
     parser.add_argument("--output", type=Path, default=default, help=f"file of the result (default {default})")
-    add_arguments(parser)
+    add_corpus(parser)
     args = parser.parse_args()
     for option, least in (("windows", 1), ("tokens", CACHED + 2), ("threads", 1)):
         if getattr(args, option) < least:

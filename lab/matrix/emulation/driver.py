@@ -1,9 +1,9 @@
-"""Runs in any environment that has NumPy and ONNX Runtime, an emulated one included: `driver.py JOB`.
+"""`driver.py JOB` runs in any environment that has NumPy and ONNX Runtime, also on an emulated processor.
 
 JOB is a JSON file: {"windows": .npy of token ids int64 [W, T], "cached": C, "threads": n, "runs": [{"model": .onnx,
 "options": {session option: value}, "output": .npz to write}]}. The output has `whole` float32 [W, T, V], the logits
-without a past, and `cached` [C, V], those of the first window's last C tokens fed one by one through the cache: one row
-takes other kernels than many. Answers with a line of JSON about this processor.
+without a past, and `cached` [C, V], those of the first window's last C tokens, fed one by one with the cache: a single token
+is computed by other kernels than many. Prints one line of JSON about this processor.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import numpy as np
 import onnxruntime as ort
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
+from cuantiza.core import contract
 from cuantiza.core.run.exact_int8 import EXACT, saturates
 
 # Bits of the auxiliary vector that ONNX Runtime chooses its aarch64 kernels by, each (entry, bit); Linux's asm/hwcap.h.
@@ -25,7 +26,7 @@ _AARCH64 = {"asimddp": (16, 20), "sve": (16, 22), "i8mm": (26, 13), "bf16": (26,
 
 
 def session(model: str | bytes, options: dict[str, str], threads: int) -> ort.InferenceSession:
-    """A session on the CPU with `options` by their documented names."""
+    """A CPU session; `options` are ONNX Runtime's session options by their documented names."""
     settings = ort.SessionOptions()
     settings.intra_op_num_threads = threads
     settings.inter_op_num_threads = 1
@@ -36,34 +37,30 @@ def session(model: str | bytes, options: dict[str, str], threads: int) -> ort.In
 
 
 def feeds(opened: ort.InferenceSession, ids: np.ndarray, past: list[np.ndarray] | None) -> dict[str, np.ndarray]:
-    """What a graph of the README's contract takes for token ids int64 [B, T] behind `past` (none: no tokens)."""
+    """All feeds for token ids int64 [B, T] that follow `past`, L × (key, value) (None: no tokens)."""
     shapes = {item.name: item.shape for item in opened.get_inputs()}
-    names = [name for name in shapes if name.startswith("past_key_values.")]
+    names = [name for name in shapes if contract.is_past(name)]
     past = past or [np.zeros((len(ids), shapes[name][1], 0, shapes[name][3]), np.float32) for name in names]
-    before = past[0].shape[2]
-    values = {
-        "input_ids": ids,
-        "attention_mask": np.ones((len(ids), before + ids.shape[1]), np.int64),
-        "position_ids": np.arange(before, before + ids.shape[1])[None].repeat(len(ids), axis=0),
-    }
+    values = contract.token_feeds(ids, np.ones((len(ids), past[0].shape[2] + ids.shape[1]), np.int64))
     return {name: value for name, value in values.items() if name in shapes} | dict(zip(names, past, strict=True))
 
 
 def logits(opened: ort.InferenceSession, windows: np.ndarray, cached: int) -> dict[str, np.ndarray]:
     """`whole` [W, T, V] and `cached` [C, V] of windows [W, T]."""
-    whole = np.concatenate([opened.run(["logits"], feeds(opened, ids[None], None))[0] for ids in windows])
-    names = [name.replace("past_key_values", "present") for name in feeds(opened, windows[:1], None) if "past" in name]
+    whole = np.concatenate([opened.run([contract.LOGITS], feeds(opened, ids[None], None))[0] for ids in windows])
+    past_names = [item.name for item in opened.get_inputs() if contract.is_past(item.name)]
+    outputs = [contract.LOGITS, *map(contract.present_of, past_names)]
     first = windows[:1]
-    _, *past = opened.run(["logits", *names], feeds(opened, first[:, : first.shape[1] - cached], None))
+    _, *past = opened.run(outputs, feeds(opened, first[:, : first.shape[1] - cached], None))
     rows = []
     for position in range(first.shape[1] - cached, first.shape[1]):
-        row, *past = opened.run(["logits", *names], feeds(opened, first[:, position : position + 1], past))
+        row, *past = opened.run(outputs, feeds(opened, first[:, position : position + 1], past))
         rows.append(row[0, -1])
     return {"whole": whole, "cached": np.stack(rows)}
 
 
 def features() -> list[str]:
-    """What this processor says it has of _AARCH64; nothing on others, where ONNX Runtime asks the instruction cpuid."""
+    """Which features of _AARCH64 this processor has. Empty on x86-64, where ONNX Runtime reads them by CPUID itself."""
     if platform.machine() != "aarch64":
         return []
     getauxval = ctypes.CDLL(None).getauxval

@@ -1,7 +1,7 @@
-"""The artifacts on processors that this machine is not, under QEMU's user-mode emulation: their quality, not their speed.
+"""Run artifacts on other processors under QEMU's user-mode emulation, to check their quality (not their speed).
 
-x86-64 without VNNI, where products of u8 and s8 are not exact unless told (cuantiza/core/run/exact_int8.py). aarch64: the wheels of
-that architecture, in a Debian that nothing outside of its folder knows of.
+On x86-64 without VNNI, u8·s8 matmuls are not exact by default (cuantiza/core/run/exact_int8.py). For aarch64, a folder
+holds that architecture's wheels and the Debian packages that they need, separate from this system.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import platform
 import shutil
-import subprocess
 import sys
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -18,25 +17,22 @@ from pathlib import Path
 import numpy as np
 
 from cuantiza.core.errors import UserError
+from cuantiza.core.machine import child
 from cuantiza.core.run.divergence import compare
 from cuantiza.core.run.exact_int8 import probe
 from cuantiza.core.store import digests, folders
 
 DRIVER = Path(__file__).with_name("driver.py")
-# What NumPy and ONNX Runtime need of a system: Debian finds what those need in turn.
+# The Debian packages that NumPy and ONNX Runtime need; apt adds what these depend on.
 _PACKAGES = ("python3.11-minimal", "libpython3.11-stdlib", "libstdc++6", "zlib1g")
 _SUITE = "http://deb.debian.org/debian bookworm main"
 _KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 _WHEELS = ("manylinux_2_28_aarch64", "manylinux_2_27_aarch64", "manylinux2014_aarch64")
 
 
-class Failed(Exception):
-    """Why a processor gave no result, in one line."""
-
-
 @dataclass(frozen=True)
 class Processor:
-    """One to emulate: QEMU's `model` of it, and `part`, the number that /proc/cpuinfo has on aarch64."""
+    """A processor to emulate: `model` is QEMU's name of it, `part` its number in /proc/cpuinfo on aarch64."""
 
     name: str
     machine: str
@@ -58,7 +54,7 @@ PROCESSORS = {
 
 
 def emulator(processor: Processor) -> str:
-    """The path of QEMU for `processor`. Raises UserError where it is missing, or could not run our own environment."""
+    """The path of QEMU for `processor`. Raises UserError if it is missing, or could not run our own environment."""
     name = f"qemu-{processor.machine}"
     found = shutil.which(name) or shutil.which(f"{name}-static")
     if not found:
@@ -75,7 +71,7 @@ def emulator(processor: Processor) -> str:
 def command(processor: Processor | None, folder: Path) -> list[str]:
     """The command line of a Python on `processor` (None: this machine) with ONNX Runtime and NumPy.
 
-    What it takes is made in `folder` where it is missing. Raises UserError.
+    What it needs is made in `folder` unless it is there already. Raises UserError.
     """
     if processor is None:
         return [sys.executable]
@@ -90,31 +86,23 @@ def command(processor: Processor | None, folder: Path) -> list[str]:
 
 
 def run(prefix: list[str], job: dict, work: Path) -> dict:
-    """What the driver says of the processor behind `prefix` (from `command`) once `job` is done. Raises Failed.
+    """Have the driver do `job` on the processor of `prefix` (from `command`); returns what it says of the processor.
 
-    There is no time limit: an emulated run takes as long as the machine's other work lets it.
+    There is no time limit, because emulation is slow, and slower still on a busy machine. Raises child.Failed.
     """
     path = work / "job.json"
     path.write_text(json.dumps({**job, "probe": probe().hex()}), encoding="utf-8")
-    # In `work`, where QEMU leaves the memory of what it saw crash.
-    done = subprocess.run(
-        [*prefix, str(DRIVER), str(path)],
-        cwd=work,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        errors="replace",
-    )
-    if done.returncode:
-        lines = [line.strip() for line in done.stderr.splitlines() if line.strip() and "TCG doesn't" not in line]
-        raise Failed(lines[-1] if lines else f"ended with status {done.returncode}")
-    return json.loads(done.stdout.splitlines()[-1])
+    # In `work`, because QEMU leaves a core dump of a crash in its working folder.
+    return json.loads(child.run([*prefix, DRIVER, path], cwd=work, noise="TCG doesn't").splitlines()[-1])
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Of an artifact there from the same one here: nats a token, paired, with its standard error over windows (None: one
-    window), and the largest |Δ logit|, whole and through the cache."""
+    """How one artifact's logits on the other processor differ from those on this one.
+
+    The loss per token in nats, paired, with its standard error over windows (None for a single window); and the
+    largest |Δ logit| without and with the cache.
+    """
 
     delta_ln_ppl: float
     delta_ln_ppl_stderr: float | None
@@ -123,7 +111,7 @@ class Difference:
 
 
 def difference(here: dict[str, np.ndarray], there: dict[str, np.ndarray], windows: np.ndarray) -> Difference:
-    """Of what the driver wrote, `whole` [W, T, V] and `cached` [C, V], for token ids `windows` [W, T]."""
+    """Compare what the driver wrote, `whole` [W, T, V] and `cached` [C, V], for token ids `windows` [W, T]."""
     means = []
     for ids, mine, other in zip(windows, here["whole"], there["whole"], strict=True):
         (nll,), (changed, *_) = compare(mine[:-1], [other[:-1]], ids[1:])
@@ -134,16 +122,16 @@ def difference(here: dict[str, np.ndarray], there: dict[str, np.ndarray], window
 
 
 def versions() -> dict[str, str]:
-    """Of what runs in all environments, and of QEMU."""
+    """Versions of the packages that every environment has, and of QEMU where it is installed."""
     found = {name: version(name) for name in ("onnxruntime", "numpy")}
     qemu = next(filter(None, (shutil.which(f"qemu-{name}") for name in ("x86_64", "aarch64"))), None)
     if qemu:
-        found["qemu"] = subprocess.run([qemu, "--version"], capture_output=True, text=True).stdout.split()[2]
+        found["qemu"] = child.run([qemu, "--version"]).split()[2]
     return found
 
 
 def aarch64_system(folder: Path) -> Path:
-    """Where `system`, Debian's packages unpacked, and `packages`, the wheels of these versions, are or will be."""
+    """The folder for aarch64: in it `system` has Debian's packages, unpacked, and `packages` the wheels."""
     return folder / f"aarch64-{digests.digest([_SUITE, _PACKAGES, _wheels()])[:12]}"
 
 
@@ -152,7 +140,7 @@ def _wheels() -> list[str]:
 
 
 def _aarch64(folder: Path) -> Path:
-    """`aarch64_system(folder)`, made where it is missing."""
+    """The folder `aarch64_system(folder)`, which is made if it is missing."""
     target = aarch64_system(folder)
     if not target.is_dir():
         print(f"setting up {target} (once; some 220 MB)", file=sys.stderr)
@@ -166,7 +154,7 @@ def _aarch64(folder: Path) -> Path:
 
 
 def _unpack_system(apt: Path, system: Path) -> None:
-    """Debian's arm64 packages, by an apt that knows neither this system's packages nor changes them."""
+    """Get and unpack Debian's arm64 packages, with an apt that neither reads nor changes this system's own packages."""
     for tool in ("apt-get", "dpkg-deb"):
         if not shutil.which(tool):
             raise UserError(f"aarch64: no {tool} to get Debian's packages with; run this on Debian or Ubuntu")
@@ -185,7 +173,7 @@ def _unpack_system(apt: Path, system: Path) -> None:
         "APT::Architecture": "arm64",
         "APT::Architectures": "arm64",
         "Debug::NoLocking": "1",
-        # The folder may be one that apt's own user cannot enter.
+        # apt's own user may not be allowed to enter the folder.
         "APT::Sandbox::User": "root",
     }
     options = [part for name, value in settings.items() for part in ("-o", f"{name}={value}")]
@@ -205,7 +193,7 @@ def _install(wheels: list[str], packages: Path) -> None:
 
 
 def _view(folder: Path, system: Path, processor: Processor) -> Path:
-    """The system with the /proc/cpuinfo of `processor`: QEMU shows this machine's, at which ONNX Runtime's import dies."""
+    """The system with a /proc/cpuinfo of `processor`. QEMU would show this machine's, and ONNX Runtime's import dies of it."""
     root = folder / f"{system.name}-{processor.name}"
     if not root.is_dir():
         with folders.staging(root) as work:
@@ -222,15 +210,14 @@ def _view(folder: Path, system: Path, processor: Processor) -> Path:
 
 
 def _processors() -> list[int]:
-    """Numbers of this machine's processors, which /sys names under QEMU as well."""
+    """The numbers of this machine's processors; under QEMU, /sys still shows these."""
     folder = Path("/sys/devices/system/cpu")
     return sorted(int(path.name[3:]) for path in folder.glob("cpu[0-9]*")) or [0]
 
 
 def _must(arguments: list[str], what: str) -> None:
-    done = subprocess.run(arguments, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
-    if done.returncode:
-        lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-        raise UserError(
-            f"aarch64: could not {what} ({lines[-1] if lines else f'status {done.returncode}'}); run it again"
-        )
+    """Run a command that makes a system. Raises UserError, with `what` it could not do."""
+    try:
+        child.run(arguments)
+    except child.Failed as error:
+        raise UserError(f"aarch64: could not {what} ({error}); run it again") from None

@@ -11,7 +11,8 @@ from pathlib import Path
 import openvino as ov
 from openvino import properties
 
-from lab.matrix.python import contract
+from cuantiza.core import contract
+from lab.matrix.python import graphs
 from lab.matrix.python.job import run
 
 
@@ -28,9 +29,7 @@ def main(job: dict) -> dict:
     request = model.create_infer_request()
     shapes = {port.get_any_name(): port.get_partial_shape() for port in model.inputs}
     past = {
-        name: (shape[1].get_length(), shape[3].get_length())
-        for name, shape in shapes.items()
-        if name.startswith("past_")
+        name: (shape[1].get_length(), shape[3].get_length()) for name, shape in shapes.items() if contract.is_past(name)
     }
 
     def call(feeds: dict) -> dict:
@@ -39,7 +38,7 @@ def main(job: dict) -> dict:
 
     precision = model.get_property(properties.hint.inference_precision())
     version = f"openvino {ov.__version__.split('-')[0]}, {precision.get_type_name()}"
-    return {"version": version, **contract.logits(call, past, job, "OpenVINO")}
+    return {"version": version, **graphs.logits(call, past, job, "OpenVINO")}
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""ONNX Runtime as its documentation uses it: `session.run` on arrays, with nothing of cuantiza/core/run/runtime.py."""
+"""ONNX Runtime as its documentation uses it: `session.run` on arrays, without cuantiza/core/run/runtime.py."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from pathlib import Path
 
 import onnxruntime as ort
 
-from lab.matrix.python import contract
+from cuantiza.core import contract
+from lab.matrix.python import graphs
 from lab.matrix.python.job import run
 
 
@@ -14,9 +15,9 @@ def main(job: dict) -> dict:
     options = ort.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = job["threads"], 3
     session = ort.InferenceSession(Path(job["folder"]) / "model.onnx", options, providers=["CPUExecutionProvider"])
-    past = {item.name: tuple(item.shape[1::2]) for item in session.get_inputs() if item.name.startswith("past_")}
+    past = {item.name: tuple(item.shape[1::2]) for item in session.get_inputs() if contract.is_past(item.name)}
     names = [item.name for item in session.get_outputs()]
-    found = contract.logits(
+    found = graphs.logits(
         lambda feeds: dict(zip(names, session.run(names, feeds), strict=True)), past, job, "ONNX Runtime"
     )
     return {"version": f"onnxruntime {ort.__version__}", **found}

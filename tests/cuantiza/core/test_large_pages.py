@@ -1,4 +1,4 @@
-"""Large pages: what fills them moves there, and nothing but time depends on it."""
+"""Large pages: memory that can fill them moves there, and nothing but speed depends on it."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ import pytest
 
 from cuantiza.core.machine.process import isolated
 from cuantiza.core.run.large_pages import use_large_pages
-from cuantiza.core.run.runtime import Runtime
+from cuantiza.core.run.runtime import Options, Runtime
 from cuantiza.core.store.artifact import Artifact
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 
 
 def in_large_pages() -> int:
-    """Bytes of this process."""
+    """Bytes of this process that are in large pages."""
     return 1024 * int(re.search(r"AnonHugePages:\s+(\d+)", Path("/proc/self/smaps_rollup").read_text())[1])
 
 
 def filled(size: int) -> tuple[int, int, int, bytes]:
-    """In a process of its own: the bytes in large pages before and after, those said to have moved, and the content."""
+    """(bytes in large pages before, after, bytes reported as moved, content), measured in a process of its own."""
     block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     block.write(bytes(range(256)) * (size // 256))
     before = in_large_pages()
@@ -44,7 +44,7 @@ def test_what_fills_large_pages_moves_there():
 
 
 def logits(model: Path, large_pages: bool) -> np.ndarray:
-    return Runtime(model, 1, large_pages=large_pages).forward(np.arange(1, 65)[None])
+    return Runtime(model, 1, options=Options(large_pages=large_pages)).forward(np.arange(1, 65)[None])
 
 
 def test_logits_do_not_depend_on_it(es_mini_fp32: Artifact):

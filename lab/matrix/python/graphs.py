@@ -1,4 +1,4 @@
-"""The README's contract for a runtime that runs graphs and nothing more: feeds, and the cache handed on."""
+"""A job for libraries that only run graphs: here are the feeds, and the loop that hands on the cache."""
 
 from __future__ import annotations
 
@@ -6,37 +6,36 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
+from cuantiza.core import contract
 from lab.matrix.python.job import NO_LOOP, one_line, padded_batch, pieces
 
 Call = Callable[[dict[str, np.ndarray]], Mapping[str, np.ndarray]]
 
 
 def logits(call: Call, past: dict[str, tuple[int, int]], job: dict, library: str) -> dict:
-    """What the job asks for, as far as graphs go. `call` runs the graph: feeds -> outputs, by name.
+    """The part of a job's result (lab/matrix/python/job.py) that needs no tokenizer and no generation loop.
 
-    `past` has the (heads, width) of every input past_key_values.
+    `call` runs the graph: feeds -> outputs, both by name. `past` has (heads, width) of each input of the cache.
     """
 
     def run(ids: np.ndarray, mask: np.ndarray, cache: dict[str, np.ndarray]) -> Mapping[str, np.ndarray]:
-        positions = np.maximum(mask.cumsum(axis=1) - 1, 0)[:, -ids.shape[1] :]
-        feeds = {"input_ids": ids, "attention_mask": mask, "position_ids": np.ascontiguousarray(positions)}
-        return call(feeds | cache)
+        return call(contract.token_feeds(ids, mask) | cache)
 
     def empty(batch: int) -> dict[str, np.ndarray]:
         return {name: np.zeros((batch, heads, 0, width), np.float32) for name, (heads, width) in past.items()}
 
     ids = np.array([job["ids"]], np.int64)
-    whole = np.array(run(ids, np.ones_like(ids), empty(1))["logits"][0])
+    whole = np.array(run(ids, np.ones_like(ids), empty(1))[contract.LOGITS][0])
     cache, rows = empty(1), []
     for piece in pieces(job):
         outputs = run(ids[:, piece], np.ones((1, piece.stop), np.int64), cache)
-        rows.append(np.array(outputs["logits"][0, -1]))
-        cache = {name: np.array(outputs[name.replace("past_key_values", "present")]) for name in past}
+        rows.append(np.array(outputs[contract.LOGITS][0, -1]))
+        cache = {name: np.array(outputs[contract.present_of(name)]) for name in past}
     skipped = dict.fromkeys(("generated", "generated_padded", "prompt_ids"), f"{library} {NO_LOOP}")
     padded, failed = None, {}
     try:
         batch, mask = padded_batch(job)
-        padded = np.array(run(batch, mask, empty(2))["logits"][1, job["pad"] :])
-    except Exception as error:  # a runtime may do with one sequence what it cannot with two
+        padded = np.array(run(batch, mask, empty(2))[contract.LOGITS][1, job["pad"] :])
+    except Exception as error:  # some runtimes can run one sequence but not a batch of two
         failed["padded"] = one_line(error)
     return {"whole": whole, "cached": np.stack(rows), "padded": padded, "skipped": skipped, "failed": failed}

@@ -1,0 +1,77 @@
+"""The command line: a parser whose help begins with an example, and the options that several commands share."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import NoReturn
+
+from cuantiza.core.errors import UserError
+from cuantiza.core.inputs.corpus import Source
+from cuantiza.core.inputs.defaults import CORPUS, MODEL
+from cuantiza.core.machine.hardware import check_threads, default_threads
+
+
+class Parser(argparse.ArgumentParser):
+    """The parser of `cuantiza COMMAND`. Bad options raise UserError instead of printing the usage and exiting."""
+
+    def __init__(self, command: str, description: str | None, example: str) -> None:
+        super().__init__(prog=f"cuantiza {command}", description=description)
+        self._example = example
+
+    def format_help(self) -> str:
+        return f"example: {self._example}\n\n{super().format_help()}"
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message.removeprefix('argument ')}; see `{self.prog} --help`")
+
+
+def add_model(parser: argparse._ActionsContainer) -> None:
+    """Add `--model`, which names a checkpoint."""
+    parser.add_argument(
+        "--model", default=MODEL, help=f"folder of the checkpoint, or hub id with an optional @revision ({MODEL})"
+    )
+
+
+def add_folder(parser: argparse._ActionsContainer, option: str, default: Path, text: str) -> None:
+    """Add `option`, which names a folder."""
+    parser.add_argument(option, type=Path, default=default, metavar="FOLDER", help=f"{text} (default {default})")
+
+
+def add_number(parser: argparse._ActionsContainer, option: str, default: int, text: str) -> None:
+    """Add `option`, which takes a whole number; `check_numbers` holds its limit."""
+    parser.add_argument(option, type=int, default=default, metavar="N", help=f"{text} (default {default})")
+
+
+def add_threads(parser: argparse._ActionsContainer) -> None:
+    """Add `--threads`, which `check_numbers` checks."""
+    parser.add_argument(
+        "--threads", type=int, default=default_threads(), metavar="N", help="threads (default: all processors)"
+    )
+
+
+def add_corpus(parser: argparse._ActionsContainer) -> None:
+    """Add the options that name a corpus, which `source_of` reads."""
+    parser.add_argument(
+        "--corpus", default=CORPUS, help=f"file or folder of .txt, .jsonl or .parquet, or hub data set id ({CORPUS})"
+    )
+    parser.add_argument("--corpus-config", metavar="NAME", help="configuration of a hub data set")
+    parser.add_argument("--corpus-split", default="train", metavar="NAME", help="split of a hub data set (train)")
+    parser.add_argument(
+        "--corpus-column", default="text", metavar="NAME", help="column of .jsonl, .parquet and hub data sets (text)"
+    )
+
+
+def source_of(args: argparse.Namespace) -> Source:
+    """The corpus that the options of `add_corpus` name."""
+    return Source(args.corpus, args.corpus_config, args.corpus_split, args.corpus_column)
+
+
+def check_numbers(args: argparse.Namespace, **least: int) -> None:
+    """Raises UserError where an option is below its least value, or `--threads` is more than the machine can use."""
+    if hasattr(args, "threads"):
+        check_threads(args.threads)
+    for name, smallest in least.items():
+        value = getattr(args, name)
+        if not smallest <= value <= 10**9:
+            raise UserError(f"--{name.replace('_', '-')} {value}: give a number from {smallest} on")

@@ -1,0 +1,86 @@
+"""An artifact, loaded: logits of tokens, and text that continues a prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cuantiza.core.errors import UserError
+from cuantiza.core.inputs.defaults import PROMPT
+from cuantiza.core.inputs.model_config import end_tokens, max_positions, read_config, start_token
+from cuantiza.core.inputs.tokenizer import load_tokenizer
+from cuantiza.core.run.runtime import Runtime
+from cuantiza.core.run.sampling import Sampling, generate, text_of
+from cuantiza.core.store.artifact import Artifact, open_artifact
+
+
+def load(artifact: str | Path | Artifact, threads: int | None = None) -> Model:
+    """Open an artifact's folder, verify its files and load it on `threads` threads (all processors where not given).
+
+    Raises UserError where the artifact is not whole, or ONNX Runtime refuses its graph.
+    """
+    return Model(artifact if isinstance(artifact, Artifact) else open_artifact(Path(artifact)), threads)
+
+
+class Model:
+    """A loaded artifact.
+
+    `artifact` is its folder and manifest, `tokenizer` a `tokenizers.Tokenizer`, `positions` the longest sequence in
+    tokens, `start` the id of the token that begins every text, and `end` the ids that end one.
+    """
+
+    def __init__(self, artifact: Artifact, threads: int | None = None) -> None:
+        self.artifact = artifact
+        self.tokenizer = load_tokenizer(artifact.path)
+        self.positions = max_positions(read_config(artifact.path))
+        self.start, self.end = start_token(artifact.path), end_tokens(artifact.path)
+        # This session is alone with the processors, so its threads may spin between two tokens.
+        self.runtime = Runtime(artifact.model, threads, spin=True)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text` after the start token, as the model was trained to read a text."""
+        return [self.start, *self.tokenizer.encode(text, add_special_tokens=False).ids]
+
+    def logits(self, ids: Any) -> np.ndarray:
+        """Logits float32 [B, T, V] of token ids [B, T], or [T, V] of ids [T]."""
+        array = np.asarray(ids, np.int64)
+        logits = self.runtime.forward(np.atleast_2d(array))
+        return logits if array.ndim == 2 else logits[0]
+
+    def room(self, ids: list[int]) -> int:
+        """How many tokens the model can add to `ids`. Raises UserError where they fill its positions."""
+        if (room := self.positions - len(ids)) < 1:
+            raise UserError(
+                f"--prompt: has {len(ids)} tokens where {self.artifact.path} takes {self.positions - 1}; shorten it"
+            )
+        return room
+
+    def tokens(self, ids: list[int], count: int, sampling: Sampling, seed: int = 0) -> Iterator[int]:
+        """Up to `count` token ids that follow `ids`, through the KV cache; ends before a token that ends a text."""
+        yield from generate(self.runtime, ids, min(count, self.room(ids)), sampling, seed, self.end)
+
+    def text(self, tokens: Iterable[int], before: list[int]) -> Iterator[str]:
+        """The text of `tokens` as they come after the ids `before`, in pieces of whole characters."""
+        return text_of(self.tokenizer, tokens, before)
+
+    def generate(
+        self,
+        prompt: str = PROMPT,
+        tokens: int = 100,
+        *,
+        temperature: float = 0.8,
+        top_k: int = 50,
+        top_p: float = 0.95,
+        no_repeat_ngram: int = 3,
+        seed: int = 0,
+    ) -> str:
+        """The text that follows `prompt`: at most `tokens` tokens, drawn as `Sampling` says; the same seed, the same text.
+
+        A temperature of 0 takes the likeliest token each time. Raises UserError where a value is out of range.
+        """
+        ids = self.encode(prompt)
+        sampling = Sampling(temperature, top_k, top_p, no_repeat_ngram)
+        return "".join(self.text(self.tokens(ids, tokens, sampling, seed), ids))

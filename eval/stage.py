@@ -1,0 +1,191 @@
+"""The eval stage: measure artifacts against a baseline, unless their report is there and up to date; write its pages."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from cuantiza.core.errors import UserError
+from cuantiza.core.inputs.checkpoints import checkpoint_digest, resolve_model
+from cuantiza.core.inputs.corpus import Source, Split, load_splits
+from cuantiza.core.inputs.defaults import CORPUS, ROUNDS, TOKENS, WINDOW
+from cuantiza.core.machine.hardware import check_threads, default_threads
+from cuantiza.core.machine.progress import report as say
+from cuantiza.core.machine.progress import working
+from cuantiza.core.store import artifact, digests, folders
+from cuantiza.core.store.artifact import Artifact
+from cuantiza.eval.measure.engines import Subject
+from cuantiza.eval.report.schema import Inputs, Report
+
+JSON, MARKDOWN, HTML = "report.json", "report.md", "report.html"
+LANGUAGES = ("en", "es")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How artifacts are measured.
+
+    tokens: whole documents are scored until this many tokens; window: the longest context of a scored token, in tokens;
+    rounds: interleaved rounds of latency; threads: threads of every runtime.
+    """
+
+    tokens: int
+    window: int
+    rounds: int
+    threads: int
+
+    def __post_init__(self) -> None:
+        check_threads(self.threads)
+        for name, least in (("tokens", 2), ("window", 2), ("rounds", 1)):
+            if getattr(self, name) < least:
+                raise UserError(f"--{name} {getattr(self, name)}: give a number from {least} on")
+
+
+def evaluate(
+    artifacts: Sequence[Path | Artifact],
+    *,
+    corpus: str | Path | Source = CORPUS,
+    tokens: int = TOKENS,
+    window: int = WINDOW,
+    rounds: int = ROUNDS,
+    threads: int | None = None,
+    onnx: Sequence[Path] = (),
+    checkpoint: str | Path | None = None,
+    output: Path | None = None,
+    language: str = "en",
+) -> Report:
+    """Measure perplexity, KL divergence, size, memory and latency of `artifacts`; the first is the baseline.
+
+    tokens: whole documents of the test split are scored until this many tokens. window: the longest context of a scored
+    token, in tokens. rounds: interleaved rounds of latency. threads: threads of every runtime (all processors). onnx:
+    further ONNX files, or folders with a model.onnx, of the same interface. checkpoint: the model that the baseline was
+    exported from; PyTorch is measured where it is given. output: a folder; a report that lies there and is up to date is
+    read, any other is written there, with its pages in `language`.
+
+    Raises UserError where an artifact is broken, two have one name, a number is out of range or the text is too short.
+    """
+    settings = Settings(tokens, window, rounds, default_threads() if threads is None else threads)
+    corpus = corpus if isinstance(corpus, Source) else Source(str(corpus))
+    artifacts = [path.path if isinstance(path, Artifact) else Path(path) for path in artifacts]
+    published = [artifact.open_artifact(path) for path in dict.fromkeys(artifacts)]
+    if not published:
+        raise UserError("--recipes: names no artifact; the first one is the baseline of the others")
+    with ExitStack() as held:
+        for folder in dict.fromkeys(item.path.parent for item in published):
+            if (folder / folders.LOCK).is_file():  # a copy from elsewhere has none, and no stage at work
+                held.enter_context(folders.locked(folder))
+        if output is not None:
+            held.enter_context(folders.locked(output))
+        held.enter_context(working("eval"))
+        return _evaluate(published, corpus, settings, list(onnx), checkpoint, output, language)
+
+
+def _evaluate(
+    published: list[Artifact],
+    corpus: Source,
+    settings: Settings,
+    onnx: list[Path],
+    checkpoint: str | Path | None,
+    output: Path | None,
+    language: str,
+) -> Report:
+    subjects = [Subject(item.manifest.name, "onnx", item.model) for item in published] + [
+        _foreign(path) for path in onnx
+    ]
+    test = load_splits(corpus)[1]
+    inputs = _inputs(published, test, settings, onnx, checkpoint is not None)
+    report = None if output is None else _measured(output, inputs)
+    if report is None:
+        from cuantiza.eval.measure.report import measure
+
+        if checkpoint is not None:
+            folder = _same_checkpoint(str(checkpoint), published[0])
+            subjects += [Subject("torch-fp32", "torch", folder), Subject("torch-dynamic", "torch-dynamic", folder)]
+        report = measure(
+            subjects,
+            published[0].path,
+            test,
+            corpus.spec,
+            inputs,
+            tokens=settings.tokens,
+            window=settings.window,
+            rounds=settings.rounds,
+            threads=settings.threads,
+        )
+    if output is not None:
+        written = _publish(report, output, language)
+        say(f"eval      {output / MARKDOWN}: {'written' if written else 'up to date'}")
+    return report
+
+
+def _same_checkpoint(spec: str, exported: Artifact) -> Path:
+    """Folder of the checkpoint for the PyTorch rows. Raises UserError where it is not the one that was exported."""
+    folder = resolve_model(spec).folder
+    made_from = exported.manifest.inputs.get("checkpoint")  # only an fp32 artifact knows
+    if made_from not in (None, checkpoint_digest(folder)):
+        raise UserError(f"MODEL={spec}: has changed since {exported.path} was exported; run `make export` again")
+    return folder
+
+
+def _foreign(path: Path) -> Subject:
+    """A subject of an ONNX file, or of a folder that holds one. Raises UserError where there is none."""
+    files = [path, path / "model.onnx", path / "onnx" / "model.onnx"]
+    file = next((file for file in files if file.is_file()), None)
+    if file is None:
+        raise UserError(f"--onnx {path}: is neither an ONNX file nor a folder with a model.onnx")
+    return Subject(path.stem if path.is_file() else path.name, "onnx", file)
+
+
+def _foreign_digest(path: Path) -> str:
+    """Of everything that inference with the files at `path` reads. Raises UserError where the ONNX file is not sound."""
+    from cuantiza.core.machine.process import isolated
+    from cuantiza.core.onnx import file as onnx_file
+    from cuantiza.eval.measure.size import inference_files
+
+    model = _foreign(path).path
+    isolated(onnx_file.check, model)
+    return digests.digest([[file.name, digests.sha256_file(file)] for file in inference_files(model)])
+
+
+def _inputs(published: list[Artifact], test: Split, settings: Settings, onnx: list[Path], torch: bool) -> Inputs:
+    """Everything that a report depends on, the machine and the settings of the measurement included."""
+    from cuantiza.core.machine.hardware import machine, software
+
+    return Inputs(
+        artifacts=tuple((item.manifest.name, item.digest) for item in published),  # in order: the first is the baseline
+        onnx=tuple((str(path), _foreign_digest(path)) for path in onnx),
+        torch=torch,
+        corpus=test.sha256,
+        tokens=settings.tokens,
+        window=settings.window,
+        rounds=settings.rounds,
+        machine=machine(settings.threads),
+        code=digests.code_digest("cuantiza.eval.measure.report"),
+        versions=software(),
+    )
+
+
+def _measured(output: Path, inputs: Inputs) -> Report | None:
+    """The report in `output`, where it is one of these inputs and undamaged."""
+    try:
+        done = Report.from_json((output / JSON).read_bytes())
+    except (OSError, ValueError):
+        return None
+    return done if done.inputs == inputs and done.sha256 == done.digest() else None
+
+
+def _publish(report: Report, output: Path, language: str) -> bool:
+    """Write the report and its pages, renamed into place, where they differ from what is there; whether they did.
+
+    report.json comes last and names the pages that belong to it.
+    """
+    from cuantiza.eval.report.html import render
+    from cuantiza.eval.report.markdown import markdown
+
+    pages = {MARKDOWN: markdown(report, language), HTML: render(report, language)}
+    hashes = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in pages.items()}
+    pages[JSON] = report.sealed(hashes).to_json()
+    return folders.publish_texts(output, pages)

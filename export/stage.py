@@ -1,0 +1,124 @@
+"""The export stage: if the artifact is not up to date, build the graph, compare it with PyTorch and publish it."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import os
+from pathlib import Path
+
+from cuantiza.core.errors import UserError
+from cuantiza.core.inputs.checkpoints import Model, checkpoint_digest, resolve_model
+from cuantiza.core.inputs.defaults import ARTIFACTS, MODEL
+from cuantiza.core.machine.progress import report, working
+from cuantiza.core.store import artifact, digests, folders
+from cuantiza.core.store.artifact import Artifact
+
+NAME = "fp32"
+EXPORTERS = ("graph", "optimum")
+# The quantizers use ReduceMax with its axes as an input, which exists from opset 18 on. onnxruntime runs up to 24.
+OPSETS = range(18, 25)
+_LIBRARIES = ("numpy", "onnx", "onnx-ir", "onnxruntime", "onnxscript", "tokenizers", "torch", "transformers")
+_PINS = Path(__file__).resolve().parents[1] / "setup" / "optimum.txt"
+
+
+def export(
+    model: str | Path = MODEL, output: Path = ARTIFACTS, *, exporter: str = "graph", opset: int = 21
+) -> Artifact:
+    """Export a checkpoint to `output`/<model>/fp32, unless that artifact is there and up to date.
+
+    `model` is a folder, or a hub id with an optional `@revision`. The exporter "graph" writes this project's own graph
+    of GPT-2. The exporter "optimum" runs optimum-onnx in the interpreter `OPTIMUM_PYTHON`, for other causal language
+    models. The fp32 logits are compared with PyTorch's (in one pass, with a KV cache, and padded) before anything is
+    published.
+
+    Raises UserError where the checkpoint cannot be found or read, where an option is not one of EXPORTERS or OPSETS, or
+    where the logits differ from PyTorch's.
+    """
+    if exporter not in EXPORTERS:
+        raise UserError(f"--exporter {exporter}: choose one from {', '.join(EXPORTERS)}")
+    if opset not in OPSETS:
+        raise UserError(f"--opset {opset}: choose one from {OPSETS[0]} to {OPSETS[-1]}")
+    found = resolve_model(str(model))
+    folder = Path(output) / found.name
+    target = folder / NAME
+    with folders.locked(folder):
+        inputs = _inputs(found.folder, exporter, opset)
+        reason = artifact.rebuild_reason(target, inputs)
+        if reason is None:
+            report(f"export    {target}: up to date")
+            return artifact.open_artifact(target)
+        report(f"export    {target}: {reason}")
+        return _export(found, target, exporter, opset, inputs)
+
+
+def _inputs(checkpoint: Path, exporter: str, opset: int) -> dict:
+    """Collect everything that the bytes of the artifact depend on."""
+    return {
+        "checkpoint": checkpoint_digest(checkpoint),
+        "exporter": exporter if exporter == "graph" else f"{exporter} {_optimum_environment()}",
+        "opset": opset,
+        "code": digests.code_digest(__name__),
+        "versions": digests.versions(*_LIBRARIES),
+    }
+
+
+def _optimum_environment() -> str:
+    """Identify optimum's environment: by its pins in a checkout, else by the interpreter that the user names."""
+    return digests.sha256_file(_PINS) if _PINS.is_file() else os.environ.get("OPTIMUM_PYTHON", "none")
+
+
+def _export(model: Model, target: Path, exporter: str, opset: int, inputs: dict) -> Artifact:
+    # These imports are slow, and a run that finds everything up to date does not need them.
+    from cuantiza.core.inputs.model_config import max_positions, read_config
+    from cuantiza.core.onnx import file as onnx_file
+    from cuantiza.export.companions import write_configs, write_tokenizer
+    from cuantiza.export.gpt2 import build
+    from cuantiza.export.gpt2_config import parse_config
+    from cuantiza.export.parity import check_parity
+    from cuantiza.export.weights import read_weights
+
+    path = model.folder / "config.json"
+    fields = read_config(model.folder)
+    with folders.staging(target) as work:
+        if exporter == "optimum":
+            from cuantiza.export.optimum import export_optimum
+
+            with working("optimum's exporter"):
+                export_optimum(model.folder, fields, work, opset)
+            vocabulary, positions = fields.get("vocab_size"), max_positions(fields)
+            if not isinstance(vocabulary, int):
+                raise UserError(f"{path}: vocab_size is {vocabulary!r} where a whole number is needed")
+            write_tokenizer(model.folder, work, vocabulary)
+        else:
+            if fields.get("model_type", "gpt2") != "gpt2":
+                raise UserError(
+                    f"{path}: model_type is {fields['model_type']!r}, and the default exporter knows gpt2 only; EXPORTER=optimum exports llama, mistral, opt, qwen2 and others"
+                )
+            config = parse_config(fields, path)
+            positions = config.n_positions
+            write_tokenizer(model.folder, work, config.vocab_size)
+            graph = build(config, read_weights(model.folder), opset, model.folder)
+            with working("export    weights"):
+                onnx_file.save(graph, work)
+            del graph
+            # Reference cycles would keep the graph in memory, and with it a whole checkpoint of torch's legacy format.
+            gc.collect()
+        write_configs(fields, model.folder, work)
+        parity = check_parity(model.folder, work, positions)
+        report(
+            f"parity    max |Δ logit| {parity.whole:.1e} whole, {parity.cached:.1e} cached, "
+            f"{parity.padded:.1e} padded batch, {parity.padded_cached:.1e} padded batch cached"
+        )
+        return artifact.publish(
+            work,
+            target,
+            name=NAME,
+            model=model.name,
+            recipe={"type": "fp32", "exporter": exporter, "opset": opset},
+            inputs=inputs,
+            parent=None,
+            calibration=None,
+            versions=inputs["versions"],
+            details={"parity": dataclasses.asdict(parity)},
+        )

@@ -3,7 +3,7 @@
 python -m lab.accuracy [--models FOLDER ...] [--text FILE]
 python -m lab.accuracy --reprint    writes the page again from the JSON
 
-docs/accuracy.json holds the numbers, and lab/accuracy/page.py makes the page only from it. Artifacts and scores are
+docs/data/accuracy.json holds the numbers, and lab/accuracy/page.py makes the page only from it. Artifacts and scores are
 kept in the folder of --work, so a second run builds and measures only what has changed.
 """
 

@@ -135,5 +135,9 @@ def _serve(there: Connection, factory: Callable[..., Any], args: tuple[Any, ...]
             while True:
                 method, arguments = there.recv()
                 there.send((getattr(served, method)(*arguments), None))
-        except (UserError, OSError, ModuleNotFoundError) as error:  # the parent raises it, and cuantiza.core.errors prints it as one line
+        except (
+            UserError,
+            OSError,
+            ModuleNotFoundError,
+        ) as error:  # the parent raises it, and cuantiza.core.errors prints it as one line
             there.send((None, error))

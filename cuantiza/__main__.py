@@ -41,7 +41,8 @@ def _dispatch() -> int:
     if name not in COMMANDS:
         raise UserError(f"cuantiza {name}: there is no such command; choose from {', '.join(COMMANDS)}")
     module, function = COMMANDS[name][0].split(":")
-    return getattr(import_module(module), function)(arguments)
+    status: int = getattr(import_module(module), function)(arguments)
+    return status
 
 
 def _help() -> str:

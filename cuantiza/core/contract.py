@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 
@@ -80,7 +81,7 @@ def token_feeds(ids: np.ndarray, mask: np.ndarray) -> dict[str, np.ndarray]:
     return {name: np.ascontiguousarray(array, np.int64) for name, array in feeds.items()}
 
 
-def window_feeds(inputs: Iterable, ids: np.ndarray) -> dict[str, np.ndarray]:
+def window_feeds(inputs: Iterable[Any], ids: np.ndarray) -> dict[str, np.ndarray]:
     """All feeds for one sequence without a cache: token ids int64 [T], as a batch of one.
 
     `inputs` are the graph's, each with a name and a shape; inputs that the graph does not have are left out.

@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from types import FrameType
 from typing import NoReturn
 
 # How a user mends what the operating system refuses, by error number.
@@ -77,7 +78,7 @@ def run(main: Callable[[], int]) -> None:
             raise
         where = f"{error.filename}: " if error.filename else ""
         status = _fail(
-            f"{where}{error.strerror.lower()}; {MENDS[error.errno]} and run the command again (nothing was published)"
+            f"{where}{(error.strerror or str(error)).lower()}; {MENDS[error.errno]} and run the command again (nothing was published)"
         )
     finally:
         # Nothing is left to clean up while the interpreter ends, which joins threads first. An exception from a signal
@@ -90,14 +91,14 @@ def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())
 
 
-def _stop(number: int, _frame: object) -> NoReturn:
+def _stop(number: int, _frame: FrameType | None) -> NoReturn:
     _set_handlers(signal.SIG_IGN)
     if number == signal.SIGINT:
         raise KeyboardInterrupt
     sys.exit(128 + number)
 
 
-def _set_handlers(handler: signal.Handlers | Callable) -> None:
+def _set_handlers(handler: signal.Handlers | Callable[[int, FrameType | None], NoReturn]) -> None:
     """Set `handler` for SIGINT and SIGTERM. A signal that the parent shell ignores (background jobs) stays ignored."""
     for number in _STOPS - _IGNORED:
         signal.signal(number, handler)

@@ -19,6 +19,7 @@ from cuantiza.core.inputs.corpus import Source
 from cuantiza.core.machine.process import isolated
 from cuantiza.core.machine.progress import report as say
 from cuantiza.core.store import artifact, folders
+from cuantiza.quantize.recipes.registry import PORTABLE
 from lab import DATA, ROOT
 from lab.chapters.text import PAGES, page
 
@@ -26,7 +27,7 @@ SCHEMA = "cuantiza/chapters/1"
 
 MODEL = ROOT / "models" / "es-mini"
 JSON = "data/quantization.json"
-RECIPES = ("int8-dynamic", "int8-static", "int8-weight", "int4-weight", "fp16", "bf16")
+RECIPES = tuple(PORTABLE)
 ROWS = ("fp32", *RECIPES, "torch-fp32", "torch-dynamic")
 # Fields copied from each of the report's rows. Its latencies are copied for these two shapes: a prefill of 512 tokens,
 # and a decode step at position 128.

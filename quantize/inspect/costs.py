@@ -74,7 +74,7 @@ def recipe_table(models: list[dict]) -> Table:
     """A line for every recipe, with what it costs on each of `models` (as `read_costs` gives them)."""
     table = new_table("cuantiza quantize --recipes RECIPE ...", "recipe")
     table.add_column("what it is")
-    columns = [(model, "\n× fp32", ("ratio",)) for model in models[:1]]
+    columns = [(model, "graph\n× fp32", ("ratio",)) for model in models[:1]]
     columns += [(model, f"{model['model']}\nΔ ln ppl, top", ("delta_ln_ppl", "top1_agreement")) for model in models]
     for _, title, _ in columns:
         table.add_column(title, justify="right", no_wrap=True)

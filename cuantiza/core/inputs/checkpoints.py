@@ -99,7 +99,7 @@ def _download(spec: str, repo: str, revision: str | None) -> Path:
     )
 
     try:
-        names = {file.rfilename for file in HfApi().model_info(repo, revision=revision).siblings}
+        names = {file.rfilename for file in HfApi().model_info(repo, revision=revision).siblings or ()}
         weights = weight_files(names)
         if not weights:
             raise UserError(

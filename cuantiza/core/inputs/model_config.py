@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from cuantiza.core.errors import UserError
 
 _POSITIONS = ("n_positions", "max_position_embeddings", "n_ctx", "seq_length", "max_seq_len")
 
 
-def read_config(folder: Path) -> dict:
+def read_config(folder: Path) -> dict[str, Any]:
     """config.json of a checkpoint or artifact. Raises UserError where it is missing or no JSON object."""
     path = folder / "config.json"
     try:
@@ -28,8 +29,8 @@ def start_token(folder: Path) -> int:
     """The id that stands before a text: the configuration's bos, else its eos (GPT-2 has one for both)."""
     config = read_config(folder)
     for key in ("bos_token_id", "eos_token_id"):
-        if isinstance(config.get(key), int):
-            return config[key]
+        if isinstance(found := config.get(key), int):
+            return found
     raise UserError(
         f"{folder / 'config.json'}: has neither bos_token_id nor eos_token_id; add the id of the token that starts a text"
     )
@@ -49,7 +50,7 @@ def end_tokens(folder: Path) -> frozenset[int]:
     return frozenset()
 
 
-def max_positions(config: dict) -> int:
+def max_positions(config: dict[str, Any]) -> int:
     """The longest sequence in tokens that the model of config.json's fields takes; 1024 where it names none.
 
     1024 is the smallest default of the model types that can leave it out.

@@ -11,6 +11,7 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 _GRACE_S = 10  # for a child that is told to end, to remove its temporary files
 
@@ -56,7 +57,7 @@ def run(
     return output
 
 
-def end(process: subprocess.Popen) -> None:
+def end(process: subprocess.Popen[Any]) -> None:
     """End `process` and its group: SIGTERM first, so that it can clean up, then SIGKILL."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGTERM)

@@ -9,11 +9,12 @@ import os
 import platform
 import resource
 from pathlib import Path
+from typing import Any
 
 from cuantiza.core.errors import UserError
 
 
-def machine(threads: int) -> dict:
+def machine(threads: int) -> dict[str, Any]:
     """What a report says of the machine: processor, logical processors, `threads` used, memory in bytes, system."""
     return {
         "cpu": cpu_name(),

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from typing import Any, NoReturn
 
 from cuantiza.core.errors import UserError
@@ -28,7 +29,7 @@ class Remote:
     if the child is killed (by the kernel, when memory runs out).
     """
 
-    def __init__(self, factory: Callable, *args: Any, label: str | None = None) -> None:
+    def __init__(self, factory: Callable[..., Any], *args: Any, label: str | None = None) -> None:
         self._label = label or f"{factory.__name__}({', '.join(map(str, args))})"
         self._here, there = _context.Pipe()
         self._process = _context.Process(target=_serve, args=(there, factory, args), daemon=True)
@@ -78,7 +79,7 @@ class Remote:
         self._here.close()
 
 
-def _start(process: multiprocessing.Process) -> None:
+def _start(process: BaseProcess) -> None:
     """Start `process` with SIGINT blocked.
 
     Otherwise a Ctrl-C while the child imports its modules, before `_serve`, would print the child's own traceback.
@@ -98,7 +99,7 @@ def _start(process: multiprocessing.Process) -> None:
 class _Call:
     """A function as an object with one method, `run`, which is shown to be at work while it takes long."""
 
-    def __init__(self, function: Callable, label: str) -> None:
+    def __init__(self, function: Callable[..., Any], label: str) -> None:
         self._function, self._label = function, label
 
     def run(self, *args: Any) -> Any:
@@ -106,7 +107,7 @@ class _Call:
             return self._function(*args)
 
 
-def isolated(function: Callable, *args: Any, label: str | None = None) -> Any:
+def isolated(function: Callable[..., Any], *args: Any, label: str | None = None) -> Any:
     """Run `function(*args)` in a process that ends with it. Raises UserError as `Remote` does; `label` names it there."""
     label = label or function.__name__
     with Remote(_Call, function, label, label=label) as remote:
@@ -118,11 +119,12 @@ def _end_with_parent() -> None:
 
     A parent that is killed with SIGKILL cannot clean up, so each child watches it and exits by itself.
     """
-    multiprocessing.parent_process().join()
+    if parent := multiprocessing.parent_process():
+        parent.join()
     os._exit(1)
 
 
-def _serve(there: Connection, factory: Callable, args: tuple) -> None:
+def _serve(there: Connection, factory: Callable[..., Any], args: tuple[Any, ...]) -> None:
     # A Ctrl-C reaches the whole process group. The parent handles it, and ends this process.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -133,5 +135,9 @@ def _serve(there: Connection, factory: Callable, args: tuple) -> None:
             while True:
                 method, arguments = there.recv()
                 there.send((getattr(served, method)(*arguments), None))
-        except (UserError, OSError) as error:  # the parent raises it, and cuantiza.core.errors prints it as one line
+        except (
+            UserError,
+            OSError,
+            ModuleNotFoundError,
+        ) as error:  # the parent raises it, and cuantiza.core.errors prints it as one line
             there.send((None, error))

@@ -95,7 +95,11 @@ def save(model: ir.Model, folder: Path) -> None:
     every weight twice (GPT-2 small peaks at 2.3 GB so, and at 0.8 GB here). Only the framing of the three enclosing messages
     is written here (cuantiza/core/onnx/stream.py); every message inside is the library's.
     """
-    weights = {name: value.const_value for name, value in model.graph.initializers.items()}
+    weights = {
+        name: value.const_value
+        for name, value in model.graph.initializers.items()
+        if value.const_value is not None  # onnx_ir refuses to write one without a value
+    }
     if sum(tensor.nbytes for tensor in weights.values()) > INLINE_LIMIT_BYTES:
         ir.save(model, folder / "model.onnx", external_data=DATA)
         return
@@ -122,7 +126,7 @@ def save(model: ir.Model, folder: Path) -> None:
     new.replace(folder / "model.onnx")
 
 
-def _without_weights(model: ir.Model, weights: dict) -> ir.Model:
+def _without_weights(model: ir.Model, weights: dict[str, ir.TensorProtocol]) -> ir.Model:
     """A copy of the graph that shares no initializer with `model`."""
     copy = model.clone()
     for name in weights:

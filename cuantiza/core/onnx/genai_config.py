@@ -5,6 +5,8 @@ Its tokenizer is made of tokenizer.json and tokenizer_config.json, which lie in 
 
 from __future__ import annotations
 
+from typing import Any
+
 from cuantiza.core import contract
 
 GENAI_CONFIG = "genai_config.json"
@@ -13,8 +15,8 @@ _TYPE = "decoder"
 
 
 def genai_config(
-    config: dict,
-    generation: dict,
+    config: dict[str, Any],
+    generation: dict[str, Any],
     *,
     layers: int,
     heads: int,
@@ -22,7 +24,7 @@ def genai_config(
     vocabulary: int,
     positions: int,
     in_place: bool,
-) -> dict:
+) -> dict[str, Any]:
     """The fields of genai_config.json for a graph with the inputs and outputs of cuantiza/core/contract.py.
 
     `config` and `generation` are config.json and generation_config.json, of which the special tokens are taken, the

@@ -34,9 +34,11 @@ def read_without_weights(path: Path) -> onnx.ModelProto:
         if not path.stat().st_size:
             raise DecodeError("an empty file")
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            return onnx.ModelProto.FromString(
+            model = onnx.ModelProto()
+            model.ParseFromString(
                 b"".join(_rewritten(data, (0, len(data)), [MODEL_GRAPH, GRAPH_INITIALIZER], path.name))
             )
+            return model
 
 
 def _rewritten(data: mmap.mmap, span: Span, descend: list[int], file: str) -> Iterator[bytes]:

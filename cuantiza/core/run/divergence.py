@@ -36,10 +36,11 @@ def compare(reference: np.ndarray, candidates: list[np.ndarray], targets: np.nda
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
     """ln of the distribution over the last axis, float32 in and out."""
-    shifted = logits - logits.max(axis=1, keepdims=True)
+    shifted: np.ndarray = logits - logits.max(axis=1, keepdims=True)
     shifted -= np.log(np.exp(shifted).sum(axis=1, keepdims=True))
     return shifted
 
 
 def _pick(log_p: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    return -log_p[np.arange(len(targets)), targets].astype(np.float64)
+    picked: np.ndarray = -log_p[np.arange(len(targets)), targets].astype(np.float64)
+    return picked

@@ -46,7 +46,7 @@ def probe() -> bytes:
         [tensor],
     )
     opset = [helper.make_opsetid("", 21)]
-    return helper.make_model(graph, opset_imports=opset, ir_version=10).SerializeToString()
+    return bytes(helper.make_model(graph, opset_imports=opset, ir_version=10).SerializeToString())
 
 
 def saturates(model: bytes, options: dict[str, str]) -> bool:

@@ -118,7 +118,8 @@ class Runtime:
 
     def forward(self, ids: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
         """Logits float32 [B, T, V] of token ids [B, T], computed without a cache; `mask` [B, T] is 0 on padding."""
-        return self.run(ids, mask)[0].numpy()
+        logits: np.ndarray = self.run(ids, mask)[0].numpy()
+        return logits
 
     def extend(
         self, ids: np.ndarray, past: list[ort.OrtValue], mask: np.ndarray | None = None
@@ -140,7 +141,9 @@ class Runtime:
         if mask is None:
             mask = np.ones((len(ids), before + ids.shape[1]), np.int64)
         values = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in self._feeds(ids, mask).items()}
-        return self.session.run_with_ort_values(self._outputs, values | dict(zip(self._past, past, strict=True)))
+        feeds = values | dict(zip(self._past, past, strict=True))
+        outputs: list[ort.OrtValue] = self.session.run_with_ort_values(self._outputs, feeds)
+        return outputs
 
     def empty_past(self, batch: int) -> list[ort.OrtValue]:
         """The past of a sequence without tokens: L × (key, value), each [B, H, 0, d]."""
@@ -200,7 +203,8 @@ class Runtime:
         logits, *grown = binding.get_outputs()
         if cache.binding is None:
             cache.past = grown
-        return logits.numpy()
+        array: np.ndarray = logits.numpy()
+        return array
 
     def _binding(self) -> ort.IOBinding:
         binding = self.session.io_binding()

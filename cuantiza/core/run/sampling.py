@@ -117,5 +117,6 @@ def _repeating(before: list[int], size: int) -> list[int]:
 
 
 def _softmax(values: np.ndarray) -> np.ndarray:
-    exponentials = np.exp(values - values.max())
-    return exponentials / exponentials.sum()
+    exponentials: np.ndarray = np.exp(values - values.max())
+    exponentials /= exponentials.sum()
+    return exponentials

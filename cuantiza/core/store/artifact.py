@@ -9,6 +9,7 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from cuantiza.core.errors import UserError
 from cuantiza.core.store.digests import digest, sha256_file
@@ -39,13 +40,13 @@ class Manifest:
 
     name: str
     model: str
-    recipe: dict
-    inputs: dict
+    recipe: dict[str, Any]
+    inputs: dict[str, Any]
     parent: str | None
     calibration: str | None
     files: dict[str, File]
     versions: dict[str, str]
-    details: dict
+    details: dict[str, Any]
     schema: str = SCHEMA
 
 
@@ -99,7 +100,7 @@ def open_artifact(path: Path) -> Artifact:
     return Artifact(path, manifest)
 
 
-def rebuild_reason(path: Path, inputs: dict) -> str | None:
+def rebuild_reason(path: Path, inputs: dict[str, Any]) -> str | None:
     """Why the artifact at `path` has to be built, in a few words; None where it is whole and up to date."""
     if not path.exists():
         return "new"
@@ -117,12 +118,12 @@ def publish(
     *,
     name: str,
     model: str,
-    recipe: dict,
-    inputs: dict,
+    recipe: dict[str, Any],
+    inputs: dict[str, Any],
     parent: str | None,
     calibration: str | None,
     versions: dict[str, str],
-    details: dict,
+    details: dict[str, Any],
 ) -> Artifact:
     """Write the manifest of the files in `work` and publish them as `target`."""
     files = {file.name: File(file.stat().st_size, sha256_file(file)) for file in sorted(work.iterdir())}
@@ -134,6 +135,6 @@ def publish(
     return Artifact(target, manifest)
 
 
-def _manifest_text(fields: dict) -> str:
+def _manifest_text(fields: dict[str, Any]) -> str:
     """manifest.json of `fields`, with their digest as `sha256`."""
     return json.dumps(fields | {"sha256": digest(fields)}, indent=1, ensure_ascii=False, sort_keys=True) + "\n"

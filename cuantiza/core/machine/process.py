@@ -1,6 +1,6 @@
-"""Run our own functions in a process of their own: its memory goes back to the system, its death is one clear line here.
+"""Run our functions in a process of their own: it returns its memory to the system, and its death is one clear line.
 
-The counterpart for programs in other interpreters is cuantiza/core/machine/child.py.
+For programs in other interpreters there is cuantiza/core/machine/child.py.
 """
 
 from __future__ import annotations

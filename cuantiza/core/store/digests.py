@@ -1,4 +1,4 @@
-"""What a result depends on, as sha256 in hex: values, files, our own code; and the versions of libraries."""
+"""sha256, in hex, of what a result depends on (values, files, our own code), and the versions of libraries."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def _run(node: ast.AST) -> Iterator[ast.AST]:
 
 
 def _source(name: str) -> Path | None:
-    """The file of module or package `name` of cuantiza; None where there is no such module."""
+    """The file of the module or package `name` of cuantiza; None if there is no such module."""
     package, *parts = name.split(".")
     if package != "cuantiza":
         return None

@@ -1,4 +1,4 @@
-"""Checkpoint -> fp32 artifact. Calling this package, `cuantiza.export(...)`, calls `cuantiza.export.stage.export`."""
+"""Export a checkpoint to an fp32 artifact. Calling this package, `cuantiza.export(...)`, calls `stage.export`."""
 
 from cuantiza.core.errors import end_quietly_while_loading
 from cuantiza.core.stages import make_callable

@@ -17,7 +17,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--exporter",
         choices=EXPORTERS,
         default="graph",
-        help="graph: GPT-2, authored here; optimum: other causal language models",
+        help="graph: this project's own graph of GPT-2; optimum: other causal language models, by optimum's exporter",
     )
     parser.add_argument(
         "--opset", type=int, default=21, help=f"ONNX operator set, {OPSETS[0]} to {OPSETS[-1]} (default 21)"

@@ -1,4 +1,4 @@
-"""The tokenizer and configuration files of an artifact: taken from the checkpoint, made where it lacks them."""
+"""Write the tokenizer and configuration files of an artifact: those of the checkpoint, or new ones if it lacks them."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from cuantiza.core.inputs.tokenizer import load_tokenizer
 def write_tokenizer(checkpoint: Path, work: Path, vocabulary: int) -> None:
     """Write tokenizer.json and tokenizer_config.json to `work`.
 
-    GPT-2s of 2020 carry vocab.json and merges.txt alone; transformers makes the missing files of them.
-    Raises UserError where there is no tokenizer, or one that gives ids of `vocabulary` or above.
+    GPT-2 checkpoints of 2020 carry only vocab.json and merges.txt; transformers makes the missing files from these.
+    Raises UserError where there is no tokenizer, or where it gives ids of `vocabulary` or above.
     """
     if (checkpoint / "tokenizer.json").is_file() and (checkpoint / "tokenizer_config.json").is_file():
         tokenizer = load_tokenizer(checkpoint)
@@ -35,7 +35,7 @@ def write_tokenizer(checkpoint: Path, work: Path, vocabulary: int) -> None:
 
 
 def write_configs(fields: dict, checkpoint: Path, work: Path) -> None:
-    """Write config.json, and generation_config.json from the checkpoint's own or from `fields`."""
+    """Write config.json, and generation_config.json: the checkpoint's own, or one made from `fields`."""
     _write_json(work / "config.json", fields)
     given = checkpoint / "generation_config.json"
     made = {key: fields[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if fields.get(key) is not None}
@@ -45,7 +45,7 @@ def write_configs(fields: dict, checkpoint: Path, work: Path) -> None:
 
 
 def _convert(checkpoint: Path, work: Path):
-    """Have transformers write the tokenizer files that `checkpoint` lacks, and read tokenizer.json."""
+    """Let transformers write the tokenizer files that `checkpoint` lacks, and return the tokenizer."""
     if not any((checkpoint / name).is_file() for name in ("tokenizer.json", "vocab.json")):
         raise UserError(
             f"{checkpoint}: has no tokenizer ({', '.join(TOKENIZER)}); take the files of the original checkpoint"
@@ -56,7 +56,7 @@ def _convert(checkpoint: Path, work: Path):
 
     try:
         AutoTokenizer.from_pretrained(checkpoint, local_files_only=True, trust_remote_code=False).save_pretrained(work)
-    except Exception as error:  # whatever the Rust library and transformers raise over a broken file
+    except Exception as error:  # for a broken file, the Rust library and transformers raise many kinds of exception
         raise UserError(
             f"{checkpoint}: its tokenizer files are broken ({error}); take those of the original checkpoint"
         ) from None
@@ -68,12 +68,16 @@ def _convert(checkpoint: Path, work: Path):
         if file.name in TOKENIZER and file.name != "tokenizer.json":
             file.unlink()
     _write_json(config, fields)
-    # transformers 5 rebuilds GPT-2's from the vocabulary and merges alone, without the file's own normalizer and splitting.
+    # The checkpoint's own tokenizer.json has priority: transformers 5 rebuilds a GPT-2 tokenizer from vocabulary and
+    # merges alone, without the file's own normalizer and pre-tokenizer.
     return load_tokenizer(checkpoint if (checkpoint / "tokenizer.json").is_file() else work)
 
 
 def _check_merges(tokenizer: Path, checkpoint: Path) -> None:
-    """Every token but the 256 bytes and a few special ones comes of a merge: fewer of them split text into letters."""
+    """Raise UserError if merges are missing, because text would then be split into single letters.
+
+    Every token except the 256 bytes and a few special ones is the result of a merge.
+    """
     model = _read_json(tokenizer)["model"]
     if len(model["vocab"]) - len(model["merges"]) > 2 * 256:
         raise UserError(
@@ -86,9 +90,9 @@ def _read_json(path: Path) -> dict:
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: is no JSON ({error}); take the file of the original checkpoint") from None
+        raise UserError(f"{path}: is not valid JSON ({error}); take the file of the original checkpoint") from None
     if not isinstance(fields, dict):
-        raise UserError(f"{path}: is no JSON object; take the file of the original checkpoint")
+        raise UserError(f"{path}: is not a JSON object; take the file of the original checkpoint")
     return fields
 
 

@@ -1,4 +1,4 @@
-"""config.json of a GPT-2, of any age, as a frozen dataclass."""
+"""Parse the config.json of a GPT-2 checkpoint, of any age, into a frozen dataclass."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ ACTIVATIONS = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu", "relu", "si
 
 @dataclass(frozen=True)
 class GPT2Config:
-    """The fields of transformers' GPT2Config that change the logits; names and defaults are its own."""
+    """The fields of transformers' GPT2Config that change the logits. Names and defaults are those of transformers."""
 
     vocab_size: int
     n_positions: int
@@ -32,9 +32,9 @@ class GPT2Config:
 
 
 def parse_config(fields: dict, path: Path) -> GPT2Config:
-    """The GPT-2 that `fields` describe; keys that a file of 2020 lacks take transformers' defaults.
+    """Return the GPT-2 that `fields` describe. Keys that a file of 2020 lacks take transformers' defaults.
 
-    Raises UserError where a field has another type or a value that no GPT2LMHeadModel has.
+    Raises UserError where a field has a wrong type, or a value that no GPT2LMHeadModel has; `path` is named in it.
     """
 
     def number(*keys: str, default: int | None = None) -> int:
@@ -51,17 +51,17 @@ def parse_config(fields: dict, path: Path) -> GPT2Config:
 
     width, heads = number("n_embd", "hidden_size", default=768), number("n_head", "num_attention_heads", default=12)
     if width % heads:
-        raise UserError(f"{path}: n_embd {width} is no multiple of n_head {heads}")
+        raise UserError(f"{path}: n_embd {width} is not a multiple of n_head {heads}")
     activation = fields.get("activation_function", "gelu_new")
     if activation not in ACTIVATIONS:
-        raise UserError(f"{path}: activation_function {activation!r} is none of {', '.join(ACTIVATIONS)}")
+        raise UserError(f"{path}: activation_function {activation!r} is not one of {', '.join(ACTIVATIONS)}")
     if flag("add_cross_attention", False):
         raise UserError(f"{path}: add_cross_attention is true; only GPT-2 without an encoder is exported")
     vocabulary = number("vocab_size", default=50257)
     start = next((fields[key] for key in ("bos_token_id", "eos_token_id") if fields.get(key) is not None), None)
     if not isinstance(start, int) or not 0 <= start < vocabulary:
         raise UserError(
-            f"{path}: bos_token_id (else eos_token_id) is {start!r} where the token that starts a text, below {vocabulary}, is needed"
+            f"{path}: bos_token_id (or eos_token_id in its place) is {start!r}; it has to be the token id that starts a text, from 0 to {vocabulary - 1}"
         )
     epsilon = fields.get("layer_norm_epsilon", 1e-5)
     if not isinstance(epsilon, float) or not 0 < epsilon < 1:

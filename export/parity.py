@@ -1,4 +1,4 @@
-"""Parity: the logits of the exported graph in ONNX Runtime against PyTorch's, on real Spanish text."""
+"""Check parity: compare the logits of the exported graph in ONNX Runtime with PyTorch's, on real Spanish text."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ se acostó temprano. Afuera, el viento seguía buscando una rendija por la que e
 
 @dataclass(frozen=True)
 class Parity:
-    """Largest |difference| of logits by case; all within `atol` + `rtol` · |PyTorch's logit|."""
+    """The largest |difference| of logits in each case. All are within `atol` + `rtol` · |PyTorch's logit|."""
 
     whole: float
     cached: float
@@ -41,8 +41,9 @@ class Parity:
 def check_parity(checkpoint: Path, work: Path, positions: int) -> Parity:
     """Compare `work`/model.onnx with the PyTorch model of `checkpoint`, on windows of at most `positions` tokens.
 
-    Two inputs, one text, and a batch of 3 texts of different lengths with padding on the left, each whole and
-    token by token through the cache. Raises UserError beyond the tolerance.
+    There are two inputs: one text, and a batch of 3 texts of different lengths with padding on the left. Each goes
+    through the graph in one pass, and then token by token with the KV cache. Raises UserError where a difference is
+    beyond the tolerance.
     """
     ids = load_tokenizer(work).encode(" ".join(TEXT.split()), add_special_tokens=False).ids
     row = np.asarray([start_token(work), *ids][: min(TOKENS, positions)], np.int64)[None]  # [1, T]
@@ -50,9 +51,11 @@ def check_parity(checkpoint: Path, work: Path, positions: int) -> Parity:
     mask = np.stack([np.arange(row.shape[1]) >= row.shape[1] - length for length in lengths]).astype(np.int64)
     batch = np.stack([np.concatenate([np.zeros(row.shape[1] - n, np.int64), row[0, :n]]) for n in lengths]) * mask
 
-    # Each in a process of its own: the two models need not be in memory together.
-    whole, padded = isolated(_pytorch_logits, checkpoint, row, batch, mask)
-    our_whole, our_cached, our_padded, our_padded_cached = isolated(_onnx_logits, work / "model.onnx", row, batch, mask)
+    # Each model runs in a process of its own, so that the two are never in memory together.
+    whole, padded = isolated(_pytorch_logits, checkpoint, row, batch, mask, label="parity, PyTorch")
+    our_whole, our_cached, our_padded, our_padded_cached = isolated(
+        _onnx_logits, work / "model.onnx", row, batch, mask, label="parity, ONNX Runtime"
+    )
     real = mask.astype(bool)
     cases = {
         "whole": (our_whole, whole),
@@ -64,14 +67,14 @@ def check_parity(checkpoint: Path, work: Path, positions: int) -> Parity:
         if not np.allclose(ours, theirs, rtol=RTOL, atol=ATOL):
             raise UserError(
                 f"{checkpoint}: the exported graph differs from PyTorch by {np.abs(ours - theirs).max():.2g} ({name}), "
-                f"beyond {ATOL} + {RTOL} of the logit; not published, please report it with the config.json"
+                f"more than {ATOL} + {RTOL} · |logit|, so it is not published; please report this with the config.json"
             )
     return Parity(**{name: float(f"{np.abs(ours - theirs).max():.2g}") for name, (ours, theirs) in cases.items()})
 
 
 def _onnx_logits(model: Path, row: np.ndarray, batch: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Logits of ONNX Runtime: of row [1, T] whole and through the cache, of batch [3, T] whole and through it."""
-    runtime = Runtime(model, prepack=False)  # a big model is compared without a copy of it in memory
+    """Compute logits with ONNX Runtime, in one pass and with the KV cache: for row [1, T], then for batch [3, T]."""
+    runtime = Runtime(model, prepack=False)  # prepacking would hold a second copy of a big model in memory
 
     def cached(ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
         past, steps = runtime.empty_past(len(ids)), []
@@ -86,7 +89,7 @@ def _onnx_logits(model: Path, row: np.ndarray, batch: np.ndarray, mask: np.ndarr
 def _pytorch_logits(
     checkpoint: Path, row: np.ndarray, batch: np.ndarray, mask: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Logits of PyTorch, in fp32: of row [1, T] and of batch [3, T] with its padding mask."""
+    """Compute logits with PyTorch in fp32: for row [1, T], and for batch [3, T] with its padding mask."""
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
@@ -99,7 +102,8 @@ def _pytorch_logits(
         ).eval()
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(
-            f"{checkpoint}: transformers cannot load it ({error}); nothing to compare the graph with"
+            f"{checkpoint}: transformers cannot load it ({error}), so the graph cannot be compared with PyTorch; "
+            "take the files of the original checkpoint"
         ) from None
 
     def logits(ids: np.ndarray, mask: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The export stage: is the artifact up to date? If not, build the graph, check it against PyTorch and publish it."""
+"""The export stage: if the artifact is not up to date, build the graph, compare it with PyTorch and publish it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cuantiza.core.store.artifact import Artifact
 
 NAME = "fp32"
 EXPORTERS = ("graph", "optimum")
-# ReduceMax takes its axes as an input from opset 18 on, which the quantizers use; 24 is the last that onnxruntime runs.
+# The quantizers use ReduceMax with its axes as an input, which exists from opset 18 on. onnxruntime runs up to 24.
 OPSETS = range(18, 25)
 _LIBRARIES = ("numpy", "onnx", "onnx-ir", "onnxruntime", "onnxscript", "tokenizers", "torch", "transformers")
 _PINS = Path(__file__).resolve().parents[1] / "setup" / "optimum.txt"
@@ -27,12 +27,13 @@ def export(
 ) -> Artifact:
     """Export a checkpoint to `output`/<model>/fp32, unless that artifact is there and up to date.
 
-    `model` is a folder, or a hub id with an optional `@revision`. `exporter` "graph" writes GPT-2's own graph; "optimum"
-    runs optimum-onnx in the interpreter `OPTIMUM_PYTHON`, for other causal language models. The fp32 logits are compared
-    with PyTorch's (whole, with a KV cache, padded) before anything is published.
+    `model` is a folder, or a hub id with an optional `@revision`. The exporter "graph" writes this project's own graph
+    of GPT-2. The exporter "optimum" runs optimum-onnx in the interpreter `OPTIMUM_PYTHON`, for other causal language
+    models. The fp32 logits are compared with PyTorch's (in one pass, with a KV cache, and padded) before anything is
+    published.
 
-    Raises UserError where the checkpoint cannot be had or read, an option is none of EXPORTERS or OPSETS, or the logits
-    differ from PyTorch's.
+    Raises UserError where the checkpoint cannot be found or read, where an option is not one of EXPORTERS or OPSETS, or
+    where the logits differ from PyTorch's.
     """
     if exporter not in EXPORTERS:
         raise UserError(f"--exporter {exporter}: choose one from {', '.join(EXPORTERS)}")
@@ -52,31 +53,23 @@ def export(
 
 
 def _inputs(checkpoint: Path, exporter: str, opset: int) -> dict:
-    """Everything that the bytes of the artifact depend on."""
-    roots = (
-        "cuantiza.export.gpt2",
-        "cuantiza.export.weights",
-        "cuantiza.export.gpt2_config",
-        "cuantiza.export.companions",
-        "cuantiza.export.parity",
-        "cuantiza.core.onnx.file",
-    )
+    """Collect everything that the bytes of the artifact depend on."""
     return {
         "checkpoint": checkpoint_digest(checkpoint),
         "exporter": exporter if exporter == "graph" else f"{exporter} {_optimum_environment()}",
         "opset": opset,
-        "code": digests.code_digest(*roots, *(["cuantiza.export.optimum"] if exporter == "optimum" else [])),
+        "code": digests.code_digest(__name__),
         "versions": digests.versions(*_LIBRARIES),
     }
 
 
 def _optimum_environment() -> str:
-    """What identifies optimum's environment: its pins in a checkout, else the interpreter that the user names."""
+    """Identify optimum's environment: by its pins in a checkout, else by the interpreter that the user names."""
     return digests.sha256_file(_PINS) if _PINS.is_file() else os.environ.get("OPTIMUM_PYTHON", "none")
 
 
 def _export(model: Model, target: Path, exporter: str, opset: int, inputs: dict) -> Artifact:
-    # Imported here: a run that finds everything up to date does not need torch and the rest.
+    # These imports are slow, and a run that finds everything up to date does not need them.
     from cuantiza.core.inputs.model_config import max_positions, read_config
     from cuantiza.core.onnx import file as onnx_file
     from cuantiza.export.companions import write_configs, write_tokenizer
@@ -100,7 +93,7 @@ def _export(model: Model, target: Path, exporter: str, opset: int, inputs: dict)
         else:
             if fields.get("model_type", "gpt2") != "gpt2":
                 raise UserError(
-                    f"{path}: is a {fields['model_type']!r}, and only gpt2 is authored here; EXPORTER=optimum exports llama, mistral, opt, qwen2 and others"
+                    f"{path}: model_type is {fields['model_type']!r}, and the default exporter knows gpt2 only; EXPORTER=optimum exports llama, mistral, opt, qwen2 and others"
                 )
             config = parse_config(fields, path)
             positions = config.n_positions
@@ -109,7 +102,8 @@ def _export(model: Model, target: Path, exporter: str, opset: int, inputs: dict)
             with working("export    weights"):
                 onnx_file.save(graph, work)
             del graph
-            gc.collect()  # the graph is full of cycles, and holds a checkpoint in torch's legacy format whole
+            # Reference cycles would keep the graph in memory, and with it a whole checkpoint of torch's legacy format.
+            gc.collect()
         write_configs(fields, model.folder, work)
         parity = check_parity(model.folder, work, positions)
         report(

@@ -1,4 +1,4 @@
-"""Weight files -> named arrays, read lazily: safetensors where there are any, else pytorch_model.bin."""
+"""Read weight files as named arrays, lazily: safetensors where there are any, else pytorch_model.bin."""
 
 from __future__ import annotations
 
@@ -19,29 +19,30 @@ from cuantiza.core.errors import UserError
 from cuantiza.core.inputs.checkpoints import weight_files
 
 _DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "F64": np.float64}
-# Buffers that old checkpoints carry among their weights: the causal mask and the value that stood for -inf.
+# Buffers that old checkpoints store among their weights: the causal mask, and the value used instead of -inf.
 _BUFFERS = (".attn.bias", ".attn.masked_bias")
 
 
 @dataclass(frozen=True)
 class Weight:
-    """A tensor on disk: `read()` gives it as float32 [shape]."""
+    """A tensor on disk. `read()` loads it as a float32 array of `shape`."""
 
     shape: tuple[int, ...]
     read: Callable[[], np.ndarray]
 
 
 def read_weights(folder: Path) -> dict[str, Weight]:
-    """The weights of a GPT-2 checkpoint by name, without the `transformer.` prefix and without buffers.
+    """Return the weights of a GPT-2 checkpoint by name, without the `transformer.` prefix and without buffers.
 
-    Arrays are read when asked for, so that no more than one has to be in memory (a `.bin` in torch's
-    legacy format is the exception: it cannot be mapped). Nothing is ever unpickled by Python's own loader.
-    Raises UserError where no weights are found, or a file is cut short or mislabelled.
+    Each array is read only when it is asked for, so that no more than one has to be in memory. A `.bin` in torch's
+    legacy format is the exception, because it cannot be memory-mapped. Python's own unpickler never reads a file,
+    because it would run code that the file contains. Raises UserError where no weights are found, or where a file is
+    cut short or mislabelled.
     """
     names = weight_files({file.name for file in folder.iterdir()})
     if not names:
         found = [file.name for file in folder.iterdir() if file.suffix in (".h5", ".msgpack", ".ot")]
-        kind = f" but {', '.join(sorted(found))}, which are not read" if found else ""
+        kind = f", only {', '.join(sorted(found))}, which cannot be read" if found else ""
         raise UserError(
             f"{folder}: has no model.safetensors and no pytorch_model.bin{kind}; save the model with transformers' save_pretrained"
         )
@@ -55,7 +56,7 @@ def read_weights(folder: Path) -> dict[str, Weight]:
 
 
 def _check_index(folder: Path, names: list[str]) -> None:
-    """All shards that an index names have to be there, and nothing outside the folder."""
+    """Raise UserError where an index names a shard that is not a file of this folder."""
     for name in names:
         if not name.endswith(".index.json"):
             continue
@@ -68,10 +69,10 @@ def _check_index(folder: Path, names: list[str]) -> None:
 
 
 def _read_safetensors(path: Path) -> dict[str, Weight]:
-    """Tensors of a safetensors file, memory-mapped.
+    """Return the tensors of a safetensors file, memory-mapped.
 
-    The library validates the header; the offsets come from it directly (8 bytes of length, then JSON), as
-    the library's NumPy front has no bfloat16. Format: huggingface.co/docs/safetensors.
+    The library validates the header. The offsets are then read from the header itself (8 bytes of length, then JSON),
+    because the library's NumPy interface does not support bfloat16. Format: huggingface.co/docs/safetensors.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -79,7 +80,7 @@ def _read_safetensors(path: Path) -> dict[str, Weight]:
         with safe_open(path, framework="np"):
             pass
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: is cut short or no safetensors file ({error}); download it again") from None
+        raise UserError(f"{path}: is cut short or not a safetensors file ({error}); download it again") from None
     with path.open("rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
         header = json.loads(file.read(length))
@@ -101,7 +102,7 @@ def _read_safetensors(path: Path) -> dict[str, Weight]:
 
 
 def _read_bin(path: Path) -> dict[str, Weight]:
-    """Tensors of a pytorch_model.bin through torch's weights-only loader, which runs no code of the file."""
+    """Return the tensors of a pytorch_model.bin. torch's weights-only loader reads it and runs no code of the file."""
     import torch
 
     try:
@@ -109,14 +110,14 @@ def _read_bin(path: Path) -> dict[str, Weight]:
         if mapped:
             _refuse_bomb(path)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about the protocol of the pickle, which is no concern of the user's
+            warnings.simplefilter("ignore")  # torch warns about the pickle's protocol, which does not concern users
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         reason = next(
             (line for line in str(error).splitlines() if "Unsupported" in line or "not an allowed" in line), ""
         )
         if not reason:
-            raise UserError(f"{path}: is cut short or no PyTorch file; download it again") from None
+            raise UserError(f"{path}: is cut short or not a PyTorch file; download it again") from None
         raise UserError(
             f"{path}: holds more than tensors and was refused unexecuted ({reason.strip()}); "
             "ask its author for a model.safetensors"
@@ -127,8 +128,8 @@ def _read_bin(path: Path) -> dict[str, Weight]:
         ) from None
     except (PermissionError, UserError):
         raise
-    except Exception:  # the loader meets a broken file with whatever its code comes to
-        raise UserError(f"{path}: is cut short or no PyTorch file; download it again") from None
+    except Exception:  # for a broken file, the loader raises many kinds of exception
+        raise UserError(f"{path}: is cut short or not a PyTorch file; download it again") from None
     if not isinstance(state, dict):
         raise UserError(
             f"{path}: holds a {type(state).__name__}, not a dictionary of tensors; save the model with transformers' save_pretrained"
@@ -145,19 +146,19 @@ def _read_bin(path: Path) -> dict[str, Weight]:
 
 
 def _refuse_bomb(path: Path) -> None:
-    """Raises UserError where the members of an archive unpack to more than its size: torch.save never compresses."""
+    """Raise UserError where an archive unpacks to more than its own size: torch.save never compresses."""
     with zipfile.ZipFile(path) as archive:
         unpacked = sum(member.file_size for member in archive.infolist())
     if unpacked > path.stat().st_size:
         raise UserError(
-            f"{path}: unpacks to {unpacked} bytes, more than the file has, which torch.save never writes; "
+            f"{path}: unpacks to {unpacked} bytes, more than its own size, which torch.save never writes; "
             "save it again with torch.save, or ask its author for a model.safetensors"
         )
 
 
 def check_finite(name: str, array: np.ndarray, folder: Path) -> np.ndarray:
-    """`array` itself. Raises UserError where it holds NaN or infinities."""
-    # A sum over float64 is not finite where any element is not, without a mask as large as the weights.
+    """Return `array` itself. Raises UserError where it holds NaN or infinities."""
+    # A float64 sum is not finite if any element is not, and it needs no mask as large as the weights.
     with np.errstate(invalid="ignore"):
         total = float(array.sum(dtype=np.float64))
     if not math.isfinite(total):

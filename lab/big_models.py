@@ -29,8 +29,8 @@ from cuantiza.core.machine.hardware import cpu_name, memory_bytes
 from cuantiza.core.machine.progress import report as say
 from cuantiza.core.machine.progress import working
 from cuantiza.core.store import digests
-from cuantiza.quantize.recipes import RECIPES as RECIPES_BY_NAME
-from cuantiza.quantize.recipes import to_json
+from cuantiza.quantize.recipes.registry import RECIPES as RECIPES_BY_NAME
+from cuantiza.quantize.recipes.registry import to_json
 from lab import ROOT
 from lab.checkpoints.random import SHAPES, Shape, checkpoint
 from lab.reliability_page import table, wrapped, write

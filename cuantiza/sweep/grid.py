@@ -11,7 +11,7 @@ from cuantiza.core.inputs.checkpoints import Model, resolve_model, weight_files
 from cuantiza.core.inputs.corpus import Source, Split, load_splits
 from cuantiza.core.inputs.model_config import read_config, start_token
 from cuantiza.export.gpt2_config import parse_config
-from cuantiza.quantize.recipes import Recipe, calibration_of, get_recipe
+from cuantiza.quantize.recipes.registry import Recipe, calibration_of, get_recipe
 
 BASELINE = "fp32"
 T = TypeVar("T")

@@ -1,6 +1,6 @@
-"""A loaded model that is measured in a process of its own: an ONNX artifact or a PyTorch model, behind one interface.
+"""One interface to an ONNX artifact or a PyTorch model that is loaded and measured in a process of its own.
 
-Both runtimes have forward, cache and step (cuantiza/core/run/runtime.py, eval/measure/torch_engine.py).
+Both runtimes have the methods forward, cache and step (cuantiza/core/run/runtime.py, eval/measure/torch_engine.py).
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from cuantiza.core.run.runtime import Runtime
 from cuantiza.core.run.sampling import Sampling, generate
 from cuantiza.eval.measure.subject import Subject
 
-# A cache is filled in pieces, so that it takes no more memory than the prefills that are measured.
+# The KV cache is filled in pieces of this length, so that it takes no more memory than the prefills that are measured.
 FILL_TOKENS = 512
 GREEDY = Sampling(temperature=0)
-# Of each shape in each round: one run to warm up, then samples until there are enough, or until the time is up.
+# In each round, each shape has one run to warm up, then samples until there are enough of them or the time is up.
 PREFILL_SAMPLES, DECODE_SAMPLES, LEAST_SAMPLES, BUDGET_NS = 5, 20, 2, 1_000_000_000
 
 
 class Engine:
-    """A loaded model. Made in a child process by `cuantiza.core.machine.process.Remote(Engine, subject, threads)`.
+    """A loaded model. `cuantiza.core.machine.process.Remote(Engine, subject, threads)` makes it in a child process.
 
-    `alone` says that nothing else runs meanwhile.
+    `alone` says that nothing else runs at the same time, so that idle worker threads may spin.
     """
 
     def __init__(self, subject: Subject, threads: int, alone: bool = False) -> None:
@@ -37,24 +37,25 @@ class Engine:
         self._load_ns = time.perf_counter_ns() - start
 
     def logits(self, ids: np.ndarray) -> np.ndarray:
-        """Logits float32 [T, V] of token ids int64 [T]."""
+        """Return the logits float32 [T, V] of token ids int64 [T]."""
         return self._runtime.forward(ids[None])[0]
 
     def keys(self, ids: np.ndarray) -> list[np.ndarray] | None:
-        """The keys [1, H, T, d] of every layer for token ids [T]; None where the runtime does not show them."""
+        """Return the keys [1, H, T, d] of every layer for token ids [T]; None if the runtime does not expose them."""
         if not isinstance(self._runtime, Runtime):
             return None
         return [value.numpy() for value in self._runtime.run(ids[None])[1::2]]
 
     def continue_greedy(self, ids: list[int], count: int) -> list[int]:
-        """The `count` tokens that follow `ids` when the likeliest is taken each time, through the cache."""
+        """Return `count` tokens that continue `ids`, the likeliest each time, computed with the KV cache."""
         return list(generate(self._runtime, ids, count, GREEDY))
 
     def measure(self, ids: np.ndarray, prefill: list[int], decode: list[int]) -> dict:
-        """Raw samples in ns: {load_ns, prefill: {tokens: [..]}, decode: {position: [..]}, peak_rss_bytes}.
+        """Return raw samples in ns: {load_ns, prefill: {tokens: [..]}, decode: {position: [..]}, peak_rss_bytes}.
 
-        Batch of 1, real tokens `ids` [N]. A prefill of n tokens gives the last one's logits and the cache; a decode
-        at position p feeds one token behind a cache of p. Tokenizing and sampling are not timed.
+        The batch is 1, and the tokens `ids` [N] are real text. A prefill of n tokens computes the logits of the last
+        token and the KV cache. A decode at position p feeds one token after a cache of p tokens. Tokenizing and
+        sampling are not timed.
         """
         samples: dict = {"prefill": {}, "decode": {}}
         for count in prefill:
@@ -68,7 +69,7 @@ class Engine:
         return samples | {"load_ns": self._load_ns, "peak_rss_bytes": peak_rss_bytes()}
 
     def _time(self, cache: Any, ids: np.ndarray, most: int) -> list[int]:
-        """Samples in ns of the same step behind `cache`, which does not advance."""
+        """Return samples in ns of the same step after `cache`. The step runs on copies, so `cache` does not advance."""
         samples: list[int] = []
         self._runtime.step(copy.copy(cache), ids[None])
         while len(samples) < LEAST_SAMPLES or (len(samples) < most and sum(samples) < BUDGET_NS):
@@ -79,12 +80,12 @@ class Engine:
         return samples
 
     def describe(self) -> dict:
-        """What the subject says of itself beyond its files (PyTorch: bytes of its weights, modules quantized)."""
+        """Return what only the runtime knows of the subject (PyTorch: bytes of weights, quantized modules)."""
         return self._runtime.describe() if hasattr(self._runtime, "describe") else {}
 
 
 def _maker(subject: Subject, threads: int, alone: bool) -> Callable[[], Any]:
-    """How to load `subject`; everything that loading imports is imported before its time is taken."""
+    """Return a function that loads `subject`. Its imports are done here, so that they are not part of the load time."""
     if subject.kind == "onnx":
         return lambda: Runtime(subject.path, threads, spin=alone)
     from cuantiza.eval.measure.torch_engine import TorchRuntime

@@ -1,4 +1,4 @@
-"""Per-token scores -> estimates with standard errors. Documents, not tokens, are the independent samples."""
+"""Turn per-token scores into estimates with standard errors. The independent samples are documents, not tokens."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cuantiza.eval.measure.score import Scores
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value and its standard error; None where there are too few samples for one."""
+    """A value and its standard error, which is None if there are too few samples for one."""
 
     value: float
     stderr: float | None
@@ -21,7 +21,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class TextSize:
-    """What the scored documents hold: UTF-8 bytes, and words (as lm-evaluation-harness counts: split at white space)."""
+    """Size of the scored documents: UTF-8 bytes, and words (split at white space, as lm-evaluation-harness does)."""
 
     bytes: int
     words: int
@@ -34,17 +34,20 @@ def text_size(documents: tuple[str, ...]) -> TextSize:
 
 
 def mean_per_token(values: np.ndarray, document: np.ndarray) -> Estimate:
-    """Mean of a per-token value [N] with its standard error over documents; `document` [N] numbers each token's."""
+    """Mean of a per-token value [N], with its standard error over documents.
+
+    `document` [N] is the number of the document that each token belongs to.
+    """
     _, index = np.unique(document, return_inverse=True)
     return mean_by_document(np.bincount(index, weights=values), np.bincount(index))
 
 
 def mean_by_document(sums: np.ndarray, counts: np.ndarray) -> Estimate:
-    """Mean per token of a value whose sums [D] and numbers of tokens [D] by document are given.
+    """Mean of a per-token value, with its standard error, from the sum [D] and the token count [D] of each document.
 
     Tokens of one document are correlated, so the document is the sampling unit of a ratio estimator: with sums s and
     counts n per document, mean = Σs / Σn, and variance = D/(D−1) · Σ(s − mean·n)² / (Σn)² (Cochran, Sampling
-    Techniques, 6.4). One document gives no standard error.
+    Techniques, 6.4). A single document gives no standard error.
     """
     mean, number = sums.sum() / counts.sum(), len(counts)
     if number < 2:
@@ -54,14 +57,17 @@ def mean_by_document(sums: np.ndarray, counts: np.ndarray) -> Estimate:
 
 
 def perplexity(scores: Scores) -> Estimate:
-    """exp of the mean negative log-likelihood; its standard error by the delta method."""
+    """Perplexity: exp of the mean negative log-likelihood, with its standard error by the delta method."""
     mean = mean_per_token(scores.nll, scores.document)
     value = math.exp(mean.value) if mean.value < 700 else math.inf
     return Estimate(value, None if mean.stderr is None else value * mean.stderr)
 
 
 def quality(scores: Scores, size: TextSize, baseline: Scores | None) -> dict:
-    """The quality fields of a report row (docs/report.md). `baseline` holds the same tokens; None on its own row."""
+    """Return the quality fields of a report row (docs/report.md).
+
+    `baseline` holds the baseline's scores of the same tokens, and is None for the baseline's own row.
+    """
     ppl, total = perplexity(scores), float(scores.nll.sum())
     fields = {
         "tokens_scored": len(scores.nll),

@@ -1,7 +1,7 @@
-"""Latency of every subject, interleaved: each round runs each of them once, in a process of its own.
+"""Measure the latency of all subjects, interleaved: each round runs each subject once, in a process of its own.
 
-Nothing else is loaded meanwhile, so no thread pool disturbs another, and noise that lasts longer than a round
-falls on all alike. Ratios to the baseline are taken within a round.
+Only one subject is loaded at a time, so no thread pool disturbs another. Noise that lasts longer than a round affects
+all subjects alike, so ratios to the baseline are taken within a round.
 """
 
 from __future__ import annotations
@@ -17,11 +17,15 @@ from cuantiza.eval.measure.subject import Subject
 
 PREFILL = (32, 128, 512)
 DECODE = (32, 128, 512)
-LONGEST = 1024  # GPT-2's; the last position of a model made for 100,000 would take minutes and gigabytes
+# The number of positions of GPT-2. The last position of a model for 100,000 tokens would take minutes and gigabytes.
+LONGEST = 1024
 
 
 def shapes(longest: int) -> tuple[list[int], list[int]]:
-    """(prefill lengths, decode positions) of a model of `longest` positions, its last one included, to LONGEST."""
+    """Return (prefill lengths, decode positions) for a model of `longest` positions, of which LONGEST count at most.
+
+    The last of these positions is always one of the decode positions.
+    """
     longest = min(longest, LONGEST)
     prefill = [length for length in PREFILL if length <= longest] or [longest]
     return prefill, sorted({*(position for position in DECODE if position < longest), longest - 1})
@@ -30,7 +34,7 @@ def shapes(longest: int) -> tuple[list[int], list[int]]:
 def measure_latency(
     subjects: list[Subject], ids: np.ndarray, longest: int, rounds: int, threads: int
 ) -> dict[str, dict]:
-    """The latency fields of every subject's row (docs/report.md); the first subject is the baseline of the ratios."""
+    """Return the latency fields of every subject's row (docs/report.md). Ratios are to the first subject."""
     prefill, decode = shapes(longest)
     runs: dict[str, list[dict]] = {subject.name: [] for subject in subjects}
     order = [subjects[(turn + number) % len(subjects)] for number in range(rounds) for turn in range(len(subjects))]
@@ -53,7 +57,10 @@ def _fields(rounds: list[dict], baseline: list[dict]) -> dict:
 
 
 def _shape(key: str, shape: int, rounds: list[dict], baseline: list[dict], phase: str, tokens: int) -> dict:
-    """One shape over all rounds. `samples_ns` holds one round after the other, `samples_per_round` of each."""
+    """Summarize one shape (prefill length or decode position) over all rounds.
+
+    `samples_ns` holds the samples of one round after the other; `samples_per_round` says how many each round has.
+    """
     samples = [sample for run in rounds for sample in run[phase][shape]]
     speedups = [
         median(base[phase][shape]) / median(run[phase][shape]) for base, run in zip(baseline, rounds, strict=True)

@@ -1,4 +1,4 @@
-"""Quality of every subject against the baseline: both protocols, and the seed prompt continued."""
+"""Measure the quality of every subject against the baseline: perplexity by two protocols, and a continued prompt."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from cuantiza.eval.measure.windows import Window, halves, rolling
 
 PROMPT = "Me gusta mucho el futbol"
 CONTINUATION_TOKENS = 32
-KEY_TOKENS = 128  # of the text, for the error by layer
+KEY_TOKENS = 128  # how many tokens of the text are used for the error of the keys by layer
 
 
 @dataclass(frozen=True)
 class Task:
-    """The test text as tokens: what every subject is scored on, in windows of at most `window` tokens."""
+    """The test text as tokens. Every subject is scored on it, in windows of at most `window` tokens."""
 
     tokenizer: Tokenizer
     documents: list[list[int]]
@@ -50,15 +50,15 @@ class Task:
         return list(halves(self.stream, self.window))
 
     def real_tokens(self, count: int) -> np.ndarray:
-        """`count` tokens of the text, repeated where it is shorter."""
+        """Return the first `count` tokens of the text, which is repeated if it is shorter."""
         return np.resize(self.stream, count)
 
 
 def make_task(folder: Path, test: Split, tokens: int, window: int) -> Task:
-    """Tokenize whole documents of `test`, until `tokens` tokens are reached, by the tokenizer of `folder`.
+    """Tokenize whole documents of `test` with the tokenizer of `folder`, until there are `tokens` tokens.
 
-    They are taken in the order of their sha256, so that a part of a corpus is a sample of it. Raises UserError
-    where less than 2 tokens come of it.
+    Documents are taken in the order of their sha256, so that a part of a corpus is a fair sample of it. Raises
+    UserError where the documents have fewer than 2 tokens.
     """
     tokenizer = load_tokenizer(folder)
     sampled = sorted(test.documents, key=digest)
@@ -66,7 +66,7 @@ def make_task(folder: Path, test: Split, tokens: int, window: int) -> Task:
     pairs = [(text, ids) for text, ids in zip(sampled, encoded, strict=False) if ids]
     taken, documents = [text for text, _ in pairs], [ids for _, ids in pairs]
     if sum(map(len, documents)) < 2:
-        raise UserError("CORPUS=: its test split has less than 2 tokens; give more text")
+        raise UserError("CORPUS=: its test split has fewer than 2 tokens; give more text")
     longest = max_positions(read_config(folder))
     stream = np.asarray(tokenizer.encode("\n\n".join(taken), add_special_tokens=False).ids, np.int64)
     return Task(
@@ -75,9 +75,9 @@ def make_task(folder: Path, test: Split, tokens: int, window: int) -> Task:
 
 
 def measure_quality(subjects: list[Subject], task: Task, threads: int) -> dict[str, dict]:
-    """The quality fields of every subject's row; the first is the baseline, and is scored along with the others.
+    """Return the quality fields of every subject's row. The first subject is the baseline, scored with the others.
 
-    Every subject has a process of its own; beside the baseline, as many are loaded at once as `_groups` allows.
+    Every subject has a process of its own. Besides the baseline, as many are loaded at once as `_groups` allows.
     """
     baseline, *others = subjects
     rows: dict[str, dict] = {baseline.name: {}}
@@ -96,10 +96,11 @@ def measure_quality(subjects: list[Subject], task: Task, threads: int) -> dict[s
 
 
 def _key_error(baseline: Remote, remote: Remote, task: Task) -> list[float] | None:
-    """‖keys − the baseline's‖ / ‖the baseline's‖ of every layer; None where the runtime does not show its keys.
+    """Relative error of the keys of every layer, ‖keys − baseline's keys‖ / ‖baseline's keys‖.
 
-    A layer's keys are the first that is made of what comes into it, and no recipe scales them (the values it may),
-    so they show how the error of quantization grows from layer to layer.
+    The keys are computed directly from the input of a layer, and no recipe rescales them (it may rescale the values).
+    So they show how the quantization error grows from layer to layer. The result is None if the runtime does not
+    expose its keys.
     """
     ids = task.real_tokens(min(KEY_TOKENS, task.window))
     theirs, ours = baseline.call("keys", ids), remote.call("keys", ids)
@@ -110,7 +111,7 @@ def _key_error(baseline: Remote, remote: Remote, task: Task) -> list[float] | No
 
 
 def _groups(subjects: list[Subject]) -> list[list[Subject]]:
-    """Subjects that are loaded at once: an eighth of the machine's memory in files, but one at least."""
+    """Group the subjects that are loaded at once: files of an eighth of the machine's memory, but at least one."""
     groups: list[list[Subject]] = [[]]
     room = memory_bytes() / 8
     for subject in subjects:
@@ -121,16 +122,16 @@ def _groups(subjects: list[Subject]) -> list[list[Subject]]:
 
 
 def _alone(subject: Subject, remote: Remote, task: Task) -> dict:
-    """What is measured of a subject without a baseline: llama.cpp's protocol, the seed prompt, its own account.
+    """Measure what needs no baseline: llama.cpp's protocol, the continued prompt, and what the runtime describes.
 
-    What PyTorch gives by another protocol too would cost more time than it tells.
+    PyTorch rows skip llama.cpp's protocol, because it is slow and would say nothing new.
     """
     llama_cpp = _halves(remote, task) if subject.kind == "onnx" else None
     return {"llama_cpp": llama_cpp, "continuation": _continue(remote, task), **remote.call("describe")}
 
 
 def _halves(remote: Remote, task: Task) -> dict | None:
-    """Perplexity by llama.cpp's protocol; None where the text is shorter than one window."""
+    """Return the perplexity by llama.cpp's protocol; None if the text is shorter than one window."""
     windows = task.halves
     if not windows:
         return None

@@ -1,4 +1,4 @@
-"""Subjects, measured: the content of report.json."""
+"""Measure all subjects and collect the content of report.json."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ def measure(
     rounds: int,
     threads: int,
 ) -> dict:
-    """The report on `subjects`, of which the first, the artifact in folder `baseline`, is compared with the others.
+    """Return the report on `subjects`. All are compared with the first, the artifact in the folder `baseline`.
 
-    `test` is the split of the corpus `source`; `inputs` is all that the report depends on. Raises UserError where two
-    subjects have one name, or one cannot be loaded.
+    `test` is the split of the corpus `source`; `inputs` is everything that the report depends on. Raises UserError
+    where two subjects have the same name, or where one cannot be loaded.
     """
     names = [subject.name for subject in subjects]
     if clash := next((name for name in names if names.count(name) > 1), None):

@@ -1,4 +1,4 @@
-"""Scores of single tokens: negative log-likelihood, KL divergence to the baseline, same top token."""
+"""Score single tokens: negative log-likelihood, KL divergence to the baseline, and same top token or not."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cuantiza.eval.measure.windows import Window
 
 @dataclass(frozen=True)
 class Scores:
-    """One element per scored token. `kl` and `same_top` are None where there is no baseline.
+    """Scores with one element per scored token. `kl` and `same_top` are None for the baseline itself.
 
     document int64 [N]; nll float64 [N] in nats; kl float64 [N] in nats, KL(baseline ‖ model); same_top bool [N]
     """
@@ -27,7 +27,7 @@ class Scores:
 
 
 class Deferred(Protocol):
-    """A model that works elsewhere: cuantiza.core.machine.process.Remote over an Engine."""
+    """A model that computes in another process: cuantiza.core.machine.process.Remote over an Engine."""
 
     def start(self, method: str, *args: object) -> None: ...
 
@@ -35,9 +35,10 @@ class Deferred(Protocol):
 
 
 def score(windows: Iterable[Window], models: Sequence[Deferred]) -> list[Scores]:
-    """Scores of every model, the first being the baseline of the others, window by window: no logits are kept.
+    """Return the scores of every model. The first model is the baseline of the others.
 
-    All models work on a window at the same time, and on the next one while this one is scored.
+    Each window is scored as soon as its logits are there, so that no logits are kept. All models compute a window at
+    the same time, and they compute the next one while this one is scored.
     """
     documents: list[np.ndarray] = []
     columns: list[list[tuple[np.ndarray, ...]]] = [[] for _ in models]
@@ -51,7 +52,7 @@ def score(windows: Iterable[Window], models: Sequence[Deferred]) -> list[Scores]
         documents.append(np.full(n, window.document))
         for column, values in zip(columns, compare(logits[0], logits[1:], window.targets), strict=True):
             column.append(values)
-        del logits  # before the next ones come
+        del logits  # frees the memory before the next logits arrive
     document = np.concatenate(documents)
     return [Scores(document, *map(np.concatenate, zip(*column, strict=True))) for column in columns]
 

@@ -1,4 +1,4 @@
-"""Bytes on disk that inference needs: the graph, its external data, configuration and tokenizer."""
+"""Count the bytes on disk that inference needs: the ONNX file, its external data, configuration and tokenizer."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from cuantiza.eval.measure.subject import Subject
 
 
 def inference_files(model: Path) -> list[Path]:
-    """All that inference with an ONNX file needs: itself, its external data, configuration and tokenizer."""
+    """List the files that inference with an ONNX file needs: itself, its external data, configuration and tokenizer."""
     external = {info.location for _, info in external_data(read_without_weights(model))} - {model.name}
     return [model, *(model.parent / name for name in sorted(external)), *_companions(model.parent)]
 
 
 def onnx_bytes(model: Path) -> dict:
-    """{bytes: of all that inference needs, model_bytes: of the ONNX file and its external data}."""
+    """Return {bytes: those of all files that inference needs, model_bytes: the ONNX file and its external data}."""
     total = sum(file.stat().st_size for file in inference_files(model))
     return {"bytes": total, "model_bytes": total - companion_bytes(model.parent)}
 
 
 def companion_bytes(folder: Path) -> int:
-    """Bytes of configuration and tokenizer."""
+    """Return the bytes of the configuration and tokenizer files in `folder`."""
     return sum(file.stat().st_size for file in _companions(folder))
 
 
 def loaded_bytes(subject: Subject) -> int:
-    """About how many bytes of weights a subject loads: those of the weight files in its folder."""
+    """Estimate how many bytes of weights a subject loads: those of the weight files in its folder."""
     folder = subject.path.parent if subject.path.is_file() else subject.path
     weights = (".onnx", ".data", ".bin", ".safetensors")
     return sum(file.stat().st_size for file in folder.iterdir() if file.suffix in weights)

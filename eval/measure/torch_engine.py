@@ -1,4 +1,4 @@
-"""The course's own baseline: the PyTorch model, as it is and through `quantize_dynamic` as the course calls it."""
+"""The baseline of the course: the PyTorch model as it is, and after `quantize_dynamic` as the course calls it."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from cuantiza.core.run.large_pages import use_large_pages
 
 @dataclass
 class TorchCache:
-    """Keys and values of `length` tokens."""
+    """A KV cache of `length` tokens."""
 
     past: DynamicCache
     length: int = 0
 
 
 class TorchRuntime:
-    """The interface of cuantiza.core.run.runtime.Runtime over a transformers model, in fp32 or dynamically quantized."""
+    """A transformers model, fp32 or dynamically quantized, with the interface of cuantiza.core.run.runtime.Runtime."""
 
     def __init__(self, checkpoint: Path, threads: int, quantized: bool) -> None:
         torch.set_num_threads(threads)
@@ -49,19 +49,19 @@ class TorchRuntime:
         use_large_pages()  # as cuantiza.core.run.runtime.Runtime does
 
     def forward(self, ids: np.ndarray) -> np.ndarray:
-        """Logits float32 [B, T, V] of token ids [B, T]."""
+        """Return the logits float32 [B, T, V] of token ids [B, T]."""
         with torch.inference_mode():
             return self._model(input_ids=torch.from_numpy(ids), use_cache=False).logits.numpy()
 
     def cache(self, batch: int, capacity: int) -> TorchCache:
-        """A cache of no tokens. transformers' grows as it is filled, so batch and capacity are not used."""
+        """Return an empty KV cache. transformers' cache grows as it is filled, so batch and capacity are not used."""
         return TorchCache(DynamicCache())
 
     def step(self, cache: TorchCache, ids: np.ndarray) -> np.ndarray:
-        """Logits float32 [B, V] of the last of token ids [B, T], which are added to `cache`.
+        """Add token ids [B, T] to `cache`; return the logits float32 [B, V] of the last of them.
 
-        Copies of a cache go on by themselves: transformers' layers replace their tensors when they grow, so a
-        shallow copy of them is enough.
+        `copy.copy(cache)` branches: later steps on the copy do not change the original. transformers' layers replace
+        their tensors when they grow, so a shallow copy of the layers is enough for that.
         """
         grown = DynamicCache()
         grown.layers = [copy.copy(layer) for layer in cache.past.layers]
@@ -71,7 +71,7 @@ class TorchRuntime:
         return out.logits.numpy()[:, -1]
 
     def describe(self) -> dict:
-        """Bytes of the saved state dict, and how many modules are of a quantized kind, of how many that hold weights."""
+        """Return the bytes of the saved state dict, the number of modules with weights, and how many are quantized."""
         modules = [module for module in self._model.modules() if getattr(module, "weight", None) is not None]
         quantized = [module for module in modules if type(module).__module__.startswith("torch.ao.nn.quantized")]
         with _Counter() as file:
@@ -81,7 +81,7 @@ class TorchRuntime:
 
 
 class _Counter(io.RawIOBase):
-    """A file that keeps nothing but the number of bytes written."""
+    """A file that stores nothing and only counts the bytes written to it."""
 
     count = 0
 

@@ -1,12 +1,14 @@
-"""Which tokens a model sees and which it is scored on: pure functions from token ids to windows.
+"""Choose which tokens a model sees and which it is scored on: pure functions from token ids to windows.
 
-`rolling` (lm-evaluation-harness): per document; every token is scored once, the first behind a start token.
-With a longest sequence of 4 and tokens a..f behind start token ^, inputs above targets (. is not scored):
+`rolling` (lm-evaluation-harness) works document by document. A start token comes first, and every token of the document
+is scored once. Here the longest sequence has 4 tokens, the document is a..f, and ^ is the start token; inputs stand
+above targets (. is not scored):
 
     ^ a b c      b c d e
     a b c d      . . e f
 
-`halves` (llama.cpp): one stream, disjoint windows; the first half of each is context only. With windows of 6:
+`halves` (llama.cpp) cuts one stream of tokens into disjoint windows. The first half of each window is context only.
+Here the windows have 6 tokens:
 
     a b c d e f   g h i j k l
     . . . . e f   . . . . k l
@@ -22,7 +24,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Window:
-    """`inputs` int64 [T]; the last n of its logits predict `targets` int64 [n] of document `document`."""
+    """A window of document `document`: the last n logits of `inputs` int64 [T] predict `targets` int64 [n]."""
 
     document: int
     inputs: np.ndarray
@@ -30,7 +32,7 @@ class Window:
 
 
 def rolling(documents: list[list[int]], start: int, longest: int) -> Iterator[Window]:
-    """Windows of at most `longest` tokens that score every token of every document once.
+    """Yield windows of at most `longest` tokens that score every token of every document once.
 
     The last window of a document is extended to the left, so that its tokens have a full context.
     """
@@ -42,10 +44,10 @@ def rolling(documents: list[list[int]], start: int, longest: int) -> Iterator[Wi
 
 
 def halves(stream: np.ndarray, length: int) -> Iterator[Window]:
-    """Disjoint windows of `length` tokens, scored on what follows the middle; the rest at the end is left out.
+    """Yield disjoint windows of `length` tokens, scored on what follows their middle; remaining tokens are left out.
 
-    As in llama.cpp's perplexity tool, length − 1 − length/2 tokens of each window are scored. GPT-2's
-    vocabulary asks for no start token, so none replaces a window's first token.
+    As in llama.cpp's perplexity tool, length − 1 − length/2 tokens of each window are scored. llama.cpp replaces the
+    first token of each window by a start token where the vocabulary asks for one; GPT-2's vocabulary does not.
     """
     for number, begin in enumerate(range(0, len(stream) - length + 1, length)):
         window = stream[begin : begin + length]

@@ -35,9 +35,10 @@ from cuantiza.core.store.artifact import Artifact
 from cuantiza.eval.measure.quality import Task, make_task, measure_quality
 from cuantiza.eval.measure.size import onnx_bytes
 from cuantiza.eval.measure.subject import Subject
-from cuantiza.quantize.recipes import RECIPES, to_json
+from cuantiza.quantize.inspect.costs import COSTS, write_costs
+from cuantiza.quantize.recipes.registry import RECIPES, to_json
 from lab import ROOT
-from lab.accuracy.page import FIELDS, MARKDOWN, SCHEMA, publish
+from lab.accuracy.page import FIELDS, JSON, MARKDOWN, SCHEMA, publish
 
 MODEL, CORPUS, HARD, SEED = ROOT / "models" / "es-mini", "corpus/es", ("twin", "sink"), 0
 WINDOW = 512  # tokens
@@ -108,6 +109,9 @@ def main() -> int:
         result = measure(checkpoints, texts, calibration, work, ROWS)
     publish(result, args.output)
     say(f"accuracy  {args.output / MARKDOWN}: written")
+    if args.output.resolve() == ROOT / "docs":
+        write_costs(args.output / JSON)
+        say(f"accuracy  {COSTS}: written")
     return 0
 
 

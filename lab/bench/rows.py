@@ -190,7 +190,7 @@ def _our_row(name: str, recipe: str, artifacts: Path, options: dict[str, Any]) -
 
 def _cheap_recipe(name: str, folder: Path) -> Path:
     """`folder`/<name>.json: the built-in recipe without the search for what suits a model."""
-    fields = json.loads(_run("quantize", "recipes", "--json", name))
+    fields = json.loads(run(command(Path(sys.executable), "cuantiza", "recipes", "--json", name), 60))
     folder.mkdir(exist_ok=True)
     path = folder / f"{name}.json"
     path.write_text(json.dumps(fields | {key: CHEAP[key] for key in CHEAP if key in fields}), encoding="utf-8")

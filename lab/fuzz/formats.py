@@ -165,13 +165,13 @@ def _read_corpus(name: str) -> Callable[[Path], None]:
 
 
 def _recipe(folder: Path) -> None:
-    from cuantiza.quantize.recipes import RECIPES, to_json
+    from cuantiza.quantize.recipes.registry import RECIPES, to_json
 
     (folder / "mine.json").write_text(json.dumps(to_json(RECIPES["int8-static"])))
 
 
 def _read_recipe(folder: Path) -> None:
-    from cuantiza.quantize.recipes import get_recipe
+    from cuantiza.quantize.recipes.registry import get_recipe
 
     name, recipe = get_recipe(str(folder / "mine.json"))
     assert "/" not in name and dataclasses.is_dataclass(recipe)

@@ -1,6 +1,6 @@
-"""How an activation becomes u8, and what that costs the product behind it.
+"""How activations are quantized to uint8, and the error this adds to the matmul that reads them.
 
-u8 rather than s8: the pair u8 · s8 is the one that x86 kernels are fast for.
+Activations become uint8 and not int8, because x86 kernels are fast for uint8 activations with int8 weights.
 """
 
 from __future__ import annotations
@@ -9,22 +9,23 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# Zero points that a scale per row can take. 128 is symmetric; what is hardly negative (behind a GELU) gets nearly
-# all 8 bits for its positive side from a small one.
+# The zero points that are tried where each token has its own scale. 128 is symmetric. Activations that are hardly
+# negative (those after a GELU) need a small one, which leaves nearly all 8 bits for positive values.
 ROW_ZERO_POINTS = (128, 64, 32, 16, 8)
 
 
 @dataclass(frozen=True)
 class PerRow:
-    """A scale for every row as it comes, the smallest that covers the row; the zero point is fixed.
+    """Each row (token) has its own scale, computed at run time: the smallest that covers the row.
 
-    128 takes −127..127, as symmetric int8 does, so that one look at max|x| finds the scale.
+    The zero point is fixed. With zero point 128 the integers stand for −127..127, as in symmetric int8, so that
+    max|x| alone gives the scale.
     """
 
     zero_point: int = 128
 
     def restore(self, x: np.ndarray) -> np.ndarray:
-        """`x` [R, K] as it comes back from u8."""
+        """Quantize `x` [R, K] to uint8 and dequantize it again."""
         above = 255 - self.zero_point
         below = min(self.zero_point, above)
         scale = np.maximum(x.max(axis=1, keepdims=True) / above, -x.min(axis=1, keepdims=True) / below)
@@ -34,20 +35,20 @@ class PerRow:
 
 @dataclass(frozen=True)
 class PerTensor:
-    """One scale and zero point, for values from `low` to `high`; what lies beyond is clipped."""
+    """The whole tensor has one scale and zero point, fixed in advance. Values outside `low`..`high` are clipped."""
 
     low: float
     high: float
 
     @property
     def parameters(self) -> tuple[np.float32, np.uint8]:
-        """(scale, zero point) that map [low, high], widened to hold 0 exactly, to 0..255."""
+        """(scale, zero point) that map [low, high] to 0..255. The range is widened to contain 0, which stays exact."""
         low, high = min(self.low, 0.0), max(self.high, 0.0)
         scale = np.float32((high - low) / 255) or np.float32(1)
         return scale, np.uint8(np.clip(round(-low / float(scale)), 0, 255))
 
     def restore(self, x: np.ndarray) -> np.ndarray:
-        """`x` [R, K] as it comes back from u8."""
+        """Quantize `x` [R, K] to uint8 and dequantize it again."""
         scale, zero = self.parameters
         zero = float(zero)
         return np.rint(x / scale).clip(-zero, 255 - zero) * scale
@@ -56,12 +57,13 @@ class PerTensor:
 Activation = PerRow | PerTensor
 
 
-def product_error(x: np.ndarray, restored: np.ndarray, energy: np.ndarray, output: np.ndarray) -> float:
-    """Expected squared error of x·W relative to x·W itself, mean over rows.
+def matmul_error(x: np.ndarray, restored: np.ndarray, energy: np.ndarray, output: np.ndarray) -> float:
+    """Expected squared error of x·W, relative to ‖x·W‖², as a mean over rows.
 
-    x, restored [R, K]; energy [K] = Σₙ W², output [R] the expected ‖x·W‖². Errors of single elements are taken as
-    independent, so no product has to be computed: E‖(x̂ − x)·W‖² = Σₖ (x̂ₖ − xₖ)² Σₙ Wₖₙ². Relative to each row, so
-    that one massive row does not decide for all the others, nor they for it.
+    `x` and `restored` are [R, K]; `energy` [K] = Σₙ W²; `output` [R] is the expected ‖x·W‖² of each row. The errors of
+    single elements are taken as independent, so that no matmul has to be computed:
+    E‖(x̂ − x)·W‖² = Σₖ (x̂ₖ − xₖ)² Σₙ Wₖₙ². The error of each row is relative to its own output, so that one
+    massive row does not decide for all the others, nor they for it.
     """
     difference = restored - x
     return float(np.mean((difference * difference) @ energy / output))

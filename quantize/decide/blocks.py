@@ -1,8 +1,8 @@
-"""A graph as a chain of blocks, so that calibration holds one layer and not the model.
+"""Split a graph into a chain of blocks, so that calibration holds one transformer layer in memory and not the model.
 
-Between two blocks a single value carries all that the tokens have become (the residual stream). A block is run
-alone on what its predecessor left: memory is a block's weights and one hidden state a window, and time grows
-linearly with the layers.
+Between two blocks a single value, the residual stream, carries everything computed from the tokens so far. So each
+block can run alone on the output of the block before it. Memory is the weights of one block and one hidden state per
+window, and time grows linearly with the number of layers.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _INPUT = "block_input"
 
 @dataclass(frozen=True)
 class Block:
-    """From the value named `start` (None: the model's inputs) to `end` (None: its outputs)."""
+    """The part of the graph from the value `start` (None: the model's inputs) to `end` (None: the model's outputs)."""
 
     start: str | None
     end: str | None
@@ -33,10 +33,10 @@ class Block:
 
 
 def split(graph: ir.Graph) -> list[Block]:
-    """The blocks of `graph` in order; each ends at the first possible value behind a projection.
+    """Return the blocks of `graph` in order. Each ends at the first possible value after a linear layer.
 
-    A value can end a block where nothing else that was computed from the embeddings is read later on. A graph
-    without such values is one block.
+    A value can end a block if nothing else that was computed from the embeddings is read later. A graph without such
+    values is one block.
     """
     nodes = list(graph)
     projections = {projection.node: projection for projection in find_projections(graph)}
@@ -68,9 +68,9 @@ def split(graph: ir.Graph) -> list[Block]:
 def open_block(
     model: ir.Model, block: Block, outputs: list[str], work: Path
 ) -> Callable[[np.ndarray, np.ndarray | None], list[np.ndarray]]:
-    """A function (token ids int64 [T], what `block` starts from) -> the values named `outputs`.
+    """Return a function from (token ids int64 [T], the value that `block` starts from) to the values named `outputs`.
 
-    `work` is a folder for the block's own graph, which is deleted once it is loaded.
+    `work` is a folder for the block's own ONNX file, which is deleted once it is loaded.
     """
     copy = model.clone()
     graph = copy.graph

@@ -1,10 +1,12 @@
-"""Calibration: the model's own text, run block by block, decides how every projection is quantized.
+"""Calibration: run the model block by block on calibration windows, and decide how to quantize each linear layer.
 
-Each block is run on the calibration windows, smoothed by what they showed, and its weights are rounded; a static
-recipe runs it again for the histograms of what smoothing left. Only sums, histograms and a sample are kept.
+Each block runs on the windows once, and is smoothed according to the activations that were seen. A static recipe runs
+the smoothed block again, to collect histograms of its activations. Then the weights of the block are rounded. Only
+sums, histograms and a sample of the activations are kept.
 
-A product's last bits depend on how many threads BLAS splits it over, and 4-bit rounding falls to another side for it.
-So each product has one thread, and the processors share the tensors instead: the same bytes on any number of them.
+The last bits of a matmul depend on the number of threads that BLAS splits it over, and such a bit can change which way
+a 4-bit weight is rounded. So each matmul has one thread, and the processors work on different tensors instead: the
+result has the same bytes on any number of processors.
 """
 
 from __future__ import annotations
@@ -25,25 +27,28 @@ from cuantiza.core.inputs.tokenizer import encode, load_tokenizer
 from cuantiza.core.machine.hardware import default_threads
 from cuantiza.core.machine.progress import track
 from cuantiza.quantize.decide import smooth
-from cuantiza.quantize.decide.activation import ROW_ZERO_POINTS, Activation, PerRow, PerTensor, product_error
+from cuantiza.quantize.decide.activation import ROW_ZERO_POINTS, Activation, PerRow, PerTensor, matmul_error
 from cuantiza.quantize.decide.blocks import Block, open_block, split
-from cuantiza.quantize.decide.decision import Plan, Site
-from cuantiza.quantize.decide.observations import RANGES, Histogram, Moments
-from cuantiza.quantize.decide.rounding import IntWeight, gptq, round_to_nearest, rounding_noise
-from cuantiza.quantize.recipes import Calibration
+from cuantiza.quantize.decide.decision import Decision, Plan
+from cuantiza.quantize.decide.gptq import gptq
+from cuantiza.quantize.decide.observations import Histogram, Moments
+from cuantiza.quantize.decide.ranges import RANGES
+from cuantiza.quantize.decide.rounding import IntWeight, round_to_nearest, rounding_noise
 from cuantiza.quantize.rewrite.find import Projection, find_tables
+from cuantiza.quantize.settings import Calibration
 
-# Shares of the full range that the search for a smoothing looks at; the range itself comes from the histogram.
+# Shares of the full range for which the searches below estimate the error. The final range comes from the histogram.
 _SHARES = (1.0, 0.8, 0.6, 0.4, 0.2)
-# Channels are taken out of the integer product where that halves its error, and more of them for a tenth each.
+# Keep channels in float only if that at least halves the matmul's error (`_PAYS`). Each further channel must lower it
+# by another 10 % (`_MORE`).
 _PAYS, _MORE = 0.5, 0.9
 
 
 def calibration_windows(folder: Path, split: Split, calibration: Calibration) -> np.ndarray:
-    """Token windows int64 [n, T] of `split`: full ones of real text, without padding, a start token per document.
+    """Return token windows int64 [n, T] of `split`, all of them full: real text without padding.
 
-    T is at most the model's number of positions. Raises UserError where there are fewer windows than the
-    calibration asks for.
+    Each document begins with a start token. T is at most the model's number of positions. Raises UserError where there
+    are fewer windows than the calibration needs.
     """
     length = min(calibration.tokens, max_positions(read_config(folder)))
     documents = encode(load_tokenizer(folder), split.documents, enough=length * calibration.windows)
@@ -59,11 +64,11 @@ def calibration_windows(folder: Path, split: Split, calibration: Calibration) ->
 
 def calibrate(
     model: ir.Model, windows: np.ndarray, plan: Plan, work: Path, until: str | None = None
-) -> dict[str, Site]:
-    """A decision for every projection of `model`, by name; smooths the model in place (its function stays).
+) -> dict[str, Decision]:
+    """Decide how to quantize every linear layer of `model`; return the decisions by layer name.
 
-    windows int64 [n, T]; `work` is a folder for temporary files. The block that holds the projection `until` is the
-    last one where that is given.
+    `model` is smoothed in place, which does not change what it computes. `windows` are int64 [n, T]; `work` is a folder
+    for temporary files. If `until` names a linear layer, the block that contains it is the last one.
     """
     with threadpool_limits(1, "blas"), ThreadPoolExecutor(default_threads()) as pool:
         return _calibrate(model, windows, plan, work, until, pool)
@@ -71,11 +76,11 @@ def calibrate(
 
 def _calibrate(
     model: ir.Model, windows: np.ndarray, plan: Plan, work: Path, until: str | None, pool: ThreadPoolExecutor
-) -> dict[str, Site]:
+) -> dict[str, Decision]:
     tables = find_tables(model.graph)
     groups = smooth.find_groups(model.graph) if plan.alphas else {}
     before: list[np.ndarray | None] = [None] * len(windows)
-    sites: dict[str, Site] = {}
+    decisions: dict[str, Decision] = {}
     blocks = split(model.graph)
     for block in track(blocks, "calibrate", len(blocks)):
         with_gram = plan.rounding == "gptq" and any(p.weight not in tables for p in block.projections)
@@ -88,20 +93,20 @@ def _calibrate(
                 smooth.apply(model.graph, tensor.group, tensor.smoothing)
         histograms = _histograms(model, block, windows, before, tensors, work) if _is_static(plan) else {}
         inputs = [(projection, tensor) for tensor in tensors for projection in tensor.projections]
-        decided = pool.map(lambda pair: _site(*pair, histograms.get(pair[1].name), tables, plan, work), inputs)  # noqa: B023
-        sites |= {projection.name: site for (projection, _), site in zip(inputs, decided, strict=True)}
-        if until in sites:
+        decided = pool.map(lambda pair: _decide(*pair, histograms.get(pair[1].name), tables, plan, work), inputs)  # noqa: B023
+        decisions |= {projection.name: decision for (projection, _), decision in zip(inputs, decided, strict=True)}
+        if until in decisions:
             break
         before = after
-    return sites
+    return decisions
 
 
 @dataclass(frozen=True)
 class _Tensor:
-    """The input x [.., K] of projections as smoothing left it, before it gets its range.
+    """The input x [.., K] of one or more linear layers, after smoothing and before its range is chosen.
 
-    `moments` are those of x; `weight_energy` [K] = Σₙ W² that of the weights before smoothing; `keep` bool [K] is
-    what stays in the integer product.
+    `moments` are those of x after smoothing. `weight_energy` [K] = Σₙ W² is that of the weights before smoothing.
+    `keep` bool [K] marks the channels that stay in the int8 matmul; the others stay in floating point.
     """
 
     name: str
@@ -114,16 +119,16 @@ class _Tensor:
 
     @property
     def energy(self) -> np.ndarray:
-        """Σₙ W² [K] of the weights as smoothing leaves them."""
+        """Σₙ W² [K] of the weights after smoothing."""
         return self.weight_energy * self.smoothing.scale**2
 
     def output(self, rows: np.ndarray) -> np.ndarray:
-        """The expected ‖x·W‖² [R] of rows [R, K] of x, its shift included."""
+        """Expected ‖x·W‖² [R] of `rows` [R, K] of x, with the part that the shift moved into the bias."""
         return _expected_output(rows * self.smoothing.scale + self.smoothing.shift, self.weight_energy)
 
 
 def _expected_output(rows: np.ndarray, energy: np.ndarray) -> np.ndarray:
-    """‖x·W‖² [R] of rows [R, K], their elements taken as independent; never 0."""
+    """Expected ‖x·W‖² [R] of `rows` [R, K], if their elements are independent. It is never 0."""
     return (rows * rows) @ energy + np.finfo(np.float32).tiny
 
 
@@ -140,7 +145,11 @@ def _observe(
     work: Path,
     pool: ThreadPoolExecutor,
 ) -> tuple[dict[str, Moments], list]:
-    """Moments of the inputs of the block's projections, by name, and what the next block starts from."""
+    """Run `block` on all windows.
+
+    Returns the moments of the inputs of its linear layers, by name, and its output for each window, from which the
+    next block starts.
+    """
     names = list(dict.fromkeys(projection.x.name for projection in block.projections))
     run = open_block(model, block, [*names, *([block.end] if block.end else [])], work)
     moments: dict[str, Moments] = {}
@@ -157,6 +166,7 @@ def _observe(
 def _tensor(
     name: str, block: Block, moments: Moments, group: smooth.Group | None, tables: set[ir.Value], plan: Plan
 ) -> _Tensor:
+    """Choose the smoothing and the float channels of the input tensor `name`."""
     projections = tuple(projection for projection in block.projections if projection.x.name == name)
     weights = [projection.matrix for projection in projections]
     energy = np.sum([np.einsum("kn,kn->k", weight, weight) for weight in weights], axis=0)
@@ -175,7 +185,7 @@ def _tensor(
 def _search_smoothing(
     moments: Moments, weights: list[np.ndarray], energy: np.ndarray, may_shift: bool, plan: Plan
 ) -> smooth.Smoothing:
-    """The exponent, or none, with the least expected error of activations and weights together."""
+    """Find the smoothing exponent, or none, with the least expected error of activations and weights together."""
     shift = moments.mean.astype(np.float32) if may_shift else np.zeros(len(energy), np.float32)
     weight_max = np.max([np.abs(weight).max(axis=1) for weight in weights], axis=0)
     low, high = moments.low - shift, moments.high - shift
@@ -190,7 +200,7 @@ def _search_smoothing(
         if _is_static(plan):
             activations = _static_error(rows, low / scale, high / scale, after, output)
         elif plan.ranges == "row":
-            activations = product_error(rows, PerRow().restore(rows), after, output)
+            activations = matmul_error(rows, PerRow().restore(rows), after, output)
         noise = sum(rounding_noise(weight * scale[:, None], plan.grid) for weight in weights)
         return activations + float(np.mean((rows * rows) @ noise / output))
 
@@ -199,15 +209,18 @@ def _search_smoothing(
 
 
 def _static_error(rows: np.ndarray, low: np.ndarray, high: np.ndarray, energy: np.ndarray, output: np.ndarray) -> float:
-    """Least expected error of rows [R, K] whose channels span [low, high] [K], over shares of the full range."""
+    """Least expected error of rows [R, K] with a static range, over the `_SHARES` of the full range.
+
+    `low` and `high` [K] are the smallest and largest value of each channel.
+    """
     bottom, top = min(float(low.min()), 0.0), max(float(high.max()), 0.0)
     return min(
-        product_error(rows, PerTensor(bottom * share, top * share).restore(rows), energy, output) for share in _SHARES
+        matmul_error(rows, PerTensor(bottom * share, top * share).restore(rows), energy, output) for share in _SHARES
     )
 
 
 def _search_float_channels(moments: Moments, energy: np.ndarray, output: np.ndarray, limit: int) -> np.ndarray:
-    """Which channels stay in the integer product, bool [K]: all but the few largest, where taking them out pays."""
+    """Find the channels that stay in the int8 matmul, bool [K]: all, or all but the largest few if that pays."""
     order = np.argsort(-np.maximum(moments.high, -moments.low), kind="stable")
 
     def error(count: int) -> float:
@@ -216,18 +229,18 @@ def _search_float_channels(moments: Moments, energy: np.ndarray, output: np.ndar
 
     counts = [0, *(2**power for power in range(limit.bit_length()))]
     errors = {count: error(count) for count in counts}
-    taken = min(counts, key=lambda count: errors[count] / _MORE**count)
-    if errors[taken] > _PAYS * errors[0]:
-        taken = 0
+    in_float = min(counts, key=lambda count: errors[count] / _MORE**count)
+    if errors[in_float] > _PAYS * errors[0]:
+        in_float = 0
     keep = np.ones(len(energy), bool)
-    keep[order[:taken]] = False
+    keep[order[:in_float]] = False
     return keep
 
 
 def _histograms(
     model: ir.Model, block: Block, windows: np.ndarray, before: list, tensors: list[_Tensor], work: Path
 ) -> dict[str, Histogram]:
-    """Of every tensor as smoothing left it, without the channels that are taken out; by name."""
+    """One histogram per input tensor, by name, measured after smoothing and without the float channels."""
     run = open_block(model, block, [tensor.name for tensor in tensors], work)
     histograms: dict[str, Histogram] = {}
     for window, start in zip(windows, before, strict=True):
@@ -240,21 +253,22 @@ def _histograms(
     return histograms
 
 
-def _site(
+def _decide(
     projection: Projection, tensor: _Tensor, histogram: Histogram | None, tables: set[ir.Value], plan: Plan, work: Path
-) -> Site:
+) -> Decision:
+    """Decide on one linear layer: choose the range of its input, and round its weight."""
     keep, activation = tensor.keep, None
     rows, output = tensor.moments.rows[:, keep], tensor.output(tensor.moments.rows)
 
     def error(candidate: Activation) -> float:
-        return product_error(rows, candidate.restore(rows), tensor.energy[keep], output)
+        return matmul_error(rows, candidate.restore(rows), tensor.energy[keep], output)
 
     if histogram is not None:
         activation = PerTensor(*RANGES[plan.ranges](histogram))
     elif plan.ranges == "row":
         activation = min(map(PerRow, ROW_ZERO_POINTS), key=error)
     weight = projection.matrix
-    taken = np.flatnonzero(~keep)
+    in_float = np.flatnonzero(~keep)
     rounded = None
     if projection.weight not in tables:
         rounded = _round(weight, tensor.moments.gram, keep, plan)
@@ -262,13 +276,16 @@ def _site(
     account = {"alpha": tensor.smoothing.alpha} if plan.alphas else {}
     if activation is not None:
         account |= asdict(activation) | {"relative_error": error(activation)}
-    if len(taken):
-        account |= {"float_channels": taken.tolist(), "float_bytes": 4 * weight[taken].size}
-    return Site(rounded, activation, taken, np.ascontiguousarray(weight[taken]), account, histogram)
+    if len(in_float):
+        account |= {"float_channels": in_float.tolist(), "float_bytes": 4 * weight[in_float].size}
+    return Decision(rounded, activation, in_float, np.ascontiguousarray(weight[in_float]), account, histogram)
 
 
 def _on_disk(array: np.ndarray, folder: Path) -> np.ndarray:
-    """`array` mapped from a file in `folder` that has no name: all of a model's integers would be a quarter of it."""
+    """Return `array`, memory-mapped from an unnamed file in `folder`.
+
+    The integers of all layers together would take a quarter of the model's size in memory.
+    """
     with tempfile.TemporaryFile(dir=folder) as file:
         np.ascontiguousarray(array).tofile(file)
         file.flush()
@@ -276,6 +293,7 @@ def _on_disk(array: np.ndarray, folder: Path) -> np.ndarray:
 
 
 def _round(weight: np.ndarray, gram: np.ndarray | None, keep: np.ndarray, plan: Plan) -> IntWeight:
+    """Round a weight [K, N]. Rows that `keep` [K] leaves out (the float channels) become zeros."""
     part = weight if keep.all() else weight[keep]
     if plan.rounding == "gptq":
         rounded = gptq(part, gram if keep.all() else gram[np.ix_(keep, keep)], plan.grid)

@@ -1,21 +1,31 @@
-"""What calibration is asked to decide, and what it decided on one projection."""
+"""What calibration is asked to decide, and what it decided on one linear layer."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
+import onnx_ir as ir
 
 from cuantiza.quantize.decide.activation import Activation
 from cuantiza.quantize.decide.observations import Histogram
 from cuantiza.quantize.decide.rounding import Grid, IntWeight
 
+if TYPE_CHECKING:
+    from cuantiza.quantize.rewrite.find import Embedding, Projection
+
 
 @dataclass(frozen=True)
 class Plan:
-    """What to decide: the integers of the weights and how they are rounded, the exponents that smoothing tries
-    (none: no smoothing), how activations get their range ("row", or a name of RANGES; None: they stay as they
-    are), and how many channels a tensor may keep out of the integer product."""
+    """What calibration has to decide.
+
+    `grid` says which integers the weights become, and `rounding` how they are rounded ("gptq", else to nearest).
+    `alphas` are the exponents that smoothing tries; without any there is no smoothing. `ranges` says how activations
+    get their range: "row" for each token at run time, a name of RANGES for a static one, None where they stay in
+    floating point. `float_channels` is the largest number of channels of a tensor that may stay in floating point.
+    """
 
     grid: Grid
     rounding: str
@@ -25,12 +35,13 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Site:
-    """The decision on one projection x [.., K] · W [K, N].
+class Decision:
+    """The decision on one linear layer x [.., K] · W [K, N].
 
-    `weight` has zero rows at `float_channels` int64 [k], whose rows are `float_rows` float32 [k, N]. It is None
-    for a table (`sites.find_tables`), which is rounded to nearest, for its look-ups too. `account` is what the manifest
-    tells of it, `histogram` that of a static range.
+    `float_channels` int64 [k] are the input channels that stay in floating point, and `float_rows` float32 [k, N] their
+    rows of W; `weight` has zeros in these rows. `weight` is None for a matrix of `find.find_tables`, such as a tied
+    head: it is rounded to nearest later, in the same way for the embedding. `account` holds the details for the
+    manifest, and `histogram` the activations from which a static range was chosen.
     """
 
     weight: IntWeight | None
@@ -39,3 +50,7 @@ class Site:
     float_rows: np.ndarray
     account: dict = field(default_factory=dict)
     histogram: Histogram | None = None
+
+
+# A pass that writes decisions, by the names of the linear layers, into a graph, and returns what it quantized.
+Rewrite = Callable[[ir.Model, dict[str, Decision]], "tuple[list[Projection], list[Embedding]]"]

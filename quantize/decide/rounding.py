@@ -1,4 +1,4 @@
-"""Floating-point weights -> integers: to nearest, or by GPTQ, which lets later weights make good for earlier ones.
+"""Floating-point weights -> integers, each weight to the nearest one; gptq.py rounds with regard to the inputs.
 
 A weight is [K, N] here, x [.., K] · W [K, N]: K inputs, N output channels, each of which has scales of its own.
 """
@@ -13,12 +13,8 @@ import numpy as np
 # above 2, since the few large weights matter more than their share of the squared error says (GPTQ's own choice).
 CLIPS = np.linspace(1.0, 0.6, 9, dtype=np.float32)
 NORM = 2.4
-# Rows that GPTQ updates one by one before it updates all the rest at once; changes no more than a float's last digit.
-_LAZY_ROWS = 128
 # Channels at a time: each is on its own, and temporaries for a whole vocabulary of them would be large.
-_COLUMNS = 8192
-# Share of the mean curvature that is added to every one (GPTQ, section 3.3): inputs that hardly occur stay harmless.
-DAMPING = 0.01
+COLUMNS = 8192
 
 
 @dataclass(frozen=True)
@@ -65,8 +61,8 @@ def round_to_nearest(weight: np.ndarray, grid: Grid, clips: np.ndarray = CLIPS) 
     q = np.empty(weight.shape, np.int8 if grid.symmetric else np.uint8)
     scales = np.empty((-(-inputs // block), channels), np.float32)
     zeros = np.empty(scales.shape, q.dtype)
-    for first in range(0, channels, _COLUMNS):
-        columns = slice(first, first + _COLUMNS)
+    for first in range(0, channels, COLUMNS):
+        columns = slice(first, first + COLUMNS)
         for group, start in enumerate(range(0, inputs, block)):
             rows = weight[start : start + block, columns]
             scale, zero = choose_scale(rows, grid, clips)
@@ -113,76 +109,3 @@ def rounding_noise(weight: np.ndarray, grid: Grid) -> np.ndarray:
     top = np.maximum(np.maximum.reduceat(weight, starts, axis=0), 0)
     step = np.maximum(top / high, bottom / low) if grid.symmetric else (top - bottom) / (high - low)  # [G, N]
     return np.repeat(np.einsum("gn,gn->g", step, step) / 12, block)[: len(weight)]
-
-
-def gptq(weight: np.ndarray, gram: np.ndarray, grid: Grid) -> IntWeight:
-    """Least ‖x·(Ŵ − W)‖² over the inputs that `gram` [K, K] = Σ xᵀx was summed from, greedily, input by input.
-
-    GPTQ, arXiv 2210.17323, algorithm 1: each input's weights are rounded, and the error is spread over those
-    that are not yet rounded along the Cholesky factor of the inverse curvature. With one scale a channel, the
-    inputs that carry the most come first ("act-order" in the authors' code); blocks keep their own order.
-    """
-    inputs = len(weight)
-    diagonal = gram.diagonal().astype(np.float64)
-    mean = diagonal.mean() or 1.0
-    order = np.argsort(-diagonal, kind="stable") if grid.block is None else np.arange(inputs)
-    curvature = gram[np.ix_(order, order)].astype(np.float64)
-    dead = np.flatnonzero(diagonal[order] <= 0)  # an input that never occurs: rounding it to nearest costs nothing
-    curvature[dead, dead] = mean
-    curvature[np.diag_indices(inputs)] += DAMPING * mean
-    factor = _inverse_factor(curvature)
-    parts = [
-        _gptq_columns(weight[order, start : start + _COLUMNS].astype(np.float32), factor, grid)
-        for start in range(0, weight.shape[1], _COLUMNS)
-    ]
-    q, scale, zero = (np.concatenate(arrays, axis=1) for arrays in zip(*parts, strict=True))
-    back = np.empty_like(order)
-    back[order] = np.arange(inputs)
-    return IntWeight(q[back], scale.astype(np.float32), zero.astype(q.dtype), grid)
-
-
-def _inverse_factor(curvature: np.ndarray) -> np.ndarray:
-    """Upper triangular U float32 [K, K] with UᵀU the inverse of `curvature` float64 [K, K].
-
-    Reversed, a matrix has its Cholesky factor the other way round: curvature = R·Rᵀ with R upper, so U = R⁻¹.
-    """
-    upper = np.linalg.cholesky(curvature[::-1, ::-1])[::-1, ::-1]
-    return _inverse_upper(upper).astype(np.float32)
-
-
-def _inverse_upper(upper: np.ndarray) -> np.ndarray:
-    """Inverse of an upper triangular matrix [K, K] by halves, of which all but the smallest are products."""
-    size = len(upper)
-    if size <= 64:
-        return np.linalg.inv(upper)
-    half = size // 2
-    first, last = _inverse_upper(upper[:half, :half]), _inverse_upper(upper[half:, half:])
-    inverse = np.zeros_like(upper)
-    inverse[:half, :half], inverse[half:, half:] = first, last
-    inverse[:half, half:] = -first @ (upper[:half, half:] @ last)
-    return inverse
-
-
-def _gptq_columns(rest: np.ndarray, factor: np.ndarray, grid: Grid) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(q [K, N], scales [G, N], zero points [G, N]) of weights `rest` float32 [K, N], which is used up."""
-    low, high = grid.limits
-    inputs, channels = rest.shape
-    block = grid.block or inputs
-    q = np.empty(rest.shape, np.int8 if grid.symmetric else np.uint8)
-    scales, zeros = [], []
-    for start in range(0, inputs, _LAZY_ROWS):
-        end = min(start + _LAZY_ROWS, inputs)
-        errors = np.empty((end - start, channels), np.float32)
-        for row in range(start, end):
-            if row % block == 0:
-                # A block may reach beyond the rows that are up to date: settle what it is owed first.
-                pending = rest[end : row + block] - factor[start:row, end : row + block].T @ errors[: row - start]
-                group = np.concatenate([rest[row : min(end, row + block)], pending])
-                scale, zero = choose_scale(group, grid)
-                scales.append(scale)
-                zeros.append(zero)
-            q[row] = rounded = (np.rint(rest[row] / scale) + zero).clip(low, high)
-            errors[row - start] = (rest[row] - (rounded - zero) * scale) / factor[row, row]
-            rest[row + 1 : end] -= factor[row, row + 1 : end, None] * errors[row - start]
-        rest[end:] -= factor[start:end, end:].T @ errors
-    return q, np.stack(scales), np.stack(zeros)

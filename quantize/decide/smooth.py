@@ -1,10 +1,11 @@
-"""Function-preserving rescaling: what is hard to quantize in an activation moves into the weights around it.
+"""Smoothing: rescale activations so that they are easier to quantize, and rescale the weights around them to match.
 
-x·W = ((x − z) / s) · (s·W) + z·W. A LayerNorm's own scale and bias, or the value columns of the projection that
-feeds attention, take the division and the shift; the next projection's rows take s, its bias takes z·W.
+The model computes the same as before, because x·W = ((x − z) / s) · (s·W) + z·W. The layer before x takes the division
+by s and the shift by z: the scale and bias of a LayerNorm, or the value columns of the linear layer that feeds
+attention. The linear layer that reads x takes s into the rows of its weight and z·W into its bias.
 
-s = max|x|^α / max|W|^(1−α) by channel: SmoothQuant, arXiv 2211.10438, with α searched for each tensor. The shift
-to the channels' means: Outlier Suppression+, arXiv 2304.09145.
+Each channel has its own s = max|x|^α / max|W|^(1−α), as in SmoothQuant (arXiv 2211.10438); α is searched for each
+tensor. The shift z by the mean of each channel is that of Outlier Suppression+ (arXiv 2304.09145).
 """
 
 from __future__ import annotations
@@ -24,10 +25,11 @@ _TINY = 1e-5
 
 @dataclass(frozen=True)
 class Group:
-    """Projections that read one value x [.., K], and what can take x's scale and shift.
+    """The linear layers that read one value x [.., K], and the initializers before x that can take its scale and shift.
 
-    `scales` are (initializer, first channel): its last axis, from that channel on, is divided by s. `shift` is the
-    vector among them that z is first taken from; None where a projection has no bias to take z·W.
+    `scales` are pairs (initializer, first channel): from that channel on, its last axis is divided by s. `shift` is the
+    vector among these from which z is subtracted before the division. It is None, and there is no shift, where one of
+    the linear layers has no bias that could take z·W.
     """
 
     x: str
@@ -38,7 +40,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Smoothing:
-    """scale > 0 and shift, float32 [K]; alpha is None where scaling did not pay."""
+    """The scale s > 0 and the shift z, float32 [K]. `alpha` is None where scaling did not pay."""
 
     scale: np.ndarray
     shift: np.ndarray
@@ -46,7 +48,7 @@ class Smoothing:
 
 
 def find_groups(graph: ir.Graph) -> dict[str, Group]:
-    """Every value that can be smoothed, by its name."""
+    """Find every value that can be smoothed, by its name."""
     readers: dict[str, list[Projection]] = {}
     for projection in find_projections(graph):
         readers.setdefault(projection.x.name, []).append(projection)
@@ -55,7 +57,7 @@ def find_groups(graph: ir.Graph) -> dict[str, Group]:
         x = projections[0].x
         if not all(_may_scale(projection, graph) for projection in projections):
             continue
-        found = _norm(x, projections) or _values(x, projections)
+        found = _find_norm(x, projections) or _find_values(x, projections)
         if found is not None:
             scales, shift = found
             if not all(bias_of(projection) for projection in projections):
@@ -65,7 +67,7 @@ def find_groups(graph: ir.Graph) -> dict[str, Group]:
 
 
 def bias_of(projection: Projection) -> ir.Value | None:
-    """The constant vector [N] that is added to the projection's product and to nothing else."""
+    """Return the constant vector [N] that is added to the matmul of `projection` and to nothing else, or None."""
     bias = projection.bias
     if bias is None:
         uses = projection.node.outputs[0].uses()
@@ -76,14 +78,20 @@ def bias_of(projection: Projection) -> ir.Value | None:
 
 
 def candidate(low: np.ndarray, high: np.ndarray, weight_max: np.ndarray, alpha: float) -> np.ndarray:
-    """SmoothQuant's s [K] at `alpha`, with geometric mean 1; channels span [low, high], weight_max [K] = max|W|."""
+    """SmoothQuant's scale s [K] for the exponent `alpha`, with geometric mean 1.
+
+    `low` and `high` [K] are the smallest and largest value of each channel; `weight_max` [K] is max|W|.
+    """
     x_max = np.maximum(np.maximum(high, -low), _TINY)
     scale = x_max**alpha / np.maximum(weight_max, _TINY) ** (1 - alpha)
     return (scale / np.exp(np.mean(np.log(scale)))).astype(np.float32)
 
 
 def apply(graph: ir.Graph, group: Group, smoothing: Smoothing) -> None:
-    """Rescale `graph` in place; what it computes stays the same. Matrices are computed anew whenever they are read."""
+    """Rescale `graph` in place, without changing what it computes.
+
+    The rescaled matrices are not stored: they are computed again each time they are read.
+    """
     scale, shift = smoothing.scale.astype(np.float64), smoothing.shift.astype(np.float64)
     for value, first in group.scales:
         start = shift if value is group.shift else 0.0
@@ -94,7 +102,7 @@ def apply(graph: ir.Graph, group: Group, smoothing: Smoothing) -> None:
             _set(bias, partial(_add, bias.const_value, shift @ projection.matrix.astype(np.float64)))
         axis = 1 - projection.channel_axis
         _set(projection.weight, partial(_multiply, projection.weight.const_value, np.expand_dims(scale, 1 - axis)))
-    _scale_look_ups(graph, group, (1 / scale).astype(np.float32))
+    _unscale_embeddings(graph, group, (1 / scale).astype(np.float32))
 
 
 def _divide(tensor: ir.TensorProtocol, first: int, scale: np.ndarray, shift: np.ndarray | float) -> np.ndarray:
@@ -112,8 +120,8 @@ def _add(tensor: ir.TensorProtocol, term: np.ndarray) -> np.ndarray:
     return tensor.numpy() + term
 
 
-def _scale_look_ups(graph: ir.Graph, group: Group, factor: np.ndarray) -> None:
-    """A table that is scaled for the head gives embeddings that are scaled too: take that back behind the look-up."""
+def _unscale_embeddings(graph: ir.Graph, group: Group, factor: np.ndarray) -> None:
+    """Multiply embeddings by `factor` [K] = 1 / s, where smoothing scaled the matrix that they share with the head."""
     tables = {projection.weight for projection in group.projections}
     for embedding in find_embeddings(graph):
         if embedding.table in tables:
@@ -130,8 +138,8 @@ def _scale_look_ups(graph: ir.Graph, group: Group, factor: np.ndarray) -> None:
             graph.insert_after(embedding.node, back)
 
 
-def _norm(x: ir.Value, projections: list[Projection]) -> tuple | None:
-    """A LayerNormalization whose scale and bias are its own, and whose output goes to projections alone."""
+def _find_norm(x: ir.Value, projections: list[Projection]) -> tuple | None:
+    """Find a LayerNormalization that computes x, has a scale and bias of its own, and feeds only linear layers."""
     node = x.producer()
     if node is None or node.op_type != "LayerNormalization" or len(node.inputs) < 3:
         return None
@@ -141,25 +149,26 @@ def _norm(x: ir.Value, projections: list[Projection]) -> tuple | None:
     return ((scale, 0), (bias, 0)), bias
 
 
-def _values(x: ir.Value, projections: list[Projection]) -> tuple | None:
-    """The value columns of the projection behind attention. Rows of attention sum to 1, so a shift passes through.
+def _find_values(x: ir.Value, projections: list[Projection]) -> tuple | None:
+    """Find the value columns of the linear layer that feeds attention, where x is the output of attention.
 
+    The attention weights of a token sum to 1, so a shift of all values is the same shift of the output. The nodes are
     x <- (Slice <-) Reshape <- Transpose <- MatMul(softmax, v <- Concat(past) <- Transpose <- Reshape <- (Split <-)
-    Add(bias)). The Slice keeps some rows, each as it is.
+    Add(bias)). The Slice keeps some of the tokens and does not change them.
     """
     if len(x.uses()) != len(projections):
         return None
-    whole = _behind(x, "Slice")
+    whole = _input_of(x, "Slice")
     if whole is not None and len(whole.uses()) != 1:
         return None
-    context = _behind(x if whole is None else whole, "Reshape", "Transpose")
-    product = context.producer() if context is not None else None
-    if product is None or product.op_type != "MatMul":
+    context = _input_of(x if whole is None else whole, "Reshape", "Transpose")
+    matmul = context.producer() if context is not None else None
+    if matmul is None or matmul.op_type != "MatMul":
         return None
-    softmax, cached = (value.producer() for value in product.inputs)
+    softmax, cached = (value.producer() for value in matmul.inputs)
     if softmax is None or softmax.op_type != "Softmax" or cached is None or cached.op_type != "Concat":
         return None
-    values = _behind(cached.inputs[1], "Transpose", "Reshape")
+    values = _input_of(cached.inputs[1], "Transpose", "Reshape")
     if values is None:
         return None
     source, first = values.producer(), 0
@@ -176,8 +185,8 @@ def _values(x: ir.Value, projections: list[Projection]) -> tuple | None:
     return None
 
 
-def _behind(value: ir.Value, *operators: str) -> ir.Value | None:
-    """What `value` was made from by a chain of `operators`, the last first; None where it was not."""
+def _input_of(value: ir.Value, *operators: str) -> ir.Value | None:
+    """Return the input of the chain of `operators`, last one first, that computes `value`; None if another does."""
     for operator in operators:
         node = value.producer()
         if node is None or node.op_type != operator:
@@ -187,7 +196,7 @@ def _behind(value: ir.Value, *operators: str) -> ir.Value | None:
 
 
 def _may_scale(projection: Projection, graph: ir.Graph) -> bool:
-    """Whether nothing reads the weight but this projection and look-ups, whose results can be scaled back."""
+    """Whether only this linear layer reads its weight, and embeddings, whose outputs can be scaled back."""
     readers = {projection.node, *(embedding.node for embedding in find_embeddings(graph))}
     if projection.node.inputs[1] is not projection.weight:
         readers.add(projection.node.inputs[1].producer())
@@ -208,7 +217,7 @@ def _set(value: ir.Value, compute: Callable[[], np.ndarray]) -> None:
     def tensor() -> ir.Tensor:
         return ir.tensor(np.ascontiguousarray(compute(), np.float32))
 
-    # Lazily, since a model's matrices, each of them twice, would be most of what a run needs.
+    # Matrices are computed lazily, because a second copy of all of them would be most of the memory that a run needs.
     value.const_value = (
         ir.LazyTensor(tensor, value.dtype, value.shape, name=value.name) if len(value.shape) > 1 else tensor()
     )

@@ -1,123 +1,27 @@
-"""What the commands show, on the terminal and as figures: what each projection costs, how a range fits its histogram."""
+"""The figures that `sensitivity --plot` and `histogram --plot` write."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from cuantiza.core.errors import UserError
-from cuantiza.core.machine.terminal import new_table
 from cuantiza.core.store import folders
+from cuantiza.quantize.inspect.tables import Range, percent
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-    from rich.table import Table
 
     from cuantiza.quantize.decide.observations import Histogram
-    from cuantiza.quantize.inspect.sensitivity import Effect
+    from cuantiza.quantize.inspect.sensitivity import Sensitivity
 
-# By suffix, what would make two files of the same figure differ.
+# By suffix, the metadata that would make two files of the same figure differ.
 SUFFIXES: dict[str, dict] = {".svg": {"Date": None}, ".png": {}, ".pdf": {"CreationDate": None}}
 _COLOURS = {"min-max": "tab:gray", "percentile": "tab:orange", "entropy": "tab:green", "mse": "tab:red"}
 # A bar and its name stay readable however many there are.
 _INCHES_PER_BAR = 0.2
-# Of a terminal: characters of the longest bar, and the bars of a histogram.
-_BAR_WIDTH, _BARS = 24, 32
-
-
-@dataclass(frozen=True)
-class Sensitivity:
-    """`effects` of every projection alone, the largest KL first; of `tables` without any projection, which every
-    other effect contains; and of all `together`. Measured on `windows` of `tokens` tokens."""
-
-    effects: dict[str, Effect]
-    tables: Effect
-    together: Effect
-    windows: int
-    tokens: int
-
-    @property
-    def text(self) -> str:
-        return f"{self.windows} calibration windows of {self.tokens} tokens"
-
-
-@dataclass(frozen=True)
-class Range:
-    """Values from `low` to `high` in steps of `step` around `zero_point`; shares 0 to 1 of the elements, and of the
-    weight of their errors, that it clips."""
-
-    low: float
-    high: float
-    step: float
-    zero_point: int
-    clipped: float
-    clipped_weight: float
-
-
-def sensitivity_table(found: Sensitivity, title: str) -> Table:
-    """A line with a bar for every projection, in the order of `found`."""
-    table = new_table(f"{title}\n{found.text}")
-    table.add_column("projection")
-    for column in ("KL, nats", "", "Δ ln ppl"):
-        table.add_column(column, justify="left" if column == "" else "right", no_wrap=True)
-    most = max(effect.kl_divergence for effect in found.effects.values()) or 1.0
-
-    def cells(effect: Effect, bar: str = "") -> list[str]:
-        rise, stderr = round(effect.delta_ln_ppl, 5) + 0.0, effect.delta_ln_ppl_stderr  # no -0.00000
-        spread = "" if math.isnan(stderr) else f" ± {stderr:.5f}"  # a single window has none
-        return [f"{effect.kl_divergence:.6f}", bar, f"{rise:.5f}{spread}"]
-
-    for projection, effect in found.effects.items():
-        table.add_row(projection, *cells(effect, _bar(effect.kl_divergence / most)))
-    table.add_section()
-    table.add_row("no projection", *cells(found.tables))
-    table.add_row("all together", *cells(found.together))
-    table.caption = (
-        "KL(fp32 ‖ quantized) and Δ ln ppl in nats a token, ± is one standard error over windows. Every line contains "
-        "that of «no projection»: look-ups in tables that no projection reads."
-    )
-    return table
-
-
-def histogram_table(histogram: Histogram, chosen: Range, title: str) -> Table:
-    """A line for every 64 bins: how many elements, as a bar of log(1 + count), hollow where `chosen` clips them."""
-    table = new_table(title)
-    for column in ("from", "to", "elements", "weight"):
-        table.add_column(column, justify="right")
-    table.add_column("log count, ░ clipped", no_wrap=True)
-    edges = np.linspace(histogram.low, histogram.high, _BARS + 1)
-    counts, weights = (array.reshape(_BARS, -1).sum(axis=1) for array in (histogram.counts, histogram.weights))
-    lengths = np.log1p(counts) / np.log1p(counts.max())
-    for low, high, count, weight, length in zip(
-        edges, edges[1:], counts, weights / weights.sum(), lengths, strict=False
-    ):
-        inside = chosen.low <= (low + high) / 2 <= chosen.high
-        bar = _bar(length) if inside else "░" * round(length * _BAR_WIDTH)
-        table.add_row(f"{low:.4g}", f"{high:.4g}", f"{count:,}", percent(weight), bar)
-    return table
-
-
-def ranges_table(ranges: dict[str, Range], chosen: str, account: dict) -> Table:
-    """A line for every method of `ranges`, the `chosen` one marked; `account` is the manifest's of the projection."""
-    table = new_table("ranges (→ chosen by the recipe)")
-    table.add_column("method")
-    for column in ("low", "high", "step", "zero\npoint", "elements\nclipped", "weight\nclipped"):
-        table.add_column(column, justify="right")
-    for method, found in ranges.items():
-        values = [f"{value:.5g}" for value in (found.low, found.high, found.step)]
-        shares = [percent(found.clipped), percent(found.clipped_weight)]
-        table.add_row(("→ " if method == chosen else "  ") + method, *values, str(found.zero_point), *shares)
-    table.caption = (
-        f"Weight: of an element's error in the product. Smoothing exponent: {account.get('alpha')}. "
-        f"Relative error of the product with the chosen range: {account['relative_error']:.3g}."
-    )
-    if channels := account.get("float_channels"):
-        table.caption += f" Without the channels {', '.join(map(str, channels))}, which are computed in float."
-    return table
 
 
 def check_path(path: Path) -> None:
@@ -131,17 +35,19 @@ def check_path(path: Path) -> None:
 
 
 def plot_sensitivity(found: Sensitivity, title: str, path: Path) -> None:
-    """A bar per projection, the largest KL on top, and beside it the rise of ln perplexity with its standard error."""
+    """A bar for each linear layer, the largest KL on top, and beside it the rise of ln perplexity with its standard error."""
     figure = _figure(9, 1.6 + _INCHES_PER_BAR * len(found.effects))
     divergence, rise = figure.subplots(1, 2, sharey=True, width_ratios=[3, 2])
     figure.suptitle(f"{title}\n({found.text})")
     places, effects = np.arange(len(found.effects)), list(found.effects.values())
     divergence.barh(places, [effect.kl_divergence for effect in effects], color="tab:blue", label="quantized alone")
-    divergence.axvline(found.tables.kl_divergence, color="black", linestyle=":", label="no projection, tables alone")
+    divergence.axvline(
+        found.tables.kl_divergence, color="black", linestyle=":", label="no linear layer, embeddings alone"
+    )
     divergence.set_yticks(places, list(found.effects), fontsize=8)
     divergence.set_ylim(len(places) - 0.4, -0.6)  # the first on top
     divergence.set_xlabel("mean KL(fp32 ‖ quantized), nats per token")
-    divergence.set_ylabel("projection")
+    divergence.set_ylabel("linear layer")
     divergence.legend(loc="lower right", fontsize=8)
     rise.errorbar(
         [effect.delta_ln_ppl for effect in effects],
@@ -191,17 +97,6 @@ def plot_histogram(
     axes.set_ylabel(f"elements per bin of {edges[1] - edges[0]:.3g}")
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2, fontsize=8, frameon=False)
     _write(figure, path)
-
-
-def percent(share: float) -> str:
-    """`share` in percent, with a digit that counts where it is small: "0 %", "0.00312 %", "12.5 %"."""
-    return f"{100 * share:.3g} %"
-
-
-def _bar(share: float) -> str:
-    """As long as `share` (0 to 1) of the longest bar, to an eighth of a character."""
-    full, eighths = divmod(round(share * _BAR_WIDTH * 8), 8)
-    return "█" * full + ("", *"▏▎▍▌▋▊▉")[eighths]
 
 
 def _figure(width: float, height: float) -> Figure:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,11 +13,10 @@ from cuantiza.core.machine.progress import report, track
 from cuantiza.core.onnx import file as onnx_file
 from cuantiza.core.run.divergence import compare
 from cuantiza.core.run.runtime import Runtime
-from cuantiza.quantize.decide.decision import Site
+from cuantiza.quantize.decide.decision import Decision, Rewrite
 
 # Every other calibration window is measured on: 4,096 tokens of int8's 16 windows.
 EVERY = 2
-Rewrite = Callable[[ir.Model, dict[str, Site]], object]
 
 
 @dataclass(frozen=True)
@@ -28,6 +26,22 @@ class Effect:
     kl_divergence: float
     delta_ln_ppl: float
     delta_ln_ppl_stderr: float
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """The `effects` of every linear layer alone, the largest KL first; of the embeddings alone, which every other effect
+    contains (`tables`); and of all `together`. They are measured on `windows` calibration windows of `tokens` tokens."""
+
+    effects: dict[str, Effect]
+    tables: Effect
+    together: Effect
+    windows: int
+    tokens: int
+
+    @property
+    def text(self) -> str:
+        return f"{self.windows} calibration windows of {self.tokens} tokens"
 
 
 class Gauge:
@@ -44,10 +58,10 @@ class Gauge:
                 self._logits = np.lib.format.open_memmap(work / "baseline.npy", "w+", np.float32, shape)
             self._logits[index] = logits
 
-    def effect(self, model: ir.Model, sites: dict[str, Site], rewrite: Rewrite) -> Effect:
-        """Of `model` with `sites` quantized and the rest in floating point."""
+    def effect(self, model: ir.Model, decisions: dict[str, Decision], rewrite: Rewrite) -> Effect:
+        """Of `model` with `decisions` quantized and the rest in floating point."""
         copy = model.clone()
-        rewrite(copy, sites)
+        rewrite(copy, decisions)
         onnx_file.save(copy, self._work)
         del copy
         session = Runtime(self._work / "model.onnx")
@@ -61,28 +75,28 @@ class Gauge:
         return Effect(float(np.mean(divergence)), float(np.mean(rise)), stderr)
 
 
-def rank(model: ir.Model, sites: dict[str, Site], rewrite: Rewrite, gauge: Gauge) -> dict[str, Effect]:
-    """The effect of every site alone, by name, the largest KL first."""
-    names = track(sites, "sensitivity", len(sites))
-    effects = {name: gauge.effect(model, {name: sites[name]}, rewrite) for name in names}
+def rank(model: ir.Model, decisions: dict[str, Decision], rewrite: Rewrite, gauge: Gauge) -> dict[str, Effect]:
+    """The effect of every decision alone, by name, the largest KL first."""
+    names = track(decisions, "sensitivity", len(decisions))
+    effects = {name: gauge.effect(model, {name: decisions[name]}, rewrite) for name in names}
     return dict(sorted(effects.items(), key=lambda item: -item[1].kl_divergence))
 
 
 def within_budget(
-    model: ir.Model, sites: dict[str, Site], rewrite: Rewrite, gauge: Gauge, budget: float
+    model: ir.Model, decisions: dict[str, Decision], rewrite: Rewrite, gauge: Gauge, budget: float
 ) -> tuple[dict[str, Effect], Effect]:
     """(what stays in float and the effect that each had alone, the effect of the rest).
 
     The fewest tensors, taken in the order of their own KL, that bring the rise of ln perplexity under `budget`
     (nats a token). Nothing is ranked where the budget is met without.
     """
-    effect = gauge.effect(model, sites, rewrite)
+    effect = gauge.effect(model, decisions, rewrite)
     kept: dict[str, Effect] = {}
     ranked: list[tuple[str, Effect]] = []
-    while effect.delta_ln_ppl > budget and len(kept) < len(sites):
-        ranked = ranked or list(rank(model, sites, rewrite, gauge).items())
+    while effect.delta_ln_ppl > budget and len(kept) < len(decisions):
+        ranked = ranked or list(rank(model, decisions, rewrite, gauge).items())
         name, alone = ranked[len(kept)]
         kept[name] = alone
-        effect = gauge.effect(model, {n: site for n, site in sites.items() if n not in kept}, rewrite)
+        effect = gauge.effect(model, {n: decision for n, decision in decisions.items() if n not in kept}, rewrite)
         report(f"mixed     {name} stays in float: Δ ln ppl {effect.delta_ln_ppl:.4f}")
     return kept, effect

@@ -1,4 +1,4 @@
-"""Editing a graph: constants, putting nodes in the place of one, and cleaning up."""
+"""Helpers that edit a graph: add constants, replace a node, and remove what nothing reads."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from onnx_ir.passes.common import NameFixPass, RemoveUnusedNodesPass
 
 
 def constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
-    """An initializer of `graph`, made where there is none of that name."""
+    """Return the initializer `name` of `graph`. It is created from `array` if it does not exist yet."""
     if name not in graph.initializers:
         tensor = ir.tensor(array, name=name)
         graph.register_initializer(
@@ -22,7 +22,10 @@ def constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
 def lazy_constant(
     graph: ir.Graph, name: str, dtype: ir.DataType, shape: Sequence[int], make: Callable[[], np.ndarray]
 ) -> ir.Value:
-    """An initializer that `make` gives whenever it is read: all of a model's at once would be as large as the file."""
+    """Add an initializer whose array `make` computes each time it is read, and return it.
+
+    The arrays are not kept, because those of a whole model would take as much memory as its file.
+    """
 
     def tensor() -> ir.Tensor:
         return ir.tensor(np.ascontiguousarray(make()), name=name)
@@ -35,7 +38,7 @@ def lazy_constant(
 
 
 def replace_node(graph: ir.Graph, node: ir.Node, tape: ir.tape.Tape, result: ir.Value) -> None:
-    """Put the nodes of `tape` in the place of `node`; `result` takes over its output, name and all."""
+    """Insert the nodes of `tape` in place of `node`; `result` takes the name, shape and type of its output."""
     output = node.outputs[0]
     graph.insert_before(node, tape.nodes)
     name, result.shape, result.type = output.name, output.shape, output.type
@@ -47,6 +50,6 @@ def replace_node(graph: ir.Graph, node: ir.Node, tape: ir.tape.Tape, result: ir.
 
 
 def clean(model: ir.Model) -> None:
-    """Drop nodes and weights that nothing reads any more, and give what is new a name."""
+    """Remove nodes and initializers that nothing reads, and give every node and value a unique name."""
     RemoveUnusedNodesPass()(model)
     NameFixPass()(model)

@@ -1,7 +1,8 @@
-"""Where a graph can be quantized: products with a constant weight, and look-ups in a table.
+"""Find what can be quantized in a graph: linear layers (matmuls with a constant weight) and embeddings.
 
-`MatMul` and `Gemm` alike, whether the weight is stored as [K, N] or, for a head tied to the embedding, as
-[N, K] behind a `Transpose`: a graph that another exporter wrote is quantized as completely as ours.
+A linear layer is a `MatMul` or a `Gemm`. Its weight is stored as [K, N], or as [N, K] with a `Transpose`, which is how
+a head tied to the embedding is stored. Because all these forms are found, graphs of other exporters are quantized as
+completely as ours.
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ import onnx_ir as ir
 _REASONS = {
     "LayerNormalization": "normalizes in floating point; its cost and size are negligible",
     "Softmax": "exponentials span more orders of magnitude than 8 bits",
-    "MatMul": "attention products: both sides are activations",
+    "MatMul": "attention: both inputs of the matmul are activations",
     "Gemm": "has an alpha or beta other than 1, or no constant weight",
-    "Gather": "picks from a tensor that is no table of weights",
+    "Gather": "picks from a tensor that is not an embedding matrix",
     "Add": "residual stream, biases and mask: int8 would round the sum again at every layer",
 }
-_DEFAULT_REASON = "elementwise or a reduction: no product to save time in, no weight to save space in"
-# These move or reshape values, and compute nothing.
+_DEFAULT_REASON = "elementwise or a reduction: it has no matmul to speed up and no weight to shrink"
+# These operators move or reshape values and compute nothing, so they are not listed as left in floating point.
 _MOVES = (
     "Cast",
     "Concat",
@@ -41,7 +42,10 @@ _MOVES = (
 
 @dataclass(frozen=True)
 class Projection:
-    """`node` computes x · W (+ bias). `channel_axis` is the axis of output channels in `weight` as it is stored."""
+    """A linear layer: `node` computes x · W (+ bias).
+
+    `channel_axis` is the axis of the stored `weight` that holds the output channels: 1 for [K, N], 0 for [N, K].
+    """
 
     node: ir.Node
     x: ir.Value
@@ -51,7 +55,7 @@ class Projection:
 
     @property
     def matrix(self) -> np.ndarray:
-        """The weight as float32 [K, N], a view where it is stored as [N, K]."""
+        """The weight as float32 [K, N]; a transposed view, not a copy, where it is stored as [N, K]."""
         weight = self.weight.const_value.numpy()
         return weight if self.channel_axis == 1 else weight.T
 
@@ -62,7 +66,7 @@ class Projection:
 
 @dataclass(frozen=True)
 class Embedding:
-    """`node` looks rows up in `table` [V, D]."""
+    """An embedding: `node` gathers rows of the embedding matrix `table` [V, D] by token or position."""
 
     node: ir.Node
     table: ir.Value
@@ -73,13 +77,13 @@ class Embedding:
 
 
 def find_projections(graph: ir.Graph) -> list[Projection]:
-    """Every MatMul and Gemm of an activation with a constant floating-point matrix, in graph order."""
+    """List every MatMul and Gemm of an activation with a constant floating-point matrix, in graph order."""
     found = (_projection(node) for node in graph)
     return [projection for projection in found if projection is not None]
 
 
 def find_embeddings(graph: ir.Graph) -> list[Embedding]:
-    """Every Gather of rows of a constant floating-point matrix, in graph order."""
+    """List every Gather of rows of a constant floating-point matrix, in graph order."""
     return [
         Embedding(node, node.inputs[0])
         for node in graph
@@ -88,16 +92,17 @@ def find_embeddings(graph: ir.Graph) -> list[Embedding]:
 
 
 def find_tables(graph: ir.Graph) -> set[ir.Value]:
-    """Matrices with a row per token or position: what look-ups read, and the head's, tied or not."""
+    """Find the matrices with one row per token or position: embedding matrices, and the head's weight, tied or not."""
     logits = {value.producer() for value in graph.outputs if value.name == "logits"}
     heads = {projection.weight for projection in find_projections(graph) if projection.node in logits}
     return heads | {embedding.table for embedding in find_embeddings(graph)}
 
 
 def left_in_float(graph: ir.Graph) -> list[dict]:
-    """Operators that compute in floating point and no site covers, and matrices that none reads, with the reason.
+    """List what quantization leaves in floating point in `graph`, which is not rewritten yet, and the reasons.
 
-    Of a graph that is not rewritten yet.
+    An item is an operator type that computes in floating point outside linear layers and embeddings, with its count,
+    or a matrix that no linear layer or embedding reads, with its shape.
     """
     sites = {site.node for site in (*find_projections(graph), *find_embeddings(graph))}
     counts = Counter(
@@ -111,7 +116,7 @@ def left_in_float(graph: ir.Graph) -> list[dict]:
     for name, value in graph.initializers.items():
         if _is_matrix(value) and value not in covered and value.uses():
             kept.append(
-                {"weight": name, "shape": list(value.shape.numpy()), "reason": "no product or look-up reads it"}
+                {"weight": name, "shape": list(value.shape.numpy()), "reason": "no linear layer or embedding reads it"}
             )
     return kept
 
@@ -143,7 +148,8 @@ def _projection(node: ir.Node) -> Projection | None:
 
 
 def _computes_in_float(node: ir.Node) -> bool:
-    # An exporter may leave types out; its integer arithmetic is on shapes and positions, and typed by inference.
+    # A missing type counts as float. Exporters may leave types out, but the integer nodes of a graph compute shapes
+    # and positions, and inference gives those their types.
     return any(output.dtype in (ir.DataType.FLOAT, None) for output in node.outputs)
 
 

@@ -1,11 +1,12 @@
-"""What the `ort` target changes about a graph of export/gpt2.py: attention as one operator with its cache in place.
+"""Replace attention by one operator that updates the KV cache in place, for the `ort` target of a graph of gpt2.py.
 
-GroupQueryAttention (ONNX Runtime's docs/ContribOperators.md) takes a past of P tokens and gives a present of P+T, as
-the portable graph does. Bound to one buffer [B, H, capacity, d] as past and present, it writes the T new rows where
-they belong and copies nothing. It masks what comes later by itself; padding reaches it as a bias.
+GroupQueryAttention (ONNX Runtime's docs/ContribOperators.md) reads the keys and values of P past tokens and returns
+those of P+T, as the portable graph does. If past and present are bound to the same buffer [B, H, capacity, d], it
+writes only the keys and values of the T new tokens and copies nothing. It applies the causal mask itself; padding is
+passed to it as an attention bias.
 
-LayerNormalization, Gelu and the additions stay as they are: SkipLayerNormalization takes five times as long as the
-two operators that it replaces (docs/performance.md), and ONNX Runtime fuses Gelu and its bias at load.
+LayerNormalization, Gelu and the residual additions stay as they are. SkipLayerNormalization takes five times as long
+as the two operators that it replaces (docs/performance.md), and ONNX Runtime fuses Gelu with its bias at load anyway.
 """
 
 from __future__ import annotations
@@ -25,7 +26,10 @@ ORT = "com.microsoft"
 
 @dataclass(frozen=True)
 class _Attention:
-    """One layer's attention: from `qkv` [B, T, 3D] to `context` [B, T, D], through present keys and values."""
+    """The attention of one layer, which maps `qkv` [B, T, 3D] to `context` [B, T, D].
+
+    `past` and `present` are the layer's (key, value) in the KV cache, without and with the new tokens.
+    """
 
     qkv: ir.Value
     context: ir.Value
@@ -35,16 +39,19 @@ class _Attention:
 
 
 def check_attention(model: ir.Model, path: Path) -> None:
-    """Raises UserError, which names `path`, where `model` has not the attention that export/gpt2.py writes."""
+    """Check that `model` has the attention that export/gpt2.py writes; raise a UserError that names `path` if not."""
     if None in (found := _find_all(model.graph)) or not found:
         raise UserError(
-            f"{path}: target ort is for graphs that are authored here, and this one has another attention; "
-            "take the recipe without -ort"
+            f"{path}: target ort needs the attention that `export --exporter graph` writes, and this graph has another; "
+            "use the recipe without -ort"
         )
 
 
 def fuse_attention(model: ir.Model) -> int:
-    """Rewrite the attention of every layer of `model`, which `check_attention` passed; returns how many there were."""
+    """Replace the attention of every layer of `model` by GroupQueryAttention; return the number of layers.
+
+    `check_attention` has to accept `model` first.
+    """
     graph = model.graph
     inputs = {value.name: value for value in graph.inputs}
     layers = _find_all(graph)
@@ -62,7 +69,7 @@ def _find_all(graph: ir.Graph) -> list[_Attention | None]:
 
 
 def _find(graph: ir.Graph, layer: int) -> _Attention | None:
-    """The attention that gives present.{layer}, where it has the shape that export/gpt2.py gives it."""
+    """Find the attention that computes present.{layer}; None if its nodes are not those that export/gpt2.py writes."""
     outputs = {value.name: value for value in graph.outputs}
     key, value = (outputs.get(contract.present_name(layer, kv)) for kv in ("key", "value"))
     scores = _single(_single(key, "Transpose"), "MatMul")
@@ -81,7 +88,7 @@ def _find(graph: ir.Graph, layer: int) -> _Attention | None:
 
 
 def _single(value: ir.Value | None, op_type: str) -> ir.Value | None:
-    """The output of the one `op_type` that reads `value`."""
+    """Return the output of the only `op_type` node that reads `value`; None if there is not exactly one."""
     if value is None:
         return None
     readers = [use.node for use in value.uses() if use.node.op_type == op_type]
@@ -89,7 +96,7 @@ def _single(value: ir.Value | None, op_type: str) -> ir.Value | None:
 
 
 def _origin(head: ir.Value) -> ir.Node | None:
-    """What made a part of qkv, behind the Reshape and the Transpose that split the heads."""
+    """Return the node that produced a part of qkv, before the Reshape and the Transpose that split it into heads."""
     for op_type in ("Transpose", "Reshape"):
         node = head.producer()
         if node is None or node.op_type != op_type:
@@ -99,7 +106,11 @@ def _origin(head: ir.Value) -> ir.Node | None:
 
 
 def _lengths(graph: ir.Graph, input_ids: ir.Value, attention_mask: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value]:
-    """(last position int32 [B], its count int32 [], bias of padding float32 [B, 1, T, P+T]), for all layers."""
+    """Add the inputs of GroupQueryAttention that all layers share.
+
+    They are the index of the last position int32 [B], the number of positions P+T int32 [], and the attention bias
+    that masks padding float32 [B, 1, T, P+T].
+    """
     tape = ir.tape.Tape()
 
     def vector(name: str, *values: int) -> ir.Value:
@@ -108,7 +119,7 @@ def _lengths(graph: ir.Graph, input_ids: ir.Value, attention_mask: ir.Value) -> 
     total = tape.op("Squeeze", [tape.op("Shape", [attention_mask], {"start": 1, "end": 2})])
     total = tape.op("Cast", [total], {"to": ir.DataType.INT32})
     batch = tape.op("Shape", [attention_mask], {"start": 0, "end": 1})
-    # Padding is told by the bias, so that every row of the batch ends at the same position.
+    # The bias masks padding, so every sequence of the batch ends at the same position.
     last = tape.op("Expand", [tape.op("Sub", [total, constant(graph, "one_int32", np.int32(1))]), batch])
     padding = tape.op("Cast", [tape.op("Sub", [vector("one", 1), attention_mask])], {"to": ir.DataType.FLOAT})
     bias = tape.op(

@@ -1,8 +1,8 @@
-"""Matrices stored in 16 bits, fp16 or bf16, and computed with in fp32.
+"""Store matrices in 16 bits (fp16 or bf16) and compute with them in fp32.
 
-A product reads Cast(W), which ONNX Runtime folds at load: half the file, fp32's speed and memory. A look-up gathers
-16-bit rows and casts those alone, in ONNX Runtime as well, which has Gather and Cast for both types. Vectors (biases,
-normalization) stay fp32: a thousandth of GPT-2's bytes to save.
+A matmul reads Cast(W), which ONNX Runtime folds at load: the file is half as large, speed and memory are those of fp32.
+An embedding gathers 16-bit rows and casts only those. ONNX Runtime runs it that way, too, because it has Gather and
+Cast for both types. Vectors (biases, normalization) stay fp32, because they are only a thousandth of GPT-2's bytes.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ _TYPES = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 
 
 def store_half(model: ir.Model, dtype: Literal["fp16", "bf16"]) -> list[str]:
-    """Rewrite `model` in place; returns the names of the matrices (rank 2 and above) that are now 16 bits wide.
+    """Store the matrices of `model` (rank 2 and above) in 16 bits, in place; return the names of those that now are.
 
-    Rounded to nearest, ties to even, when the model is saved. A matrix with a value beyond the largest of `dtype`
-    (65504 for fp16) stays fp32 and is not among the names.
+    Values are rounded to nearest, ties to even, when the model is saved. A matrix with a value beyond the largest of
+    `dtype` (65504 for fp16) stays fp32 and is not among the names.
     """
     graph = model.graph
     matrices = [
@@ -53,7 +53,7 @@ def _fits(tensor: ir.TensorProtocol, to: ir.DataType) -> bool:
 
 
 def _half(graph: ir.Graph, matrix: ir.Value, dtype: str) -> ir.Value:
-    """The initializer that takes the place of `matrix`, converted when the model is saved."""
+    """Add the 16-bit initializer that replaces `matrix`. Its values are converted when the model is saved."""
     to = _TYPES[dtype]
     name = f"{matrix.name}_{dtype}"
     tensor = ir.LazyTensor(partial(_convert, matrix.const_value, to), to, matrix.shape, name=name)
@@ -63,4 +63,4 @@ def _half(graph: ir.Graph, matrix: ir.Value, dtype: str) -> ir.Value:
 
 
 def _convert(tensor: ir.TensorProtocol, to: ir.DataType) -> ir.Tensor:
-    return ir.tensor(tensor.numpy().astype(to.numpy()))  # fp16's subnormals are kept; smaller values become 0
+    return ir.tensor(tensor.numpy().astype(to.numpy()))  # fp16 keeps its subnormals; smaller values become 0

@@ -1,6 +1,7 @@
-"""ONNX Runtime's own quantization tools on the same fp32 artifact: rows to beat, and for those who want exactly that.
+"""ONNX Runtime's own quantization tools, applied to the same fp32 artifact.
 
-Both follow its documentation for transformers: the transformer optimizer (once the package onnxruntime-tools,
+They give the results that our recipes have to beat, and serve users who want exactly these tools. Both recipes follow
+ONNX Runtime's documentation for transformers: first the transformer optimizer (formerly the package onnxruntime-tools,
 now onnxruntime.transformers), then quant_pre_process, then quantize_dynamic or quantize_static.
 """
 
@@ -24,19 +25,27 @@ from cuantiza.core.onnx import file as onnx_file
 
 
 def ort_dynamic(model: Path, work: Path) -> None:
-    """Write work/model.onnx: weights QInt8 per tensor, a dynamic u8 scale per tensor."""
+    """Quantize the file `model` dynamically and write work/model.onnx.
+
+    Weights become int8 with one scale per tensor. Activations become uint8 with one scale per tensor, computed at run
+    time.
+    """
     model, work = model.resolve(), work.resolve()
     quantize_dynamic(_prepare(model, work), work / "quantized.onnx", weight_type=QuantType.QInt8)
     _finish(work)
 
 
-# What has weights, and the attention products. By default the tool quantizes every operator that it knows, the sum with
-# the attention mask among them, whose range leaves nothing of the scores: perplexity 300 instead of 65 on es-mini.
+# The operators with weights, and the matmuls of attention. By default the tool quantizes every operator that it knows.
+# One of them is the addition of the attention mask, whose range is so wide that the attention scores are lost:
+# perplexity 300 instead of 65 on es-mini.
 _STATIC_OPERATORS = ["MatMul", "Gemm", "Gather"]
 
 
 def ort_static(model: Path, work: Path, windows: np.ndarray) -> None:
-    """Write work/model.onnx: QDQ with min-max ranges over windows int64 [n, T]; activations u8, weights s8."""
+    """Quantize the file `model` statically, as QDQ, and write work/model.onnx.
+
+    Activations become uint8, with the range from minimum to maximum over `windows` int64 [n, T]. Weights become int8.
+    """
     model, work = model.resolve(), work.resolve()
     prepared = _prepare(model, work)
     reader = _Windows(prepared, windows)
@@ -52,11 +61,11 @@ def ort_static(model: Path, work: Path, windows: np.ndarray) -> None:
 
 
 def _prepare(model: Path, work: Path) -> Path:
-    os.chdir(work)  # the tools leave temporary files in the working directory; this process is the recipe's own
-    logging.getLogger().setLevel(logging.ERROR)  # the tools log every node that they pass over, as a warning
-    onnxruntime.set_default_logger_severity(3)  # and every session that num_logits_to_keep is no constant
+    os.chdir(work)  # the tools leave temporary files in the working directory; this recipe has a process of its own
+    logging.getLogger().setLevel(logging.ERROR)  # the tools log a warning for every node that they skip
+    onnxruntime.set_default_logger_severity(3)  # each session would warn that num_logits_to_keep is not a constant
     config = read_config(model.parent)
-    # The optimizer's other model types are not those of optimum's exporter.
+    # Only GPT-2 is optimized: the optimizer's other model types are not those that optimum's exporter writes.
     if config.get("model_type", "gpt2") == "gpt2":
         optimized = optimize_model(
             str(model), "gpt2", num_heads=config["n_head"], hidden_size=config["n_embd"], opt_level=0
@@ -68,7 +77,7 @@ def _prepare(model: Path, work: Path) -> Path:
 
 
 def _finish(work: Path) -> None:
-    """Save what the tools wrote as ours is saved, and remove their intermediate files."""
+    """Save the model that the tools wrote as our own models are saved, and remove the tools' intermediate files."""
     model = onnx_file.load(work / "quantized.onnx")
     onnx_file.save(model, work)
     for leftover in work.iterdir():
@@ -77,7 +86,7 @@ def _finish(work: Path) -> None:
 
 
 class _Windows(CalibrationDataReader):
-    """Feeds for quantize_static: full windows without a past."""
+    """Feeds full calibration windows to quantize_static, each with an empty KV cache."""
 
     def __init__(self, model: Path, windows: np.ndarray) -> None:
         self._inputs = onnx_file.load(model).graph.inputs

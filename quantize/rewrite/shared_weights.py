@@ -1,36 +1,40 @@
-"""What both int8 rewrites share: weights stored once, embeddings, and replacing a node."""
+"""The steps that the dynamic and the static int8 rewrite share: weights that are stored once, and int8 embeddings."""
 
 from __future__ import annotations
 
 import numpy as np
 import onnx_ir as ir
 
-from cuantiza.quantize.decide.decision import Site
+from cuantiza.quantize.decide.decision import Decision
 from cuantiza.quantize.decide.rounding import Grid, IntWeight, round_to_nearest
 from cuantiza.quantize.rewrite.edit import constant, lazy_constant, replace_node
 from cuantiza.quantize.rewrite.find import Embedding, Projection, find_embeddings, find_projections
 
 
 class Weights:
-    """Quantized matrices of a graph: each is stored once, however many nodes read it."""
+    """The int8 matrices of a graph. Each is stored once, however many nodes read it."""
 
     def __init__(self, graph: ir.Graph) -> None:
         self._graph = graph
         self._stored: dict[tuple[str, int], tuple[ir.Value, ir.Value]] = {}
 
     def get(self, weight: ir.Value, axis: int) -> tuple[ir.Value, ir.Value]:
-        """(int8 matrix, as it was stored; float32 scales [channels]) of `weight`, a scale per index of `axis`."""
+        """Return `weight` as (int8 matrix in the orientation in which it was stored, float32 scales [channels]).
+
+        There is one scale per index of `axis`. A weight that `put` did not set is rounded to nearest here.
+        """
         key = (weight.name, axis)
         if key not in self._stored:
             array = weight.const_value.numpy()
-            # Unclipped: a token's row comes back within half a step, whatever its largest element.
+            # Without clipping, every element of a token's embedding is within half a step of its original value,
+            # however large the largest element is.
             self._put(
                 weight, axis, round_to_nearest(array if axis == 1 else array.T, Grid(8), clips=np.ones(1, np.float32))
             )
         return self._stored[key]
 
     def put(self, projection: Projection, weight: IntWeight) -> None:
-        """Use `weight`, symmetric with one scale a channel, where the projection's matrix is asked for."""
+        """Use the integers of `weight`, which are symmetric and per-channel, for the weight of the linear layer."""
         self._put(projection.weight, projection.channel_axis, weight)
 
     def _put(self, weight: ir.Value, axis: int, rounded: IntWeight) -> None:
@@ -42,29 +46,36 @@ class Weights:
         )
 
     def get_columns(self, tape: ir.tape.Tape, projection: Projection) -> tuple[ir.Value, ir.Value]:
-        """(int8 matrix [K, N], scales [N]); a matrix stored as [N, K] is turned by a Transpose, folded at load."""
+        """Return (int8 matrix [K, N], scales [N]) of a linear layer.
+
+        A matrix stored as [N, K] gets a Transpose, which runtimes fold at load.
+        """
         weight, scale = self.get(projection.weight, projection.channel_axis)
         if projection.channel_axis == 0:
             weight = tape.op("Transpose", [weight], {"perm": [1, 0]})
         return weight, scale
 
 
-def begin(graph: ir.Graph, sites: dict[str, Site]) -> tuple[Weights, list[Projection], list[Embedding]]:
-    """(weights as `sites` rounded them, the projections that `sites` names, the look-ups, which are rewritten)."""
+def prepare_int8(graph: ir.Graph, decisions: dict[str, Decision]) -> tuple[Weights, list[Projection], list[Embedding]]:
+    """Rewrite the embeddings to int8, and return all that a rewrite of the linear layers needs.
+
+    The result is (the int8 weights, with the integers of `decisions`; the linear layers that `decisions` names; the
+    embeddings that were rewritten).
+    """
     weights = Weights(graph)
     everything = find_projections(graph)
-    projections = [projection for projection in everything if projection.name in sites]
+    projections = [projection for projection in everything if projection.name in decisions]
     for projection in projections:
-        if sites[projection.name].weight is not None:
-            weights.put(projection, sites[projection.name].weight)
-    kept = {projection.weight for projection in everything if projection.name not in sites}
+        if decisions[projection.name].weight is not None:
+            weights.put(projection, decisions[projection.name].weight)
+    kept = {projection.weight for projection in everything if projection.name not in decisions}
     return weights, projections, _quantize_embeddings(graph, weights, kept)
 
 
 def _quantize_embeddings(graph: ir.Graph, weights: Weights, kept: set[ir.Value]) -> list[Embedding]:
-    """Look up int8 rows and their scales instead of floating-point rows: Gather -> Cast -> Mul.
+    """Let embeddings gather int8 rows and their scales instead of floating-point rows: Gather -> Cast -> Mul.
 
-    Tables in `kept` stay as they are: a projection reads them in floating point.
+    The matrices in `kept` stay in floating point, because a linear layer reads them in floating point.
     """
     embeddings = [embedding for embedding in find_embeddings(graph) if embedding.table not in kept]
     last = constant(graph, "axis_last", np.array([-1], np.int64))

@@ -1,7 +1,7 @@
-"""Static int8 as QDQ: the range of every activation is fixed from the calibration split.
+"""Static int8 as QDQ: the range of every activation is fixed in advance, from the calibration split.
 
-A range over a massive activation would leave the others a handful of steps. The few input channels that carry
-such ones are taken out of the integer product, and their share is added in floating point.
+If a range had to cover massive activations, all other values would share a handful of steps. So the few outlier
+channels that carry massive activations are left out of the int8 matmul and are multiplied in floating point instead.
 """
 
 from __future__ import annotations
@@ -9,36 +9,37 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from cuantiza.quantize.decide.decision import Site
-from cuantiza.quantize.recipes import Target
+from cuantiza.quantize.decide.decision import Decision
 from cuantiza.quantize.rewrite.edit import clean, constant, replace_node
 from cuantiza.quantize.rewrite.find import Embedding, Projection
 from cuantiza.quantize.rewrite.fuse_attention import ORT
-from cuantiza.quantize.rewrite.shared_weights import begin
+from cuantiza.quantize.rewrite.shared_weights import prepare_int8
+from cuantiza.quantize.settings import Target
 
 
 def quantize_static(
-    model: ir.Model, sites: dict[str, Site], target: Target = "portable"
+    model: ir.Model, decisions: dict[str, Decision], target: Target = "portable"
 ) -> tuple[list[Projection], list[Embedding]]:
-    """Rewrite `model` in place; returns what was quantized.
+    """Quantize `model` in place; return the linear layers and embeddings that were quantized.
 
-    `sites` holds the decision on projections by their name, with `PerTensor` activations; a projection without
-    one stays in floating point, and so does a look-up that shares its table. `portable` is standard operators,
-    which ONNX Runtime fuses at load but for the biases; `ort` has those in the product.
+    `decisions` maps the names of linear layers to decisions with `PerTensor` activations. A linear layer without a
+    decision stays in floating point, and so does an embedding that shares its matrix. The target `portable` uses
+    standard operators, which ONNX Runtime fuses at load except for the bias. The target `ort` uses
+    MatMulIntegerToFloat, which adds the bias as well.
     """
     graph = model.graph
-    weights, projections, embeddings = begin(graph, sites)
+    weights, projections, embeddings = prepare_int8(graph, decisions)
     for projection in projections:
-        site, tape = sites[projection.name], ir.tape.Tape()
-        x = projection.node.inputs[0]  # which an earlier rewrite may have replaced
-        scale, zero_point = site.activation.parameters
+        decision, tape = decisions[projection.name], ir.tape.Tape()
+        x = projection.node.inputs[0]  # not projection.x, which an earlier rewrite may have replaced
+        scale, zero_point = decision.activation.parameters
         parameters = [constant(graph, f"{x.name}_scale", scale), constant(graph, f"{x.name}_zero_point", zero_point)]
         quantized = tape.op("QuantizeLinear", [x, *parameters])
         weight, weight_scale = weights.get_columns(tape, projection)
         multiply = _multiply_portable if target == "portable" else _multiply_ort
         result = multiply(graph, tape, quantized, parameters, weight, weight_scale, projection.bias)  # [.., N]
-        if len(site.float_channels):
-            result = _add_float_channels(graph, tape, result, x, projection.weight.name, site)
+        if len(decision.float_channels):
+            result = _add_float_channels(graph, tape, result, x, projection.weight.name, decision)
         replace_node(graph, projection.node, tape, result)
     if target == "ort":
         graph.opset_imports[ORT] = 1
@@ -55,9 +56,10 @@ def _multiply_portable(
     weight_scale: ir.Value,
     bias: ir.Value | None,
 ) -> ir.Value:
-    """DQ(Q(x)) · DQ(s8(W)) + bias [.., N], which runtimes turn into one integer product."""
+    """Add DQ(Q(x)) · DQ(s8(W)) + bias [.., N], which runtimes fuse into one integer matmul."""
     restored = tape.op("DequantizeLinear", [quantized, *parameters])
-    # Without a zero point, which is 0: ONNX Runtime's session.x64quantprecision does not load one that products share.
+    # The zero point of W is 0 and is left out, because several matmuls would share it: with
+    # session.x64quantprecision, ONNX Runtime cannot load such a model.
     result = tape.op("MatMul", [restored, tape.op("DequantizeLinear", [weight, weight_scale], {"axis": 1})])
     return result if bias is None else tape.op("Add", [result, bias])
 
@@ -77,10 +79,13 @@ def _multiply_ort(
 
 
 def _add_float_channels(
-    graph: ir.Graph, tape: ir.tape.Tape, result: ir.Value, x: ir.Value, name: str, site: Site
+    graph: ir.Graph, tape: ir.tape.Tape, result: ir.Value, x: ir.Value, name: str, decision: Decision
 ) -> ir.Value:
-    """The channels that were taken out are rows of zeros in s8(W), so that it does not matter how Q clips them."""
-    channels = constant(graph, f"{name}_float_channels", site.float_channels.astype(np.int64))
-    rows = constant(graph, f"{name}_float_rows", site.float_rows)
+    """Add the matmul of the float channels to `result` [.., N].
+
+    The rows of s8(W) for these channels are zero, so it does not matter how Q clips them.
+    """
+    channels = constant(graph, f"{name}_float_channels", decision.float_channels.astype(np.int64))
+    rows = constant(graph, f"{name}_float_rows", decision.float_rows)
     picked = tape.op("Gather", [x, channels], {"axis": -1})  # [.., k]
     return tape.op("Add", [result, tape.op("MatMul", [picked, rows])])

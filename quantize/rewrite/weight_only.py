@@ -1,27 +1,29 @@
-"""Weights in integers of 8 or 4 bits with a scale for every block of inputs; activations stay in floating point.
+"""Weight-only quantization: 8-bit or 4-bit weights with a scale per block of inputs; activations stay in float.
 
-A weight is [K, N] here, x [.., K] · W [K, N], as in rounding.py: G = ⌈K / block⌉ blocks run along the inputs K, and
-the last one is shorter where `block` does not divide K. A table [V, D] is the weight with K = D and N = V.
+A weight is [K, N] here, for x [.., K] · W [K, N], as in rounding.py. G = ⌈K / block⌉ blocks run along the inputs K; the
+last one is shorter where `block` does not divide K. An embedding matrix [V, D] is such a weight with K = D and N = V.
 
-Two forms of the same integers, each with a table that look-up and head share stored once:
+The two targets store the same integers in different forms. In both, a matrix that embedding and head share is stored
+once.
 
-`portable`, standard operators (DequantizeLinear of opset 21). A matrix keeps the orientation in which it was stored:
-    [K, N]                  scale, zero point [G, N], or [N] without blocks
-    [N, K], every table     scale, zero point [N, G], or [N] without blocks
-  in int8 / int4 where the grid is symmetric (no zero point), in uint8 / uint4 where it is not.
-  Without blocks, q · scale is a Cast and a Mul of constants, which runtimes fold at load: fp32's results, speed and
-  memory from a quarter of the file. With blocks, ONNX Runtime 1.32 fuses DequantizeLinear and the product into
-  MatMulNBits at load where the blocks are a power of two from 16 on, along axis 0 of [K, N]; it turns constants before
-  that, so the Transpose stands in front of DequantizeLinear. Other blocks are as correct, but every run dequantizes
-  the whole matrix. What it fuses it computes with int8 activations, a scale a block, unless the session sets
-  session.qdq_matmulnbits_accuracy_level to 0; 8 bits have no fast kernel then.
+The target `portable` uses standard operators (DequantizeLinear of opset 21). A matrix keeps its stored orientation:
+    [K, N]                          scale and zero point [G, N], or [N] without blocks
+    [N, K], embedding matrices      scale and zero point [N, G], or [N] without blocks
+  The type is int8 or int4 where the grid is symmetric (no zero point), and uint8 or uint4 where it is not.
+  Without blocks, q · scale is a Cast and a Mul of constants, which runtimes fold at load. Results, speed and memory are
+  then those of fp32, with a file a quarter of the size.
+  With blocks, ONNX Runtime 1.32 fuses DequantizeLinear and MatMul into MatMulNBits at load. It does so for blocks of a
+  power of two from 16 on, along axis 0 of [K, N]. It folds a transposed constant before that, so the Transpose stands
+  before DequantizeLinear. Other blocks give correct results too, but every run dequantizes the whole matrix.
+  The fused operator quantizes activations to int8, with a scale per block, unless the session sets
+  session.qdq_matmulnbits_accuracy_level to 0; with that setting, 8 bits have no fast kernel.
 
-`ort`, com.microsoft (ONNX Runtime's docs/ContribOperators.md), K padded to G · block with zeros:
-    weight      uint8 [N, G, block · bits / 8]    MatMulNBits; as [N, G · block · bits / 8] GatherBlockQuantized
+The target `ort` uses com.microsoft operators (ONNX Runtime's docs/ContribOperators.md). Zeros pad K to G · block:
+    weight      uint8 [N, G, block · bits / 8] for MatMulNBits, as [N, G · block · bits / 8] for GatherBlockQuantized
     scale       float32 [N, G]
     zero point  uint8 [N, ⌈G · bits / 8⌉], left out where it is 2^(bits−1), which is what a symmetric grid becomes
-  Without blocks, one scale a channel [N, 1] is spread over blocks of the operator's at load; so are zero points.
-  Two 4-bit numbers share a byte, the first in the lower half, as in ONNX's own int4.
+  Without blocks, the per-channel scale [N, 1] is repeated for the operator's blocks at load, and a zero point is
+  repeated when the file is written. Two 4-bit numbers share a byte, the first in the lower half, as in ONNX's own int4.
 """
 
 from __future__ import annotations
@@ -32,16 +34,16 @@ import numpy as np
 import onnx_ir as ir
 
 from cuantiza.core.errors import UserError
-from cuantiza.quantize.decide.decision import Site
+from cuantiza.quantize.decide.decision import Decision
 from cuantiza.quantize.decide.rounding import Grid, IntWeight, round_to_nearest
-from cuantiza.quantize.recipes import Target
 from cuantiza.quantize.rewrite.edit import clean, constant, lazy_constant, replace_node
 from cuantiza.quantize.rewrite.find import Embedding, Projection, find_embeddings, find_projections, find_tables
 from cuantiza.quantize.rewrite.fuse_attention import ORT
+from cuantiza.quantize.settings import Target
 
-# MatMulNBits' accuracy_level: activations may become int8 with a scale a block, which is its fast path.
+# The accuracy_level that lets MatMulNBits quantize activations to int8, with a scale per block: its fast path.
 _INT8_COMPUTE = 4
-# Blocks and 4-bit integers exist in the standard from this opset on.
+# Standard ONNX has blocked quantization and 4-bit integers from this opset on.
 _PORTABLE_OPSET = 21
 _TYPES = {
     (8, True): ir.DataType.INT8,
@@ -53,7 +55,7 @@ _TYPES = {
 
 @dataclass(frozen=True)
 class _Stored:
-    """An IntWeight in the graph. `parts` are the integers, the scale and, where there is one, the zero point."""
+    """An IntWeight in the graph. `parts` are its integers, its scale and, if it has one, its zero point."""
 
     weight: IntWeight
     channel_axis: int
@@ -68,18 +70,21 @@ class _Stored:
         return self.weight.q.shape[1]
 
 
-def choose_weights(model: ir.Model, sites: dict[str, Site], tables: Grid) -> dict[str, IntWeight]:
-    """What `quantize_weights` takes: the weights of `sites`, and tables rounded to nearest on a grid of their own.
+def choose_weights(model: ir.Model, decisions: dict[str, Decision], tables: Grid) -> dict[str, IntWeight]:
+    """Collect the integer weights for `quantize_weights`, by the names of their initializers.
 
-    A table that a projection without a site reads is left out.
+    Linear layers have the weights of `decisions`. The matrices of the embeddings and the head are rounded to
+    nearest here, on the grid `tables`. A matrix that a linear layer outside `decisions` reads is left out.
     """
     projections = find_projections(model.graph)
-    weights = {p.weight.name: sites[p.name].weight for p in projections if p.name in sites and sites[p.name].weight}
-    floating = {p.weight for p in projections if p.name not in sites}
+    weights = {
+        p.weight.name: decisions[p.name].weight for p in projections if p.name in decisions and decisions[p.name].weight
+    }
+    floating = {p.weight for p in projections if p.name not in decisions}
     for table in find_tables(model.graph) - floating:
         rows = next(
             (p.channel_axis == 0 for p in projections if p.weight is table), True
-        )  # [V, D], as look-ups have it
+        )  # [V, D], as embeddings store it
         array = table.const_value.numpy()
         weights[table.name] = round_to_nearest(array.T if rows else array, tables)
     return weights
@@ -88,10 +93,11 @@ def choose_weights(model: ir.Model, sites: dict[str, Site], tables: Grid) -> dic
 def quantize_weights(
     model: ir.Model, weights: dict[str, IntWeight], target: Target
 ) -> tuple[list[Projection], list[Embedding]]:
-    """Rewrite `model` in place, every product with and look-up in one of `weights`; returns what was rewritten.
+    """Quantize, in place, every linear layer and embedding that reads one of `weights`; return those.
 
-    `weights` holds matrices [K, N] by the name of the initializer that each replaces; others stay as they are.
-    Raises UserError where `target` has no form for a grid, or the opset of `model` is below 21 for `portable`.
+    `weights` maps the name of an initializer to the matrix [K, N] that replaces it; other initializers stay as they
+    are. Raises UserError where `target` cannot represent a grid, where a weight is multiplied both as stored and
+    transposed, or where the target is `portable` and the opset of `model` is below 21.
     """
     graph = model.graph
     projections = [projection for projection in find_projections(graph) if projection.weight.name in weights]
@@ -103,20 +109,24 @@ def quantize_weights(
         axes.setdefault(embedding.table.name, set()).add(0)
     if target == "portable" and axes and graph.opset_imports[""] < _PORTABLE_OPSET:
         raise UserError(
-            f"opset {graph.opset_imports['']} has no blocks and no 4-bit integers; export with OPSET={_PORTABLE_OPSET}"
+            f"opset {graph.opset_imports['']} has neither blocked quantization nor 4-bit integers; "
+            f"export with OPSET={_PORTABLE_OPSET}"
         )
 
-    store, multiply, look_up = _FORMS[target]
+    store, multiply, embed = _FORMS[target]
     stored = {}
     for name, used in axes.items():
         if len(used) > 1:
-            raise UserError(f"{name}: is multiplied both as it is and turned; leave it out of the weights to quantize")
+            raise UserError(
+                f"{name}: is multiplied both as stored and transposed; leave it out of the weights to quantize"
+            )
         stored[name] = store(graph, name, weights[name], used.pop())
     for embedding in embeddings:
         tape, ids = ir.tape.Tape(), embedding.node.inputs[1]
-        replace_node(graph, embedding.node, tape, look_up(graph, tape, stored[embedding.table.name], ids))
+        replace_node(graph, embedding.node, tape, embed(graph, tape, stored[embedding.table.name], ids))
     for projection in projections:
-        tape, x = ir.tape.Tape(), projection.node.inputs[0]  # which an earlier rewrite may have replaced
+        # Not projection.x, which an earlier rewrite may have replaced.
+        tape, x = ir.tape.Tape(), projection.node.inputs[0]
         result = multiply(tape, stored[projection.weight.name], x, projection.bias)
         replace_node(graph, projection.node, tape, result)
     if target == "ort" and stored:
@@ -126,7 +136,10 @@ def quantize_weights(
 
 
 def _scale(weight: IntWeight) -> np.ndarray:
-    """float32 [G, N], 0 for a block of zeros: int8 kernels take the zero point off after the sum, which rounds."""
+    """Return the scales float32 [G, N], with scale 0 for a block of zeros.
+
+    int8 kernels subtract the zero point after the sum, which rounds: only scale 0 makes such a block exactly 0.
+    """
     block = weight.grid.block or len(weight.q)
     starts = np.arange(0, len(weight.q), block)
     spread = np.repeat(weight.zero_point, block, axis=0)[: len(weight.q)]
@@ -154,7 +167,7 @@ def _store_portable(graph: ir.Graph, name: str, weight: IntWeight, channel_axis:
 
 
 def _multiply_portable(tape: ir.tape.Tape, stored: _Stored, x: ir.Value, bias: ir.Value | None) -> ir.Value:
-    """x [.., K] · (q − zero point) · scale [K, N] + bias."""
+    """Add the nodes of x [.., K] · ((q − zero point) · scale) [K, N] + bias."""
     parts, block = stored.parts, stored.weight.grid.block
     if stored.channel_axis == 0:
         parts = [_transpose(tape, part) for part in parts]
@@ -167,7 +180,7 @@ def _multiply_portable(tape: ir.tape.Tape, stored: _Stored, x: ir.Value, bias: i
 
 
 def _dequantize(tape: ir.tape.Tape, q: ir.Value, scale: ir.Value, zero_point: ir.Value | None = None) -> ir.Value:
-    """(q − zero point) · scale in float32, by broadcasting."""
+    """Add the nodes of (q − zero point) · scale in float32; zero point and scale are broadcast."""
     result = tape.op("Cast", [q], {"to": ir.DataType.FLOAT})
     if zero_point is not None:
         result = tape.op("Sub", [result, tape.op("Cast", [zero_point], {"to": ir.DataType.FLOAT})])
@@ -175,26 +188,27 @@ def _dequantize(tape: ir.tape.Tape, q: ir.Value, scale: ir.Value, zero_point: ir
 
 
 def _transpose(tape: ir.tape.Tape, part: ir.Value) -> ir.Value:
-    """[K, N] of [N, K]; one scale a channel [N] has no other side."""
+    """Transpose [N, K] to [K, N]. A per-channel scale or zero point [N] stays as it is."""
     return part if len(part.shape) == 1 else tape.op("Transpose", [part], {"perm": [1, 0]})
 
 
-def _look_up_portable(graph: ir.Graph, tape: ir.tape.Tape, stored: _Stored, ids: ir.Value) -> ir.Value:
-    """Rows ids [..] of the table and their scales, dequantized: float32 [.., D]."""
+def _embed_portable(graph: ir.Graph, tape: ir.tape.Tape, stored: _Stored, ids: ir.Value) -> ir.Value:
+    """Gather the rows `ids` [..] of the integers and of their scales, and dequantize them: float32 [.., D]."""
     grid = stored.weight.grid
     rows = []
     for part in stored.parts:
         source = part
         if part.dtype.bitwidth == 4:
-            # Gather knows no 4-bit integers. ONNX Runtime does this Cast once, at load: a byte a weight in memory.
+            # Gather does not support 4-bit integers. ONNX Runtime folds this Cast at load, so that the matrix takes a
+            # byte per weight in memory.
             source = tape.op("Cast", [part], {"to": _TYPES[8, grid.symmetric]})
         if len(part.shape) == 1:
-            # In front of Gather, so that it folds to a tensor of its own: ONNX Runtime does not fuse a product
-            # whose scale something else reads.
+            # ONNX Runtime does not fuse a matmul whose scale is read by another node, too. This Unsqueeze stands before
+            # the Gather, where it is folded at load into a tensor of its own.
             source = tape.op("Unsqueeze", [source, _vector(graph, "axis_last", -1)])
         rows.append(tape.op("Gather", [source, ids]))
     if grid.block is None:
-        # DequantizeLinear could say it as blocks of a whole row, which OpenVINO 2026.4 takes of constants alone.
+        # DequantizeLinear with a whole row as its block would do, but OpenVINO 2026.4 accepts that for constants only.
         return _dequantize(tape, *rows)
     return tape.op("DequantizeLinear", rows, {"axis": -1, "block_size": grid.block})
 
@@ -204,7 +218,8 @@ def _store_ort(graph: ir.Graph, name: str, weight: IntWeight, channel_axis: int)
     block = _ort_block(weight)
     if block < 16 or block & (block - 1):
         raise UserError(
-            f"{name}: blocks of {block} with target ort; MatMulNBits needs blocks of a power of two from 16 on, or take target portable"
+            f"{name}: target ort cannot store blocks of {block}, since MatMulNBits needs blocks of a power of two from 16 on; "
+            "choose such blocks, or target portable"
         )
     shift = 2 ** (grid.bits - 1) if grid.symmetric else 0
     blocks = -(-inputs // block)
@@ -223,32 +238,36 @@ def _store_ort(graph: ir.Graph, name: str, weight: IntWeight, channel_axis: int)
         constant(graph, f"{name}_scale", scale),
     ]
     if grid.block is None:
-        parts[1] = _spread(graph, parts[1], blocks)
+        parts[1] = _expand(graph, parts[1], blocks)
     if zero_point is not None:
         parts.append(constant(graph, f"{name}_zero_point", _pack(zero_point, grid.bits)))
     return _Stored(weight, channel_axis, parts)
 
 
 def _ort_block(weight: IntWeight) -> int:
-    """The operator's block: the grid's, or where that has none, the largest to 128 that divides the inputs, else 32.
+    """Return the operator's block size: that of the grid, or the largest up to 128 that divides the inputs, or else 32.
 
-    A scale a channel fits blocks of any size. Activations get a scale a block, so larger ones would cost quality.
+    A per-channel scale would allow blocks of any size. But the operator gives activations one scale per block, so
+    larger blocks would cost quality.
     """
     if weight.grid.block is not None:
         return weight.grid.block
     return next((block for block in (128, 64, 32, 16) if len(weight.q) % block == 0), 32)
 
 
-def _spread(graph: ir.Graph, scale: ir.Value, blocks: int) -> ir.Value:
-    """scale [N, 1] as [N, G]; ONNX Runtime does this once, at load."""
+def _expand(graph: ir.Graph, scale: ir.Value, blocks: int) -> ir.Value:
+    """Expand the per-channel scale [N, 1] to [N, G]; ONNX Runtime does this once, at load."""
     tape = ir.tape.Tape()
-    spread = tape.op("Expand", [scale, _vector(graph, f"shape_1_{blocks}", 1, blocks)])
+    expanded = tape.op("Expand", [scale, _vector(graph, f"shape_1_{blocks}", 1, blocks)])
     graph.insert_before(graph[0], tape.nodes)
-    return spread
+    return expanded
 
 
 def _pack(values: np.ndarray, bits: int) -> np.ndarray:
-    """uint8 [N, n] below 2^bits -> uint8 [N, ⌈n · bits / 8⌉], the first of two in the lower half of a byte."""
+    """Pack numbers below 2^bits, uint8 [N, n], into uint8 [N, ⌈n · bits / 8⌉].
+
+    Of two 4-bit numbers in a byte, the first is in the lower half.
+    """
     if bits == 8:
         return np.ascontiguousarray(values)
     packed = values[:, ::2].copy()
@@ -257,7 +276,10 @@ def _pack(values: np.ndarray, bits: int) -> np.ndarray:
 
 
 def _multiply_ort(tape: ir.tape.Tape, stored: _Stored, x: ir.Value, bias: ir.Value | None) -> ir.Value:
-    """MatMulNBits(x [.., K], W, scale, zero point, -, bias) [.., N]; ONNX Runtime fuses an Add behind it at load."""
+    """Add MatMulNBits(x [.., K], W, scale, zero point, -, bias) [.., N].
+
+    Where the bias is a separate Add after it, ONNX Runtime fuses the two at load.
+    """
     grid = stored.weight.grid
     inputs = [x, *stored.parts]
     if bias is not None:
@@ -266,8 +288,8 @@ def _multiply_ort(tape: ir.tape.Tape, stored: _Stored, x: ir.Value, bias: ir.Val
     return tape.op("MatMulNBits", inputs, sizes | {"accuracy_level": _INT8_COMPUTE}, domain=ORT)
 
 
-def _look_up_ort(graph: ir.Graph, tape: ir.tape.Tape, stored: _Stored, ids: ir.Value) -> ir.Value:
-    """GatherBlockQuantized of rows ids [..]: float32 [.., D], without the padding of the last block."""
+def _embed_ort(graph: ir.Graph, tape: ir.tape.Tape, stored: _Stored, ids: ir.Value) -> ir.Value:
+    """Add GatherBlockQuantized of the rows `ids` [..]: float32 [.., D], without the padding of the last block."""
     grid = stored.weight.grid
     table, scale, *zero_point = stored.parts
     rows_of_bytes = tape.op("Reshape", [table, _vector(graph, f"shape_{stored.channels}_rows", stored.channels, -1)])
@@ -288,8 +310,8 @@ def _vector(graph: ir.Graph, name: str, *values: int) -> ir.Value:
     return constant(graph, name, np.array(values, np.int64))
 
 
-# How a matrix is stored, multiplied with, and looked up in.
+# For each target, the functions that store a matrix, multiply by it, and gather embeddings from it.
 _FORMS = {
-    "portable": (_store_portable, _multiply_portable, _look_up_portable),
-    "ort": (_store_ort, _multiply_ort, _look_up_ort),
+    "portable": (_store_portable, _multiply_portable, _embed_portable),
+    "ort": (_store_ort, _multiply_ort, _embed_ort),
 }

@@ -96,7 +96,7 @@ def test_config_and_weights_disagree(
 
 
 def test_fewer_layers_than_weights(folder: Path, refused: Callable[..., str]) -> None:
-    """Half of a model is no model: weights that the graph would leave out are not passed over in silence."""
+    """Weights that the graph would leave out are refused, because the graph would be only a part of the model."""
     edit_config(folder, n_layer=1)
     refused(str(folder), "h.1.")
 
@@ -105,7 +105,7 @@ def test_fewer_layers_than_weights(folder: Path, refused: Callable[..., str]) ->
 def test_head_of_its_own_in_a_tied_model(
     make_gpt2: Callable[..., Path], export_here: Callable[..., Result], tmp_path: Path, tied: bool | None
 ) -> None:
-    """transformers 4 tied such a head to the table, transformers 5 does not: either choice or a clear refusal."""
+    """transformers 4 ties such a head to the embedding, transformers 5 does not: either choice or a clear refusal."""
     folder = make_gpt2("head", tie_word_embeddings=False)
     edit_config(folder, tie_word_embeddings=tied)
     if tied is None:
@@ -169,7 +169,7 @@ def test_broken_generation_config(folder: Path, refused: Callable[..., str]) -> 
 
 @pytest.mark.parametrize(("bos", "eos"), [(None, None), (8192, 8192), (-1, None), ("0", "0")])
 def test_start_token(folder: Path, refused: Callable[..., str], bos: object, eos: object) -> None:
-    """Parity and perplexity start a text with it: it has to be there, and within the vocabulary."""
+    """The start token has to be there and within the vocabulary, because parity and perplexity start a text with it."""
     edit_config(folder, bos_token_id=bos, eos_token_id=eos)
     refused(str(folder / "config.json"), "bos_token_id")
 
@@ -213,7 +213,7 @@ def test_output_is_a_file(export_here: Callable[..., Result], folder: Path, tmp_
 
 
 def test_target_is_a_file(export_here: Callable[..., Result], folder: Path, tmp_path: Path) -> None:
-    """A stray file called fp32 in a folder of ours: replaced or refused, but not a traceback."""
+    """A stray file called fp32 in one of our folders is replaced or refused, without a traceback."""
     output = tmp_path / "artifacts"
     (output / folder.name).mkdir(parents=True)
     (output / folder.name / ".cuantiza.lock").touch()
@@ -225,7 +225,7 @@ def test_target_is_a_file(export_here: Callable[..., Result], folder: Path, tmp_
 
 @pytest.fixture
 def small_disk(tmp_path: Path):
-    """A real file system of 1 MB, less than the model needs."""
+    """A real file system of 1 MB, which is less than the model needs."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mounted = shutil.which("mount") and subprocess.run(
@@ -246,7 +246,7 @@ def test_full_disk(export_here: Callable[..., Result], folder: Path, small_disk:
 def test_full_disk_without_root(
     export_here: Callable[..., Result], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same where no disk can be mounted: the write of the weights fails."""
+    """The same test where no disk can be mounted: writing the weights fails."""
     from cuantiza.core.onnx import file as onnx_file
 
     def fail(file, tensor) -> None:
@@ -281,7 +281,7 @@ def test_failure_keeps_the_published_one(export_here: Callable[..., Result], fol
 def test_parity_refuses_another_graph(
     export_here: Callable[..., Result], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A graph that is wrong in one weight by one per cent is not published."""
+    """A graph in which one weight is wrong by one per cent is not published."""
     import cuantiza.export.gpt2
 
     real = cuantiza.export.gpt2.check_finite
@@ -295,7 +295,7 @@ def test_parity_refuses_another_graph(
 
 
 def test_tokenizer_files_are_enough(export_here: Callable[..., Result], tmp_path: Path) -> None:
-    """A folder with a tokenizer and nothing else is no model."""
+    """A folder that holds only a tokenizer is not a model."""
     copy_tokenizer(tmp_path / "tokenizer")
     assert_user_error(export_here("--model", tmp_path / "tokenizer", "--output", tmp_path / "artifacts"), "config.json")
     assert_nothing_published(tmp_path / "artifacts")

@@ -50,7 +50,7 @@ def spoil_header(folder: Path, change: Callable[[dict], None]) -> None:
 
 
 def test_mislabelled_safetensors(folder: Path, refused: Callable[..., str]) -> None:
-    """A transposed projection and a bias of another layer's size."""
+    """The weight of a linear layer is transposed."""
     edit_weights(folder, lambda weights: weights.update({"transformer.h.0.mlp.c_fc.weight": torch.ones(128, 32)}))
     refused(str(folder), "h.0.mlp.c_fc.weight", "[128, 32]", "[32, 128]")
 
@@ -61,7 +61,7 @@ def test_safetensors_header_lies(folder: Path, refused: Callable[..., str]) -> N
 
 
 def test_integer_weight(folder: Path, refused: Callable[..., str]) -> None:
-    """An already quantized checkpoint has the right name and shape, and another meaning."""
+    """A weight of an already quantized checkpoint has the right name and shape, but its numbers mean something else."""
     edit_weights(
         folder,
         lambda weights: weights.update({"transformer.h.1.attn.c_attn.weight": torch.ones(32, 96, dtype=torch.int8)}),
@@ -100,7 +100,7 @@ def test_not_finite(folder: Path, refused: Callable[..., str], value: float, kin
 
 
 def test_opposite_infinities(folder: Path, refused: Callable[..., str]) -> None:
-    """inf - inf, which a careless sum could hide."""
+    """A careless sum could hide two infinities of opposite sign."""
 
     def change(weights: dict[str, torch.Tensor]) -> None:
         weights["transformer.wte.weight"][8191, 0], weights["transformer.wte.weight"][0, 0] = (
@@ -113,7 +113,7 @@ def test_opposite_infinities(folder: Path, refused: Callable[..., str]) -> None:
 
 
 def test_large_finite_weights(folder: Path, export_here: Callable[..., Result], tmp_path: Path) -> None:
-    """3e38 is a number: an embedding that is never looked up does not make a checkpoint damaged."""
+    """Weights of 3e38 are finite: a large embedding of an unused token does not make a checkpoint damaged."""
     edit_config(folder, tie_word_embeddings=False)
 
     def change(weights: dict[str, torch.Tensor]) -> None:
@@ -162,7 +162,7 @@ def test_broken_index(folder: Path, refused: Callable[..., str], content: str) -
 
 
 class Bomb:
-    """Unpickling it runs code."""
+    """An object whose unpickling runs code."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = marker

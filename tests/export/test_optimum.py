@@ -1,4 +1,4 @@
-"""`--exporter optimum`: real exports where the second environment exists, and what is refused without it."""
+"""`--exporter optimum`: real exports where optimum's environment exists, and what is refused without it."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ GROUPED = TINY | {"num_key_value_heads": 2, "intermediate_size": 64}
 
 @pytest.fixture
 def make_model(tmp_path: Path) -> Callable[..., Path]:
-    """`make_model(type, **config)` writes a random checkpoint with no weight at its initial 0 or 1, and gives its folder."""
+    """`make_model(type, **config)` writes a random checkpoint, no weight at its initial 0 or 1; returns its folder."""
 
     def make(kind: str, **config: object) -> Path:
         from transformers import AutoConfig, AutoModelForCausalLM
@@ -58,13 +58,13 @@ def make_model(tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.fixture
 def optimum(monkeypatch: pytest.MonkeyPatch, exported: Callable[..., Artifact]) -> Callable[..., Artifact]:
-    """`optimum(folder, *options)`: the verified artifact that --exporter optimum makes of it."""
+    """`optimum(folder, *options)` exports a checkpoint with --exporter optimum and returns the verified artifact."""
     monkeypatch.setenv("OPTIMUM_PYTHON", str(PYTHON))
     return lambda folder, *options: exported(folder, "--exporter", "optimum", *options)
 
 
 def parameters(folder: Path) -> int:
-    """Number of parameters in folder/model.safetensors, where tied ones stand once."""
+    """Count the parameters in folder/model.safetensors, which holds tied ones once."""
     with safe_open(folder / "model.safetensors", framework="np") as file:
         return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
 
@@ -74,7 +74,7 @@ def names(values: list[ir.Value]) -> list[str]:
 
 
 @needs_optimum
-def test_gpt2_stores_its_tied_table_once(optimum: Callable[..., Artifact]) -> None:
+def test_gpt2_stores_its_tied_embedding_once(optimum: Callable[..., Artifact]) -> None:
     artifact = optimum(ES_MINI)
     assert set(artifact.manifest.files) == {
         "model.onnx",
@@ -106,7 +106,7 @@ def test_grouped_queries_and_a_rope_of_transformers_5(
 ) -> None:
     folder = make_model("llama", **GROUPED, rope_parameters={"rope_type": "default", "rope_theta": 500.0})
     assert json.loads((folder / "config.json").read_text())["rope_parameters"]["rope_theta"] == 500.0
-    artifact = optimum(folder)  # parity holds only where the base of 500 arrived
+    artifact = optimum(folder)  # parity holds only if the RoPE base of 500 reached the graph
     graph = ir.load(artifact.model).graph
     shapes = {value.name: [str(axis) for axis in value.shape] for value in (*graph.inputs, *graph.outputs)}
     assert shapes["past_key_values.1.value"] == ["batch_size", "2", "past_sequence_length", "8"]
@@ -129,8 +129,8 @@ def test_bloom_takes_no_positions_and_every_opset(
 
 
 @needs_optimum
-def test_chunks_behind_a_padded_past(make_model: Callable[..., Path], optimum: Callable[..., Artifact]) -> None:
-    """What parity leaves out: several tokens at once behind a past, with padding in it, beyond the window of the layer."""
+def test_chunks_after_a_padded_past(make_model: Callable[..., Path], optimum: Callable[..., Artifact]) -> None:
+    """A case that parity does not cover: several tokens at once, after a padded past longer than the layer's window."""
     from transformers import AutoModelForCausalLM
 
     folder = make_model("mistral", **GROUPED, sliding_window=16)
@@ -160,7 +160,7 @@ def test_weights_of_another_shape_are_one_line(make_model: Callable[..., Path], 
 
 @pytest.fixture
 def refused(monkeypatch: pytest.MonkeyPatch, export_here: Callable[..., Result], tmp_path: Path) -> Callable[..., str]:
-    """`refused(folder, python, *fragments)`: the one line that the user sees; nothing is published."""
+    """`refused(folder, python, *fragments)` returns the one line that the user sees; nothing is published."""
 
     def call(folder: Path, python: str, *fragments: str) -> str:
         monkeypatch.setenv("OPTIMUM_PYTHON", python)

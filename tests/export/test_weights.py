@@ -1,4 +1,4 @@
-"""Every way in which GPT-2s lie on disk, through the export stage and its parity check."""
+"""Every layout of GPT-2 checkpoints on disk, through the export stage and its parity check."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from cuantiza.export.gpt2_config import ACTIVATIONS
 from helpers import CORPUS, ES_MINI, SPANISH, copy_tokenizer, stage, tiny_gpt2
 
 CONTRACT_FILES = {"model.onnx", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
-# As in datificate/gpt2-small-spanish, written by transformers 2.x in 2020.
+# The config.json of datificate/gpt2-small-spanish has these fields; transformers 2.x wrote it in 2020.
 CONFIG_2020 = {
     "activation_function": "gelu_new",
     "architectures": ["GPT2LMHeadModel"],
@@ -58,7 +58,10 @@ def write_json(path: Path, fields: dict) -> None:
 
 
 def state_of_2020(model) -> dict[str, torch.Tensor]:
-    """The state_dict that transformers 2.x and 3.x saved: prefixed, with the head, and with every layer's mask as if it were a weight."""
+    """Make the state_dict that transformers 2.x and 3.x saved.
+
+    It has the prefix, the head, and the mask of every layer as if it were a weight.
+    """
     positions = model.config.n_positions
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     state["lm_head.weight"] = state["transformer.wte.weight"]
@@ -87,7 +90,7 @@ def initializers(artifact: Artifact) -> dict[str, np.ndarray]:
 
 
 def assert_weights(artifact: Artifact, model) -> None:
-    """Every parameter of `model` stands in the file once, bit for bit, and the causal masks do not."""
+    """Assert that the file holds every parameter of `model` once, bit for bit, and no causal masks."""
     found = initializers(artifact)
     wanted = {name.removeprefix("transformer."): tensor for name, tensor in model.state_dict().items()}
     if model.config.tie_word_embeddings:
@@ -106,7 +109,7 @@ def assert_contract(artifact: Artifact) -> None:
 
 
 def assert_tokenizer(artifact: Artifact, checkpoint: Path) -> None:
-    """tokenizer.json alone gives the ids of transformers' tokenizer of the checkpoint, and the text comes back."""
+    """Assert that tokenizer.json alone gives the ids of the checkpoint's tokenizer and decodes them to the text."""
     ours = Tokenizer.from_file(str(artifact.path / "tokenizer.json"))
     theirs = AutoTokenizer.from_pretrained(checkpoint)
     texts = [*SPANISH, *(file.read_text(encoding="utf-8") for file in sorted(CORPUS.glob("*.txt"))[:5])]
@@ -114,7 +117,7 @@ def assert_tokenizer(artifact: Artifact, checkpoint: Path) -> None:
         ids = ours.encode(text, add_special_tokens=False).ids
         assert ids == theirs(text, add_special_tokens=False)["input_ids"]
         assert ours.decode(ids, skip_special_tokens=False) == text
-    # And the artifact is a folder that transformers opens with the same result.
+    # transformers can open the artifact's folder, with the same result.
     reopened = AutoTokenizer.from_pretrained(artifact.path)
     assert reopened(SPANISH[1])["input_ids"] == theirs(SPANISH[1])["input_ids"]
     assert reopened.eos_token == theirs.eos_token
@@ -129,7 +132,7 @@ def test_layout_of_2020(exported: Callable[..., Artifact], tmp_path: Path, zippe
     assert_weights(artifact, model)
     assert_contract(artifact)
     assert_tokenizer(artifact, folder)
-    # The tokenizer made of vocab.json and merges.txt is the one that was trained as a whole.
+    # The tokenizer that is made from vocab.json and merges.txt equals the original one.
     made, whole = (Tokenizer.from_file(str(path / "tokenizer.json")) for path in (artifact.path, ES_MINI))
     assert [made.encode(text).ids for text in SPANISH] == [whole.encode(text).ids for text in SPANISH]
     assert json.loads((artifact.path / "config.json").read_text()) == CONFIG_2020
@@ -138,7 +141,7 @@ def test_layout_of_2020(exported: Callable[..., Artifact], tmp_path: Path, zippe
 
 
 def test_layout_of_2020_as_a_user_runs_it(tmp_path: Path) -> None:
-    """In processes of their own; a second run has nothing to do and a changed weight is noticed."""
+    """In separate processes, a second run has nothing to do, and a changed weight is noticed."""
     folder, output = tmp_path / "gpt2-small-spanish", tmp_path / "artifacts"
     write_2020(folder, tiny_gpt2(), zipped=False)
     first = stage("export", "--model", folder, "--output", output)
@@ -166,7 +169,7 @@ OWN_TOKENIZERS = {
 
 @pytest.mark.parametrize("name", OWN_TOKENIZERS)
 def test_weights_and_tokenizer_json_alone(exported: Callable[..., Artifact], tmp_path: Path, name: str) -> None:
-    """As PlanTL-GOB-ES/gpt2-base-bne; what its tokenizer.json says counts, also where transformers would say something else."""
+    """In this layout of PlanTL-GOB-ES/gpt2-base-bne, tokenizer.json decides, even where transformers would differ."""
     model, folder = tiny_gpt2(), tmp_path / "gpt2-base-bne"
     write_json(folder / "config.json", {key: value for key, value in CONFIG_2020.items() if key != "n_ctx"})
     torch.save(state_of_2020(model), folder / "pytorch_model.bin")
@@ -233,7 +236,7 @@ def test_safetensors_is_preferred(exported: Callable[..., Artifact], tmp_path: P
     "dtype", [torch.float16, torch.bfloat16, torch.float32], ids=lambda dtype: str(dtype).removeprefix("torch.")
 )
 def test_dtypes(exported: Callable[..., Artifact], tmp_path: Path, dtype: torch.dtype, kind: str) -> None:
-    """Half precision becomes exactly the float32 of its values."""
+    """16-bit weights become float32 without a change of their values."""
     model, folder = tiny_gpt2().to(dtype), tmp_path / "model"
     if kind == "safetensors":
         model.save_pretrained(folder)
@@ -254,7 +257,7 @@ def test_untied_head(exported: Callable[..., Artifact], make_gpt2: Callable[...,
     assert_contract(artifact)
 
 
-def test_tied_table_is_stored_once(exported: Callable[..., Artifact], tiny_folder: Path) -> None:
+def test_tied_embedding_is_stored_once(exported: Callable[..., Artifact], tiny_folder: Path) -> None:
     artifact = exported(tiny_folder)
     parameters = sum(parameter.numel() * 4 for parameter in tiny_gpt2().parameters())
     assert parameters < artifact.model.stat().st_size < parameters + 50_000
@@ -289,7 +292,7 @@ def test_shapes(exported: Callable[..., Artifact], make_gpt2: Callable[..., Path
 
 
 def test_window_is_the_models_own(exported: Callable[..., Artifact], make_gpt2: Callable[..., Path]) -> None:
-    """All 16 positions can be used, and the 17th is refused rather than answered with garbage."""
+    """All 16 positions can be used. The 17th is refused, because its logits would be garbage."""
     artifact = exported(make_gpt2("window", n_positions=16))
     runtime = Runtime(artifact.model)
     assert runtime.forward(np.ones((1, 16), np.int64)).shape == (1, 16, 8192)
@@ -310,7 +313,7 @@ def test_opsets(exported: Callable[..., Artifact], make_gpt2: Callable[..., Path
 
 
 def test_contract_of_the_embedded_model(es_mini_fp32: Artifact) -> None:
-    """Names, types and shapes of inputs and outputs, as optimum, transformers.js and onnxruntime-genai use them."""
+    """Inputs and outputs have the names, types and shapes that optimum, transformers.js and onnxruntime-genai use."""
     assert_contract(es_mini_fp32)
     graph = onnx.load(es_mini_fp32.model).graph
 
@@ -328,7 +331,7 @@ def test_contract_of_the_embedded_model(es_mini_fp32: Artifact) -> None:
         "input_ids": (7, ["batch_size", new]),
         "attention_mask": (7, ["batch_size", whole]),
         "position_ids": (7, ["batch_size", new]),
-        "num_logits_to_keep": (7, []),  # optional: an initializer gives its default
+        "num_logits_to_keep": (7, []),  # optional, because an initializer gives its default
     }
     assert onnx.numpy_helper.to_array(next(w for w in graph.initializer if w.name == "num_logits_to_keep")) == 0
     wanted_outputs = {"logits": (1, ["batch_size", new, 8192])}
@@ -342,12 +345,12 @@ def test_contract_of_the_embedded_model(es_mini_fp32: Artifact) -> None:
 
 
 def test_same_bytes_again(es_mini_fp32: Artifact, exported: Callable[..., Artifact]) -> None:
-    """Another process, another folder: the same file."""
+    """An export in another process to another folder gives the same file."""
     assert exported(ES_MINI).digest == es_mini_fp32.digest
 
 
 def test_padding_and_cache_do_not_change_a_row(es_mini_fp32: Artifact) -> None:
-    """A row's logits in a padded batch, alone, or continued from a cache in two pieces are the same numbers."""
+    """The logits of a text are the same alone, in a padded batch, and in two pieces with the KV cache."""
     runtime = Runtime(es_mini_fp32.model)
     rng = np.random.default_rng(0)
     long, short = rng.integers(0, 8192, 24), rng.integers(0, 8192, 9)

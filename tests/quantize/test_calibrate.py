@@ -1,4 +1,4 @@
-"""Calibration: what is kept of activations, the ranges chosen from it, the blocks it runs, and what it decides."""
+"""Calibration: the statistics it keeps, the ranges it chooses from them, the blocks it runs, and what it decides."""
 
 import dataclasses
 import itertools
@@ -18,23 +18,16 @@ from cuantiza.core.run.runtime import Runtime
 from cuantiza.export.gpt2 import build
 from cuantiza.export.gpt2_config import parse_config
 from cuantiza.export.weights import read_weights
-from cuantiza.quantize.apply import decide
-from cuantiza.quantize.decide.activation import ROW_ZERO_POINTS, PerRow, PerTensor, product_error
+from cuantiza.quantize.decide.activation import ROW_ZERO_POINTS, PerRow, PerTensor, matmul_error
 from cuantiza.quantize.decide.blocks import open_block, split
 from cuantiza.quantize.decide.calibrate import calibration_windows
-from cuantiza.quantize.decide.observations import (
-    BINS,
-    RANGES,
-    SAMPLE_EVERY,
-    Histogram,
-    Moments,
-    least_error,
-    min_max,
-    percentile,
-)
-from cuantiza.quantize.recipes import Calibration, StaticInt8
+from cuantiza.quantize.decide.observations import BINS, SAMPLE_EVERY, Histogram, Moments
+from cuantiza.quantize.decide.ranges import RANGES, least_error, min_max, percentile
+from cuantiza.quantize.layers import decide
+from cuantiza.quantize.recipes.registry import StaticInt8
 from cuantiza.quantize.rewrite.find import find_projections
 from cuantiza.quantize.rewrite.static import quantize_static
+from cuantiza.quantize.settings import Calibration
 from lab.checkpoints.hard import make
 
 from helpers import CORPUS, ES_MINI
@@ -56,7 +49,7 @@ def windows(splits):
 
 @pytest.fixture(scope="module")
 def chain(windows, tmp_path_factory):
-    """(blocks of es-mini, inputs of the projections by name for 4 windows, logits of the blocks one by one)."""
+    """Run es-mini block by block on 4 windows: (blocks, inputs of the linear layers by name, logits)."""
     model, work = graph_of(ES_MINI), tmp_path_factory.mktemp("blocks")
     blocks, inputs, before = split(model.graph), {}, [None] * 4
     for block in blocks:
@@ -100,7 +93,8 @@ def test_transformed_moments_are_those_of_transformed_rows(chain, name):
     shift = x.mean(axis=0)
     found, y = Moments.of(x, True).transformed(scale, shift), (x.astype(np.float64) - shift) / scale
     wanted = Moments.of(y, True)
-    assert relative(found.gram, wanted.gram) < 2e-6  # of float32 sums, in which the mean was up to 7 deviations
+    # The sums are float32, of channels whose mean is up to 7 standard deviations from 0.
+    assert relative(found.gram, wanted.gram) < 2e-6
     assert np.abs(found.total - wanted.total).max() < 1e-6 * np.abs(y).sum(axis=0).max()
     for field in ("low", "high", "rows"):
         assert np.abs(getattr(found, field) - getattr(wanted, field)).max() < 1e-6 * np.abs(y).max()
@@ -143,7 +137,7 @@ def test_histograms_of_halves_merge_to_the_whole(chain):
     assert (merged.counts == whole.counts).all() and whole.counts.sum() == x.size
     assert np.allclose(merged.weights, whole.weights, rtol=1e-12) and whole.weights.sum() == pytest.approx(weight.sum())
     assert (merged.low, merged.high) == (whole.low, whole.high) == (x.min(), x.max())
-    # The bins are where NumPy's own are; float32 decides otherwise on the edge of one.
+    # The bins are those of NumPy, except that float32 may put a value at the edge of a bin into its neighbour.
     assert np.abs(whole.counts - np.histogram(x, BINS, (whole.low, whole.high))[0]).sum() < 1e-4 * x.size
     assert (np.diff(whole.centers) > 0).all() and whole.centers.mean() == pytest.approx((x.min() + x.max()) / 2)
     outside = Histogram.of(x, -0.01, 0.01, weight)
@@ -155,7 +149,7 @@ def test_histograms_of_halves_merge_to_the_whole(chain):
 
 
 def made(low, high, density, far=0, far_weight=1):
-    """A histogram with density(x) elements in each bin, of weight 1, and `far` more in the last, of `far_weight`."""
+    """A histogram with density(x) elements of weight 1 in each bin, and `far` more of `far_weight` in the last."""
     empty = Histogram(low, high, np.zeros(BINS, np.int64), np.zeros(BINS))
     counts = np.round(density(empty.centers)).astype(np.int64)
     weights = counts.astype(np.float64)
@@ -181,9 +175,9 @@ def test_percentile_holds_its_share(share, chain):
         histogram = histogram_of(x)
         low, high = percentile(histogram, share)
         assert histogram.low <= low < high <= histogram.high
-        assert ((x >= low) & (x <= high)).mean() >= share - 1e-5  # float32 on the edge of a bin
+        assert ((x >= low) & (x <= high)).mean() >= share - 1e-5  # float32 rounds at the edge of a bin
         width = (histogram.high - histogram.low) / BINS
-        # As much beyond below as above, and a bin less would be too narrow.
+        # Equal shares lie below and above the range, and a range narrower by one bin would hold too little.
         for beyond, nearer in (((x < low), (x < low + width)), ((x > high), (x > high - width))):
             assert beyond.mean() <= (1 - share) / 2 + 1e-5 and nearer.mean() >= (1 - share) / 2 - 1e-5
 
@@ -200,13 +194,16 @@ def test_ranges_lie_inside_the_whole_one(choose, chain):
 
 @pytest.mark.parametrize("name", ["percentile", "entropy", "mse"])
 def test_one_far_element_is_clipped(name):
-    """A normal distribution of millions, and one element 100 deviations away."""
+    """One element 100 standard deviations from millions of normally distributed ones is clipped."""
     low, high = RANGES[name](made(-6, 100, normal, far=1))
     assert -6 <= low < -3 and 3 < high < 10
 
 
-def test_mse_keeps_what_carries_the_product():
-    """The far element again, whose error costs as much as all the others'; and what has no tails."""
+def test_mse_weighs_errors_by_what_they_cost_the_matmul():
+    """The range includes a far element if its error costs as much as all others, and excludes it if it costs nothing.
+
+    A distribution without tails is not clipped at all.
+    """
     assert least_error(made(-6, 100, normal, far=1, far_weight=1e8))[1] > 95
     assert least_error(made(-6, 100, normal, far=1, far_weight=0))[1] < 6
     assert least_error(made(-1, 3, lambda x: 0 * x + 1000)) == (-1, 3)
@@ -214,7 +211,7 @@ def test_mse_keeps_what_carries_the_product():
 
 @pytest.mark.parametrize("name", LAYER)
 def test_mse_finds_the_range_with_the_least_error(name, chain):
-    """Measured on the elements themselves, over 60 x 60 ranges."""
+    """The error is measured on the elements themselves, and compared with that of 30 x 30 other ranges."""
     x = np.concatenate(chain[1][name])[::4]
 
     def error(low, high):
@@ -233,11 +230,11 @@ def test_a_tensor_of_zeros_has_a_range(choose, recwarn):
     assert np.isfinite(scale) and scale > 0 and zero_point in range(256) and not recwarn.list
 
 
-# --- u8 as ONNX Runtime has it ---
+# --- uint8 as ONNX Runtime computes it ---
 
 
 def through_onnx_runtime(x, scale, zero_point, folder):
-    """DequantizeLinear(QuantizeLinear(x)); a scale per row where `scale` is a vector."""
+    """Compute DequantizeLinear(QuantizeLinear(x)), with a scale per row where `scale` is a vector."""
     source, result = ir.val("x", ir.DataType.FLOAT, x.shape), ir.val("y", ir.DataType.FLOAT, x.shape)
     constants = [ir.val(name, const_value=ir.tensor(value)) for name, value in (("s", scale), ("z", zero_point))]
     axis = {"axis": 0} if np.ndim(scale) else {}
@@ -249,7 +246,8 @@ def through_onnx_runtime(x, scale, zero_point, folder):
 
 
 def test_per_tensor_is_what_onnx_runtime_computes(chain, tmp_path):
-    halves = np.arange(-200, 200, 0.5, dtype=np.float32).reshape(8, -1)  # a scale of 1: every second is on an edge
+    # With a scale of 1, every second value lies exactly between two integers.
+    halves = np.arange(-200, 200, 0.5, dtype=np.float32).reshape(8, -1)
     whole = PerTensor(-128, 127)
     assert whole.parameters == (1, 128)
     restored = whole.restore(halves)
@@ -287,23 +285,24 @@ def test_zero_is_exact_and_the_range_is_covered(low, high):
 
 
 @pytest.mark.parametrize("activation", [PerTensor(-3, 4), PerTensor(-1, 2), PerRow(128), PerRow(16)], ids=str)
-def test_product_error_is_the_error_of_the_product(activation):
-    """Of independent elements; rows of very different size count alike."""
+def test_matmul_error_is_the_error_of_the_matmul(activation):
+    """The estimate holds for independent elements, and rows of very different size count alike."""
     generator = np.random.default_rng(0)
     x = generator.standard_normal((200, 300)).astype(np.float32) * np.geomspace(0.2, 1, 200, dtype=np.float32)[:, None]
     weight = generator.standard_normal((300, 400)) * np.exp(generator.standard_normal((300, 1)))
     restored, energy = activation.restore(x), (weight**2).sum(axis=1)
     exact = (((restored - x) @ weight) ** 2).sum(axis=1) / ((x @ weight) ** 2).sum(axis=1)
-    assert product_error(x, restored, energy, (x * x) @ energy) == pytest.approx(exact.mean(), rel=0.1)
-    assert product_error(x, x, energy, (x * x) @ energy) == 0
+    assert matmul_error(x, restored, energy, (x * x) @ energy) == pytest.approx(exact.mean(), rel=0.1)
+    assert matmul_error(x, x, energy, (x * x) @ energy) == 0
 
 
 # --- blocks ---
 
 
-def test_blocks_one_behind_another_are_the_model(chain, windows, tmp_path):
+def test_blocks_one_after_another_compute_the_model(chain, windows, tmp_path):
     blocks, inputs, logits = chain
-    # A block ends where the residual stream is all that is left: behind attention, behind the MLP, and the head's.
+    # A block ends where only the residual stream is read later: after attention and after the MLP of each layer. The
+    # last block is the head.
     assert len(blocks) == 2 * 6 + 1 and blocks[0].start is None and blocks[-1].end is None
     assert all(before.end == after.start for before, after in itertools.pairwise(blocks))
     assert [len(block.projections) for block in blocks] == [2] * 12 + [1]
@@ -316,21 +315,21 @@ def test_blocks_one_behind_another_are_the_model(chain, windows, tmp_path):
 
 
 @pytest.mark.parametrize("skips", [False, True])
-def test_a_value_that_is_read_again_is_no_end(skips):
-    """h = table[ids]·A, y = h·B (+ table[ids])."""
+def test_a_value_that_is_read_again_does_not_end_a_block(skips):
+    """The graph is h = table[ids]·A, y = h·B (+ table[ids])."""
     table, a, b = (ir.val(name, const_value=ir.tensor(np.eye(4, dtype=np.float32))) for name in ("t", "a", "b"))
     ids, logits = ir.val("ids", ir.DataType.INT64, ["n"]), ir.val("logits", ir.DataType.FLOAT, ["n", 4])
-    look_up = ir.node("Gather", [table, ids])
-    first = ir.node("MatMul", [look_up.outputs[0], a], name="first")
+    gather = ir.node("Gather", [table, ids])
+    first = ir.node("MatMul", [gather.outputs[0], a], name="first")
     second = ir.node("MatMul", [first.outputs[0], b], name="second")
-    last = ir.node("Add", [second.outputs[0], look_up.outputs[0] if skips else a], outputs=[logits])
-    nodes = [look_up, first, second, last]
+    last = ir.node("Add", [second.outputs[0], gather.outputs[0] if skips else a], outputs=[logits])
+    nodes = [gather, first, second, last]
     graph = ir.Graph([ids], [logits], nodes=nodes, initializers=[table, a, b], opset_imports={"": 21})
     found = [[projection.name for projection in block.projections] for block in split(graph)]
     assert found == ([["first", "second"]] if skips else [["first"], ["second"]])
 
 
-# --- what it decides ---
+# --- decisions ---
 
 
 def test_windows_are_full_and_of_the_calibration_split(splits):
@@ -343,14 +342,14 @@ def test_windows_are_full_and_of_the_calibration_split(splits):
 
 
 def test_min_max_holds_what_the_calibration_showed(windows, tmp_path):
-    """The first LayerNorm's output, by the model's own arithmetic, spans exactly the range of its projection."""
+    """The range of the first linear layer is exactly that of its input, the first LayerNorm's output, computed here."""
     model = graph_of(ES_MINI)
     get = lambda name: model.graph.initializers[name].const_value.numpy()  # noqa: E731
     x = get("wte.weight")[windows] + get("wpe.weight")[: windows.shape[1]]
     x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5) * get("h.0.ln_1.weight") + get(
         "h.0.ln_1.bias"
     )
-    sites = decide(model, windows, StaticInt8("nearest", (), "min-max", 0, LITTLE), tmp_path)
+    sites = decide(model, windows, StaticInt8("nearest", (), "min-max", 0, LITTLE).plan(), tmp_path)
     account = sites["h.0.attn.c_attn"].account
     assert account["low"] == pytest.approx(x.min(), rel=1e-4) and account["high"] == pytest.approx(x.max(), rel=1e-4)
     assert len(sites) == 25 and not any(len(site.float_channels) for site in sites.values())
@@ -362,7 +361,7 @@ def sink(tmp_path_factory):
     return folder, make("sink", ES_MINI, folder)
 
 
-def test_the_neuron_of_a_massive_activation_leaves_the_integer_product(sink, windows, splits, tmp_path):
+def test_the_neuron_of_a_massive_activation_stays_in_float(sink, windows, splits, tmp_path):
     folder, account = sink
     text = calibration_windows(ES_MINI, splits[1], Calibration(4, 128, 4))
 
@@ -374,7 +373,7 @@ def test_the_neuron_of_a_massive_activation_leaves_the_integer_product(sink, win
     exact, losses = logits(graph_of(folder)), {}
     for limit in (0, 16):
         model = graph_of(folder)
-        sites = decide(model, windows, StaticInt8("nearest", float_channels=limit, calibration=LITTLE), tmp_path)
+        sites = decide(model, windows, StaticInt8("nearest", float_channels=limit, calibration=LITTLE).plan(), tmp_path)
         taken = {name: site.float_channels.tolist() for name, site in sites.items() if len(site.float_channels)}
         quantize_static(model, sites)
         pairs = zip(exact, logits(model), text, strict=True)

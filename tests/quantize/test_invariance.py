@@ -1,10 +1,10 @@
-"""Whether a row's logits depend on its neighbours in the batch, and on whether the cache holds what came before.
+"""Do the logits of a text depend on the other texts of the batch, or on whether the KV cache is used?
 
 Measured on es-mini with ONNX Runtime 1.32 on a Zen 4, 24 windows of 128 tokens of the test split (of 127 for the
 batch). Δ is the difference of logits; quantization itself moves them by 0.02 to 0.17 on average. "exact" is to the bit.
 
-    recipe            in a batch                token by token through the cache, against whole
-                      (beside other rows,       mean |Δ|   largest |Δ|   same top token   KL(whole ‖ cached)
+    recipe            in a batch                token by token with the KV cache, against one pass
+                      (with other texts,        mean |Δ|   largest |Δ|   same top token   KL(one pass ‖ cached)
                       padding on the left)
     fp16, bf16        exact                     3e-6       4e-5          100 %            4e-8
     int8-weight       exact                     2e-6       4e-5          100 %            4e-8
@@ -15,13 +15,13 @@ batch). Δ is the difference of logits; quantization itself moves them by 0.02 t
     int4-weight-ort   up to 0.03                0.032      0.4           98.5 %           0.0005
     ort-dynamic       0.1                       0.086      1.4           95.4 %           0.0036
 
-One position alone takes another kernel than many, and the two sum in another order. Floats show that in the last
-digit. Where the result is rounded to integers again, a value on an edge can fall to the other side, and what it
-changes is rounded otherwise in all layers and positions behind it: int8-dynamic and int8-static are the same to the
-last digit in most windows, and differ by a part of their own rounding error in the others. MatMulNBits, which
-computes with int8 activations too, has such kernels for the last rows of every product, so that the number of rows
-in a batch matters as well. That is rounding; a scale that all rows share, as ONNX Runtime's own recipe has it, is
-another matter: it moves every logit of every window.
+The kernel for one token sums in another order than the kernel for many tokens, so floats differ in the last digit.
+Where such a float is rounded to an integer again, a value close to the middle of two integers can go to the other one,
+and then all later layers and positions are rounded differently. So int8-dynamic and int8-static are the same to the
+last digit in most windows, and differ by a part of their own rounding error in the others. MatMulNBits, which computes
+with int8 activations too, has special kernels for the last rows of every matmul, so for it the number of rows in a
+batch matters as well. All of this is rounding. A scale that all tokens share, as in ONNX Runtime's own recipe, is
+worse: it moves every logit of every window.
 """
 
 from dataclasses import replace
@@ -33,8 +33,8 @@ from cuantiza.core.inputs.corpus import Source, full_windows, load_splits, strea
 from cuantiza.core.inputs.tokenizer import encode, load_tokenizer
 from cuantiza.core.run.divergence import compare
 from cuantiza.core.run.runtime import Runtime
-from cuantiza.quantize.apply import apply
-from cuantiza.quantize.recipes import RECIPES, Calibration, WeightOnly
+from cuantiza.quantize.recipes.registry import RECIPES, WeightOnly
+from cuantiza.quantize.settings import Calibration
 
 from helpers import CORPUS, stage
 
@@ -42,7 +42,7 @@ IN_FLOAT = ("fp16", "bf16", "int8-weight")
 IN_INT8 = ("int8-dynamic", "int8-static")
 IN_BLOCKS = ("int4-weight", "int8-weight-ort", "int4-weight-ort")
 OURS = (*IN_FLOAT, *IN_INT8, *IN_BLOCKS)
-# Of the cached logits: mean |Δ|, share of other top tokens, KL.
+# The limits for cached logits: mean |Δ|, share of positions with another top token, KL divergence.
 LIMITS = {"int8-dynamic": (0.018, 0.015, 3e-4), "int8-static": (0.03, 0.015, 5e-4)}
 LIMITS |= dict.fromkeys(IN_BLOCKS, (0.06, 0.05, 1.5e-3))
 
@@ -56,23 +56,23 @@ def windows(es_mini_fp32):
 
 @pytest.fixture(scope="module")
 def runtimes(es_mini_fp32, tmp_path_factory):
-    """A session of every recipe. Weights that are computed in float or in blocks are rounded to nearest here."""
+    """A session of every recipe. Weight-only recipes round to nearest here, which is faster than GPTQ."""
     folder, split = es_mini_fp32.path.parent, load_splits(Source(str(CORPUS)))[0]
-    # One thread of NumPy's is faster than several beside other work.
+    # While other work runs on the machine, one NumPy thread is faster than several.
     options = "--output", folder.parent, "--recipes", *IN_INT8, "ort-dynamic"
     result = stage("quantize", *options, env={"OPENBLAS_NUM_THREADS": "1"})
     assert result.status == 0, result.stderr
     paths = {name: folder / name for name in ("fp32", *IN_INT8, "ort-dynamic")}
     for name in (*IN_FLOAT, *IN_BLOCKS):
         recipe, paths[name] = RECIPES[name], tmp_path_factory.mktemp(name)
-        if isinstance(recipe, WeightOnly):  # the form of the graph is what matters here
+        if isinstance(recipe, WeightOnly):  # only the form of the graph matters here
             recipe = replace(recipe, rounding="nearest", calibration=Calibration(8, 32))
-        apply(recipe, es_mini_fp32.path, paths[name], split)
+        recipe.make(es_mini_fp32.path, paths[name], split)
     return {name: Runtime(path / "model.onnx", 2) for name, path in paths.items()}
 
 
 def in_batches(runtime, windows, length):
-    """Pairs (logits alone, logits of the same tokens in a batch), each [T, V]."""
+    """Yield pairs (logits of a text alone, logits of the same text in a batch), each [T, V]."""
     ids, padding = windows[:, :length], 40
     alone = [runtime.forward(row[None])[0] for row in ids[:3]]
     yield from zip(alone, runtime.forward(ids[:3]), strict=True)
@@ -82,7 +82,7 @@ def in_batches(runtime, windows, length):
     padded = np.concatenate([np.zeros(padding, np.int64), short])
     found = runtime.forward(np.stack([ids[0], padded, ids[2]]), mask)
     yield from ((alone[0], found[0]), (alone[2], found[2]), (runtime.forward(short[None])[0], found[1, padding:]))
-    # One step behind a past of its own, and beside others.
+    # One step after a cache of past tokens, alone and in a batch.
     begun = [runtime.extend(row[None, :40], runtime.empty_past(1)) for row in ids[:3]]
     steps = [runtime.extend(row[None, 40:41], past)[0][0] for row, (_, past) in zip(ids, begun, strict=False)]
     logits, past = runtime.extend(ids[:3, :40], runtime.empty_past(3))
@@ -91,7 +91,7 @@ def in_batches(runtime, windows, length):
 
 
 def through_the_cache(runtime, row):
-    """Logits [T, V] of `row` [T], a token at a time."""
+    """Compute the logits [T, V] of `row` [T] one token at a time."""
     past, steps = runtime.empty_past(1), []
     for token in row:
         logits, past = runtime.extend(token[None, None], past)
@@ -114,7 +114,7 @@ def test_neighbours_in_the_batch(runtimes, windows, name, length):
     elif name == "fp32":
         assert max(moved) < 1e-4, moved
     else:
-        # As exact as floats are on this processor: here to the bit, whatever the number of rows.
+        # These recipes have to be exact to the bit wherever this processor's float kernels are.
         exact = max(np.abs(alone - beside).max() for alone, beside in in_batches(runtimes["fp32"], windows, length))
         assert max(moved) == 0 or exact > 0, moved
 
@@ -137,7 +137,7 @@ def test_the_cache(runtimes, windows, name):
 
 
 def test_a_prompt_in_two_parts(runtimes, windows):
-    """Behind a past of many positions, many new ones take the same kernels as all at once."""
+    """A prompt in two long parts uses the same kernels as the whole prompt in one pass."""
     for name in (*IN_FLOAT, *IN_INT8):
         runtime, row = runtimes[name], windows[:1]
         first, past = runtime.extend(row[:, :50], runtime.empty_past(1))

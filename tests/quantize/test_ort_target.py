@@ -1,4 +1,4 @@
-"""The `ort` target: the same model as the portable form, in other operators, with a cache that is updated in place."""
+"""The `ort` target: the same model as the portable form, with other operators and a KV cache updated in place."""
 
 import copy
 from collections import Counter
@@ -15,17 +15,18 @@ from cuantiza.core.inputs.corpus import Source, full_windows, load_splits, strea
 from cuantiza.core.inputs.tokenizer import encode, load_tokenizer
 from cuantiza.core.onnx import file as onnx_file
 from cuantiza.core.run.runtime import Options, Runtime
-from cuantiza.quantize.apply import apply
-from cuantiza.quantize.recipes import RECIPES, Calibration, Float, Half
+from cuantiza.quantize.recipes.registry import RECIPES, Float, Half
 from cuantiza.quantize.rewrite.fuse_attention import check_attention
+from cuantiza.quantize.settings import Calibration
 from lab.bench.profile import profile
 
 from helpers import CORPUS
 
 NAMES = ("fp32", "fp16", "int8-dynamic", "int8-static", "int8-weight", "int4-weight")
-# Against the portable form's logits, whose spread is 3.5: largest |Δ|, mean |Δ|, share of other top tokens. Beyond a
-# float's last digits, int8-dynamic and int8-static differ only where one of those tips a rounding. int8-weight
-# computes with int8 activations where its portable form does in fp32, and int4-weight in other blocks.
+# Limits for the difference to the portable form's logits, whose spread is 3.5: largest |Δ|, mean |Δ|, share of other
+# top tokens. int8-dynamic and int8-static differ by more than a float's last digits only where such a digit decides
+# which way a value is rounded. int8-weight computes with int8 activations where its portable form computes in fp32, and
+# int4-weight uses other blocks.
 LIMITS = {
     "fp32": (1e-4, 1e-5, 0),
     "fp16": (1e-4, 1e-5, 0),
@@ -45,7 +46,7 @@ def windows(es_mini_fp32):
 
 @pytest.fixture(scope="module")
 def folders(es_mini_fp32, tmp_path_factory):
-    """{name: folder} of both targets. Rounded to nearest: the operators are what matters here."""
+    """{name: folder} of both targets. Weights are rounded to nearest, because only the operators matter here."""
     split = load_splits(Source(str(CORPUS)))[0]
     made = {"fp32": es_mini_fp32.path}
     for name in NAMES:
@@ -56,7 +57,7 @@ def folders(es_mini_fp32, tmp_path_factory):
             if not isinstance(recipe, Float | Half):
                 recipe = replace(recipe, rounding="nearest", calibration=Calibration(8, 32))
             made[name + target] = tmp_path_factory.mktemp(name + target)
-            apply(recipe, es_mini_fp32.path, made[name + target], split)
+            recipe.make(es_mini_fp32.path, made[name + target], split)
     return made
 
 
@@ -66,7 +67,7 @@ def runtimes(folders):
 
 
 def padded(windows):
-    """(ids, mask), each [3, 96]: the windows cut to 96, 48 and 19 tokens with padding on the left."""
+    """Return (ids, mask), each [3, 96]: the windows cut to 96, 48 and 19 tokens, with padding on the left."""
     lengths = np.array([96, 48, 19])
     mask = (np.arange(96) >= 96 - lengths[:, None]).astype(np.int64)
     rows = [np.concatenate([np.zeros(96 - n, np.int64), row[:n]]) for row, n in zip(windows, lengths, strict=True)]
@@ -96,7 +97,7 @@ def test_the_logits_of_the_portable_form(name, cached, batch, runtimes, windows)
 
 
 def test_int8_dynamic_is_the_same_to_the_last_digits_where_no_rounding_tips(runtimes, windows):
-    """Same integers and the same order of products leave nothing else that could differ."""
+    """Both targets have the same integers and multiply in the same order, so nothing else can differ."""
     differences = [
         np.abs(runtimes["int8-dynamic"].forward(row[None]) - runtimes["int8-dynamic-ort"].forward(row[None])).max()
         for row in windows
@@ -116,7 +117,7 @@ def test_the_same_integers(name, folders):
 
 @pytest.mark.parametrize("name", ["int8-weight", "int4-weight"])
 def test_the_same_weights_in_blocks(name, folders):
-    """MatMulNBits' bytes, dequantized as its specification says, are the portable form's integers times its scales."""
+    """The bytes of MatMulNBits, dequantized by its specification, equal the portable form's integers times scales."""
     portable, fused = (onnx_file.load(folders[key] / "model.onnx").graph for key in (name, f"{name}-ort"))
     bits, weight = int(name[3]), "h.0.mlp.c_fc.weight"
 
@@ -139,7 +140,7 @@ def test_the_same_weights_in_blocks(name, folders):
 
 
 def test_operators(folders):
-    """com.microsoft where it pays, and nowhere else; ONNX Runtime adds no SkipLayerNormalization, which is slow."""
+    """Only the operators that are faster come from com.microsoft."""
     allowed = {
         "fp32": {"GroupQueryAttention"},
         "fp16": {"GroupQueryAttention"},
@@ -157,6 +158,7 @@ def test_operators(folders):
 
 
 def test_no_slow_fusion_at_load(folders, tmp_path):
+    """ONNX Runtime does not fuse LayerNormalization into SkipLayerNormalization, which is slower."""
     for name in ("fp32-ort", "int8-dynamic-ort"):
         options = ort.SessionOptions()
         options.optimized_model_filepath, options.log_severity_level = str(tmp_path / "optimized.onnx"), 3
@@ -175,7 +177,7 @@ def test_files_are_as_small_as_the_portable_ones(folders):
 def test_logits_of_the_last_positions_alone(name, folders, runtimes, windows):
     runtime = runtimes[name]
     session, names = runtime.session, [item.name for item in runtime.session.get_outputs()]
-    assert KEEP not in (item.name for item in session.get_inputs())  # loaders that do not know it need not feed it
+    assert KEEP not in (item.name for item in session.get_inputs())  # so that loaders need not know of it
     feeds = {
         "input_ids": windows[:2],
         "attention_mask": np.ones((2, 96), np.int64),
@@ -189,7 +191,7 @@ def test_logits_of_the_last_positions_alone(name, folders, runtimes, windows):
         kept = session.run(names, feeds | {KEEP: np.array(count, np.int64)})
         expected = everything[0][:, -count:] if count < 96 else everything[0]
         assert kept[0].shape == expected.shape
-        # Fewer rows take other kernels, whose last digits can tip a rounding.
+        # Fewer tokens use other kernels, whose last digits can decide which way a value is rounded.
         assert np.abs(kept[0] - expected).max(initial=0) < (1e-4 if name.startswith("fp") else 0.8)
         for whole, part in zip(everything[1:], kept[1:], strict=True):
             assert np.array_equal(whole, part)
@@ -212,7 +214,7 @@ def test_stepping_a_padded_batch(name, runtimes, windows):
     runtime, (ids, mask) = runtimes[name], padded(windows)
     whole = runtime.forward(ids, mask)
     cache = runtime.cache(3, 96)
-    # Several tokens at once, behind nothing and behind a past, and one at a time.
+    # The steps are several tokens with an empty cache, several after a past, one token, and several again.
     pieces = [slice(0, 80), slice(80, 90), slice(90, 91), slice(91, 96)]
     for piece in pieces:
         logits = runtime.step(cache, ids[:, piece], mask[:, piece])
@@ -257,7 +259,7 @@ def test_another_attention_is_refused(folders):
     model = onnx_file.load(folders["fp32"] / "model.onnx")
     check_attention(model, folders["fp32"])
     softmax = next(node for node in model.graph if node.op_type == "Softmax")
-    with pytest.raises(UserError, match=r"fp32.*target ort .* authored here"):
+    with pytest.raises(UserError, match=r"fp32.*target ort .* --exporter graph"):
         add = softmax.inputs[0].producer()
         add.op_type = "Sub"
         check_attention(model, folders["fp32"])

@@ -16,12 +16,12 @@ from cuantiza.core.run.exact_int8 import EXACT, exact_products
 from cuantiza.core.run.runtime import Runtime
 from cuantiza.core.store.artifact import open_artifact
 from cuantiza.quantize.decide.activation import ROW_ZERO_POINTS, PerRow, PerTensor
-from cuantiza.quantize.decide.decision import Site
+from cuantiza.quantize.decide.decision import Decision
 from cuantiza.quantize.decide.rounding import Grid, IntWeight, round_to_nearest
-from cuantiza.quantize.recipes import ALPHAS, Calibration
 from cuantiza.quantize.rewrite.dynamic import quantize_dynamic
 from cuantiza.quantize.rewrite.find import find_projections
 from cuantiza.quantize.rewrite.static import quantize_static
+from cuantiza.quantize.settings import ALPHAS, Calibration
 
 from helpers import CORPUS, assert_user_error, stage
 
@@ -32,9 +32,9 @@ PROJECTIONS, LAYERS = 4 * 6 + 1, 6
 
 @pytest.fixture(scope="module")
 def artifacts(es_mini_fp32):
-    """Folder with the fp32, int8 and ONNX Runtime's own artifacts of es-mini, made by the command."""
+    """A folder with es-mini's fp32 and int8 artifacts and those of ONNX Runtime's tools, made by the command."""
     folder = es_mini_fp32.path.parent
-    # One thread of NumPy's is faster than several beside other work.
+    # While other work runs on the machine, one NumPy thread is faster than several.
     options = "--output", folder.parent, "--recipes", *OURS, "ort-dynamic", "ort-static"
     result = stage("quantize", *options, env={"OPENBLAS_NUM_THREADS": "1"})
     assert result.status == 0, result.stderr
@@ -56,13 +56,14 @@ def test_everything_is_quantized_and_stored_once(artifacts, name):
     assert len(details["projections"]) == PROJECTIONS and details["embeddings"] == ["wte", "wpe"]
     kept = {item["operator"]: item["count"] for item in details["left_in_float"] if "operator" in item}
     assert kept["LayerNormalization"] == 2 * LAYERS + 1 and kept["Softmax"] == kept["Gelu"] == LAYERS
-    assert kept["MatMul"] == 2 * LAYERS and "Gather" not in kept  # attention's products; both look-ups are quantized
+    # Only the matmuls of attention stay in float; both embeddings are quantized.
+    assert kept["MatMul"] == 2 * LAYERS and "Gather" not in kept
     assert all(item["reason"] for item in details["left_in_float"])
 
 
 @pytest.mark.parametrize("name", OURS)
-def test_stored_tables_are_the_checkpoints(artifacts, name):
-    """Rounded to nearest; the head's, which is smoothed, with what takes that back behind the look-up."""
+def test_stored_embeddings_are_the_checkpoints(artifacts, name):
+    """Embedding matrices are rounded to nearest. The tied one is smoothed for the head, and a factor undoes that."""
     before = onnx_file.load(artifacts / "fp32/model.onnx").graph.initializers
     after = onnx_file.load(artifacts / name / "model.onnx").graph.initializers
     for table in ("wte.weight", "wpe.weight"):
@@ -75,7 +76,7 @@ def test_stored_tables_are_the_checkpoints(artifacts, name):
 
 
 @pytest.mark.parametrize("name", OURS)
-def test_the_manifest_tells_what_was_decided_on_every_projection(artifacts, name):
+def test_the_manifest_tells_what_was_decided_on_every_linear_layer(artifacts, name):
     manifest = open_artifact(artifacts / name).manifest
     for projection, account in manifest.details["projections"].items():
         assert account.keys() == {"alpha", "relative_error"} | (
@@ -83,17 +84,17 @@ def test_the_manifest_tells_what_was_decided_on_every_projection(artifacts, name
         ), projection  # no float_channels: es-mini needs none
         assert account["alpha"] in ((None,) if projection.endswith("mlp.c_proj") else (None, *ALPHAS))
         assert 0 < account["relative_error"] < 1e-3
-    behind_gelu = [manifest.details["projections"][f"h.{layer}.mlp.c_proj"] for layer in range(LAYERS)]
+    after_gelu = [manifest.details["projections"][f"h.{layer}.mlp.c_proj"] for layer in range(LAYERS)]
     if name == "int8-dynamic":
-        # Hardly anything is negative there, so that nearly all steps are for the positive side.
-        assert max(account["zero_point"] for account in behind_gelu) <= 64
+        # GELU hardly gives negative values, so nearly all steps are used for positive ones.
+        assert max(account["zero_point"] for account in after_gelu) <= 64
     else:
-        assert all(-0.2 < account["low"] < 0 < account["high"] for account in behind_gelu)
+        assert all(-0.2 < account["low"] < 0 < account["high"] for account in after_gelu)
     assert manifest.calibration == load_splits(Source(str(CORPUS)))[0].sha256
     assert manifest.details["calibration"] == {"windows": Calibration().windows, "tokens_per_window": 512}
 
 
-def test_onnx_runtime_computes_every_static_product_in_integers(artifacts, tmp_path):
+def test_onnx_runtime_computes_every_static_linear_layer_in_integers(artifacts, tmp_path):
     options = ort.SessionOptions()
     options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
     options.log_severity_level = 3
@@ -103,7 +104,7 @@ def test_onnx_runtime_computes_every_static_product_in_integers(artifacts, tmp_p
 
 
 @pytest.mark.parametrize("name", [*OURS, "ort-dynamic", "ort-static"])
-def test_the_option_for_processors_without_vnni_loads_and_changes_no_exact_product(artifacts, name):
+def test_the_option_for_processors_without_vnni_loads_and_changes_no_exact_matmul(artifacts, name):
     found = open_artifact(artifacts / name)
     (options,) = found.manifest.details["session_options"].values()
     assert options == EXACT
@@ -113,7 +114,7 @@ def test_the_option_for_processors_without_vnni_loads_and_changes_no_exact_produ
     session = ort.InferenceSession(str(found.model), settings, providers=["CPUExecutionProvider"])
     ids = np.arange(100, 140)
     logits = session.run(["logits"], window_feeds(session.get_inputs(), ids))[0]
-    # Exact sums are the same by whatever kernel.
+    # Exact sums are the same with every kernel.
     assert (logits == Runtime(found.model).forward(ids[None])).all()
 
 
@@ -141,7 +142,7 @@ def test_matmul_and_gemm_alike(operator, transposed, recipe, tmp_path):
         )
     y = run(recipe, nodes, constants, source, product, {"x": x}, tmp_path)
     exact = x @ weight + (bias if operator == "Gemm" else 0)
-    # Half a step of either factor, times the other, summed over 32 products.
+    # The largest possible error is half a step of each factor times the other factor, summed over 32 inputs.
     step_x, step_w = np.abs(x).max() / 127, np.abs(weight).max() / 127
     assert np.abs(y - exact).max() <= 32 * (step_x / 2 * np.abs(weight).max() + step_w / 2 * np.abs(x).max())
     assert np.abs(y - exact).mean() < 0.02 * np.abs(exact).mean()
@@ -149,8 +150,8 @@ def test_matmul_and_gemm_alike(operator, transposed, recipe, tmp_path):
 
 
 @pytest.mark.parametrize("recipe", OURS)
-def test_a_product_of_a_product(recipe, tmp_path):
-    """The second one reads what the first one became."""
+def test_a_matmul_of_a_matmul(recipe, tmp_path):
+    """The second linear layer reads the output of the first one's rewritten nodes."""
     generator = np.random.default_rng(1)
     x, *weights = (generator.standard_normal(shape).astype(np.float32) for shape in ((5, 16), (16, 32), (32, 8)))
     constants = [ir.val(name, const_value=ir.tensor(array)) for name, array in zip("vw", weights, strict=True)]
@@ -169,7 +170,7 @@ def test_a_product_of_a_product(recipe, tmp_path):
 
 @pytest.mark.parametrize("size", [1e-5, 1e-3, 1.0, 1e4])
 def test_dynamic_scales_fit_small_and_massive_rows(size, tmp_path):
-    """Half precision of the scale costs no bit, whatever the size of a row; a row of zeros stays zero."""
+    """An fp16 scale costs no precision, however small or large a row is, and a row of zeros stays zero."""
     generator = np.random.default_rng(2)
     x, weight = (generator.standard_normal(shape).astype(np.float32) for shape in ((6, 64), (64, 32)))
     x[0] *= size
@@ -195,15 +196,18 @@ def evaluate(model, x, folder):
 
 
 def site(weight, activation, taken=()):
-    """The decision to round `weight` [K, N] to nearest, with the rows `taken` in floating point."""
+    """Decide to round `weight` [K, N] to nearest, with the input channels `taken` in floating point."""
     taken = np.array(taken, np.int64)
     kept = weight.copy()
     kept[taken] = 0
-    return Site(round_to_nearest(kept, Grid(8), np.ones(1)), activation, taken, weight[taken])
+    return Decision(round_to_nearest(kept, Grid(8), np.ones(1)), activation, taken, weight[taken])
 
 
 def run(recipe, nodes, constants, source, product, inputs, folder):
-    """What ONNX Runtime computes of a small graph after `recipe`; `inputs` are those of its projections, by name."""
+    """Apply `recipe` to a small graph and return its output in ONNX Runtime.
+
+    `inputs` are the inputs of the graph's linear layers, by name.
+    """
     model = model_of(nodes, constants, source, product)
     found = {projection.name: projection for projection in find_projections(model.graph)}
     ranges = {name: PerTensor(float(array.min()), float(array.max())) for name, array in inputs.items()}
@@ -216,7 +220,7 @@ def run(recipe, nodes, constants, source, product, inputs, folder):
 
 
 def pair(weights):
-    """y = (x·v)·w [rows, N] as two MatMuls named first and second."""
+    """Build y = (x·v)·w [rows, N] from two MatMuls named first and second."""
     constants = [ir.val(name, const_value=ir.tensor(weight)) for name, weight in zip("vw", weights, strict=True)]
     sizes = len(weights[0]), len(weights[1]), weights[1].shape[1]
     source, middle, product = (
@@ -230,7 +234,7 @@ def pair(weights):
 
 
 @pytest.mark.parametrize("recipe", OURS)
-def test_a_projection_without_a_site_stays_in_float(recipe, tmp_path):
+def test_a_linear_layer_without_a_decision_stays_in_float(recipe, tmp_path):
     generator = np.random.default_rng(3)
     x, *weights = (generator.standard_normal(shape).astype(np.float32) for shape in ((5, 16), (16, 32), (32, 8)))
     activation = PerRow() if recipe == "int8-dynamic" else PerTensor(float(x.min()), float(x.max()))
@@ -241,22 +245,22 @@ def test_a_projection_without_a_site_stays_in_float(recipe, tmp_path):
     assert "w" in model.graph.initializers and "v" not in model.graph.initializers
     restored = site(weights[0], activation).weight.dequantize()
     expected = activation.restore(x) @ restored @ weights[1]
-    # A scale per row is rounded to half precision in the graph, which takes a few values to the next step.
+    # The graph rounds per-row scales to fp16, which moves a few values to the next step.
     difference = np.abs(evaluate(model, x, tmp_path) - expected)
     assert np.median(difference) < 1e-3 * np.abs(expected).max() and difference.max() < 0.02 * np.abs(expected).max()
 
 
 @pytest.mark.parametrize("recipe", OURS)
 @pytest.mark.parametrize("quantized", [True, False])
-def test_a_look_up_follows_the_head_that_shares_its_table(recipe, quantized):
+def test_an_embedding_is_quantized_if_and_only_if_the_head_that_shares_its_matrix_is(recipe, quantized):
     table = np.random.default_rng(4).standard_normal((20, 8)).astype(np.float32)
     shared = ir.val("table", const_value=ir.tensor(table))
     ids, logits = ir.val("x", ir.DataType.INT64, ["rows"]), ir.val("logits", ir.DataType.FLOAT, ["rows", 20])
-    look_up, turn = ir.node("Gather", [shared, ids], name="wte"), ir.node("Transpose", [shared], {"perm": [1, 0]})
-    head = ir.node("MatMul", [look_up.outputs[0], turn.outputs[0]], outputs=[logits], name="lm_head")
-    model = model_of([look_up, turn, head], [shared], ids, logits)
+    gather, transpose = ir.node("Gather", [shared, ids], name="wte"), ir.node("Transpose", [shared], {"perm": [1, 0]})
+    head = ir.node("MatMul", [gather.outputs[0], transpose.outputs[0]], outputs=[logits], name="lm_head")
+    model = model_of([gather, transpose, head], [shared], ids, logits)
     activation = PerRow() if recipe == "int8-dynamic" else PerTensor(-3, 3)
-    decision = Site(None, activation, np.empty(0, np.int64), np.empty((0, 20), np.float32))
+    decision = Decision(None, activation, np.empty(0, np.int64), np.empty((0, 20), np.float32))
     _, embeddings = REWRITES[recipe](model, {"lm_head": decision} if quantized else {})
     assert [embedding.name for embedding in embeddings] == (["wte"] if quantized else [])
     tables = {name for name, value in model.graph.initializers.items() if len(value.shape) == 2}
@@ -265,7 +269,7 @@ def test_a_look_up_follows_the_head_that_shares_its_table(recipe, quantized):
 
 @pytest.mark.parametrize("taken", [[3], [0, 7, 15]])
 def test_float_channels_are_added_as_they_are(taken, tmp_path):
-    """Channels a thousand times as large as the range cost nothing, to the last digit of what is left."""
+    """Channels a thousand times as large as the range, kept in float, do not reduce the precision of the others."""
     generator = np.random.default_rng(5)
     x, weight = (generator.standard_normal(shape).astype(np.float32) for shape in ((6, 16), (16, 8)))
     low, high = float(x.min()), float(x.max())
@@ -284,7 +288,7 @@ def test_float_channels_are_added_as_they_are(taken, tmp_path):
 
 @pytest.mark.parametrize("zero_point", ROW_ZERO_POINTS)
 def test_rows_come_back_as_calibration_expects(zero_point, tmp_path):
-    """Through the identity, int8-dynamic shows what its u8 hold."""
+    """With an identity weight, the output of int8-dynamic is its dequantized uint8 input."""
     x = np.random.default_rng(6).standard_normal((40, 64)).astype(np.float32) * np.geomspace(1e-3, 1e3, 40)[:, None]
     x = np.where(x < 0, x * zero_point / 128, x).astype(np.float32)
     constant = ir.val("w", const_value=ir.tensor(np.eye(64, dtype=np.float32)))
@@ -292,11 +296,11 @@ def test_rows_come_back_as_calibration_expects(zero_point, tmp_path):
     model = model_of([ir.node("MatMul", [source, constant], outputs=[product], name="p")], [constant], source, product)
     eye = IntWeight(np.eye(64, dtype=np.int8), np.ones((1, 64), np.float32), np.zeros((1, 64), np.int8), Grid(8))
     activation = PerRow(zero_point)
-    quantize_dynamic(model, {"p": Site(eye, activation, np.empty(0, np.int64), np.empty((0, 64), np.float32))})
+    quantize_dynamic(model, {"p": Decision(eye, activation, np.empty(0, np.int64), np.empty((0, 64), np.float32))})
     y, expected = evaluate(model, x, tmp_path), activation.restore(x)
     step = np.maximum(x.max(axis=1) / (255 - zero_point), -x.min(axis=1) / min(zero_point, 127))[:, None]
     assert (np.abs(y - x) <= step / 2 + np.abs(x) * 2.0**-11 + 1e-9).all()
-    # Half precision of the scale moves a value by 2⁻¹² of itself, and now and then to the next step.
+    # The fp16 scale moves a value by 2⁻¹² of itself, and sometimes to the next step.
     moved = np.abs(y - expected) > np.abs(expected) * 2.0**-11
     assert moved.mean() < 0.05 and (np.abs(y - expected)[moved] < 1.1 * np.broadcast_to(step, x.shape)[moved]).all()
 

@@ -1,4 +1,4 @@
-"""Recipes as data: JSON and back, files of one's own, manifests as recipes, and what is refused."""
+"""Recipes as data: to JSON and back, recipes in users' files, manifests as recipes, and what is refused."""
 
 import dataclasses
 import json
@@ -10,9 +10,8 @@ import pytest
 from cuantiza.core.errors import UserError
 from cuantiza.core.store.artifact import open_artifact
 from cuantiza.quantize.__main__ import main
-from cuantiza.quantize.recipes import (
+from cuantiza.quantize.recipes.registry import (
     RECIPES,
-    Calibration,
     DynamicInt8,
     Half,
     MixedStaticInt8,
@@ -22,6 +21,7 @@ from cuantiza.quantize.recipes import (
     get_recipe,
     to_json,
 )
+from cuantiza.quantize.settings import Calibration
 
 from helpers import assert_nothing_published, assert_user_error, stage
 
@@ -35,7 +35,7 @@ OWN = (
 
 
 def changed(recipe, path=()):
-    """`recipe` with every number, choice and list in it another one than before, one at a time."""
+    """Yield copies of `recipe`, each with one of its numbers, choices or lists changed."""
     others = {"nearest": "gptq", "gptq": "nearest", "mse": "entropy", "portable": "ort", "ort": "portable"}
     others |= {"fp16": "bf16", "bf16": "fp16"}
     for field in dataclasses.fields(recipe):
@@ -82,7 +82,7 @@ def test_what_is_left_out_is_the_default():
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """`run(*options)`: the quantize command's main in this process, on es-mini and an output folder without it."""
+    """`run(*options)` runs the quantize command in this process, on es-mini and an output folder without artifacts."""
 
     def call(*options):
         monkeypatch.setattr(sys, "argv", ["quantize", "--output", str(tmp_path / "artifacts"), *map(str, options)])
@@ -139,7 +139,7 @@ def test_files_that_are_no_recipe(text, fragments, run, tmp_path):
         run("--recipes", path)
     line = str(error.value)
     assert line.startswith(f"RECIPES={path}: is no recipe (") and "\n" not in line and len(line) < 500
-    assert line.endswith("start from `python -m quantize recipes --json int8-static`")
+    assert line.endswith("start from `cuantiza recipes --json int8-static`")
     assert all(fragment in line for fragment in fragments), line
     assert not (tmp_path / "artifacts").exists()
 
@@ -164,7 +164,7 @@ def test_a_recipe_may_not_take_the_place_of_the_original_or_of_another(run, tmp_
 
 
 def test_a_manifest_is_a_recipe_that_gives_the_same_bytes(exported, tiny_folder, tmp_path):
-    """Under another output folder; the names are those of the files that the first recipes came from."""
+    """In another output folder, the manifests as recipes give the same bytes and the same names."""
     output, paths = exported(tiny_folder).path.parent.parent, {}
     for recipe in (StaticInt8(), OWN[2], RECIPES["ort-static"]):
         name = f"my-{type(recipe).__name__}"

@@ -1,7 +1,7 @@
-"""Weights to integers: rounding to nearest and GPTQ, by properties whose answers are exact or known.
+"""Rounding weights to nearest and by GPTQ, tested by properties whose answers are exact or known.
 
-GPTQ is held by what it promises: where inputs do not correlate it is rounding to nearest; where they do, the
-product's error tr(Eᵀ·G·E), E = Ŵ − W, G = Σ xᵀx, falls.
+GPTQ is tested by what it promises. Where inputs do not correlate, it is rounding to nearest. Where they do, the error
+of the matmul falls: tr(Eᵀ·G·E), with E = Ŵ − W and G = Σ xᵀx.
 """
 
 import itertools
@@ -15,20 +15,21 @@ from cuantiza.core.onnx import file as onnx_file
 from cuantiza.quantize.decide import rounding
 from cuantiza.quantize.decide.blocks import Block, open_block
 from cuantiza.quantize.decide.calibrate import calibration_windows
-from cuantiza.quantize.decide.rounding import DAMPING, NORM, Grid, choose_scale, gptq, round_to_nearest, rounding_noise
-from cuantiza.quantize.recipes import Calibration
+from cuantiza.quantize.decide.gptq import DAMPING, gptq
+from cuantiza.quantize.decide.rounding import NORM, Grid, choose_scale, round_to_nearest, rounding_noise
 from cuantiza.quantize.rewrite.find import find_projections
+from cuantiza.quantize.settings import Calibration
 
 from helpers import CORPUS
 
 GRIDS = [Grid(*fields) for fields in itertools.product((8, 4), (None, 16, 64, 48), (True, False))]
-FULL = np.ones(1)  # the whole range alone: no clipping
-INPUTS, CHANNELS = 200, 24  # 200 is a multiple of no block: the last one is shorter
+FULL = np.ones(1)  # only the whole range is tried: no clipping
+INPUTS, CHANNELS = 200, 24  # no block size divides 200, so the last block is shorter
 each_grid = pytest.mark.parametrize("grid", GRIDS, ids=lambda grid: f"{grid.bits}-{grid.block}-{grid.symmetric}")
 
 
 def random_weight(seed=0, inputs=INPUTS, channels=CHANNELS):
-    """float32 [K, N] with heavy tails, channels of very different size and a shifted one."""
+    """Make a weight float32 [K, N] with heavy tails, channels of very different size, and one shifted channel."""
     generator = np.random.default_rng(seed)
     weight = generator.standard_t(4, (inputs, channels)) * np.geomspace(1e-3, 1e3, channels)
     weight[:, channels // 2] += 5 * np.abs(weight[:, channels // 2]).max()
@@ -37,21 +38,21 @@ def random_weight(seed=0, inputs=INPUTS, channels=CHANNELS):
 
 @cache
 def correlated(seed=0, inputs=INPUTS, rank=20):
-    """Gram [K, K] of rows that a few hidden directions explain for the most part, inputs of different size."""
+    """Make the Gram matrix [K, K] of inputs of different size, most of whose variance lies in a few directions."""
     generator = np.random.default_rng(seed)
     hidden = generator.standard_normal((1000, rank)) @ generator.standard_normal((rank, inputs))
     x = (hidden + generator.standard_normal((1000, inputs))) * np.exp(generator.standard_normal(inputs))
     return x.T @ x
 
 
-def product_loss(quantized, weight, gram):
-    """tr(Eᵀ·G·E), relative to that of the weight itself."""
+def matmul_loss(quantized, weight, gram):
+    """Compute tr(Eᵀ·G·E), relative to tr(Wᵀ·G·W)."""
     error = quantized.dequantize().astype(np.float64) - weight
     return np.einsum("kn,kl,ln->", error, gram, error) / np.einsum("kn,kl,ln->", weight, gram, weight, dtype=float)
 
 
 def spread(quantized, array):
-    """[G, N] -> [K, N]"""
+    """Repeat [G, N] for the inputs of each block: [K, N]."""
     return np.repeat(array, quantized.grid.block or len(quantized.q), axis=0)[: len(quantized.q)]
 
 
@@ -68,7 +69,7 @@ def test_nearest_is_within_half_a_scale(grid):
     quantized = round_to_nearest(weight, grid, FULL)
     error, scale = np.abs(quantized.dequantize() - weight), spread(quantized, quantized.scale)
     assert (error <= scale / 2 * (1 + 1e-4)).all()
-    # The scale is no larger than the range asks for: an end of it is an end of the grid.
+    # The scale is as small as the range allows: one end of the range is one end of the grid.
     low, high = grid.limits
     for start in range(0, INPUTS, grid.block or INPUTS):
         rows = quantized.q[start : start + (grid.block or INPUTS)].astype(int)
@@ -112,7 +113,7 @@ def test_zeros_come_back_as_zeros(grid, method):
     else:
         quantized = gptq(weight, correlated(), grid)
         zeros = np.zeros(weight.shape, bool)
-        zeros[:, 3] = True  # what others' errors are spread over need not stay zero
+        zeros[:, 3] = True  # single zeros need not stay zero: GPTQ adds the errors of other weights to them
     assert zeros.any() and (quantized.dequantize()[zeros] == 0).all()
     assert np.isfinite(quantized.scale).all() and (quantized.scale[:, 3] == 1).all()
 
@@ -134,7 +135,7 @@ def test_clipping_never_loses(grid):
 
 
 def test_the_best_clip_is_found():
-    """127 weights of 1 and one of 1.6, in 4 bits: brute force over the same shares of the range."""
+    """The clip for 127 weights up to 1 and one of 1.6, in 4 bits, is that of a brute-force search."""
     rows = np.concatenate([np.linspace(-1, 1, 127), [1.6]]).astype(np.float32)[:, None]
     grid = Grid(4)
 
@@ -155,7 +156,7 @@ def test_channels_at_a_time_change_nothing(monkeypatch):
 
 @each_grid
 def test_the_noise_that_rounding_is_expected_to_make(grid):
-    """Weights spread evenly: each input's squared error, over 4,000 channels, is what the steps say."""
+    """For uniform weights, the squared error of each input over 4,000 channels is what step²/12 predicts."""
     weight = np.random.default_rng(0).uniform(-1, 1, (160, 4000)).astype(np.float32)
     weight[:, ::2] *= 10
     measured = ((round_to_nearest(weight, grid, FULL).dequantize() - weight) ** 2).sum(axis=1)
@@ -168,35 +169,35 @@ def test_the_noise_that_rounding_is_expected_to_make(grid):
 @each_grid
 @pytest.mark.parametrize("spread_of_inputs", [0, 3])
 def test_gptq_of_inputs_that_do_not_correlate_is_to_nearest(grid, spread_of_inputs):
-    """Nothing can be made good elsewhere. The order by size, with one scale a channel, must not show."""
+    """No other weight can compensate an error, and the order by size (with per-channel scales) must not matter."""
     weight = random_weight()
     sizes = 7 * np.exp(spread_of_inputs * np.random.default_rng(1).standard_normal(INPUTS))
     assert same(gptq(weight, np.diag(sizes), grid), round_to_nearest(weight, grid))
 
 
 @each_grid
-def test_gptq_lowers_the_products_error(grid):
+def test_gptq_lowers_the_error_of_the_matmul(grid):
     weight, gram = random_weight(), correlated()
     by_gptq, nearest = gptq(weight, gram, grid), round_to_nearest(weight, grid)
-    assert product_loss(by_gptq, weight, gram) < 0.5 * product_loss(nearest, weight, gram)
+    assert matmul_loss(by_gptq, weight, gram) < 0.5 * matmul_loss(nearest, weight, gram)
 
 
 @pytest.mark.parametrize("block", [None, 48, 100, 160])
-def test_rows_that_wait_change_nothing(block, monkeypatch):
-    """Blocks that reach across the rows updated at once included: their scale needs what is still owed to them."""
+def test_lazy_updates_change_nothing(block, monkeypatch):
+    """The result does not depend on how many rows GPTQ updates at once, even where a block needs later rows early."""
     weight, gram, grid = random_weight(inputs=300), correlated(inputs=300), Grid(4, block, False)
     before = gptq(weight, gram, grid)
     for rows in (1, 7, 1000):
         monkeypatch.setattr(rounding, "_LAZY_ROWS", rows)
         after = gptq(weight, gram, grid)
-        # The sums are the same but for the order, which float32 shows in its last digits.
+        # The sums are the same in another order, which changes the last digits of float32.
         assert np.allclose(after.scale, before.scale, rtol=1e-5, atol=0) and (after.q == before.q).mean() > 0.999
         assert (after.zero_point == before.zero_point).all()
 
 
 @pytest.mark.parametrize("grid", [Grid(8), Grid(4, 64, False)], ids=str)
 def test_dead_inputs_and_no_inputs_at_all(grid):
-    """An input that was never seen is rounded to nearest, and pulls nothing with it."""
+    """The weights of an input that is always 0 are rounded to nearest, and do not affect the others."""
     weight, gram = random_weight(), correlated().copy()
     dead = [0, 17, 18, 199]
     gram[dead], gram[:, dead] = 0, 0
@@ -210,15 +211,16 @@ def test_dead_inputs_and_no_inputs_at_all(grid):
     if grid.block is None:
         rest = gptq(weight[alive], gram[np.ix_(alive, alive)], grid)
         changed = (rest.q != quantized.q[alive]).mean()
-        # The dead ones enter the mean that damps, and the largest weight, if it is theirs, the scale.
+        # Dead inputs have a small effect: they count in the mean for the damping, and may have the largest weight,
+        # which decides the scale.
         assert changed < 0.02
     assert same(gptq(weight, np.zeros_like(gram), grid), round_to_nearest(weight, grid))
 
 
 def test_a_pair_of_weights_by_brute_force():
-    """Two inputs: the one that carries more is rounded to nearest, the other to the best of all 16 that are left.
+    """Of two inputs, the one with more energy is rounded to nearest, the other to the best of all 16 integers.
 
-    By the curvature with its damping; so the pair is never worse than rounding both to nearest.
+    The best is judged by the damped Hessian, so the pair is never worse than rounding both to nearest.
     """
     generator, grid, better = np.random.default_rng(0), Grid(4), 0
     for _ in range(200):
@@ -237,12 +239,12 @@ def test_a_pair_of_weights_by_brute_force():
         pairs = [np.insert([q], first, nearest.q[first, 0]) for q in range(-8, 8)]
         assert loss(quantized.q) <= min(map(loss, pairs)) * (1 + 1e-3) + 1e-9
         better += loss(quantized.q) < 0.9 * loss(nearest.q)
-    assert better > 5  # which is seldom, since the larger weight is on the grid; but happens
+    assert better > 5  # this is rare, because the larger weight is exactly on the grid
 
 
 @pytest.fixture(scope="module")
 def real_layers(es_mini_fp32, tmp_path_factory):
-    """By the name of a projection: (weight, gram of calibration rows, gram of rows of the test split)."""
+    """{name of a linear layer: (weight, Gram matrix of the calibration split, Gram matrix of the test split)}."""
     model = onnx_file.load(es_mini_fp32.path / "model.onnx")
     names = ("h.2.attn.c_attn", "h.2.mlp.c_fc")
     found = {projection.name: projection for projection in find_projections(model.graph)}
@@ -259,8 +261,8 @@ def real_layers(es_mini_fp32, tmp_path_factory):
 @pytest.mark.parametrize("grid", [Grid(8), Grid(4, 64, False)], ids=str)
 @pytest.mark.parametrize("name", ["h.2.attn.c_attn", "h.2.mlp.c_fc"])
 def test_gptq_on_a_real_layer(real_layers, name, grid):
-    """An eighth of the error of rounding to nearest, on text that it has not seen as well."""
+    """GPTQ has about an eighth of the error of rounding to nearest, also on text that it has not seen."""
     weight, seen, unseen = real_layers[name]
     by_gptq, nearest = gptq(weight, seen, grid), round_to_nearest(weight, grid)
-    ratios = [product_loss(by_gptq, weight, gram) / product_loss(nearest, weight, gram) for gram in (seen, unseen)]
+    ratios = [matmul_loss(by_gptq, weight, gram) / matmul_loss(nearest, weight, gram) for gram in (seen, unseen)]
     assert max(ratios) < 0.25, ratios  # measured: 0.07 to 0.14

@@ -1,4 +1,4 @@
-"""Which projections a budget returns to floating point: the fewest, in the order of the KL that each causes alone."""
+"""A budget returns linear layers to floating point: as few as possible, in the order of the KL each causes alone."""
 
 import pytest
 
@@ -8,7 +8,7 @@ COSTS = {"a": 0.001, "b": 0.004, "c": 0.0005, "d": 0.002}
 
 
 class Additive:
-    """A gauge where every quantized site adds its own cost, and KL is half of it; counts what it is asked."""
+    """A gauge in which every quantized layer adds its own cost, and KL is half of the sum. It records each question."""
 
     def __init__(self):
         self.asked = []
@@ -31,6 +31,6 @@ def test_the_fewest_projections_stay_in_float(budget, kept):
     found, effect = within_budget(None, COSTS, None, gauge, budget)
     assert list(found) == kept and all(found[name].delta_ln_ppl == COSTS[name] for name in kept)
     assert effect.delta_ln_ppl == pytest.approx(sum(COSTS.values()) - sum(COSTS[name] for name in kept))
-    # What is published is what was measured last; a budget that is met without costs one measurement.
+    # The last measurement is of what is published. If all layers together are within the budget, there is only one.
     assert gauge.asked[-1] == set(COSTS) - set(kept)
     assert len(gauge.asked) == (1 if not kept else 1 + len(COSTS) + len(kept))

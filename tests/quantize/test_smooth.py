@@ -1,4 +1,4 @@
-"""Smoothing: the function stays, outlier channels go, and what is all zeros does no harm."""
+"""Smoothing: the model computes the same, outlier channels disappear, and tensors of zeros do no harm."""
 
 import math
 from dataclasses import replace
@@ -14,13 +14,14 @@ from cuantiza.core.run.runtime import Runtime
 from cuantiza.export.gpt2 import build
 from cuantiza.export.gpt2_config import parse_config
 from cuantiza.export.weights import read_weights
-from cuantiza.quantize.apply import decide, rewrite_of
 from cuantiza.quantize.decide import smooth
 from cuantiza.quantize.decide.blocks import Block, open_block
 from cuantiza.quantize.decide.calibrate import calibration_windows
 from cuantiza.quantize.decide.rounding import Grid, round_to_nearest
-from cuantiza.quantize.recipes import RECIPES, Calibration, DynamicInt8, StaticInt8, WeightOnly
+from cuantiza.quantize.layers import decide
+from cuantiza.quantize.recipes.registry import RECIPES, DynamicInt8, StaticInt8, WeightOnly
 from cuantiza.quantize.rewrite.find import find_projections
+from cuantiza.quantize.settings import Calibration
 from lab.checkpoints.hard import make
 
 from helpers import CORPUS, ES_MINI, copy_tokenizer, tiny_gpt2
@@ -67,13 +68,13 @@ def folders(twin):
 
 @pytest.fixture(scope="module")
 def calibrated(folders, windows, tmp_path_factory):
-    """`calibrated(model, recipe)`: (smoothed fp32 graph, sites)."""
+    """`calibrated(model, recipe)` returns (smoothed fp32 graph, decisions by layer)."""
     done = {}
 
     def get(name, recipe):
         if (name, recipe) not in done:
             model = graph_of(folders[name])
-            sites = decide(model, windows[0], recipe, tmp_path_factory.mktemp("work"))
+            sites = decide(model, windows[0], recipe.plan(), tmp_path_factory.mktemp("work"))
             done[name, recipe] = model, sites
         return done[name, recipe]
 
@@ -82,13 +83,13 @@ def calibrated(folders, windows, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def exact(folders, windows, tmp_path_factory):
-    """By model: a session of its fp32 graph, and its logits for the windows of the test split."""
+    """{model: (session of its fp32 graph, its logits for the windows of the test split)}."""
     sessions = {name: runtime_of(graph_of(path), tmp_path_factory.mktemp(name)) for name, path in folders.items()}
     return {name: (runtime, runtime.forward(windows[1])) for name, runtime in sessions.items()}
 
 
 def through_the_cache(runtime, ids):
-    """Logits [B, T, V] of ids [B, T]: 20 tokens at once, then one by one."""
+    """Compute the logits [B, T, V] of ids [B, T]: 20 tokens at once, then one by one."""
     logits, past = runtime.extend(ids[:, :20], runtime.empty_past(len(ids)))
     steps = [logits]
     for position in range(20, ids.shape[1]):
@@ -108,7 +109,7 @@ def test_a_smoothed_model_is_the_same_function(name, recipe, calibrated, exact, 
     cached, whole = through_the_cache(found, ids), through_the_cache(before, ids)
     assert np.abs(cached - whole).max() < 1e-4 * np.abs(whole).max()
     assert np.abs(cached - wanted[:2, :60]).max() < 1e-4 * np.abs(whole).max()
-    # Not because nothing was done: all inputs but the one behind the GELU are smoothed, the head's as well.
+    # The model did change: the inputs of all linear layers may be smoothed, even that of the head, except after GELU.
     alphas = {site: account.account["alpha"] for site, account in sites.items()}
     assert all(alpha is None for site, alpha in alphas.items() if site.endswith("mlp.c_proj"))
     assert sum(alpha is not None for alpha in alphas.values()) > (2 if recipe == "int4-weight" else 10)
@@ -123,10 +124,10 @@ def test_a_smoothed_model_is_the_same_function(name, recipe, calibrated, exact, 
 
 
 def divergence(name, recipe, calibrated, exact, windows, folder):
-    """Mean KL(fp32 ‖ quantized) in nats a token over the test windows."""
+    """Compute the mean KL(fp32 ‖ quantized) over the test windows, in nats per token."""
     model, sites = calibrated(name, recipe)
     copy = model.clone()
-    rewrite_of(recipe)(copy, sites)
+    recipe.rewrite()(copy, sites)
     found = runtime_of(copy, folder).forward(windows[1])
     parts = zip(exact[name][1], found, windows[1], strict=True)
     return float(np.mean([compare(p[:-1], [q[:-1]], ids[1:])[1][1].mean() for p, q, ids in parts]))
@@ -134,7 +135,7 @@ def divergence(name, recipe, calibrated, exact, windows, folder):
 
 @pytest.mark.parametrize("name", SMOOTHED)
 def test_outlier_channels_cost_nothing(name, calibrated, exact, windows, tmp_path):
-    """The twin is es-mini with outlier channels; without smoothing it is ruined by them, and with it it is not."""
+    """The twin is es-mini with outlier channels, which ruin it without smoothing and cost nothing with it."""
     plain, smoothed = (
         {model: divergence(model, recipes[name], calibrated, exact, windows, tmp_path) for model in exact}
         for recipes in (PLAIN, SMOOTHED)
@@ -146,10 +147,10 @@ def test_outlier_channels_cost_nothing(name, calibrated, exact, windows, tmp_pat
 
 
 def test_gptq_rounds_the_smoothed_weights_for_the_smoothed_inputs(twin, windows, tmp_path):
-    """The product's error on what the smoothed graph shows: a part of that of rounding the same weights to nearest."""
+    """On the inputs of the smoothed graph, GPTQ's matmul error is well below that of rounding to nearest."""
     model, last = graph_of(twin[0]), "h.0.mlp.c_fc"
     recipe = replace(SMOOTHED["int8-static"], rounding="gptq")
-    sites = decide(model, windows[0], recipe, tmp_path, until=last)
+    sites = decide(model, windows[0], recipe.plan(), tmp_path, until=last)
     projections = {projection.name: projection for projection in find_projections(model.graph)}
     names = ["h.0.attn.c_attn", "h.0.attn.c_proj", last]
     run = open_block(model, Block(None, None, ()), [projections[name].x.name for name in names], tmp_path)
@@ -160,12 +161,12 @@ def test_gptq_rounds_the_smoothed_weights_for_the_smoothed_inputs(twin, windows,
             np.linalg.norm(x @ (rounded.dequantize() - weight))
             for rounded in (sites[name].weight, round_to_nearest(weight, Grid(8)))
         )
-        # Measured: 0.64, 0.22 and 0.60; with the curvature of the inputs before smoothing 7.3, 0.9 and 6.5.
+        # Measured: 0.64, 0.22 and 0.60; with the Hessian of the inputs before smoothing 7.3, 0.9 and 6.5.
         assert found < 0.75 * nearest, (name, found / nearest)
 
 
 def test_outlier_channels_go_into_the_weights(twin, calibrated):
-    """The LayerNorm's scale of each falls, the rows that read it rise, and its largest value is one among the others."""
+    """The LayerNorm's scale of each outlier channel falls well below the others; the weights that read it rise."""
     folder, account = twin
     before, after = (
         graph_of(folder).graph.initializers,
@@ -185,7 +186,7 @@ def test_outlier_channels_go_into_the_weights(twin, calibrated):
 
 
 def test_ranges_shrink(calibrated):
-    """The twin's ranges, in units of what its values usually are, are es-mini's."""
+    """With smoothing, the twin's relative errors are those of es-mini; without it, they are far larger."""
     ranges = {}
     for name in ("es-mini", "twin"):
         for key, recipes in (("smoothed", SMOOTHED), ("plain", PLAIN)):
@@ -199,7 +200,7 @@ def test_ranges_shrink(calibrated):
 
 
 def test_what_cannot_be_smoothed_is_left():
-    """No group behind the GELU; everything else in a graph of ours, each with a shift but for the head."""
+    """In our graph, all inputs can be smoothed except those after GELU, and all of these shifted except the head's."""
     graph = graph_of(ES_MINI).graph
     groups = smooth.find_groups(graph)
     grouped = {projection.name for group in groups.values() for projection in group.projections}
@@ -208,7 +209,7 @@ def test_what_cannot_be_smoothed_is_left():
     assert [group.x for group in groups.values() if group.shift is None] == [
         projection.x.name for projection in find_projections(graph) if projection.name == "lm_head"
     ]
-    # A LayerNorm whose output something else reads too may not change.
+    # A LayerNorm must not change if anything else reads its output, too.
     norm = next(node for node in graph if node.name == "h.3.ln_2")
     reader = next(node for node in graph if node.name == "h.3.mlp.c_proj.bias")
     reader.replace_input_with(1, norm.outputs[0])
@@ -219,7 +220,7 @@ def test_what_cannot_be_smoothed_is_left():
 
 @pytest.fixture(scope="module")
 def small_sink(tmp_path_factory):
-    """The sink of a tiny model: position 0 massive, output channels and inputs all zero."""
+    """The sink of a tiny model: position 0 has a massive activation, and some output channels and inputs are zero."""
     folder = tmp_path_factory.mktemp("small")
     tiny_gpt2().save_pretrained(folder / "tiny")
     copy_tokenizer(folder / "tiny")
@@ -228,7 +229,7 @@ def small_sink(tmp_path_factory):
 
 @pytest.mark.parametrize("name", [name for name, recipe in RECIPES.items() if hasattr(recipe, "rounding")])
 def test_zeros_and_a_massive_activation_stay_finite(name, small_sink, tmp_path):
-    """With GPTQ, as the recipe says."""
+    """The recipes run as they are, with GPTQ."""
     folder, account = small_sink
     recipe = replace(RECIPES[name], calibration=LITTLE)
     model = graph_of(folder)
@@ -236,13 +237,13 @@ def test_zeros_and_a_massive_activation_stay_finite(name, small_sink, tmp_path):
     assert not weight[:, account.marker].any()
     windows = calibration_windows(folder, load_splits(Source(str(CORPUS)))[0], LITTLE)
     wanted = runtime_of(model, tmp_path).forward(windows[:2])
-    sites = decide(model, windows, recipe, tmp_path)
+    sites = decide(model, windows, recipe.plan(), tmp_path)
     numbers = [value for site in sites.values() for value in site.account.values() if isinstance(value, float)]
     assert all(map(math.isfinite, numbers))
     assert isinstance(recipe, WeightOnly) or numbers
     if not isinstance(recipe, WeightOnly) or recipe.symmetric:
         assert not sites["h.0.attn.c_proj"].weight.dequantize()[:, account.marker].any()
-    rewrite_of(recipe)(model, sites)
+    recipe.rewrite()(model, sites)
     found = runtime_of(model, tmp_path).forward(windows[:2])
     assert np.isfinite(found).all()
     error = np.sqrt(((found - wanted) ** 2).mean() / wanted.var())

@@ -1,4 +1,4 @@
-"""Weights in 8 and 4 bits, and in 16: what ONNX Runtime computes of them, against the same numbers in fp32."""
+"""Weights in 8, 4 and 16 bits: ONNX Runtime computes with them what it computes with the same numbers in fp32."""
 
 from functools import cache
 
@@ -22,7 +22,7 @@ from helpers import CORPUS
 PROJECTIONS, EMBEDDINGS = 25, 2
 SYMMETRIC = [Grid(8), Grid(8, 32), Grid(4, 32)]
 GRIDS = [*SYMMETRIC, *(Grid(bits, block, False) for bits, block in ((8, 128), (4, None), (4, 128)))]
-# MatMulNBits computes with int8 activations by default, and in fp32 at level 0.
+# With accuracy level 0, MatMulNBits computes in fp32 and not with int8 activations.
 EXACT = {"session.qdq_matmulnbits_accuracy_level": "0"}
 
 
@@ -41,7 +41,7 @@ def windows(es_mini_fp32):
 
 @pytest.fixture(scope="module")
 def case(fp32, windows, tmp_path_factory):
-    """`case(grid)`: es-mini's weights on that grid, and the logits of the fp32 graph over their values."""
+    """`case(grid)` returns es-mini's weights on that grid, and the logits of the fp32 graph with these values."""
 
     @cache
     def get(grid):
@@ -57,13 +57,13 @@ def case(fp32, windows, tmp_path_factory):
 
 
 def channel_axes(model):
-    """Name of every matrix that a product or look-up reads -> its axis of output channels."""
+    """Map the name of every matrix that a linear layer or embedding reads to its axis of output channels."""
     axes = {site.table.name: 0 for site in find_embeddings(model.graph)}
     return axes | {site.weight.name: site.channel_axis for site in find_projections(model.graph)}
 
 
 def integers(model, grid):
-    """Every matrix of `model` as an IntWeight."""
+    """Round every matrix of `model` to an IntWeight."""
     weights = {}
     for name, axis in channel_axes(model).items():
         matrix = model.graph.initializers[name].const_value.numpy()
@@ -104,20 +104,20 @@ def logits(path, ids, config=None, optimized=None):
 
 
 def compute_in_fp32(model):
-    """The `ort` form without int8 activations, so that its integers can be checked to the last digit."""
+    """Turn off int8 activations in the `ort` form, so that its integers can be checked to the last digit."""
     for node in model.graph:
         if node.op_type == "MatMulNBits":
             node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", 0)
 
 
 def distance(found, wanted):
-    """Root mean square of the difference, in units of the spread of logits over the vocabulary."""
+    """Compute the root mean square of the difference, relative to the spread of logits over the vocabulary."""
     spread = wanted - wanted.mean(axis=-1, keepdims=True)
     return np.sqrt(((found - wanted) ** 2).mean() / (spread**2).mean())
 
 
 def expected_bytes(path, grid, weights):
-    """Bits of the integers, 4 bytes a scale and the bits of zero points, in the place of 4 bytes a weight."""
+    """Compute the expected file size: integers, 4 bytes per scale and zero points replace 4 bytes per weight."""
     per_scale = 4 + (0 if grid.symmetric else grid.bits / 8)
     parts = [weight.q.size * (grid.bits / 8 - 4) + weight.scale.size * per_scale for weight in weights.values()]
     return path.stat().st_size + sum(parts)
@@ -141,12 +141,12 @@ def test_portable_is_the_dequantized_model(grid, fp32, case, windows, tmp_path):
     assert all(name.endswith("_scale") for name in wide)
     assert path.stat().st_size == pytest.approx(expected_bytes(fp32, grid, weights), rel=0.01)
 
-    # Every product becomes one kernel over integers, so that no run dequantizes more than the rows it looks up.
+    # Every matmul becomes one integer kernel, so that a run dequantizes only the embeddings of its tokens.
     logits(path, windows, optimized=tmp_path / "optimized.onnx")
     nodes = onnx.load(tmp_path / "optimized.onnx").graph
     constants = {item.name for item in nodes.initializer}
     dequantized = [node.input[0] for node in nodes.node if node.op_type == "DequantizeLinear"]
-    # Without blocks the matrices are constants again, in floating point.
+    # Without blocks, ONNX Runtime folds the matrices to floating-point constants.
     assert [node.op_type for node in nodes.node].count("MatMulNBits") == (PROJECTIONS if grid.block else 0)
     assert len(dequantized) == (EMBEDDINGS if grid.block else 0) and not constants & set(dequantized)
 
@@ -160,8 +160,8 @@ def test_ort_is_the_dequantized_model(grid, fp32, case, windows, tmp_path):
     portable = logits(save(both["portable"], tmp_path), windows)
     path = save(both["ort"], tmp_path)
     found = logits(path, windows)
-    assert distance(portable, found) < 1e-5  # what ONNX Runtime makes of the other form is the same kernel
-    # Activations in int8 with a scale a block: measured 0.013 to 0.020 on es-mini.
+    assert distance(portable, found) < 1e-5  # ONNX Runtime fuses the portable form into the same kernel
+    # The error of int8 activations, with a scale per block, measured 0.013 to 0.020 on es-mini.
     assert distance(found, wanted) < 0.03
     assert (found.argmax(axis=-1) == wanted.argmax(axis=-1)).mean() > 0.9
     assert path.stat().st_size == pytest.approx(expected_bytes(fp32, grid, weights), rel=0.01)
@@ -174,9 +174,9 @@ def test_ort_is_the_dequantized_model(grid, fp32, case, windows, tmp_path):
 
 
 def small_model(folder, inputs=40, middle=24, vocabulary=50):
-    """A look-up [T, D], a Gemm D -> M with bias, a Gemm M -> D over a weight stored [D, M], and the tied head [T, V].
+    """Build an embedding [T, D], a Gemm D -> M with bias, a Gemm M -> D with weight [D, M], and the tied head [T, V].
 
-    Row 3 of the table and channel 5 of the first weight are zeros.
+    Row 3 of the embedding matrix and channel 5 of the first weight are zeros.
     """
     generator = np.random.default_rng(0)
     shapes = {"table": (vocabulary, inputs), "w": (inputs, middle), "b": (middle,), "v": (inputs, middle)}
@@ -188,11 +188,11 @@ def small_model(folder, inputs=40, middle=24, vocabulary=50):
     widths = {"x": inputs, "h": middle, "y": inputs, "z": vocabulary}
     x, h, y, z = (ir.val(name, ir.DataType.FLOAT, ["t", width]) for name, width in widths.items())
     nodes = [
-        ir.node("Gather", [table, ids], outputs=[x], name="look_up"),
+        ir.node("Gather", [table, ids], outputs=[x], name="embedding"),
         ir.node("Gemm", [x, w, b], outputs=[h], name="up"),
         ir.node("Gemm", [h, v], {"transB": 1}, outputs=[y], name="down"),
-        turned := ir.node("Transpose", [table], {"perm": [1, 0]}, name="turn"),
-        ir.node("MatMul", [y, turned.outputs[0]], outputs=[z], name="head"),
+        transpose := ir.node("Transpose", [table], {"perm": [1, 0]}, name="transpose"),
+        ir.node("MatMul", [y, transpose.outputs[0]], outputs=[z], name="head"),
     ]
     graph = ir.Graph(
         [ids], [x, h, z], nodes=nodes, initializers=[*constants.values()], opset_imports={"": 21}, name="g"
@@ -246,7 +246,7 @@ def test_what_matmulnbits_cannot_do(block, tmp_path):
 def test_a_matrix_that_is_used_both_ways(tmp_path):
     weights = integers(model := small_model(tmp_path), Grid(8, 16))
     down = next(node for node in model.graph if node.name == "down")
-    down.replace_input_with(1, model.graph.initializers["w"])  # [40, 24], turned
+    down.replace_input_with(1, model.graph.initializers["w"])  # [40, 24], which this Gemm transposes
     with pytest.raises(UserError, match="w: is multiplied both"):
         quantize_weights(model, weights, "portable")
 
@@ -259,7 +259,7 @@ def test_an_opset_without_blocks(tmp_path):
 
 
 def to_bfloat16(array):
-    """float32 rounded to the upper 16 of its bits, ties to even."""
+    """Round float32 to the upper 16 of its bits, ties to even."""
     bits = array.view(np.uint32)
     return ((bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000).view(np.float32)
 
@@ -270,7 +270,7 @@ def test_half_is_the_rounded_model(dtype, fp32, windows, tmp_path):
     half, reference = onnx_file.load(fp32), onnx_file.load(fp32)
     matrices = {name: half.graph.initializers[name].const_value.numpy() for name in channel_axes(half)}
     for name, values in matrices.items():
-        values = values * np.float32(1.0003)  # es-mini's own are fp16 already
+        values = values * np.float32(1.0003)  # the weights of es-mini are exact in fp16
         assert (rounded(values) != values).any()
         replace(half, name, values)
         replace(reference, name, rounded(values))

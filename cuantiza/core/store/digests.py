@@ -28,22 +28,37 @@ def sha256_file(path: Path) -> str:
 @functools.cache
 def code_digest(*modules: str) -> str:
     """sha256 of the source of `modules` and of all that they import of this repository, such as "cuantiza.export.gpt2"."""
-    files: dict[str, str] = {}
+    return digest({name: sha256_file(path) for name, path in code_files(*modules).items()})
+
+
+def code_files(*modules: str) -> dict[str, Path]:
+    """The files of `modules` and of all that they import of this repository, by the module's name.
+
+    Imports are read from the source, those within functions too; a module that is imported by a string does not count.
+    """
+    files: dict[str, Path] = {}
     waiting = list(modules)
     while waiting:
         name = waiting.pop()
         path = _source(name)
         if name in files or path is None:
             continue
-        source = path.read_bytes()
-        files[name] = hashlib.sha256(source).hexdigest()
+        files[name] = path
         waiting.append(name.rpartition(".")[0])  # Python runs a package before its modules
-        for node in _run(ast.parse(source)):
-            if isinstance(node, ast.ImportFrom) and node.module:
-                waiting += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-            elif isinstance(node, ast.Import):
-                waiting += [alias.name for alias in node.names]
-    return digest(files)
+        waiting += _imports(path.read_bytes())
+    return files
+
+
+@functools.cache
+def _imports(source: bytes) -> list[str]:
+    """The names that `source` may import: modules, and what it takes from them, which may be modules too."""
+    names: list[str] = []
+    for node in _run(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        elif isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+    return names
 
 
 def _run(node: ast.AST) -> Iterator[ast.AST]:

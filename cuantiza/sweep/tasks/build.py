@@ -16,9 +16,8 @@ from cuantiza.core.errors import UserError
 from cuantiza.core.inputs.checkpoints import Model
 from cuantiza.core.inputs.corpus import Source
 from cuantiza.core.machine import child
-from cuantiza.core.store import artifact, folders
-from cuantiza.quantize.__main__ import quantize_one
-from cuantiza.quantize.recipes import Recipe
+from cuantiza.quantize.recipes.registry import Recipe
+from cuantiza.quantize.stage import quantize
 from cuantiza.sweep.tasks.made import Made
 
 
@@ -56,6 +55,5 @@ class Quantize:
 
     def run(self) -> Made:
         # A folder for each, and so a lock: recipes of one model are made on several machines at once.
-        with folders.locked(self.target.parent):
-            quantize_one(artifact.open_artifact(self.parent), self.target, self.name, self.recipe, self.source)
+        quantize(self.parent, self.recipe, self.target, self.source, self.name)
         return Made.of(self.target)

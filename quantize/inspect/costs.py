@@ -1,0 +1,89 @@
+"""What each recipe costs, as the accuracy page measured it: costs.json, which lab/accuracy writes, and the table of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cuantiza.core.errors import UserError
+from cuantiza.core.machine.terminal import new_table
+from cuantiza.core.store import folders
+from cuantiza.quantize.recipes.registry import RECIPES
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+COSTS = Path(__file__).parent / "costs.json"
+SCHEMA = "cuantiza/costs/1"
+# The figures of an artifact that are shown, and how: bytes of the graph over those of fp32's graph; rise of ln perplexity
+# in nats a token; share of positions whose likeliest token is fp32's.
+FIGURES: dict[str, Callable[[float], str]] = {
+    "ratio": lambda value: f"{value:.3f}",
+    "delta_ln_ppl": lambda value: f"{round(value, 4) + 0.0:.4f}",  # no -0.0000
+    "top1_agreement": lambda value: f"{100 * value:.1f} %",
+}
+
+
+def costs_of(accuracy: dict) -> dict:
+    """The content of costs.json: the FIGURES of every recipe in `accuracy`, the content of the accuracy page's JSON.
+
+    A model stands in `accuracy` once for each text; the first text is the project's own, and the one that is kept.
+    """
+    models = [model for model in accuracy["models"] if model["corpus"] == accuracy["models"][0]["corpus"]]
+    kept = [
+        {
+            "model": model["model"],
+            "artifacts": [
+                {"name": row["name"]} | {figure: row[figure] for figure in FIGURES}
+                for row in model["artifacts"]
+                if row["name"] in RECIPES
+            ],
+        }
+        for model in models
+    ]
+    return {"schema": SCHEMA, "models": kept}
+
+
+def write_costs(accuracy: Path) -> None:
+    """Write costs.json anew from `accuracy`, the JSON file of the accuracy page."""
+    text = json.dumps(costs_of(json.loads(accuracy.read_text(encoding="utf-8"))), indent=1, ensure_ascii=False) + "\n"
+    folders.publish_texts(COSTS.parent, {COSTS.name: text})
+
+
+def read_costs(path: Path = COSTS) -> list[dict]:
+    """The models of a costs.json, each with what its artifacts cost; none where there is no file.
+
+    Raises UserError where the file is broken or of another schema.
+    """
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        if fields["schema"] != SCHEMA:
+            raise ValueError(f"schema {fields['schema']!r} is not {SCHEMA!r}")
+        for model in fields["models"]:
+            model["model"], [(row["name"], *(row[figure] for figure in FIGURES)) for row in model["artifacts"]]
+        return fields["models"]
+    except FileNotFoundError:
+        return []
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: is broken ({error}); write it again with `python -m lab.accuracy`") from None
+
+
+def recipe_table(models: list[dict]) -> Table:
+    """A line for every recipe, with what it costs on each of `models` (as `read_costs` gives them)."""
+    table = new_table("cuantiza quantize --recipes RECIPE ...", "recipe")
+    table.add_column("what it is")
+    columns = [(model, "\n× fp32", ("ratio",)) for model in models[:1]]
+    columns += [(model, f"{model['model']}\nΔ ln ppl, top", ("delta_ln_ppl", "top1_agreement")) for model in models]
+    for _, title, _ in columns:
+        table.add_column(title, justify="right", no_wrap=True)
+    if models:
+        table.caption = "Top: share of positions whose likeliest token is fp32's. The sizes are the first model's."
+    for name, recipe in RECIPES.items():
+        cells = []
+        for model, _, figures in columns:
+            row = next((row for row in model["artifacts"] if row["name"] == name), {})
+            cells.append(", ".join(FIGURES[figure](row[figure]) for figure in figures if row.get(figure) is not None))
+        table.add_row(name, recipe.describe(), *cells)
+    return table

@@ -1,0 +1,70 @@
+"""int8-static: weights and activations in 8 bits; each activation tensor has one range, which calibration fixes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cuantiza.quantize.settings import (
+    ALPHAS,
+    CALIBRATION,
+    Calibration,
+    Ranges,
+    Rounding,
+    Target,
+    check_exponents,
+    for_target,
+)
+
+if TYPE_CHECKING:
+    from cuantiza.core.inputs.corpus import Split
+    from cuantiza.quantize.decide.decision import Plan, Rewrite
+
+
+@dataclass(frozen=True)
+class StaticInt8:
+    """Weights s8 per channel; activations u8 per tensor, with ranges from a calibration.
+
+    Up to `float_channels` input channels of a tensor are left out of its integer matmul where that pays.
+    """
+
+    rounding: Rounding = "gptq"
+    smoothing: tuple[float, ...] = ALPHAS
+    ranges: Ranges = "mse"
+    float_channels: int = 16
+    calibration: Calibration = CALIBRATION
+    target: Target = "portable"
+
+    def __post_init__(self) -> None:
+        check_exponents(self.smoothing)
+        if self.float_channels < 0:
+            raise ValueError(f"float_channels is {self.float_channels}; give a number from 0")
+
+    def describe(self) -> str:
+        """One line for `cuantiza recipes`."""
+        line = f"weights s8 per channel; activations u8, a fixed {self.ranges} range per tensor"
+        return for_target(line, self.target)
+
+    def plan(self) -> Plan:
+        """What calibration decides on each linear layer."""
+        from cuantiza.quantize.decide.decision import Plan
+        from cuantiza.quantize.decide.rounding import Grid
+
+        return Plan(Grid(8), self.rounding, self.smoothing, self.ranges, self.float_channels)
+
+    def rewrite(self) -> Rewrite:
+        """The pass that writes the decisions into a graph."""
+        from cuantiza.quantize.rewrite.static import quantize_static
+
+        return lambda model, decisions: quantize_static(model, decisions, self.target)
+
+    def make(self, parent: Path, work: Path, split: Split) -> dict:
+        """Write the quantized form of the fp32 artifact `parent` into the folder `work`, calibrated on `split`.
+
+        Returns what the manifest says of it. The work is done in a process of its own.
+        """
+        from cuantiza.core.run.exact_int8 import SESSION_OPTIONS
+        from cuantiza.quantize.layers import write_quantized
+
+        return write_quantized(self, parent, work, split) | SESSION_OPTIONS

@@ -1,0 +1,82 @@
+"""int8-static-mixed: int8-static with as many linear layers in floating point as a budget of perplexity asks for."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cuantiza.quantize.recipes.int8_static import StaticInt8
+from cuantiza.quantize.settings import Calibration, Target, for_target
+
+if TYPE_CHECKING:
+    import numpy as np
+    import onnx_ir as ir
+
+    from cuantiza.core.inputs.corpus import Split
+    from cuantiza.quantize.decide.decision import Decision, Plan, Rewrite
+
+_STATIC = StaticInt8()
+
+
+@dataclass(frozen=True)
+class MixedStaticInt8:
+    """As `static`, with the fewest linear layers in floating point that keep the rise of ln perplexity in a budget.
+
+    `max_delta_ln_ppl` is in nats a token, measured on calibration windows.
+    """
+
+    max_delta_ln_ppl: float = 0.002
+    static: StaticInt8 = _STATIC
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.max_delta_ln_ppl < math.inf:
+            raise ValueError(f"max_delta_ln_ppl is {self.max_delta_ln_ppl}; give a number of nats from 0")
+
+    @property
+    def calibration(self) -> Calibration:
+        return self.static.calibration
+
+    @property
+    def target(self) -> Target:
+        return self.static.target
+
+    def describe(self) -> str:
+        """One line for `cuantiza recipes`."""
+        line = f"as int8-static, with linear layers left in float until Δ ln ppl is at most {self.max_delta_ln_ppl}"
+        return for_target(line, self.target)
+
+    def plan(self) -> Plan:
+        """What calibration decides on each linear layer."""
+        return self.static.plan()
+
+    def rewrite(self) -> Rewrite:
+        """The pass that writes the decisions into a graph."""
+        return self.static.rewrite()
+
+    def make(self, parent: Path, work: Path, split: Split) -> dict:
+        """Write the quantized form of the fp32 artifact `parent` into the folder `work`, calibrated on `split`.
+
+        Returns what the manifest says of it. The work is done in a process of its own.
+        """
+        from cuantiza.core.run.exact_int8 import SESSION_OPTIONS
+        from cuantiza.core.store import artifact, folders
+        from cuantiza.quantize.inspect.sensitivity import EVERY, Gauge, within_budget
+        from cuantiza.quantize.layers import write_quantized
+        from cuantiza.quantize.rewrite.static import quantize_static
+
+        def leave_in_float(
+            model: ir.Model, decisions: dict[str, Decision], windows: np.ndarray
+        ) -> tuple[dict[str, Decision], dict]:
+            with folders.staging(work / "gauge") as folder:
+                gauge = Gauge(parent / artifact.MODEL, windows[::EVERY], folder)
+                kept, effect = within_budget(model, decisions, quantize_static, gauge, self.max_delta_ln_ppl)
+            account = {
+                "max_delta_ln_ppl": self.max_delta_ln_ppl,
+                "measured_on_calibration": asdict(effect),
+                "kept_in_float": {name: asdict(alone) for name, alone in kept.items()},
+            }
+            return {name: found for name, found in decisions.items() if name not in kept}, {"mixed": account}
+
+        return write_quantized(self, parent, work, split, leave_in_float) | SESSION_OPTIONS

@@ -1,0 +1,73 @@
+"""int8-weight and int4-weight: weights in integers of 8 or 4 bits; activations stay in floating point."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from cuantiza.quantize.settings import ALPHAS, Calibration, Rounding, Target, check_exponents, for_target
+
+if TYPE_CHECKING:
+    from cuantiza.core.inputs.corpus import Split
+    from cuantiza.quantize.decide.decision import Plan, Rewrite
+
+# 4 bits lose less KL with twice as many windows as 8 bits need.
+_CALIBRATION = Calibration(windows=32)
+
+
+@dataclass(frozen=True)
+class WeightOnly:
+    """Weights of `bits` with a scale (and a zero point unless `symmetric`) for every `block` inputs of a channel,
+    computed in floating point; the head and the embeddings have bits and blocks of their own, those of `table_`.
+
+    `target` "ort" is ONNX Runtime's MatMulNBits, whose activations are int8 with a scale a block.
+    """
+
+    bits: Literal[4, 8]
+    block: int | None
+    symmetric: bool
+    table_bits: Literal[4, 8] = 8
+    table_block: int | None = None
+    rounding: Rounding = "gptq"
+    smoothing: tuple[float, ...] = ALPHAS
+    target: Target = "portable"
+    calibration: Calibration = _CALIBRATION
+
+    def __post_init__(self) -> None:
+        check_exponents(self.smoothing)
+        for block in (self.block, self.table_block):
+            if block is not None and block < 1:
+                raise ValueError(f"block is {block}; give a number of inputs from 1, or null for one scale a channel")
+
+    def describe(self) -> str:
+        """One line for `cuantiza recipes`."""
+        parameters = "a scale" if self.symmetric else "scale and zero point"
+        place = "channel" if self.block is None else f"{self.block} inputs"
+        portable = "computed in fp32" if self.block is None else "DequantizeLinear, which ONNX Runtime fuses"
+        how = "MatMulNBits, int8 activations" if self.target == "ort" else portable
+        return for_target(f"weights in {self.bits} bits, {parameters} per {place}; {how}", self.target)
+
+    def plan(self) -> Plan:
+        """What calibration decides on each linear layer."""
+        from cuantiza.quantize.decide.decision import Plan
+        from cuantiza.quantize.decide.rounding import Grid
+
+        return Plan(Grid(self.bits, self.block, self.symmetric), self.rounding, self.smoothing)
+
+    def rewrite(self) -> Rewrite:
+        """The pass that writes the decisions into a graph."""
+        from cuantiza.quantize.decide.rounding import Grid
+        from cuantiza.quantize.rewrite.weight_only import choose_weights, quantize_weights
+
+        tables = Grid(self.table_bits, self.table_block, self.symmetric)
+        return lambda model, decisions: quantize_weights(model, choose_weights(model, decisions, tables), self.target)
+
+    def make(self, parent: Path, work: Path, split: Split) -> dict:
+        """Write the quantized form of the fp32 artifact `parent` into the folder `work`, calibrated on `split`.
+
+        Returns what the manifest says of it. The work is done in a process of its own.
+        """
+        from cuantiza.quantize.layers import write_quantized
+
+        return write_quantized(self, parent, work, split)

@@ -1,0 +1,122 @@
+"""The stage: an fp32 artifact and a recipe become a published artifact, unless it is there and up to date."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from cuantiza.core.errors import UserError
+from cuantiza.core.inputs.corpus import Source, Split, load_splits
+from cuantiza.core.inputs.defaults import CORPUS
+from cuantiza.core.machine.progress import report
+from cuantiza.core.store import artifact, digests, folders
+from cuantiza.core.store.artifact import Artifact
+from cuantiza.quantize.recipes.int8_static_mixed import MixedStaticInt8
+from cuantiza.quantize.recipes.registry import RECIPES, Recipe, calibration_of, get_recipe, to_json
+
+_LIBRARIES = ("numpy", "onnx", "onnx-ir", "onnxruntime", "tokenizers")
+
+
+def quantize(
+    fp32: str | Path | Artifact,
+    recipe: str | Recipe,
+    output: Path | None = None,
+    *,
+    corpus: str | Path | Source = CORPUS,
+    name: str | None = None,
+) -> Artifact:
+    """Quantize the artifact `fp32`, which `export` made, unless the result is there and up to date.
+
+    `recipe` is a name of RECIPES, the path of a .json file, or a recipe. The result lies in the folder `output` (beside
+    `fp32`, by its name) and is called `name` (as the recipe or its file is called). `corpus` is the text whose
+    calibration split calibrates. Raises UserError where the recipe, the artifact or the text cannot be used.
+    """
+    path = fp32.path if isinstance(fp32, Artifact) else Path(fp32)
+    label, recipe = get_recipe(recipe) if isinstance(recipe, str) else (_name_of(recipe), recipe)
+    name = name or label or (output.name if output is not None else None)
+    if name is None:
+        raise UserError("name=: is missing; this recipe has no name of its own, so say how its artifact is called")
+    target = path.parent / name if output is None else Path(output)
+    source = corpus if isinstance(corpus, Source) else Source(str(corpus))
+    with opened(path, target.parent) as parent:
+        return quantize_one(parent, target, name, recipe, source)
+
+
+def _name_of(recipe: Recipe) -> str | None:
+    """The name of `recipe` in RECIPES; None where it has other values than each of those."""
+    return next((name for name, known in RECIPES.items() if known == recipe), None)
+
+
+@contextmanager
+def opened(fp32: Path, held: Path | None = None) -> Iterator[Artifact]:
+    """The verified artifact in the folder `fp32`; the folder `held` (default: that around it) is locked meanwhile.
+
+    Raises UserError where the artifact is not there or damaged.
+    """
+    if not fp32.is_dir():
+        raise UserError(f"{fp32}: is not there; run `make export` first")
+    with folders.locked(held or fp32.parent):
+        yield artifact.open_artifact(fp32)
+
+
+def with_budget(recipes: dict[str, Recipe], nats: float) -> dict[str, Recipe]:
+    """`recipes` with `nats` a token as the budget of every MixedStaticInt8.
+
+    Raises UserError where there is none, or `nats` is no finite number from 0.
+    """
+    if not 0 <= nats < math.inf:
+        raise UserError(f"--max-delta-ln-ppl {nats}: give a number of nats from 0, such as 0.002")
+    mixed = {name: recipe for name, recipe in recipes.items() if isinstance(recipe, MixedStaticInt8)}
+    if not mixed:
+        raise UserError(
+            f"--max-delta-ln-ppl {nats}: none of {', '.join(recipes)} has a budget; add int8-static-mixed to --recipes"
+        )
+    return recipes | {name: dataclasses.replace(recipe, max_delta_ln_ppl=nats) for name, recipe in mixed.items()}
+
+
+def quantize_one(parent: Artifact, target: Path, name: str, recipe: Recipe, source: Source) -> Artifact:
+    """Make the artifact `target` of `parent` by `recipe`, unless it is there and up to date; the caller holds its folder."""
+    calibration = load_splits(source)[0] if calibration_of(recipe) else None
+    inputs = inputs_of(parent, recipe, calibration)
+    reason = artifact.rebuild_reason(target, inputs)
+    if reason is None:
+        report(f"quantize  {target}: up to date")
+        return artifact.open_artifact(target)
+    report(f"quantize  {target}: {reason}")
+    # Imported here: a run that finds everything up to date does not need it.
+    from cuantiza.core.machine.process import isolated
+
+    with folders.staging(target) as work:
+        details = isolated(recipe.make, parent.path, work, calibration, label=name)
+        for companion in artifact.COMPANIONS:
+            shutil.copyfile(parent.path / companion, work / companion)
+        made = artifact.publish(
+            work,
+            target,
+            name=name,
+            model=parent.manifest.model,
+            recipe=inputs["recipe"],
+            inputs=inputs,
+            parent=parent.digest,
+            calibration=inputs["calibration"],
+            versions=inputs["versions"],
+            details=details,
+        )
+    before, after = parent.model.stat().st_size, made.model.stat().st_size
+    report(f"          {after / 1e6:.1f} MB, {after / before:.3f} × fp32")
+    return made
+
+
+def inputs_of(parent: Artifact, recipe: Recipe, calibration: Split | None) -> dict:
+    """All that the bytes of an artifact depend on; "code" is the file that defines the recipe and all that it imports."""
+    return {
+        "parent": parent.digest,
+        "recipe": to_json(recipe),
+        "calibration": calibration.sha256 if calibration else None,
+        "code": digests.code_digest(type(recipe).__module__),
+        "versions": digests.versions(*_LIBRARIES),
+    }

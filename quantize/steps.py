@@ -1,0 +1,52 @@
+"""The steps that every recipe of ours shares: load the fp32 graph, rewrite it, fuse its attention, save it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import onnx_ir as ir
+
+from cuantiza.core import contract
+from cuantiza.core.inputs.model_config import max_positions, read_config
+from cuantiza.core.onnx import file as onnx_file
+from cuantiza.core.onnx.genai_config import GENAI_CONFIG, genai_config
+from cuantiza.core.store import artifact
+from cuantiza.quantize.rewrite.fuse_attention import check_attention, fuse_attention
+from cuantiza.quantize.settings import Target
+
+
+def write_graph(parent: Path, work: Path, target: Target, rewrite: Callable[[ir.Model], dict]) -> dict:
+    """Write work/model.onnx: the fp32 graph of artifact `parent`, as `rewrite` changes it in place, for `target`.
+
+    Returns what the manifest says of the graph: what `rewrite` returned, and how many layers got fused attention.
+    Raises UserError where the target is "ort" and the graph's attention is not the one that export/gpt2.py writes.
+    """
+    path = parent / artifact.MODEL
+    model = onnx_file.load(path)
+    if target == "ort":
+        check_attention(model, path)
+    details = rewrite(model)
+    if target == "ort":
+        details["fused_attention"] = fuse_attention(model)
+        _write_genai_config(model.graph, parent, work)
+    onnx_file.save(model, work)
+    return details
+
+
+def _write_genai_config(graph: ir.Graph, parent: Path, work: Path) -> None:
+    """Write genai_config.json, by which onnxruntime-genai loads a graph that updates its KV cache in place."""
+    keys = [value for value in graph.inputs if contract.is_past(value.name) and value.name.endswith(".key")]
+    config = read_config(parent)
+    fields = genai_config(
+        config,
+        json.loads((parent / "generation_config.json").read_text(encoding="utf-8")),
+        layers=len(keys),
+        heads=int(keys[0].shape[1]),
+        head_dim=int(keys[0].shape[3]),
+        vocabulary=int(graph.outputs[0].shape[-1]),
+        positions=max_positions(config),
+        in_place=True,
+    )
+    (work / GENAI_CONFIG).write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")

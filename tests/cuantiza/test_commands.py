@@ -1,0 +1,94 @@
+"""`cuantiza COMMAND`: every command explains itself, bad input is one line, and nothing heavy is imported for nothing."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import cuantiza
+from cuantiza.__main__ import COMMANDS
+from cuantiza.core.errors import EXTRAS, UserError
+
+from helpers import ROOT, assert_user_error, stage
+
+HEAVY = {"torch", "transformers", "onnxscript", "datasets", "matplotlib", "ray"}
+
+
+def test_the_overview_names_every_command() -> None:
+    for arguments in ((), ("--help",), ("-h",)):
+        result = stage("cuantiza", *arguments)
+        assert result.status == 0 and result.stdout.startswith("example: cuantiza export")
+        assert all(f"  {name} " in result.stdout for name in COMMANDS)
+    assert stage("cuantiza", "--version").stdout == f"cuantiza {cuantiza.__version__}\n"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_begins_with_an_example_and_needs_nothing_heavy(name: str) -> None:
+    """The process also ends well where every optional package is missing."""
+    code = (
+        "import sys; from importlib.abc import MetaPathFinder\n"
+        "class Missing(MetaPathFinder):\n"
+        "    def find_spec(self, name, path, target=None):\n"
+        f"        if name in {sorted(HEAVY)}: raise ModuleNotFoundError(name, name=name)\n"
+        "sys.meta_path.insert(0, Missing())\n"
+        f"sys.argv = ['cuantiza', {name!r}, '--help']\n"
+        "from cuantiza.__main__ import main; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"example: cuantiza {name}") and f"usage: cuantiza {name}" in done.stdout
+
+
+def test_bad_words_are_one_line() -> None:
+    assert_user_error(stage("cuantiza", "exprot"), "cuantiza exprot", "export, quantize")
+    assert_user_error(stage("cuantiza", "--output", "x", "sensitivity"), "--output", "no such command")
+    assert_user_error(stage("cuantiza", "eval", "--tokens", "many"), "--tokens", "many", "cuantiza eval --help")
+    assert_user_error(stage("cuantiza", "eval", "--frobnicate"), "--frobnicate", "cuantiza eval --help")
+    assert_user_error(stage("export", "--opset"), "--opset", "cuantiza export --help")
+
+
+@pytest.mark.parametrize("module, extra", [("torch", "export"), ("datasets", "corpora"), ("matplotlib", "plots")])
+def test_a_missing_extra_is_one_line_that_names_it(module: str, extra: str) -> None:
+    code = f"from cuantiza.core.errors import run\ndef main():\n    raise ModuleNotFoundError(name='{module}.nn')\nrun(main)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith(f"error: {module}") and f"pip install 'cuantiza[{extra}]'" in done.stderr
+
+
+def test_every_extra_is_declared() -> None:
+    import tomllib
+
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for module, extra in EXTRAS.items():
+        assert any(line.startswith(module.replace("_", "-")) for line in declared[extra]), (module, extra)
+
+
+def test_importing_cuantiza_is_light() -> None:
+    code = "import sys, cuantiza; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    assert "cuantiza" in loaded and not (HEAVY | {"numpy", "onnxruntime"}) & set(loaded)
+
+
+def test_what_python_offers_is_there() -> None:
+    for name in cuantiza.__all__:
+        assert callable(getattr(cuantiza, name)), name
+    with pytest.raises(AttributeError, match="nonsense"):
+        cuantiza.nonsense  # noqa: B018
+    with pytest.raises(UserError, match="nowhere"):
+        cuantiza.export("nowhere/at/all")
+
+
+def test_the_defaults_are_found_from_any_folder(tmp_path: Path) -> None:
+    """The embedded model and text, by the names that they have in the repository; nothing else is looked for elsewhere."""
+    code = (
+        "from cuantiza.core.inputs.defaults import CORPUS, MODEL, place\n"
+        "from cuantiza.core.inputs.corpus import Source, load_splits\n"
+        "assert (place(MODEL) / 'config.json').is_file() and len(load_splits(Source())[1].documents) > 40\n"
+        "assert not place('models').exists()"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True)

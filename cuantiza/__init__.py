@@ -13,13 +13,25 @@ if TYPE_CHECKING:
     from cuantiza.core.store.artifact import Artifact
     from cuantiza.eval.compare.decide import Comparison
     from cuantiza.eval.compare.stage import compare
+    from cuantiza.eval.report.schema import Report
     from cuantiza.eval.stage import evaluate
     from cuantiza.export.stage import export
     from cuantiza.model import Model, load
     from cuantiza.quantize.stage import quantize
 
 __version__ = "0.2.0"
-__all__ = ["Artifact", "Comparison", "Model", "UserError", "compare", "evaluate", "export", "load", "quantize"]
+__all__ = [
+    "Artifact",
+    "Comparison",
+    "Model",
+    "Report",
+    "UserError",
+    "compare",
+    "evaluate",
+    "export",
+    "load",
+    "quantize",
+]
 
 _root = Path(__file__).resolve().parent.parent
 if (_root / "pyproject.toml").is_file():
@@ -30,6 +42,7 @@ if (_root / "pyproject.toml").is_file():
 _HOMES = {
     "Artifact": "core.store.artifact",
     "Model": "model",
+    "Report": "eval.report.schema",
     "UserError": "core.errors",
     "Comparison": "eval.compare.decide",
     "compare": "eval.compare.stage",

@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     from cuantiza.eval.report.markdown import print_table
 
-    print_table(report)
+    print_table(report, args.language)
     return 0
 
 

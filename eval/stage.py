@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -18,7 +17,8 @@ from cuantiza.core.machine.progress import report as say
 from cuantiza.core.machine.progress import working
 from cuantiza.core.store import artifact, digests, folders
 from cuantiza.core.store.artifact import Artifact
-from cuantiza.eval.measure.subject import Subject
+from cuantiza.eval.measure.engines import Subject
+from cuantiza.eval.report.schema import Inputs, Report
 
 JSON, MARKDOWN, HTML = "report.json", "report.md", "report.html"
 LANGUAGES = ("en", "es")
@@ -56,7 +56,7 @@ def evaluate(
     checkpoint: str | Path | None = None,
     output: Path | None = None,
     language: str = "en",
-) -> dict:
+) -> Report:
     """Measure perplexity, KL divergence, size, memory and latency of `artifacts`; the first is the baseline.
 
     tokens: whole documents of the test split are scored until this many tokens. window: the longest context of a scored
@@ -91,7 +91,7 @@ def _evaluate(
     checkpoint: str | Path | None,
     output: Path | None,
     language: str,
-) -> dict:
+) -> Report:
     subjects = [Subject(item.manifest.name, "onnx", item.model) for item in published] + [
         _foreign(path) for path in onnx
     ]
@@ -150,39 +150,34 @@ def _foreign_digest(path: Path) -> str:
     return digests.digest([[file.name, digests.sha256_file(file)] for file in inference_files(model)])
 
 
-def _inputs(published: list[Artifact], test: Split, settings: Settings, onnx: list[Path], torch: bool) -> dict:
+def _inputs(published: list[Artifact], test: Split, settings: Settings, onnx: list[Path], torch: bool) -> Inputs:
     """Everything that a report depends on, the machine and the settings of the measurement included."""
     from cuantiza.core.machine.hardware import machine, software
 
-    return {
-        "artifacts": [[item.manifest.name, item.digest] for item in published],  # in order: the first is the baseline
-        "onnx": [[str(path), _foreign_digest(path)] for path in onnx],
-        "torch": torch,
-        "corpus": test.sha256,
-        "tokens": settings.tokens,
-        "window": settings.window,
-        "rounds": settings.rounds,
-        "machine": machine(settings.threads),
-        "code": digests.code_digest("cuantiza.eval.measure.report"),
-        "versions": software(),
-    }
+    return Inputs(
+        artifacts=tuple((item.manifest.name, item.digest) for item in published),  # in order: the first is the baseline
+        onnx=tuple((str(path), _foreign_digest(path)) for path in onnx),
+        torch=torch,
+        corpus=test.sha256,
+        tokens=settings.tokens,
+        window=settings.window,
+        rounds=settings.rounds,
+        machine=machine(settings.threads),
+        code=digests.code_digest("cuantiza.eval.measure.report"),
+        versions=software(),
+    )
 
 
-def _measured(output: Path, inputs: dict) -> dict | None:
-    """The report that is there, where it is of these inputs."""
+def _measured(output: Path, inputs: Inputs) -> Report | None:
+    """The report in `output`, where it is one of these inputs and undamaged."""
     try:
-        done = json.loads((output / JSON).read_text(encoding="utf-8"))
-        return done if done["inputs"] == inputs and done["sha256"] == _digest(done) else None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        done = Report.from_json((output / JSON).read_bytes())
+    except (OSError, ValueError):
         return None
+    return done if done.inputs == inputs and done.sha256 == done.digest() else None
 
 
-def _digest(report: dict) -> str:
-    """sha256 of what was measured: a report that was damaged must not be shown again."""
-    return digests.digest({key: value for key, value in report.items() if key not in ("sha256", "pages")})
-
-
-def _publish(report: dict, output: Path, language: str) -> bool:
+def _publish(report: Report, output: Path, language: str) -> bool:
     """Write the report and its pages, renamed into place, where they differ from what is there; whether they did.
 
     report.json comes last and names the pages that belong to it.
@@ -191,7 +186,6 @@ def _publish(report: dict, output: Path, language: str) -> bool:
     from cuantiza.eval.report.markdown import markdown
 
     pages = {MARKDOWN: markdown(report, language), HTML: render(report, language)}
-    report["sha256"] = _digest(report)
-    report["pages"] = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in pages.items()}
-    pages[JSON] = json.dumps(report, indent=1, ensure_ascii=False) + "\n"
+    hashes = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in pages.items()}
+    pages[JSON] = report.sealed(hashes).to_json()
     return folders.publish_texts(output, pages)

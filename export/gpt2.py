@@ -27,10 +27,10 @@ _BLOCK = re.compile(r"h\.(\d+)\.")
 
 
 def build(config: GPT2Config, weights: dict[str, Weight], opset: int, folder: Path) -> ir.Model:
-    """The graph of `config` over `weights`, which are read when the model is saved.
+    """Build the graph of `config` with `weights`, which are read only when the model is saved.
 
-    Raises UserError where a weight is missing, has another shape, or (when it is read) is not finite;
-    `folder` is named in the message.
+    Raises UserError where a weight is missing, has another shape, or (when it is read) is not finite. The message names
+    `folder`.
     """
     graph = ir.Graph([], [], nodes=[], opset_imports={"": opset}, name="gpt2")
     builder = onnxscript.GraphBuilder(graph)
@@ -39,7 +39,7 @@ def build(config: GPT2Config, weights: dict[str, Weight], opset: int, folder: Pa
 
     def weight(name: str, *shape: int) -> ir.Value:
         if name not in weights:
-            raise UserError(f"{folder}: has no weight {name}; the checkpoint is not a whole GPT-2")
+            raise UserError(f"{folder}: has no weight {name}; take the files of the original checkpoint")
         source = weights[name]
         if source.shape != shape:
             raise UserError(f"{folder}: {name} is {list(source.shape)} where config.json says {list(shape)}")
@@ -52,7 +52,7 @@ def build(config: GPT2Config, weights: dict[str, Weight], opset: int, folder: Pa
         return builder.initializer(tensor, name)
 
     def linear(x: ir.Value, name: str, inputs: int, outputs: int) -> ir.Value:
-        # transformers' Conv1D keeps its weight as [inputs, outputs], which is MatMul's own layout.
+        # transformers' Conv1D stores its weight as [inputs, outputs], which is the layout of MatMul.
         y = op.MatMul(x, weight(f"{name}.weight", inputs, outputs), _name=name)
         return op.Add(y, weight(f"{name}.bias", outputs), _name=f"{name}.bias")
 
@@ -61,7 +61,7 @@ def build(config: GPT2Config, weights: dict[str, Weight], opset: int, folder: Pa
         return op.LayerNormalization(x, scale, bias, axis=-1, epsilon=config.layer_norm_epsilon, _name=name)
 
     layers = {int(found[1]): name for name in weights if (found := _BLOCK.match(name))}
-    # Before anything is built: two billion layers are a number like another.
+    # Check the number of layers before anything is built: config.json may say two billion.
     if (missing := next(layer for layer in count() if layer not in layers)) < config.n_layer:
         raise UserError(
             f"{folder}: has no weight h.{missing}.* where config.json says n_layer {config.n_layer}; take the config.json of the same checkpoint"
@@ -79,7 +79,7 @@ def build(config: GPT2Config, weights: dict[str, Weight], opset: int, folder: Pa
     past = [builder.input(name, DataType.FLOAT, cache) for name in contract.past_names(config.n_layer)]
     present: list[ir.Value] = []
 
-    # An input with a default: loaders that do not know it need not feed it.
+    # This input has a default, so that loaders that do not know it need not feed it.
     keep = ir.Value(
         name=contract.KEEP,
         shape=ir.Shape([]),
@@ -109,7 +109,8 @@ def build(config: GPT2Config, weights: dict[str, Weight], opset: int, folder: Pa
         context = op.MatMul(attention, v, _name=f"{block}.attn.context")  # [B, H, T, d]
         context = op.Reshape(op.Transpose(context, perm=[0, 2, 1, 3]), [0, 0, width])  # [B, T, D]
         if layer == config.n_layer - 1:
-            # All that the cache needs is computed: the rest is for the logits.
+            # Keys and values are complete here. What follows only feeds the logits, so keep just the positions that
+            # were asked for.
             start = op.Neg(op.Unsqueeze(keep, [0]))
             context, x = (op.Slice(value, start, [_END], [1]) for value in (context, x))  # [B, n or T, D]
         x = op.Add(x, linear(context, f"{block}.attn.c_proj", width, width))
@@ -118,7 +119,7 @@ def build(config: GPT2Config, weights: dict[str, Weight], opset: int, folder: Pa
         x = op.Add(x, linear(h, f"{block}.mlp.c_proj", config.n_inner, width))
 
     x = layer_norm(x, "ln_f")
-    # One table serves both ends of a tied model; runtimes fold the transpose of a constant at load.
+    # In a tied model, the embedding matrix is also the head's weight. Runtimes fold the transpose of a constant at load.
     head = wte if _is_tied(config, weights) else weight("lm_head.weight", vocabulary, width)
     logits = op.MatMul(x, op.Transpose(head, perm=[1, 0]), _name="lm_head")  # [B, T, V]
 
@@ -134,11 +135,11 @@ def build(config: GPT2Config, weights: dict[str, Weight], opset: int, folder: Pa
 
 
 def _is_tied(config: GPT2Config, weights: dict[str, Weight]) -> bool:
-    """Whether head and embedding are one: as config.json says where there is no head, else where they are equal."""
+    """Whether head and embedding share a matrix: they are equal, or there is no head and config.json says so."""
     if "lm_head.weight" not in weights or "wte.weight" not in weights:
         return config.tie_word_embeddings
-    head, table = weights["lm_head.weight"], weights["wte.weight"]
-    return head.shape == table.shape and np.array_equal(head.read(), table.read())
+    head, embedding = weights["lm_head.weight"], weights["wte.weight"]
+    return head.shape == embedding.shape and np.array_equal(head.read(), embedding.read())
 
 
 def _visible(op: onnxscript.OpBuilder, input_ids: ir.Value, attention_mask: ir.Value) -> ir.Value:
@@ -153,7 +154,7 @@ def _visible(op: onnxscript.OpBuilder, input_ids: ir.Value, attention_mask: ir.V
 
 
 def _split_heads(op: onnxscript.OpBuilder, x: ir.Value, config: GPT2Config) -> ir.Value:
-    """[B, T, D] -> [B, H, T, d]"""
+    """Split x [B, T, D] into heads [B, H, T, d]."""
     return op.Transpose(op.Reshape(x, [0, 0, config.n_head, config.head_dim]), perm=[0, 2, 1, 3])
 
 
@@ -163,7 +164,7 @@ def _attention_scale(config: GPT2Config, layer: int) -> float:
 
 
 def _activation(op: onnxscript.OpBuilder, x: ir.Value, name: str, opset: int) -> ir.Value:
-    """transformers' activation `name`; Gelu is an operator of its own from opset 20 on."""
+    """Apply transformers' activation `name`. ONNX has a Gelu operator from opset 20 on."""
     match name:
         case "relu":
             return op.Relu(x)

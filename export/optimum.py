@@ -24,7 +24,7 @@ from cuantiza.core.onnx import file as onnx_file
 from cuantiza.core.store import folders
 from cuantiza.export.weights import check_finite, read_weights
 
-# Each ran end to end, parity included, with optimum-onnx 0.1.0.
+# Each of these was exported end to end, with the parity check, by optimum-onnx 0.1.0.
 MODEL_TYPES = (
     "arcee",
     "bloom",
@@ -56,11 +56,11 @@ MODEL_TYPES = (
     "smollm3",
     "stablelm",
 )
-# The last opset that torch's TorchScript exporter writes, which is the one that optimum uses.
+# optimum uses torch's TorchScript exporter, which writes no opset after this one.
 _LAST_OPSET = 20
-# Rotary embeddings that change with the length of the text: tracing fixes them at the length of the example.
+# Rotary embeddings that change with the length of the text. Tracing would fix them at the length of the example.
 _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope", "su")
-# The types of layer that have a rotary embedding each.
+# The layer types of gemma3, each of which has a rotary embedding of its own.
 _GEMMA3_LAYERS = ("full_attention", "sliding_attention")
 _EXPORT = """
 import sys
@@ -108,9 +108,9 @@ def _interpreter() -> str:
 
 
 def _legacy_config(fields: dict, path: Path) -> dict:
-    """`fields` as transformers 4.57 reads them: what 5.x writes as rope_parameters stood in fields of its own.
+    """Return `fields` as transformers 4.57 reads them: it has separate fields where 5.x writes rope_parameters.
 
-    Raises UserError where the model is of another type than MODEL_TYPES, or its positions cannot be traced.
+    Raises UserError where the model type is not in MODEL_TYPES, or where the rotary embedding cannot be exported.
     """
     kind = fields.get("model_type")
     if kind not in MODEL_TYPES:
@@ -118,7 +118,7 @@ def _legacy_config(fields: dict, path: Path) -> dict:
             f"{path}: model_type {kind!r} is none of those that optimum's exporter brings to the contract of docs/artifact.md: "
             f"{', '.join(MODEL_TYPES)}; choose a model of these types"
         )
-    # Code in the repository is never run: what is left of its name could only confuse.
+    # Code from a model's repository is never run, so the field auto_map that names it is dropped.
     config = {key: value for key, value in fields.items() if key not in ("auto_map", "rope_parameters")}
     rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
     if kind == "gemma3_text" and isinstance(rope, dict) and [*map(type, map(rope.get, _GEMMA3_LAYERS))] == [dict, dict]:
@@ -131,12 +131,12 @@ def _legacy_config(fields: dict, path: Path) -> dict:
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type in _LENGTH_DEPENDENT_ROPE:
         raise UserError(
-            f"{path}: its rotary embedding ({rope_type}) changes with the length of the text, which an exported graph cannot; "
-            "choose a model without"
+            f"{path}: its rotary embedding ({rope_type}) changes with the length of the text, which an exported graph cannot do; "
+            "choose a model with another rotary embedding"
         )
     if "rope_parameters" not in fields:
         return config
-    # gpt_neox has names of its own for both.
+    # gpt_neox has its own names for these two fields.
     theta, part = ("rotary_emb_base", "rotary_pct") if kind == "gpt_neox" else ("rope_theta", "partial_rotary_factor")
     config |= {new: rope[old] for new, old in ((theta, "rope_theta"), (part, "partial_rotary_factor")) if old in rope}
     if rope_type != "default":
@@ -147,10 +147,10 @@ def _legacy_config(fields: dict, path: Path) -> dict:
 
 
 def _prepare(checkpoint: Path, config: dict, folder: Path) -> None:
-    """A folder with `config` and links to the weights, and nothing else that optimum would load."""
+    """Make a folder that holds `config` and links to the weights, and nothing else that optimum would load."""
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    # Damaged files get a clear line here; transformers would start from random weights or give NaN.
+    # Damaged files get a clear message here. transformers would use random weights in their place, or compute NaN.
     for name, weight in read_weights(checkpoint).items():
         check_finite(name, weight.read(), checkpoint)
     for name in weight_files({file.name for file in checkpoint.iterdir()}):
@@ -158,8 +158,8 @@ def _prepare(checkpoint: Path, config: dict, folder: Path) -> None:
 
 
 def _run(python: str, checkpoint: Path, prepared: Path, output: Path, opset: int) -> None:
-    """Run optimum's exporter on `prepared`. Raises UserError with the last thing it said where it fails."""
-    # -I: neither this repository's packages nor the user's own can stand in for the environment's.
+    """Run optimum's exporter on `prepared`. Where it fails, raises UserError with the last line that it printed."""
+    # -I keeps packages of this repository and of the user from replacing those of the environment.
     command = [python, "-I", "-c", _EXPORT, str(prepared), str(output), str(opset)]
     environment = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     try:
@@ -179,10 +179,10 @@ def _run(python: str, checkpoint: Path, prepared: Path, output: Path, opset: int
 
 
 def _name_weights(graph: ir.Graph) -> None:
-    """Give a weight that tracing has left as onnx::MatMul_803 the name of the module that multiplies by it."""
+    """Name weights after the modules that multiply by them, where tracing gave them a name like onnx::MatMul_803."""
     for weight in list(graph.initializers.values()):
         node = next(iter(weight.consumers()), None)
-        # /model/layers.0/mlp/up_proj/MatMul
+        # A node's name is, for example, /model/layers.0/mlp/up_proj/MatMul.
         path = (node.name or "").strip("/").rpartition("/")[0].replace("/", ".") if node else ""
         name = f"{path}.weight"
         if weight.name.startswith("onnx::") and path and name not in graph.initializers:
@@ -190,9 +190,9 @@ def _name_weights(graph: ir.Graph) -> None:
 
 
 def _share_weights(graph: ir.Graph) -> None:
-    """Store equal arrays once, and a transposed twin of a table that Gather reads as its Transpose.
+    """Store equal matrices once, and replace a matrix by a Transpose where it is that of an embedding matrix.
 
-    Vectors stay apart: many are equal by chance (zeros, ones), and a quantizer may want to change only one.
+    Vectors are not shared, because many are equal by chance (zeros, ones), and a quantizer may want to change only one.
     """
     kept: dict[tuple, list[ir.Value]] = {}
     for weight in list(graph.initializers.values()):
@@ -206,26 +206,27 @@ def _share_weights(graph: ir.Graph) -> None:
         else:
             weight.replace_all_uses_with(twin)
             del graph.initializers[weight.name]
-    for table in list(_tables(graph)):
-        array = table.const_value.numpy()
+    for embedding in list(_embedding_matrices(graph)):
+        array = embedding.const_value.numpy()
         for weight in kept.get((array.dtype, array.shape[::-1]), []):
-            # A column against a row first: that tells most matrices apart without reading them whole.
+            # Comparing one column with one row first tells most matrices apart without reading them whole.
             other = weight.const_value.numpy()
-            if weight is not table and np.array_equal(array[:, 0], other[0]) and np.array_equal(array.T, other):
-                _replace_by_transpose(graph, weight, table)
+            if weight is not embedding and np.array_equal(array[:, 0], other[0]) and np.array_equal(array.T, other):
+                _replace_by_transpose(graph, weight, embedding)
 
 
-def _tables(graph: ir.Graph) -> Iterator[ir.Value]:
-    """Matrices whose rows a Gather picks."""
+def _embedding_matrices(graph: ir.Graph) -> Iterator[ir.Value]:
+    """Yield the matrices whose rows a Gather picks."""
     for weight in graph.initializers.values():
         if weight.const_value.shape.rank() == 2 and any(node.op_type == "Gather" for node in weight.consumers()):
             yield weight
 
 
-def _replace_by_transpose(graph: ir.Graph, weight: ir.Value, table: ir.Value) -> None:
+def _replace_by_transpose(graph: ir.Graph, weight: ir.Value, embedding: ir.Value) -> None:
+    """Let all nodes that read `weight` read the Transpose of `embedding` instead."""
     users = set(weight.consumers())
     first = next(node for node in graph if node in users)
-    transpose = ir.node("Transpose", [table], {"perm": [1, 0]}, name=f"{weight.name}.transpose")
+    transpose = ir.node("Transpose", [embedding], {"perm": [1, 0]}, name=f"{weight.name}.transpose")
     transpose.outputs[0].name = f"{weight.name}.transposed"
     graph.insert_before(first, transpose)
     weight.replace_all_uses_with(transpose.outputs[0])
@@ -233,9 +234,9 @@ def _replace_by_transpose(graph: ir.Graph, weight: ir.Value, table: ir.Value) ->
 
 
 def _set_interface(graph: ir.Graph, checkpoint: Path) -> None:
-    """Order the inputs and outputs, and name their axes, as the authored graph does.
+    """Give the graph the order of inputs and outputs, and the names of axes, that the graphs of export/gpt2.py have.
 
-    Raises UserError where one is missing or unknown, or where heads or head width are not fixed.
+    Raises UserError where an input or output is missing or unknown, or where the number or width of heads is not fixed.
     """
     inputs = {value.name: value for value in graph.inputs}
     outputs = {value.name: value for value in graph.outputs}

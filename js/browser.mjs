@@ -1,4 +1,4 @@
-// A real Chromium without a window, driven through its own debugging protocol.
+// Starts a real Chromium without a window, and controls it through its debugging protocol.
 
 import { accessSync, constants } from "node:fs";
 import { delimiter, join } from "node:path";
@@ -6,7 +6,7 @@ import puppeteer from "puppeteer-core";
 
 const NAMES = ["chromium", "chromium-browser", "google-chrome"];
 
-/** The path of $CHROME_PATH, else of a Chromium on PATH. Throws where there is none. */
+/** The path of a Chromium: $CHROME_PATH if it is set, otherwise the first one on PATH. Throws if there is none. */
 export function chromePath() {
   const folders = (process.env.PATH ?? "").split(delimiter);
   const places = process.env.CHROME_PATH
@@ -23,14 +23,14 @@ export function chromePath() {
   if (!found) {
     throw new Error(
       process.env.CHROME_PATH
-        ? `CHROME_PATH=${process.env.CHROME_PATH}: is no program; name a Chromium`
-        : "no Chromium on PATH; install one, or name it by CHROME_PATH",
+        ? `CHROME_PATH=${process.env.CHROME_PATH}: is not a program; set it to a Chromium's path`
+        : "no Chromium on PATH; install one, or set CHROME_PATH to its path",
     );
   }
   return found;
 }
 
-/** A browser that asks nothing of the network by itself, and waits as long as it has to. */
+/** Start a browser that makes no network requests by itself and has no time limit. */
 export function launch() {
   const root = process.getuid?.() === 0;
   return puppeteer.launch({
@@ -38,8 +38,8 @@ export function launch() {
     protocolTimeout: 0,
     timeout: 0,
     args: [
-      ...(root ? ["--no-sandbox"] : []), // Chromium's sandbox refuses to work for root
-      "--disable-dev-shm-usage", // containers give /dev/shm 64 MB
+      ...(root ? ["--no-sandbox"] : []), // Chromium's sandbox does not work for root
+      "--disable-dev-shm-usage", // in containers /dev/shm often has only 64 MB
       "--disable-background-networking",
       "--disable-component-update",
       "--no-first-run",

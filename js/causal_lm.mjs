@@ -1,16 +1,16 @@
-// One ONNX Runtime session of the artifact contract (README), in JavaScript: whole forward and cached steps.
-// Works with onnxruntime-node and onnxruntime-web alike, whichever is given.
+// Runs an artifact's graph in JavaScript with ONNX Runtime, with or without the KV cache.
+// It works with onnxruntime-node and with onnxruntime-web.
 
 export class CausalLM {
   #ort;
   #session;
-  #past; // [{ past, present, heads, width }], of every key and value
+  #past; // [{ past, present, heads, width }], one for every key and value
   #cache = {};
   #length = 0;
 
   /**
    * @param ort the onnxruntime module that `session` was made with
-   * @param session an InferenceSession over a graph of the contract
+   * @param session an InferenceSession of an artifact's graph
    */
   constructor(ort, session) {
     this.#ort = ort;
@@ -27,17 +27,17 @@ export class CausalLM {
       (name) => !session.outputNames.includes(name),
     );
     if (missing.length || !this.#past.length) {
-      throw new Error(`the graph is not of the artifact contract: no ${missing[0] ?? "past_key_values"}`);
+      throw new Error(`the graph lacks ${missing[0] ?? "past_key_values"}; use an artifact's model.onnx`);
     }
     this.reset();
   }
 
-  /** How many tokens are cached. */
+  /** The number of tokens in the KV cache. */
   get length() {
     return this.#length;
   }
 
-  /** Forget all tokens. */
+  /** Empty the KV cache. */
   reset() {
     for (const tensor of Object.values(this.#cache)) tensor.dispose();
     this.#cache = Object.fromEntries(
@@ -49,7 +49,7 @@ export class CausalLM {
     this.#length = 0;
   }
 
-  /** Logits, a Float32Array of T × V, of T token ids behind those that are cached; they are cached as well. */
+  /** Append T token ids to the KV cache and return their logits, a Float32Array of T × V. */
   async run(ids) {
     const end = this.#length + ids.length;
     const feeds = {
@@ -70,14 +70,15 @@ export class CausalLM {
     return data;
   }
 
-  /** Logits, a Float32Array of V, of the last of `ids`. onnxruntime-web refuses to be fed an initializer, so that
-   * num_logits_to_keep keeps its default and the rows before are dropped here. */
+  /** Append token ids to the KV cache and return the logits of the last one, a Float32Array of V. onnxruntime-web cannot
+   * feed an input that has a default value (num_logits_to_keep), so the graph computes the logits of all tokens, and the
+   * others are dropped here. */
   async step(ids) {
     const logits = await this.run(ids);
     return logits.subarray(logits.length - logits.length / ids.length);
   }
 
-  /** Give back the session and its memory. */
+  /** Release the session and its memory. */
   async release() {
     this.reset();
     await this.#session.release();

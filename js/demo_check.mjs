@@ -1,7 +1,8 @@
-// Uses the demo page as a visitor does, in a real Chromium: `node js/demo_check.mjs check.json`, which says what to do
+// Uses the demo page like a visitor, in a real Chromium: `node js/demo_check.mjs check.json`. The file says what to do:
 // { url, language, viewport: { width, height }, dark, noSimd, processors, screenshots: { name: path },
 //   runs: [{ prompt, length, temperature, topK, seed, stopAfter }] }
-// and prints what was seen as JSON. Screenshots are named start, download, writing (of a run with stopAfter), end.
+// The script prints its observations as JSON. Screenshots can be named start, download, writing (needs a run with
+// stopAfter) and end.
 
 import { readFileSync } from "node:fs";
 import { launch } from "./browser.mjs";
@@ -70,7 +71,7 @@ try {
       alert: await text("#alert"),
       about: await text("#about"),
       settings: await page.$$eval("output", (nodes) => nodes.map((node) => node.textContent)),
-      grown: await page.evaluate(() => window.grown), // how often the text changed on the page
+      grown: await page.evaluate(() => window.grown), // the number of times that the text changed on the page
     });
   }
   await shoot("end");
@@ -78,7 +79,7 @@ try {
   seen.disabled = await page.$eval("#go", (node) => node.disabled);
   seen.title = await page.title();
   seen.isolated = await page.evaluate(() => crossOriginIsolated);
-  // Wider than the window means that a phone scrolls sideways.
+  // If the page is wider than the window, a phone has to scroll sideways.
   seen.overflow = await page.evaluate(() => document.documentElement.scrollWidth - window.innerWidth);
   seen.unlabelled = await page.evaluate(() =>
     [...document.querySelectorAll("input, textarea, button, progress")]

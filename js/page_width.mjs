@@ -1,4 +1,4 @@
-// How wide a page is on a phone, in CSS pixels: `node js/page_width.mjs file.html 390` prints its scrollWidth.
+// Prints how wide a page is on a phone: `node js/page_width.mjs file.html 390` prints its scrollWidth in CSS pixels.
 
 import { pathToFileURL } from "node:url";
 import { launch } from "./browser.mjs";

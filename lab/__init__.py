@@ -1,4 +1,4 @@
-"""How the figures in docs/ are made, and how the product is attacked. Stays in the repository: no wheel has it."""
+"""The maintainers' tools: they make the figures in docs/ and attack the product. The wheel does not contain them."""
 
 from pathlib import Path
 

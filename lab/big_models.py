@@ -1,13 +1,14 @@
-"""What big models cost: every step over GPT-2's four sizes, in time and memory -> docs/big-models.json and .md.
+"""Measures time and memory of every step on GPT-2's four sizes, and writes docs/big-models.json and .md.
 
-python -m lab.big_models --shapes gpt2 gpt2-medium gpt2-large gpt2-xl    measures, a shape at a time; the others that
-                                                                           the JSON has stay, where they are of this machine
-python -m lab.big_models --steps int8-weight-nearest                     export and this step alone, anew or besides
-python -m lab.big_models --reprint                                       the page anew from the JSON
+python -m lab.big_models --shapes gpt2 gpt2-medium gpt2-large gpt2-xl    measures these sizes, one after the other
+python -m lab.big_models --steps int8-weight-nearest                     measures only export and this step
+python -m lab.big_models --reprint                                       writes the page again from the JSON
 
-Steps are the stages' own commands. Their memory is the anonymous one: RssAnon of /proc/PID/status, summed over the
-process and its children, the largest of samples 20 ms apart. Pages of a mapped file are the page cache's, which gives
-them back when somebody needs them.
+Figures of other sizes and steps stay in the JSON if they were measured on this machine with the same versions.
+
+The steps are the stages' own commands. Their memory is the anonymous memory (RssAnon in /proc/PID/status), summed over
+the process and its children; samples are 20 ms apart and the largest counts. Pages of a mapped file do not count: they
+belong to the page cache, which frees them when memory is needed.
 """
 
 from __future__ import annotations
@@ -28,53 +29,51 @@ from cuantiza.core.errors import UserError, run
 from cuantiza.core.machine.hardware import cpu_name, memory_bytes
 from cuantiza.core.machine.progress import report as say
 from cuantiza.core.machine.progress import working
+from cuantiza.core.pages import signed
 from cuantiza.core.store import digests
 from cuantiza.quantize.recipes.registry import RECIPES as RECIPES_BY_NAME
 from cuantiza.quantize.recipes.registry import to_json
 from lab import ROOT
 from lab.checkpoints.random import SHAPES, Shape, checkpoint
-from lab.reliability_page import table, wrapped, write
+from lab.pages import filled, write
 
 JSON = ROOT / "docs/big-models.json"
 ORDER = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 RECIPES = ("int8-dynamic", "int8-static", "int4-weight")
 NEAREST = "int8-weight-nearest"
 STEPS = (NEAREST, *RECIPES, "eval")
-_INTRO = """\
-# Big models on a small machine
-
-GPT-2's four sizes with random weights, exported, quantized and evaluated by the commands that a user gives, on {cpu} with
-{processors} processors and {memory:.0f} GB. Made by `python -m lab.big_models --shapes {shapes}`; `--reprint` prints this page anew from
-[big-models.json](big-models.json).
-
-Memory is the largest sum of anonymous memory (RssAnon) over a step's processes, in samples 20 ms apart; the checkpoint and
-the files that are written are mapped or stream, and are the page cache's. `int8-weight-nearest` is the recipe `int8-weight` with weights
-rounded to nearest and no calibration; the others are calibrated and rounded by GPTQ. Export includes parity, for which a model below 2 GB is
-one file that ONNX Runtime copies as it loads it; a larger one has external data, which it maps. Evaluation is of {tokens} tokens in windows of 512, with one round of latency; a random model's
-perplexity says nothing, so of quality the table has only how far each recipe moves it.
-"""
-
-_GROWTH = """\
-Time grows with the bytes to the power below (least squares over logarithms; 1 is linear): those of the checkpoint, and those of
-its blocks, without the embedding, which is three tenths of the smallest model and a twentieth of the largest and needs no
-calibration. Memory grows by so many bytes for each byte of the checkpoint (least squares; 1 is a model held once).
-"""
+# (title, field of a step, bytes or seconds in a unit) of each table of steps.
+_TABLES = (
+    ("Time, s", "seconds", 1),
+    ("Anonymous memory at its peak, GB", "anonymous_bytes", 1e9),
+    (
+        "Of that, a stage's first process: without parity, and without what sessions hold, GB",
+        "anonymous_bytes_of_the_first",
+        1e9,
+    ),
+)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m lab.big_models", description=__doc__)
     parser.add_argument("--shapes", nargs="+", choices=ORDER, default=list(ORDER), help="sizes (default: all four)")
-    parser.add_argument("--steps", nargs="+", choices=STEPS, default=STEPS, help="besides export (default: all)")
+    parser.add_argument(
+        "--steps", nargs="+", choices=STEPS, default=STEPS, help="steps to measure, besides export (default: all)"
+    )
     parser.add_argument("--tokens", type=int, default=1024, help="tokens to evaluate (default 1024)")
-    parser.add_argument("--work", type=Path, help="folder to work in: 20 GB for gpt2-xl (a temporary one)")
-    parser.add_argument("--output", type=Path, default=JSON, help=f"the figures (default {JSON.relative_to(ROOT)})")
-    parser.add_argument("--reprint", action="store_true", help="print the page anew and measure nothing")
+    parser.add_argument(
+        "--work", type=Path, help="folder for temporary files; gpt2-xl takes 20 GB (default: the system's)"
+    )
+    parser.add_argument(
+        "--output", type=Path, default=JSON, help=f"JSON file of the figures (default {JSON.relative_to(ROOT)})"
+    )
+    parser.add_argument("--reprint", action="store_true", help="write the page again from the JSON, without measuring")
     args = parser.parse_args()
     if args.reprint:
         write_page(args.output)
         return 0
     if not sys.platform.startswith("linux"):
-        raise UserError("lab/big_models.py: reads /proc, which is Linux's; run it there")
+        raise UserError("lab/big_models.py: reads /proc, which only Linux has; run it on Linux")
     about = {
         "cpu": cpu_name(),
         "processors": os.cpu_count(),
@@ -85,7 +84,7 @@ def main() -> int:
     for name in args.shapes:
         with tempfile.TemporaryDirectory(prefix="cuantiza-big-", dir=args.work) as work:
             row = measure(SHAPES[name], Path(work), args.tokens, args.steps)
-        # After every size, so that what was measured is there if a larger one does not come through.
+        # Write after every size, so that these figures are safe if a larger size fails.
         rows = join(args.output, about, [row])
         write(args.output, json.dumps(about | {"rows": rows}, indent=1) + "\n")
     write_page(args.output)
@@ -93,9 +92,9 @@ def main() -> int:
 
 
 def join(path: Path, about: dict, rows: list[dict]) -> list[dict]:
-    """`rows` and those of other sizes in `path`, smallest first, with the steps that only those there have.
+    """Merge `rows` with those in the file `path`: other sizes and other steps are kept. The smallest size comes first.
 
-    What was measured elsewhere or otherwise is left out.
+    The file's rows are dropped if they were measured with other conditions than `about`, such as another machine.
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -110,7 +109,7 @@ def join(path: Path, about: dict, rows: list[dict]) -> list[dict]:
 
 
 def measure(shape: Shape, work: Path, tokens: int, wanted: Sequence[str]) -> dict:
-    """Time in seconds and peak of anonymous memory in bytes of export and the `wanted` steps on one size."""
+    """Measure export and the `wanted` steps on one size: time in seconds, and peak of anonymous memory in bytes."""
     model, out, reports = checkpoint(shape, work), work / "artifacts", work / "reports"
     recipes = {NEAREST: nearest_recipe(work), **{name: name for name in RECIPES}}
     stages = {
@@ -147,7 +146,7 @@ def measure(shape: Shape, work: Path, tokens: int, wanted: Sequence[str]) -> dic
 
 
 def nearest_recipe(folder: Path) -> Path:
-    """The file of a recipe in `folder`: `int8-weight`, rounded to nearest, without calibration."""
+    """Write a recipe to `folder` and return its path: `int8-weight` rounded to nearest, without calibration."""
     recipe = to_json(RECIPES_BY_NAME["int8-weight"]) | {"rounding": "nearest", "smoothing": []}
     path = folder / f"{NEAREST}.json"
     path.write_text(json.dumps(recipe), encoding="utf-8")
@@ -155,7 +154,7 @@ def nearest_recipe(folder: Path) -> Path:
 
 
 def step(arguments: list[object]) -> dict:
-    """Run `python -m ARGUMENTS`. Raises UserError where it fails."""
+    """Run `python -m ARGUMENTS` and return its time and memory. Raises UserError if it fails."""
     start, peak, main = time.monotonic(), 0, 0
     with tempfile.TemporaryFile() as log, working(str(arguments[0])):
         process = subprocess.Popen(
@@ -175,7 +174,7 @@ def step(arguments: list[object]) -> dict:
 
 
 def anonymous(pid: int) -> tuple[int, int]:
-    """Bytes of anonymous memory of a process, and of all below it; those that end meanwhile count as none."""
+    """Anonymous memory in bytes of (a process, all its descendants). A process that has ended counts as 0."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
         children = " ".join(path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/children")).split()
@@ -186,7 +185,11 @@ def anonymous(pid: int) -> tuple[int, int]:
 
 
 def growth(rows: list[dict], steps: list[str]) -> list[tuple[str, ...]]:
-    """Lines of the table: exponents of each step's time, and the slope of its memory, over two or more `rows`."""
+    """The lines of the growth table, fitted over two or more `rows`.
+
+    For each step they give the exponents of its time over the checkpoint's and the blocks' bytes, and the slope of its
+    memory over the checkpoint's bytes.
+    """
     shapes = [SHAPES[row["shape"]] for row in rows]
     whole = [row["checkpoint_bytes"] for row in rows]
     blocks = [
@@ -208,49 +211,46 @@ def growth(rows: list[dict], steps: list[str]) -> list[tuple[str, ...]]:
 
 
 def write_page(path: Path) -> None:
-    """The page beside the JSON at `path`."""
+    """Write the Markdown page beside the JSON file `path`."""
     fields = json.loads(path.read_text(encoding="utf-8"))
-    shapes = " ".join(row["shape"] for row in fields["rows"])
-    about = {"cpu": fields["cpu"], "memory": fields["memory_bytes"] / 1e9, "tokens": fields["tokens"]}
-    steps = [name for name in ("export", *STEPS) if all(name in row["steps"] for row in fields["rows"])]
-    parts = [wrapped(_INTRO.format(**about, shapes=shapes, processors=fields["processors"]))]
-    for title, key, unit in (
-        ("Time, s", "seconds", 1),
-        ("Anonymous memory at its peak, GB", "anonymous_bytes", 1e9),
-        (
-            "Of that, a stage's first process: without parity, and without what sessions hold, GB",
-            "anonymous_bytes_of_the_first",
-            1e9,
-        ),
-    ):
+    rows = fields["rows"]
+    steps = [name for name in ("export", *STEPS) if all(name in row["steps"] for row in rows)]
+    tables = []
+    for title, key, unit in _TABLES:
         digits = 0 if unit == 1 else 2
         lines = [
-            (
+            [
                 row["shape"],
                 f"{row['checkpoint_bytes'] / 1e9:.2f}",
                 *(f"{row['steps'][name][key] / unit:.{digits}f}" for name in steps),
-            )
-            for row in fields["rows"]
+            ]
+            for row in rows
         ]
-        parts += [f"## {title}\n", table(("model", "checkpoint, GB", *steps), lines)]
-    if len(fields["rows"]) > 1:
-        parts += ["## How it grows\n", wrapped(_GROWTH), table(("", *steps), growth(fields["rows"], steps))]
-    lines = [
-        (
+        tables.append((title, lines))
+    files = [
+        [
             row["shape"],
             *(f"{size / 1e9:.2f}" for size in row["file_bytes"].values()),
-            *(f"{(row['ln_ppl'][name] - row['ln_ppl']['fp32']) / row['scored']:+.4f}" for name in RECIPES),
-        )
-        for row in fields["rows"]
+            *(signed((row["ln_ppl"][name] - row["ln_ppl"]["fp32"]) / row["scored"], 4, "en") for name in RECIPES),
+        ]
+        for row in rows
         if "ln_ppl" in row
     ]
-    columns = (
-        "model",
-        *(f"{name}, GB" for name in ("fp32", *RECIPES)),
-        *(f"Δ ln ppl {name}" for name in RECIPES),
+    columns = ["model", *(f"{name}, GB" for name in ("fp32", *RECIPES)), *(f"Δ ln ppl {name}" for name in RECIPES)]
+    text = filled(
+        Path(__file__).resolve().parent / "templates/big-models.md.j2",
+        cpu=fields["cpu"],
+        processors=fields["processors"],
+        memory=f"{fields['memory_bytes'] / 1e9:.0f}",
+        tokens=fields["tokens"],
+        shapes=" ".join(row["shape"] for row in rows),
+        steps=steps,
+        tables=tables,
+        growth=growth(rows, steps) if len(rows) > 1 else [],
+        columns=columns,
+        files=files,
     )
-    parts += ["## Files, and what each recipe moves\n", table(columns, lines)]
-    write(path.with_suffix(".md"), "\n".join(parts))
+    write(path.with_suffix(".md"), text)
     say(f"big models {path.with_suffix('.md')}: written")
 
 

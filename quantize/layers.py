@@ -58,7 +58,7 @@ def write_quantized(
             decisions, details = leave_in_float(model, decisions, windows)
         _, embeddings = recipe.rewrite()(model, decisions)
         return details | {
-            "projections": {name: decision.account for name, decision in decisions.items()},
+            "projections": {name: decision.details for name, decision in decisions.items()},
             "embeddings": [embedding.name for embedding in embeddings],
             "left_in_float": kept,
         }

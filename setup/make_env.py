@@ -1,8 +1,9 @@
 """Make a virtual environment with pinned packages: `python setup/make_env.py .venv setup/default.txt`.
 
-A third argument, `.venv`, is an environment that the new one stands on: what that has of the pins is not installed again.
-Nothing is installed that the pins have no hash of, but for torch's CUDA packages where its CPU build cannot be had.
-Runs before anything is installed, so it uses the standard library alone. Two makes at once take turns.
+A third argument, such as `.venv`, names a base environment: packages that it has in the pinned version are not
+installed again. Every package must match a hash in the pins. The only exception are torch's CUDA packages, if torch's
+CPU build is not available. This script runs before anything is installed, so it uses only the standard library. If two
+makes run it at once, the second waits.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ import sysconfig
 import tempfile
 from pathlib import Path
 
-# The CPU build of torch; PyPI's own for x86-64 Linux brings CUDA.
+# The index of torch's CPU build. PyPI's build for x86-64 Linux includes CUDA.
 CPU_INDEX = os.environ.get("TORCH_INDEX", "https://download.pytorch.org/whl/cpu")
 
 
 def main() -> int:
-    if sys.version_info < (3, 11):  # noqa: UP036 - this is where an older one is told
+    if sys.version_info < (3, 11):  # noqa: UP036 - an older Python gets its error message here
         print(
             f"error: Python {platform.python_version()} is too old; give 3.11 or newer with PYTHON=python3.11",
             file=sys.stderr,
@@ -37,7 +38,7 @@ def main() -> int:
         stamp = venv / ".stamp"
         wanted = f"{hashlib.sha256(pins.read_bytes()).hexdigest()} {platform.python_version()}"
         if below:
-            # With other versions there, what the pins ask for may be missing.
+            # If the base environment changes, packages that the pins need may be missing.
             wanted += f" on {(below / '.stamp').read_text()}"
         if not (stamp.is_file() and stamp.read_text() == wanted):
             print(f"setting up {venv} (once; a few minutes)", file=sys.stderr)
@@ -51,14 +52,15 @@ def install(venv: Path, pins: Path, below: Path | None) -> None:
     (venv / ".stamp").unlink(missing_ok=True)
     python = venv / "bin" / "python"
     if version_of(python) != platform.python_version():
-        # A half-made environment, or one of another Python: its packages would be in the wrong place.
+        # The environment is incomplete, or of another Python version, which keeps packages in another folder.
         subprocess.run([sys.executable, "-m", "venv", "--clear", venv], check=True)
     if below:
-        # pip takes what it finds there for installed, where the version is the pinned one; torch alone is 0.8 GB.
+        # pip sees the base environment's packages as installed if they have the pinned version. That saves space: torch
+        # alone is 0.8 GB.
         site, other = (Path(sysconfig.get_path("purelib", "venv", vars={"base": root})) for root in (venv, below))
         (site / "below.pth").write_text(f"{os.path.relpath(other.absolute(), site.absolute())}\n")
     pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    # The pins are all that there is to install: what they do not name has no hash.
+    # Install only the packages that the pins name, because others have no hash.
     hashed = ["--require-hashes", "--no-deps"]
     torch = re.search(r"^torch==(\S+)((?:.*\\\n)*.*)", pins.read_text(), re.MULTILINE)
     cpu_build = True
@@ -70,19 +72,19 @@ def install(venv: Path, pins: Path, below: Path | None) -> None:
             cpu_build = not subprocess.run(command, stderr=subprocess.DEVNULL).returncode
     subprocess.run([*pip, *hashed, "-r", pins], check=True)
     if not cpu_build:
-        # The package index's build does the same, only larger. Which CUDA packages it needs is for pip to find.
+        # PyPI's build computes the same, but is larger. pip finds out which CUDA packages it needs.
         print(
             f"no CPU build of torch {torch[1]} with a known hash at {CPU_INDEX}; "
             "took the package index's, whose CUDA packages have no hash here",
             file=sys.stderr,
         )
         subprocess.run([*pip, f"torch=={torch[1]}"], check=True)
-    # What a package asks for on another platform, and the pins leave out, would be missed at run time alone.
+    # On another platform a package may need packages that the pins do not name. Find that here, not at run time.
     subprocess.run([python, "-m", "pip", "check", "--quiet", "--disable-pip-version-check"], check=True)
 
 
 def version_of(python: Path) -> str | None:
-    """Version of an environment's interpreter; None where it does not run, or has no pip."""
+    """The version of an environment's interpreter; None if it does not run or has no pip."""
     command = [python, "-c", "import pip, platform; print(platform.python_version())"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

@@ -1,9 +1,9 @@
-"""Hashes for the pins: `python setup/pin.py setup/*.txt` looks up every `name==version` of the files and rewrites them.
+"""Write hashes into the pins: `python setup/pin.py setup/*.txt` looks up each `name==version` and rewrites the files.
 
-To upgrade, change a version (or add a line) and run it again; `pip install --dry-run` in a fresh environment tells what
-a package asks for. Hashes are the package index's, of the source and of all wheels that Python 3.11 or newer takes, so
-that one file serves every platform. Those of torch that a file has are kept, as the CPU build's index does not always
-answer: after an upgrade of torch, take its old ones out by hand.
+To upgrade a package, change its version (or add a line) and run this again. `pip install --dry-run` in a new
+environment shows which packages a package needs. The hashes come from the package index. They cover the source and all
+wheels for Python 3.11 or newer, so one file serves every platform. torch's old hashes are kept, because the index of
+its CPU build does not always answer; after an upgrade of torch, delete them by hand.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from cuantiza.core.machine.progress import report as say
 
 INDEX, CPU_INDEX = "https://pypi.org/simple", "https://download.pytorch.org/whl/cpu"
 _PIN = re.compile(r"^([A-Za-z0-9._-]+)==([^\s\\;]+)")
-_OLDEST = 11  # of Python 3
+_OLDEST = 11  # oldest minor version of Python 3 that is supported
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python setup/pin.py", description=__doc__)
-    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="files of pins")
-    parser.add_argument("--wheels", type=Path, help="folder of files whose hashes count as well")
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="files with pins to rewrite")
+    parser.add_argument("--wheels", type=Path, help="folder with more files whose hashes are added")
     args = parser.parse_args()
     for path in args.files:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -50,9 +50,7 @@ def main() -> int:
         for (name, version), digests in zip(pins, found, strict=True):
             digests = digests | torch if name == "torch" else digests
             if not digests:
-                raise UserError(
-                    f"{path}: {name}=={version} has no file that Python 3.{_OLDEST} takes; pin another version"
-                )
+                raise UserError(f"{path}: {name}=={version} has no file for Python 3.{_OLDEST}; pin another version")
             lines.append(
                 " \\\n    ".join([f"{name}=={version}", *(f"--hash=sha256:{item}" for item in sorted(digests))])
             )
@@ -62,7 +60,7 @@ def main() -> int:
 
 
 def hashes(name: str, version: str, wheels: Path | None) -> set[str]:
-    """sha256 in hex of every file of a release that this project may install."""
+    """The sha256 (hex) of every file of a release that this project may install."""
     indexes = [INDEX, CPU_INDEX] if name == "torch" else [INDEX]
     found = {digest for index in indexes for file, digest in _listing(index, name) if suits(file, version)}
     for path in sorted(wheels.glob("*") if wheels else ()):
@@ -73,7 +71,7 @@ def hashes(name: str, version: str, wheels: Path | None) -> set[str]:
 
 
 def _listing(index: str, name: str) -> list[tuple[str, str]]:
-    """(file name, sha256) of every file of a package."""
+    """(file name, sha256) of every file that an index has of a package."""
     request = urllib.request.Request(
         f"{index}/{canonicalize_name(name)}/", headers={"Accept": "application/vnd.pypi.simple.v1+json"}
     )
@@ -84,7 +82,7 @@ def _listing(index: str, name: str) -> list[tuple[str, str]]:
         if index == CPU_INDEX:
             return []
         raise UserError(f"{request.full_url}: {error}; run it again when the package index answers") from None
-    if not text.startswith("{"):  # a page of links
+    if not text.startswith("{"):  # this index answers with an HTML page of links
         return [
             (file.replace("%2B", "+"), digest)
             for file, digest in re.findall(r"/([^/#\"]+)#sha256=([0-9a-f]{64})", text)
@@ -93,7 +91,7 @@ def _listing(index: str, name: str) -> list[tuple[str, str]]:
 
 
 def suits(file: str, version: str) -> bool:
-    """Whether `file` is of this version (whatever its local part, such as +cpu) and for Python 3.11 or newer."""
+    """Whether `file` has this version (its local part, such as +cpu, is ignored) and is for Python 3.11 or newer."""
     try:
         if not file.endswith(".whl"):
             return parse_sdist_filename(file)[1].public == Version(version).public
@@ -111,7 +109,7 @@ def _runs(interpreter: str, abi: str) -> bool:
 
 
 def kept_hashes(text: str, name: str) -> set[str]:
-    """The hashes that a file of pins has of a package so far."""
+    """The hashes of a package that a file of pins already has."""
     block = re.search(rf"^{re.escape(name)}==.*(?:\\\n.*)*", text, re.MULTILINE)
     return set(re.findall(r"sha256:([0-9a-f]{64})", block[0])) if block else set()
 

@@ -102,6 +102,33 @@ def copy_tokenizer(folder: Path, names: tuple[str, ...] = TOKENIZER_FILES) -> No
         shutil.copy(ES_MINI / name, folder / name)
 
 
+def report_row(name: str, **changes: object) -> dict:
+    """A row of report.json with every field, as a recipe that changes nothing has them."""
+    timing = {"p50_ms": 2.0, "p90_ms": 2.2, "tokens_per_second": 500.0, "samples_per_round": [3]}
+    timing |= {"speedup": 1.0, "speedup_min": 0.9, "speedup_max": 1.1, "samples_ns": [1_900_000, 2_000_000, 2_200_000]}
+    quality = {"tokens_scored": 100, "perplexity": 65.0, "perplexity_stderr": 3.0, "bits_per_byte": 1.6}
+    quality |= {"word_perplexity": 900.0, "byte_perplexity": 3.1, "delta_ln_ppl": 0.0, "delta_ln_ppl_stderr": 0.0}
+    quality |= dict.fromkeys(("kl_divergence", "kl_divergence_stderr", "kl_divergence_p50", "kl_divergence_p99"), 0.0)
+    quality |= {"top1_agreement": 1.0, "top1_agreement_stderr": 0.0, "nll_by_document": [210.0, 207.0]}
+    latency = {"load_ms": 20.0, "load_samples_ns": [20_000_000], "peak_rss_bytes": 10**8}
+    latency |= {"prefill": [{"tokens": 512, **timing}], "decode": [{"position": 128, **timing}]}
+    alone = {"llama_cpp": None, "continuation": " y el perro", "key_error": None}
+    return {"name": name, "bytes": 1_000_000, "model_bytes": 900_000, **quality, **alone, **latency, **changes}
+
+
+def report_fields(rows: list[dict], **changes: object) -> dict:
+    """The content of a report.json with `rows`, the first of which is the baseline."""
+    machine = {"cpu": "a CPU", "processors": 2, "threads": 2, "memory_bytes": 2**34, "system": "Linux"}
+    versions = {"python": "3.11", "onnxruntime": "1.32.0"}
+    corpus = {"source": "corpus/es", "split": "test", "sha256": "0" * 64, "documents": 2, "documents_in_split": 45}
+    corpus |= {"bytes": 400, "words": 70, "document_tokens": [50, 50], "tokens_sha256": "ab" * 32, "window_tokens": 512}
+    inputs = {"artifacts": [[row["name"], "0" * 64] for row in rows], "onnx": [], "torch": False, "corpus": "0" * 64}
+    inputs |= {"tokens": 100, "window": 512, "rounds": 3, "machine": machine, "code": "0" * 64, "versions": versions}
+    fields = {"schema": "cuantiza/report/1", "model": "es-mini", "corpus": corpus, "machine": machine}
+    fields |= {"versions": versions, "rounds": 3, "prompt": "Me gusta mucho el futbol", "inputs": inputs}
+    return fields | {"artifacts": rows} | changes
+
+
 def edit_config(folder: Path, **changes: object) -> None:
     """Change fields of a checkpoint's config.json."""
     path = folder / "config.json"

@@ -6,7 +6,6 @@ Upload it with the hub's own client: `hf upload owner/name dist/<model>`.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -20,6 +19,7 @@ from cuantiza.core.inputs.defaults import ARTIFACTS, DIST, REPORTS
 from cuantiza.core.inputs.model_config import read_config
 from cuantiza.core.machine.progress import report as say
 from cuantiza.core.store import folders
+from cuantiza.eval.report.read import read_report
 
 BUNDLED = ("int8-dynamic", "int4-weight", "fp16")
 
@@ -51,12 +51,7 @@ def _bundle(args: argparse.Namespace, name: str, source: Path, path: Path) -> No
         raise UserError(
             f"MODEL={args.model}: has changed since {artifacts[0].path} was exported; run `make export` again"
         )
-    try:
-        report = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: is not there; run `make eval` first, its figures go into the card") from None
-    except (ValueError, RecursionError):
-        raise UserError(f"{path}: is no report of `make eval`; run it again") from None
+    report = read_report(path)
     rows = rows_of(report, artifacts, path)
     hub_id = None if Path(args.model).is_dir() else args.model.split("@")[0]
     target = args.output / name

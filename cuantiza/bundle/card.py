@@ -8,7 +8,12 @@ import yaml
 
 from cuantiza.bundle.files import DTYPES, graph_name
 from cuantiza.core.errors import UserError
+from cuantiza.core.pages import count, table
 from cuantiza.core.store.artifact import Artifact
+from cuantiza.eval.report.columns import cells, titles
+from cuantiza.eval.report.schema import Report, Row
+
+_FIGURES = ("graph_size", "perplexity", "delta", "decode")
 
 _PYTHON = """from optimum.onnxruntime import ORTModelForCausalLM
 from transformers import AutoTokenizer
@@ -36,18 +41,9 @@ _WITHOUT_VNNI = """On x86-64 without VNNI (AMD before Zen 4, most of Intel befor
 session option `session.x64quantprecision` at `1`: `options.add_session_config_entry("session.x64quantprecision", "1")`."""
 
 
-def rows_of(report: dict, artifacts: list[Artifact], path: Path) -> list[dict]:
+def rows_of(report: Report, artifacts: list[Artifact], path: Path) -> list[Row]:
     """The report's row of each artifact. Raises UserError where `report` (read from `path`) is not about these files."""
-    try:
-        digests, rows = dict(report["inputs"]["artifacts"]), {row["name"]: row for row in report["artifacts"]}
-        _ = (
-            report["prompt"],
-            report["corpus"]["source"],
-            report["machine"]["threads"],
-            report["versions"]["onnxruntime"],
-        )
-    except (KeyError, TypeError, ValueError):
-        raise UserError(f"{path}: is no report of `make eval`; run it again") from None
+    digests, rows = dict(report.inputs.artifacts), {row.name: row for row in report.artifacts}
     for item in artifacts:
         if digests.get(item.manifest.name) != item.digest or item.manifest.name not in rows:
             raise UserError(
@@ -67,7 +63,7 @@ def front_matter(checkpoint: Path) -> dict:
     return found if isinstance(found, dict) else {}
 
 
-def card(report: dict, rows: list[dict], model: str, checkpoint: Path, config: dict, hub_id: str | None) -> str:
+def card(report: Report, rows: list[Row], model: str, checkpoint: Path, config: dict, hub_id: str | None) -> str:
     """README.md of a bundle. `config`: the fields of config.json; `hub_id`: where the checkpoint came from, None for a folder."""
     own = front_matter(checkpoint)
     head = {key: own[key] for key in ("language", "license", "license_name", "license_link") if key in own}
@@ -75,9 +71,9 @@ def card(report: dict, rows: list[dict], model: str, checkpoint: Path, config: d
     if hub_id:
         head["base_model"] = hub_id
     kind = [str(config["model_type"])] if isinstance(config.get("model_type"), str) else []
-    prompt, small = report["prompt"], graph_name(rows[1]["name"] if len(rows) > 1 else rows[0]["name"])
-    fill = {"id": f"owner/{model}", "prompt": prompt, "small": small, "dtype": DTYPES[rows[-1]["name"]]}
-    corpus, machine = report["corpus"], report["machine"]
+    prompt, small = report.prompt, graph_name(rows[1 if len(rows) > 1 else 0].name)
+    fill = {"id": f"owner/{model}", "prompt": prompt, "small": small, "dtype": DTYPES[rows[-1].name]}
+    corpus, machine = report.corpus, report.machine
     lines = [
         "---",
         yaml.safe_dump(head, allow_unicode=True, sort_keys=False).rstrip(),
@@ -88,11 +84,11 @@ def card(report: dict, rows: list[dict], model: str, checkpoint: Path, config: d
         "",
         f"`{hub_id or model}` for ONNX Runtime, optimum and transformers.js, quantized and measured by cuantiza.",
         "",
-        *_table(rows),
+        _table(rows),
         "",
-        f"Measured on {rows[0]['tokens_scored']} tokens of {corpus['source']}; ± is one standard error over documents, Δ is "
-        f"paired with fp32. Speed is the decode of one token behind 128, on {machine['cpu']} with {machine['threads']} threads, "
-        f"onnxruntime {report['versions']['onnxruntime']}.",
+        f"Measured on {rows[0].tokens_scored} tokens of {corpus.source}; ± is one standard error over documents, Δ is "
+        f"paired with fp32. Decode is the time of one token after a context of that many, in brackets the speed-up over fp32, on "
+        f"{machine.cpu} with {count(machine.threads, 'thread')}, onnxruntime {report.versions.get('onnxruntime', 'unknown')}.",
         "",
         "## Python, with optimum",
         "",
@@ -112,7 +108,7 @@ def card(report: dict, rows: list[dict], model: str, checkpoint: Path, config: d
         _PLAIN.format(**fill),
         "```",
         "",
-        *([_WITHOUT_VNNI, ""] if any(row["name"].startswith("int8-") for row in rows) else []),
+        *([_WITHOUT_VNNI, ""] if any(row.name.startswith("int8-") for row in rows) else []),
         "Past keys and values go in as `past_key_values.*` and come out as `present.*`; the graphs are standard operators.",
         "",
         "## Licence",
@@ -122,20 +118,13 @@ def card(report: dict, rows: list[dict], model: str, checkpoint: Path, config: d
     return "\n".join(lines) + "\n"
 
 
-def _table(rows: list[dict]) -> list[str]:
+def _table(rows: list[Row]) -> str:
+    first = rows[0]
     lines = [
-        "| file in `onnx/` | dtype | recipe | MB | perplexity | Δ ln perplexity | decode, ms |",
-        "|---|---|---|---:|---:|---:|---:|",
+        [f"`{graph_name(row.name)}`", f"`{DTYPES[row.name]}`", row.name, *cells(_FIGURES, row, first, "en")]
+        for row in rows
     ]
-    for row in rows:
-        stderr = row["delta_ln_ppl_stderr"]
-        delta = f"{row['delta_ln_ppl']:.4f}" + (f" ± {stderr:.4f}" if stderr is not None else "")
-        at = next((shape for shape in row["decode"] if shape["position"] == 128), row["decode"][-1])
-        lines.append(
-            f"| `{graph_name(row['name'])}` | `{DTYPES[row['name']]}` | {row['name']} | {row['model_bytes'] / 1e6:.1f} "
-            f"| {row['perplexity']:.2f} | {'baseline' if row is rows[0] else delta} | {at['p50_ms']:.2f} |"
-        )
-    return lines
+    return table(["file in `onnx/`", "dtype", "recipe", *titles(_FIGURES, first, "en")], lines, left=(0, 1, 2)).rstrip()
 
 
 def _licence(own: dict, checkpoint: Path, hub_id: str | None) -> str:

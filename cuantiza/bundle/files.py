@@ -1,4 +1,4 @@
-"""Which artifact goes by which name, and the folder that they make."""
+"""The folder of a bundle: which artifacts go into it, and under which file names."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from cuantiza.core.onnx import file as onnx_file
 from cuantiza.core.store import artifact
 from cuantiza.core.store.artifact import Artifact
 
-# transformers.js finds a graph by the name of its dtype (src/utils/dtypes.js there): the browser takes q8 unless told.
+# transformers.js finds a graph by its dtype's name (src/utils/dtypes.js there). In the browser its default is q8.
 DTYPES = {"fp32": "fp32", "int8-dynamic": "q8", "int8-static": "int8", "int4-weight": "q4", "fp16": "fp16"}
 _SUFFIXES = {"fp32": "", "q8": "_quantized", "int8": "_int8", "q4": "_q4", "fp16": "_fp16"}
-# Of these optimum looks for the first alone, in any folder below the model's.
+# optimum looks only for the file name of this one by default, in any folder below the model's.
 FIRST = "fp32"
 
 
@@ -27,31 +27,32 @@ def graph_name(recipe: str) -> str:
 
 
 def open_all(folder: Path, recipes: list[str]) -> list[Artifact]:
-    """The artifacts of `recipes` in `folder`, verified, fp32 first.
+    """Open and verify the artifacts of `recipes` in `folder`. fp32 is always included and comes first.
 
-    Raises UserError where one is missing or broken, has no name in a bundle, or was made of another checkpoint.
+    Raises UserError if one is missing or broken, has no name in a bundle, or was made from another fp32 artifact.
     """
     if unknown := [recipe for recipe in recipes if recipe not in DTYPES]:
         raise UserError(
-            f"--recipes {unknown[0]}: has no name among transformers.js's dtypes; choose from {', '.join(DTYPES)}"
+            f"--recipes {unknown[0]}: has no dtype name in transformers.js; choose from {', '.join(DTYPES)}"
         )
     opened = [artifact.open_artifact(folder / recipe) for recipe in dict.fromkeys([FIRST, *recipes])]
     first = opened[0]
     for other in opened[1:]:
         if other.manifest.parent != first.digest:
-            raise UserError(f"{other.path}: was not made of {first.path}; run `make export quantize` again")
+            raise UserError(f"{other.path}: was not made from {first.path}; run `make export quantize` again")
     return opened
 
 
 def assemble(artifacts: list[Artifact], checkpoint: Path, card: str, folder: Path) -> None:
-    """Fill the empty `folder`: onnx/, configurations and tokenizer, the card, and the checkpoint's licence if it has one."""
+    """Fill the empty folder `folder` with onnx/, configurations, tokenizer, model card and the checkpoint's licence."""
     first = artifacts[0]
     (folder / "onnx").mkdir()
     external = {}
     for item in artifacts:
         name = graph_name(item.manifest.name)
         if onnx_file.DATA in item.manifest.files:
-            # Each with data of its own name, which is written in the graph; `_data` is what transformers.js looks for.
+            # Each graph needs a data file of its own, whose name is stored in the graph. transformers.js expects the
+            # ending `_data`.
             ir.save(onnx_file.load(item.model), folder / "onnx" / name, external_data=f"{name}_data")
             external[name] = True
         else:

@@ -1,1 +1,1 @@
-"""A page that continues text in the browser with an artifact: nothing that is written there leaves the machine."""
+"""A web page that continues text with an artifact. It runs in the browser, so the text never leaves the machine."""

@@ -1,4 +1,4 @@
-"""Serves a page that continues text in the browser with an artifact, or writes it as a folder."""
+"""Serves a web page that continues text with an artifact in the browser, or writes the page to a folder."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ from cuantiza.demo.site import HEADERS, assemble, names
 
 
 class Handler(SimpleHTTPRequestHandler):
-    """Files of a folder, with the headers that give the page threads, checked for changes at each visit."""
+    """Serves the files of a folder.
+
+    The headers allow the page to use threads, and make the browser check for changed files at each visit.
+    """
 
     extensions_map = SimpleHTTPRequestHandler.extensions_map | {".js": "text/javascript", ".wasm": "application/wasm"}
 
@@ -37,11 +40,11 @@ class Handler(SimpleHTTPRequestHandler):
             return None
 
     def log_message(self, format: str, *args: object) -> None:
-        """Nothing: the terminal keeps the one line that says where the page is."""
+        """Log nothing, so that the terminal keeps the one line that says where the page is."""
 
 
 class Server(ThreadingHTTPServer):
-    """One that does not print a traceback where a browser closes a download midway."""
+    """A server that prints no traceback if a browser closes the connection during a download."""
 
     daemon_threads = True
 
@@ -64,15 +67,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def build(found: artifact.Artifact, js: Path, target: Path) -> None:
-    """Write the page and all that it needs as folder `target`, whole or not at all; one that we wrote is replaced.
+    """Write the page and all files that it needs to the folder `target`, completely or not at all.
 
-    Raises UserError where `target` holds something else.
+    A folder that an earlier run wrote is replaced. Raises UserError if `target` holds any other file.
     """
     if target.exists():
         there = {file.name for file in target.iterdir()} if target.is_dir() else {target.name}
         if foreign := sorted(there - names(found, js)):
             raise UserError(
-                f"{target}: holds {foreign[0]!r}, which is not ours and would be lost; name another folder by --build"
+                f"{target}: holds {foreign[0]!r}, which is not ours and would be lost; give another folder to --build"
             )
     target.parent.mkdir(parents=True, exist_ok=True)
     with folders.staging(target) as work:
@@ -83,7 +86,7 @@ def build(found: artifact.Artifact, js: Path, target: Path) -> None:
 
 
 def serve(folder: Path, port: int) -> None:
-    """Serve `folder` on this machine alone, until Ctrl-C; port 0 takes any free one."""
+    """Serve `folder` until Ctrl-C. Only this machine can reach the server. Port 0 means any free port."""
     try:
         server = Server(("127.0.0.1", port), partial(Handler, directory=str(folder)))
     except OSError as error:
@@ -99,14 +102,14 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser("demo", __doc__, "cuantiza demo --artifact artifacts/es-mini/int8-dynamic")
     default = ARTIFACTS / Path(MODEL).name / RECIPES[0]
     add_folder(parser, "--artifact", default, "folder of the artifact")
-    parser.add_argument(
-        "--port", type=int, default=8000, help="where to serve on 127.0.0.1 (default 8000; 0: any free)"
-    )
+    parser.add_argument("--port", type=int, default=8000, help="port on 127.0.0.1 (default 8000; 0: any free port)")
     add_folder(parser, "--js", packaged("js"), "folder in which npm has installed the JavaScript packages")
-    parser.add_argument("--build", type=Path, metavar="FOLDER", help="write the page as a folder instead of serving it")
+    parser.add_argument(
+        "--build", type=Path, metavar="FOLDER", help="write the page to this folder instead of serving it"
+    )
     args = parser.parse_args(arguments)
     if not 0 <= args.port <= 65535:
-        raise UserError(f"--port {args.port}: is no port; give a number from 0 to 65535")
+        raise UserError(f"--port {args.port}: is not a port; give a number from 0 to 65535")
     return args
 
 

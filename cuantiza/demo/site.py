@@ -1,4 +1,7 @@
-"""The files of the page by the names that it asks for: ours, ONNX Runtime's, the tokenizer's, the artifact's."""
+"""The files of the demo page, by the names under which the page requests them.
+
+They are the project's own files, ONNX Runtime's, the tokenizer library's and the artifact's.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from cuantiza.core.store.artifact import MODEL, Artifact
 
 HERE = Path(__file__).resolve().parent / "web"
 PAGE = ("index.html", "demo.css", "demo.js", "texts.js", "worker.js", "sampling.js", "licenses.txt")
-# Names end in .js throughout, as not every web server knows that .mjs is JavaScript.
+# All names end in .js, because some web servers do not know that .mjs is JavaScript.
 PACKAGES = {
     "ort.js": "onnxruntime-web/dist/ort.wasm.min.mjs",
     "ort-wasm.js": "onnxruntime-web/dist/ort-wasm-simd-threaded.mjs",
@@ -24,16 +27,17 @@ PACKAGES = {
 }
 NPM = ("onnxruntime-web", "@huggingface/tokenizers")
 ARTIFACT = (MODEL, "tokenizer.json", "tokenizer_config.json")
-# What a server has to send for a page to run on several threads; without them it runs on one.
+# If the server sends these headers, the page may use several threads. Without them it uses one.
 HEADERS = {"Cross-Origin-Opener-Policy": "same-origin", "Cross-Origin-Embedder-Policy": "require-corp"}
 
 
 def assemble(
     artifact: Artifact, js: Path, folder: Path, place: Callable[[Path, Path], object] = shutil.copyfile
 ) -> None:
-    """Put the page's files into `folder`, which exists, by `place(source, target)`.
+    """Put the page's files into the existing folder `folder` with `place(source, target)`.
 
-    npm has installed the JavaScript packages in folder `js`. Raises UserError where a package of JavaScript is missing or the artifact is more than one file's weights.
+    `js` is the folder where npm has installed the JavaScript packages. Raises UserError if a package is missing, or if
+    the artifact's weights are in a file of their own.
     """
     for name, source in sources(artifact, js).items():
         place(source, folder / name)
@@ -41,10 +45,10 @@ def assemble(
 
 
 def sources(artifact: Artifact, js: Path) -> dict[str, Path]:
-    """{name on the page's server: file}, without demo.json."""
+    """{name on the server: file} for all files of the page but demo.json."""
     if unfit := sorted(name for name in artifact.manifest.files if name.startswith(f"{MODEL}.")):
         raise UserError(
-            f"{artifact.path / unfit[0]}: weights beside the graph are too large for a browser; take a smaller model"
+            f"{artifact.path / unfit[0]}: the weights are more than 2 GB, too large for a browser; use a smaller model"
         )
     packages = {name: js / "node_modules" / path for name, path in PACKAGES.items()}
     if missing := [path for path in packages.values() if not path.is_file()]:
@@ -61,12 +65,12 @@ def sources(artifact: Artifact, js: Path) -> dict[str, Path]:
 
 
 def names(artifact: Artifact, js: Path) -> set[str]:
-    """What `assemble` puts into a folder."""
+    """The names of all files that `assemble` puts into a folder."""
     return {*sources(artifact, js), "demo.json"}
 
 
 def description(artifact: Artifact, js: Path) -> dict:
-    """What the page has to know of the artifact before it downloads it."""
+    """The content of demo.json: facts about the artifact that the page needs before it downloads it."""
     config = read_config(artifact.path)
     return {
         "model": artifact.manifest.model,

@@ -1,4 +1,4 @@
-"""A grid of models, recipes and corpora -> artifacts -> measurements -> one page; here, or on the machines of a Ray cluster."""
+"""Builds and measures a grid of models, recipes and corpora, here or on a Ray cluster, and shows it on one page."""
 
 from cuantiza.core.errors import end_quietly_while_loading
 

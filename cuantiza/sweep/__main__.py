@@ -1,4 +1,4 @@
-"""Makes and measures models × recipes × corpora, and writes one page of all of them."""
+"""Builds and measures an artifact for each model, recipe and corpus, and writes one page of all of them."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def executor(address: str | None, threads: int, work: Path) -> Executor:
-    """This process, or the cluster at `address`. Raises UserError where Ray is not in this environment."""
+    """The executor: this process, or the cluster at `address`. Raises UserError if this environment has no Ray."""
     if not address:
         return Local()
     try:
@@ -49,20 +49,20 @@ def executor(address: str | None, threads: int, work: Path) -> Executor:
         if error.name != "ray":
             raise
         raise UserError(
-            f"RAY={address}: this environment has no Ray; use that of setup/ray.txt (`make sweep RAY=...` sets it up)"
+            f"RAY={address}: this environment has no Ray; use one made from setup/ray.txt (`make sweep RAY=...` does)"
         ) from None
     return OnRay(address, threads, work)
 
 
 def clean(work: Path) -> None:
-    """Remove what tasks that were broken off have left in the folders of artifacts, once they are gone."""
+    """Wait until interrupted tasks have ended, and remove the temporary folders that they left among the artifacts."""
     for lock in sorted((work / "artifacts").glob(f"*/{folders.LOCK}")):
         with folders.locked(lock.parent):
             pass
 
 
 def _publish(sweep: Sweep, output: Path, seconds: float) -> None:
-    """Write the pages, and the table on the terminal. Raises UserError where a cell has no result."""
+    """Write the pages and print the table on the terminal. Raises UserError if a cell has no result."""
     from cuantiza.sweep.page import print_table, write
     from cuantiza.sweep.result import result
 
@@ -78,20 +78,22 @@ def _publish(sweep: Sweep, output: Path, seconds: float) -> None:
     if sweep.failed:
         cell, reason = next(iter(sweep.failed.items()))
         raise UserError(
-            f"{len(sweep.failed)} of {len(sweep.grid.cells)} cells have no result, {cell} for one: {reason}; "
-            "run the command again when that is mended: what was measured is kept"
+            f"{len(sweep.failed)} of {len(sweep.grid.cells)} cells have no result, for example {cell}: {reason}; "
+            "mend that and run the command again: finished measurements are kept"
         )
 
 
 def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser("sweep", __doc__, "cuantiza sweep --models one two --recipes int8-dynamic int4-weight")
-    parser.add_argument("--models", nargs="*", default=[MODEL], metavar="MODEL", help=f"folders or hub ids ({MODEL})")
+    parser.add_argument(
+        "--models", nargs="*", default=[MODEL], metavar="MODEL", help=f"checkpoint folders or hub ids ({MODEL})"
+    )
     parser.add_argument(
         "--recipes",
         nargs="*",
         default=list(RECIPES),
         metavar="RECIPE",
-        help=f"as those of `cuantiza quantize`; fp32 is always measured beside them ({' '.join(RECIPES)})",
+        help=f"recipes as for `cuantiza quantize` ({' '.join(RECIPES)}); fp32 is always measured too",
     )
     parser.add_argument(
         "--corpora",
@@ -104,15 +106,17 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--ray",
         default=os.environ.get("RAY") or None,
         metavar="ADDRESS",
-        help="a running cluster: host:port, or auto (default: this process alone)",
+        help="run on this Ray cluster: host:port, or auto (default: only this process)",
     )
     add_number(parser, "--tokens", TOKENS, "score whole documents until this many tokens")
     add_number(parser, "--window", WINDOW, "longest context of a scored token, in tokens")
     add_number(parser, "--rounds", ROUNDS, "interleaved rounds of latency")
     add_threads(parser)
-    add_number(parser, "--shard", 4096, "tokens that one task scores")
-    add_folder(parser, "--work", ARTIFACTS / "sweep", "folder of artifacts and cells, seen by all machines")
-    add_folder(parser, "--output", REPORTS / "sweep", "folder of the page")
+    add_number(parser, "--shard", 4096, "tokens to score per task")
+    add_folder(
+        parser, "--work", ARTIFACTS / "sweep", "folder for artifacts and measurements, which all machines must see"
+    )
+    add_folder(parser, "--output", REPORTS / "sweep", "folder for the page")
     args = parser.parse_args(arguments)
     check_numbers(args, tokens=2, window=2, rounds=1, shard=1)
     return args

@@ -1,4 +1,7 @@
-"""A grid, done: artifacts, then quality, then latency. What is computed, tasks compute; what was measured is not again."""
+"""Works through a grid: first the artifacts, then quality, then latency.
+
+All computing happens in tasks. Measurements that an earlier run stored are not repeated.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,10 @@ from cuantiza.sweep.tasks.store import Store
 
 @dataclass(frozen=True)
 class Settings:
-    """How to measure, as `python -m eval` has it; `shard` is how many tokens a task scores, in whole documents."""
+    """How to measure. The fields are options of `python -m eval`, but `shard`: the tokens to score per task.
+
+    A task scores whole documents, so it may have somewhat more tokens than `shard`.
+    """
 
     tokens: int
     window: int
@@ -35,7 +41,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Cost:
-    """A task that was done: in how many seconds, and where."""
+    """The cost of a finished task: how many seconds it took, and where."""
 
     kind: str
     label: str
@@ -45,7 +51,7 @@ class Cost:
 
 @dataclass
 class Sweep:
-    """A grid, and what has come of it so far. `failed` says why a cell lacks something."""
+    """A grid and its results so far. `failed` says why a cell has no result."""
 
     grid: Grid
     settings: Settings
@@ -62,7 +68,10 @@ class Sweep:
         self.store = Store(self.work / "cells")
 
     def run(self) -> None:
-        """All of it. Raises UserError where a corpus is empty; a task that fails leaves its cells in `failed`."""
+        """Build and measure the whole grid. Raises UserError if a corpus is empty.
+
+        If a task fails, its cells go to `failed` and the others continue.
+        """
         self._export()
         self._quantize()
         self._score()
@@ -72,7 +81,10 @@ class Sweep:
         }
 
     def _done(self, jobs: list[tuple[Task, list[Cell]]]) -> Iterator[tuple[Task, list[Cell], Any]]:
-        """The tasks of `jobs` as they end, with their cells and what they returned; cells of one that failed are marked."""
+        """Run the tasks of `jobs`, and yield each as it ends with its cells and its return value.
+
+        A task that failed is not yielded; its cells go to `failed`.
+        """
         cells = {id(task): own for task, own in jobs}
         for number, done in enumerate(self._working([task for task, _ in jobs]), 1):
             task = done.task
@@ -101,7 +113,7 @@ class Sweep:
                 self.texts[task.label, name] = text
 
     def _quantize(self) -> None:
-        """One artifact for each model and recipe, and for each corpus where the recipe calibrates."""
+        """Make one artifact per model and recipe. If the recipe calibrates, make one per corpus as well."""
         jobs: dict[str, tuple[Quantize, list[Cell]]] = {}
         for cell in (cell for cell in self.grid.cells if cell.recipe != BASELINE and self._base(cell) in self.made):
             parent = self.made[self._base(cell)].path
@@ -133,7 +145,7 @@ class Sweep:
                 group.parts.clear()
 
     def _time(self) -> None:
-        """Latency, once for each artifact: the text makes no difference to it."""
+        """Measure latency once per artifact, because it does not depend on the text."""
         jobs: dict[str, tuple[Latency, list[Cell]]] = {}
         for cell in self._missing(self.made, self.latency, self._latency_inputs):
             text = self.texts[cell.model, cell.corpus]
@@ -151,7 +163,7 @@ class Sweep:
             self.latency |= dict.fromkeys(cells, self.store.write(self._latency_inputs(cells[0]), fields))
 
     def _missing(self, cells: Iterable[Cell], known: dict[Cell, dict], inputs: Any) -> list[Cell]:
-        """Which of `cells` have not been measured; what the others gave goes into `known`."""
+        """Return the cells that have not been measured yet, and put the stored results of the others into `known`."""
         for cell in cells:
             if (found := self.store.read(inputs(cell))) is not None:
                 known[cell] = found
@@ -168,7 +180,7 @@ class Sweep:
         return self._inputs("latency", cell) | {"rounds": self.settings.rounds, "threads": self.settings.threads}
 
     def _inputs(self, kind: str, cell: Cell) -> dict:
-        """All that a measurement depends on, but for the machine: which one it was stands with the result."""
+        """Everything that a measurement depends on, except the machine, which is stored with the result."""
         return {
             "kind": kind,
             "artifact": self.made[cell].digest,
@@ -181,5 +193,5 @@ class Sweep:
         return Cell(cell.model, BASELINE, cell.corpus)
 
     def _name(self, cell: Cell, between: str) -> str:
-        """Of the cell's artifact: with its corpus where that is calibrated on."""
+        """The name of the cell's artifact. It includes the corpus only if the recipe calibrates on it."""
         return between.join([cell.model, cell.recipe, *([cell.corpus] if self.grid.calibrates(cell.recipe) else [])])

@@ -1,4 +1,4 @@
-"""Where tasks run: behind one interface, here or on a cluster (cuantiza/sweep/on_ray.py)."""
+"""Runs tasks in this process. A cluster (cuantiza/sweep/on_ray.py) has the same interface."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Task = Export | Quantize | Quality | Latency
 
 @dataclass(frozen=True)
 class Done:
-    """A task that has ended: what it returned, or why it could not be done, and where in how many seconds."""
+    """A task that has ended: its return value, or the `error` that stopped it, its seconds, and where it ran."""
 
     task: Task
     value: Any
@@ -27,19 +27,22 @@ class Done:
 
 
 class Executor(Protocol):
-    """Does tasks. Used in a `with` block, at whose end nothing of it runs any more."""
+    """Runs tasks. It is used in a `with` block; when the block ends, none of its tasks runs any more."""
 
     def __enter__(self) -> Executor: ...
 
     def __exit__(self, *_: object) -> None: ...
 
     def run(self, tasks: Sequence[Task]) -> Iterator[Done]:
-        """All of `tasks`, as they end. An error that is not the user's to mend is raised."""
+        """Run all `tasks` and yield each as it ends.
+
+        A UserError goes into Done.error; any other error is a bug and is raised.
+        """
         ...
 
 
 def perform(task: Task, where: str) -> Done:
-    """Do `task` in this process."""
+    """Run `task` in this process."""
     start = time.perf_counter()
     try:
         value, error = task.run(), None
@@ -49,7 +52,7 @@ def perform(task: Task, where: str) -> Done:
 
 
 class Local:
-    """One task after the other, in this process."""
+    """Runs one task after the other, in this process."""
 
     def __enter__(self) -> Local:
         return self

@@ -1,4 +1,4 @@
-"""The grid: what the command line names, checked before anything runs."""
+"""The grid of models, recipes and corpora that the command line names. It is checked before anything runs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Corpus:
-    """A text: where it is, and its two splits."""
+    """A text: its source and its two splits."""
 
     source: Source
     calibration: Split
@@ -28,7 +28,7 @@ class Corpus:
 
 @dataclass(frozen=True)
 class Cell:
-    """One place of the grid, by the names of what meets there."""
+    """One cell of the grid: the names of its model, recipe and corpus."""
 
     model: str
     recipe: str
@@ -40,7 +40,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Grid:
-    """Models, recipes and corpora by name; `recipes` has no fp32, which the others are compared with everywhere."""
+    """Models, recipes and corpora by name. `recipes` does not contain fp32, which is the baseline of every cell."""
 
     models: dict[str, Model]
     recipes: dict[str, Recipe]
@@ -48,7 +48,7 @@ class Grid:
 
     @property
     def cells(self) -> list[Cell]:
-        """All places, those of one model and corpus together, fp32 first."""
+        """All cells. Those of one model and corpus are together, fp32 first."""
         names = (BASELINE, *self.recipes)
         return [Cell(model, recipe, corpus) for model in self.models for corpus in self.corpora for recipe in names]
 
@@ -58,9 +58,9 @@ class Grid:
 
 
 def read_grid(models: list[str], recipes: list[str], corpora: list[str]) -> Grid:
-    """The grid of MODELS=, RECIPES= and CORPORA=; models and texts of the hub are downloaded.
+    """Read the grid of MODELS=, RECIPES= and CORPORA=. Models and texts from the hub are downloaded.
 
-    Raises UserError where one of them cannot be read, a model is no GPT-2, or two have one name.
+    Raises UserError if one of them cannot be read, a model is not a GPT-2, or two have the same name.
     """
     return Grid(
         _by_name("MODELS", models, [_model(given) for given in models]),
@@ -70,9 +70,9 @@ def read_grid(models: list[str], recipes: list[str], corpora: list[str]) -> Grid
 
 
 def _by_name(option: str, given: list[str], found: list[tuple[str, T]]) -> dict[str, T]:
-    """`found` by name, each once. Raises UserError where nothing was `given`, or two that differ have one name."""
+    """`found` by name, without repetitions. Raises UserError if `given` is empty, or two different ones have one name."""
     if not given:
-        raise UserError(f"{option}=: names nothing; give one or more, with spaces between them")
+        raise UserError(f"{option}=: is empty; give one or more names, with spaces between them")
     named: dict[str, T] = {}
     for name, value in found:
         if named.setdefault(name, value) != value:
@@ -82,15 +82,15 @@ def _by_name(option: str, given: list[str], found: list[tuple[str, T]]) -> dict[
 
 def _model(given: str) -> tuple[str, Model]:
     model = resolve_model(given)
-    # Absolute: a process of a cluster has a working directory of its own.
+    # The path must be absolute, because a process of a cluster has another working directory.
     model = replace(model, folder=model.folder.absolute())
     path, fields = model.folder / "config.json", read_config(model.folder)
     if fields.get("model_type", "gpt2") != "gpt2":
-        raise UserError(f"{path}: is a {fields['model_type']!r}; a sweep takes GPT-2 checkpoints alone")
+        raise UserError(f"{path}: is a {fields['model_type']!r}; a sweep takes only GPT-2 checkpoints")
     parse_config(fields, path)
     start_token(model.folder)
     if not weight_files({file.name for file in model.folder.iterdir()}):
-        raise UserError(f"{model.folder}: has neither safetensors nor a pytorch_model.bin; put the weights beside it")
+        raise UserError(f"{model.folder}: has neither safetensors nor a pytorch_model.bin; put the weights into it")
     return model.name, model
 
 

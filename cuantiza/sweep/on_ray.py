@@ -1,8 +1,8 @@
-"""The cluster: the only file that knows Ray.
+"""Runs tasks on a Ray cluster. This is the only file that uses Ray.
 
-A task is a Ray task without retries of Ray's own: what was lost with a process or a machine is given to another one from
-here, where it is counted and told. A task that has to be alone takes all processors of a node, which Ray gives it only
-when nothing else of ours runs there, and gives nothing more while it lasts.
+Ray's own retries are switched off. If a process or machine dies, this file gives the task to another one, so that it
+can count the tries and print them. A task that must be alone requests all processors of a node. Ray starts it only when
+no other task of the sweep runs there, and starts no other until it ends.
 """
 
 from __future__ import annotations
@@ -25,27 +25,28 @@ from cuantiza.core.errors import UserError
 from cuantiza.core.machine.progress import report as say
 from cuantiza.sweep.executor import Done, Task, perform
 
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent to anyone; before the import that reads it
-# Ray's own default from its next releases on, announced by a warning at every start.
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # send no usage statistics; Ray reads this at import
+# This will be Ray's default in later releases. Setting it now avoids a warning at every start.
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 import ray
 from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-# How often a task is given to another process after one that died under it, and how long to wait for a machine.
+# A task is tried at most TRIES times if processes that run it die. PATIENCE_S is how long to wait for a node.
 TRIES, PATIENCE_S = 4, 300
 _CONNECT_S = 10
-# Tasks that wait at the cluster for each that runs: enough that no processor waits for this one.
+# Tasks at the cluster per task that can run at once. The extra ones wait there, so no processor waits for this process.
 _AHEAD = 2
-# cuantiza.core.machine.process says so of a child that the kernel killed: the machine's fault, not the task's.
+# cuantiza.core.machine.process uses these words if the kernel killed a child. That is the machine's fault, not the
+# task's, so the task is tried again.
 _CHILD_DIED = "its process died"
 
 
 @ray.remote(max_retries=0)
 def _perform(task: Task) -> tuple[Any, str | None, float, str]:
-    # A child that is spawned runs the main module's file first, which here is Ray's: half a second, and memory that
-    # would be counted as the model's.
+    # A spawned child first runs the main module's file, which here is Ray's worker. That would take half a second, and
+    # memory that is counted as the model's. Without `__file__`, the child skips it.
     vars(sys.modules["__main__"]).pop("__file__", None)
     done = perform(task, f"{platform.node()} {ray.get_runtime_context().get_node_id()[:8]}")
     return done.value, done.error, done.seconds, done.where
@@ -58,7 +59,7 @@ def _sees(path: Path, text: str) -> bool:
 
 @dataclass(frozen=True)
 class _Try:
-    """A task, how often it was tried before, and the node that it has to itself, if any."""
+    """A task, the number of earlier tries, and the node that is reserved for it, if it must be alone."""
 
     task: Task
     before: int = 0
@@ -66,7 +67,7 @@ class _Try:
 
 
 class _Held:
-    """SIGINT and SIGTERM, kept until `deliver`: an exception in the midst of Ray's own code can make it abort."""
+    """Holds back SIGINT and SIGTERM until `deliver`, because an exception inside Ray's own code can make Ray abort."""
 
     def __enter__(self) -> _Held:
         self._kept: int | None = None
@@ -80,23 +81,24 @@ class _Held:
         self._kept = number
 
     def deliver(self) -> None:
-        """Do what was to be done at the signal that came, if one did."""
+        """Call the original handler of the signal that was held back, if there was one."""
         if self._kept is not None:
             number, self._kept = self._kept, None
             self._before[number](number, None)
 
     def __exit__(self, kind: type | None, *_: object) -> None:
         for number, handler in self._before.items():
-            if signal.getsignal(number) == self._keep:  # and not what `deliver` has set
+            if signal.getsignal(number) == self._keep:  # unless `deliver` called a handler that set another
                 signal.signal(number, handler)
         if kind is None:
             self.deliver()
 
 
 class OnRay:
-    """The nodes of the cluster at `address` that have at least `threads` processors; `work` is on all of them.
+    """An executor on those nodes of the cluster at `address` that have at least `threads` processors.
 
-    Raises UserError where there is no cluster, or a node does not see `work`.
+    All nodes must see the folder `work`. Entering the `with` block raises UserError if there is no cluster, or a node
+    does not see `work`.
     """
 
     def __init__(self, address: str, threads: int, work: Path) -> None:
@@ -105,7 +107,7 @@ class OnRay:
 
     def __enter__(self) -> OnRay:
         with ExitStack() as stack:
-            # What Ray says of workers that died would stand before the table.
+            # Ray prints messages about dead workers to standard output, where they would mix with the table.
             stack.enter_context(redirect_stdout(sys.stderr))
             self._connect()
             self._signals = stack.enter_context(_Held())
@@ -125,7 +127,7 @@ class OnRay:
     def _connect(self) -> None:
         host, _, port = self._address.rpartition(":")
         if host:
-            # Ray itself asks for minutes before it gives up.
+            # Ray tries for minutes before it gives up, so first check whether anything listens at the address.
             try:
                 socket.create_connection((host, int(port)), timeout=_CONNECT_S).close()
             except (OSError, ValueError) as error:
@@ -133,7 +135,7 @@ class OnRay:
         handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             ray.init(address=self._address, log_to_driver=False, logging_level="ERROR")
-        except Exception as error:  # of several kinds, Python's own among them
+        except Exception as error:  # Ray raises errors of several types here, including built-in ones
             raise self._no_cluster(error) from None
         finally:
             for number, handler in handlers.items():
@@ -142,8 +144,8 @@ class OnRay:
     def _no_cluster(self, error: Exception) -> UserError:
         line = next(iter(str(error).strip().splitlines()), type(error).__name__)
         return UserError(
-            f"RAY={self._address}: there is no cluster to be had ({line}); start one with `ray start --head` of this "
-            "environment, and give host:port or auto"
+            f"RAY={self._address}: there is no cluster ({line}); start one with this environment's `ray start --head`, "
+            "and give host:port or auto"
         )
 
     def run(self, tasks: Sequence[Task]) -> Iterator[Done]:
@@ -157,7 +159,7 @@ class OnRay:
             elif time.monotonic() - seen > PATIENCE_S:
                 raise UserError(
                     f"RAY={self._address}: has had no node with {self._threads} processors for {PATIENCE_S} s; "
-                    "start one and run the command again: what was measured is kept"
+                    "start one and run the command again: finished measurements are kept"
                 )
             self._launch(waiting, nodes)
             for ref in self._ended():
@@ -170,7 +172,7 @@ class OnRay:
                     yield done
 
     def _nodes(self) -> dict[str, float]:
-        """Processors of every node that is alive and has enough of them, by its id."""
+        """The number of processors of each node that is alive and has enough of them, by the node's id."""
         found = {node["NodeID"]: node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]}
         return {node: cpus for node, cpus in found.items() if cpus >= self._threads}
 
@@ -185,20 +187,20 @@ class OnRay:
                 there = NodeAffinitySchedulingStrategy(node, soft=False)
                 if not ray.get(_sees.options(scheduling_strategy=there).remote(probe, text)):
                     raise UserError(
-                        f"--work {self._work}: node {node[:8]} of the cluster does not see it; it has to be on a disk that "
-                        "all machines share, under the same path"
+                        f"--work {self._work}: node {node[:8]} of the cluster does not see it; put it on a disk that "
+                        "all machines share under the same path"
                     )
         except RayTaskError as error:
             reason = str(error).strip().splitlines()[-1]
             raise UserError(
-                f"RAY={self._address}: a node cannot run this code ({reason}); every machine needs this folder under the "
-                "same path, and the environment of setup/ray.txt"
+                f"RAY={self._address}: a node cannot run this code ({reason}); give every machine this folder under "
+                "the same path, and the environment of setup/ray.txt"
             ) from None
         finally:
             probe.unlink()
 
     def _launch(self, waiting: deque[_Try], nodes: dict[str, float]) -> None:
-        """Give the cluster as much of `waiting` as it has use for."""
+        """Give the cluster tasks from `waiting`, as many as its processors can use."""
         taken = {attempt.node for attempt in self._running.values()}
         free = [node for node in nodes if node not in taken]
         room = _AHEAD * sum(int(cpus // self._threads) for cpus in nodes.values()) - len(self._running)
@@ -217,19 +219,19 @@ class OnRay:
             self._running[_perform.options(**options).remote(attempt.task)] = attempt
 
     def _ended(self) -> list[ray.ObjectRef]:
-        """What has ended, within a second: nodes come and go meanwhile."""
+        """The tasks that have ended. Waits at most a second, so that `run` also notices new and lost nodes."""
         if not self._running:
             time.sleep(1)
             return []
         return ray.wait(list(self._running), num_returns=1, timeout=1)[0]
 
     def _result(self, ref: ray.ObjectRef, attempt: _Try) -> tuple[Done, str | None]:
-        """How a try ended, and what died where that was the reason."""
+        """(how a try ended, what died if that was the reason for its end)."""
         try:
             value, error, seconds, where = ray.get(ref)
         except RayTaskError as problem:
             raise problem.cause or problem from None
-        except RayError as problem:  # its process, its node, or what held its result
+        except RayError as problem:  # the worker, the node, or the store of its result died
             died = type(problem).__name__
             return Done(attempt.task, None, f"{died}, {TRIES} times", 0.0, ""), died
         return Done(attempt.task, value, error, seconds, where), error if error and _CHILD_DIED in error else None

@@ -1,64 +1,125 @@
-"""sweep.json: every cell of a grid with what was measured, and which of them are on the Pareto front."""
+"""sweep.json as typed classes: every cell of a grid with what was measured, and which cells are on the Pareto front."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
+from typing import Literal
+
+from pydantic import Field
+
 from cuantiza.core.machine.hardware import software
 from cuantiza.core.store import digests
-from cuantiza.eval.report.conclusion import shape
+from cuantiza.eval.report.schema import Machine, Measured, Part
 from cuantiza.sweep.driver import Sweep
+from cuantiza.sweep.grid import BASELINE
 
 SCHEMA = "cuantiza/sweep/1"
 
 
-def result(sweep: Sweep) -> dict:
-    """The content of sweep.json (docs/sweep.md); cells without a result are in `failed`, with the reason."""
+class Cell(Measured):
+    """A model, quantized by a recipe and scored on a corpus: the fields of a report's row, and where it was measured."""
+
+    name: str = Field(alias="recipe", description="the recipe")
+    model: str = Field(description="name of the model")
+    corpus: str = Field(description="name of the corpus")
+    artifact: str = Field(description="digest of the artifact")
+    machine: Machine = Field(description="where its latency was measured")
+    pareto: bool = Field(False, description="whether no other cell of its model and corpus beats it")
+
+    @property
+    def is_baseline(self) -> bool:
+        return self.name == BASELINE
+
+
+class Source(Part):
+    """A corpus of the grid."""
+
+    source: str = Field(description="what `CORPORA=` named")
+    test_sha256: str = Field(description="sha256 of its test split")
+
+
+class Failure(Part):
+    """A cell without a result."""
+
+    cell: str = Field(description="model × recipe × corpus")
+    reason: str = Field(description="why there is none")
+
+
+class Result(Part):
+    """The content of sweep.json (docs/sweep.md)."""
+
+    schema_name: Literal["cuantiza/sweep/1"] = Field(alias="schema")
+    models: tuple[str, ...]
+    recipes: tuple[str, ...]
+    corpora: dict[str, Source]
+    window: int = Field(description="longest context of a scored token, tokens")
+    rounds: int = Field(description="rounds of latency")
+    versions: dict[str, str]
+    cells: tuple[Cell, ...]
+    failed: tuple[Failure, ...]
+    sha256: str = Field("", description="sha256 of everything else here")
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Result:
+        """The result in `text`. Raises pydantic's ValidationError, a ValueError, where it has another schema."""
+        return cls.model_validate_json(text, strict=True)
+
+    def to_json(self) -> str:
+        return json.dumps(self.model_dump(mode="json", by_alias=True), indent=1, ensure_ascii=False) + "\n"
+
+    def groups(self) -> list[list[Cell]]:
+        """The cells of each model and corpus. They have their baseline in common."""
+        return grouped(self.cells)
+
+
+def result(sweep: Sweep) -> Result:
+    """What `sweep` measured. A cell that lacks quality or latency is in `failed`, with the reason."""
     cells = []
     for cell in (cell for cell in sweep.grid.cells if cell in sweep.quality and cell in sweep.latency):
         made = sweep.made[cell]
         names = {"model": cell.model, "recipe": cell.recipe, "corpus": cell.corpus}
         size = {"artifact": made.digest, "bytes": made.bytes, "model_bytes": made.model_bytes}
-        cells.append(names | size | sweep.quality[cell] | sweep.latency[cell])
-    for group in grouped(cells):
-        best = front(group)
-        for row in group:
-            row["pareto"] = row in best
-    found = {
-        "schema": SCHEMA,
-        "models": list(sweep.grid.models),
-        "recipes": list(sweep.grid.recipes),
-        "corpora": {
-            name: {"source": corpus.source.spec, "test_sha256": corpus.test.sha256}
+        cells.append(Cell(**names, **size, **sweep.quality[cell], **sweep.latency[cell]))
+    best = {id(cell) for group in grouped(cells) for cell in front(group)}
+    found = Result(
+        schema=SCHEMA,
+        models=tuple(sweep.grid.models),
+        recipes=tuple(sweep.grid.recipes),
+        corpora={
+            name: Source(source=corpus.source.spec, test_sha256=corpus.test.sha256)
             for name, corpus in sweep.grid.corpora.items()
         },
-        "window": sweep.settings.window,
-        "rounds": sweep.settings.rounds,
-        "versions": software(),
-        "cells": cells,
-        "failed": [{"cell": str(cell), "reason": reason} for cell, reason in sweep.failed.items()],
-    }
-    return found | {"sha256": digests.digest(found)}
+        window=sweep.settings.window,
+        rounds=sweep.settings.rounds,
+        versions=software(),
+        cells=tuple(cell.model_copy(update={"pareto": id(cell) in best}) for cell in cells),
+        failed=tuple(Failure(cell=str(cell), reason=reason) for cell, reason in sweep.failed.items()),
+    )
+    content = found.model_dump(mode="json", by_alias=True, exclude={"sha256"})
+    return found.model_copy(update={"sha256": digests.digest(content)})
 
 
-def grouped(cells: list[dict]) -> list[list[dict]]:
-    """The cells of each model and corpus, which have their baseline in common."""
-    groups: dict[tuple[str, str], list[dict]] = {}
-    for row in cells:
-        groups.setdefault((row["model"], row["corpus"]), []).append(row)
+def grouped(cells: Sequence[Cell]) -> list[list[Cell]]:
+    """The cells of each model and corpus, in the order of the first of each."""
+    groups: dict[tuple[str, str], list[Cell]] = {}
+    for cell in cells:
+        groups.setdefault((cell.model, cell.corpus), []).append(cell)
     return list(groups.values())
 
 
-def front(rows: list[dict]) -> list[dict]:
-    """Those of `rows` that no other beats: smaller, closer and faster, or as good in two of these and better in one.
+def front(cells: Sequence[Cell]) -> list[Cell]:
+    """Those of `cells` that no other beats: smaller, closer and faster, or as good in two of these and better in one.
 
     Size in bytes; Δ ln perplexity against the model's fp32; speed as the time of a decoded token over fp32's, both
     measured in turns on one machine.
     """
 
-    def costs(row: dict) -> tuple[float, float, float]:
-        return row["bytes"], row["delta_ln_ppl"], 1 / shape(row, "decode")["speedup"]
+    def costs(cell: Cell) -> tuple[float, float, float]:
+        return cell.bytes, cell.delta_ln_ppl, 1 / cell.usual("decode").speedup
 
-    def beats(one: dict, other: dict) -> bool:
+    def beats(one: Cell, other: Cell) -> bool:
         pairs = list(zip(costs(one), costs(other), strict=True))
         return all(own <= theirs for own, theirs in pairs) and any(own < theirs for own, theirs in pairs)
 
-    return [row for row in rows if not any(beats(other, row) for other in rows)]
+    return [cell for cell in cells if not any(beats(other, cell) for other in cells)]

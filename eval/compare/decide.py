@@ -15,14 +15,17 @@ import numpy as np
 from cuantiza.core.errors import UserError
 from cuantiza.eval.compare.budgets import Budgets
 from cuantiza.eval.compare.intervals import Interval, rank_sum, rounds_for_rank_sum, signed_rank
-from cuantiza.eval.compare.reports import Report, Row
+from cuantiza.eval.compare.reports import Side, rounds, timings
 from cuantiza.eval.measure.estimates import Estimate, mean_by_document
+from cuantiza.eval.report.read import MEND
 
 # Standard errors of Δ ln ppl that have to lie beyond the budget.
 STANDARD_ERRORS = 2.0
 # The probability, at most, that latency alone raises an alarm in a comparison where every figure stands exactly at its
 # budget; it is shared out evenly among all figures. Two stages have to agree: the first is let to be wrong more often.
 FALSE_ALARMS, FIRST_LEVEL = 0.01, 0.1
+# What makes another class of machine. The size of its memory does not change a time.
+_MACHINE = ("cpu", "processors", "threads", "system")
 NOT_FINITE = Interval(math.inf, math.inf, math.inf)
 
 
@@ -137,7 +140,7 @@ def confirmed(first: Check, second: Check) -> Check:
 
 
 def compare_reports(
-    base: Report, head: Report, budgets: Budgets, wanted: Sequence[str] | None, latency: bool
+    base: Side, head: Side, budgets: Budgets, wanted: Sequence[str] | None, latency: bool
 ) -> tuple[list[Check], list[str]]:
     """(checks, recipes only in head) of two reports. Raises UserError where they do not measure the same thing."""
     _same_text(base, head)
@@ -145,7 +148,7 @@ def compare_reports(
         _same_machine(base, head)
     names, new = chosen(list(base.rows), list(head.rows), wanted)
     timed = [name for name in names if latency and _untimed(base, head, name) is None]
-    figures = sum(len(base.rows[name].rounds.keys() & head.rows[name].rounds.keys()) for name in timed)
+    figures = sum(len(timings(base.rows[name]).keys() & timings(head.rows[name]).keys()) for name in timed)
     if timed and not figures:
         raise UserError(
             f"{base.path} and {head.path}: time no shape in common; make both by one version of `make eval`"
@@ -153,9 +156,9 @@ def compare_reports(
     checks: list[Check] = []
     for name in names:
         ours, theirs, budget = head.rows[name], base.rows[name], budgets.of(name)
-        counts = np.asarray(base.document_tokens)
-        sums, total = np.subtract(ours.nll, theirs.nll), counts.sum()
-        means = (sum(theirs.nll) / total, sum(ours.nll) / total)
+        counts = np.asarray(base.report.corpus.document_tokens)
+        sums, total = np.subtract(ours.nll_by_document, theirs.nll_by_document), counts.sum()
+        means = (sum(theirs.nll_by_document) / total, sum(ours.nll_by_document) / total)
         checks.append(check_quality(name, *means, mean_by_document(sums, counts), budget.quality))
         checks.append(check_size(name, theirs.bytes, ours.bytes, budget.size))
         if name in timed:
@@ -165,18 +168,18 @@ def compare_reports(
     return checks, new
 
 
-def _report_latency(base: Report, head: Report, name: str, level: float, budget: float) -> list[Check]:
+def _report_latency(base: Side, head: Side, name: str, level: float, budget: float) -> list[Check]:
     """Each row against its own report's baseline row, round by round; then the two reports' rounds by rank sum."""
     checks = []
     needed = rounds_for_rank_sum(level)
-    for figure, theirs in base.rows[name].rounds.items():
-        ours = head.rows[name].rounds.get(figure)
-        if ours is None:
+    own = timings(head.rows[name])
+    for figure, theirs in timings(base.rows[name]).items():
+        if figure not in own:
             raise UserError(
                 f"{head.path}: {name} has no {figure}, which BASE has; make both by one version of `make eval`"
             )
-        ms = (median(theirs) / 1e6, median(ours) / 1e6)
-        ratios = [_ln_ratios(report, name, figure) for report in (base, head)]
+        ms = (median(rounds(theirs)) / 1e6, median(rounds(own[figure])) / 1e6)
+        ratios = [_ln_ratios(side, name, figure) for side in (base, head)]
         change = rank_sum(*ratios, level)
         if math.isinf(change.low):
             note = f"{min(map(len, ratios))} rounds; {needed} in each report are needed"
@@ -186,59 +189,56 @@ def _report_latency(base: Report, head: Report, name: str, level: float, budget:
     return checks
 
 
-def _ln_ratios(report: Report, name: str, figure: str) -> list[float]:
-    own, baseline = report.rows[name].rounds[figure], report.rows[report.baseline].rounds.get(figure)
-    if baseline is None or len(baseline) != len(own):
-        raise UserError(
-            f"{report.path}: {figure} of {name} and of {report.baseline} are not of the same rounds; make the report anew"
-        )
-    return [math.log(mine / first) for mine, first in zip(own, baseline, strict=True)]
+def _ln_ratios(side: Side, name: str, figure: str) -> list[float]:
+    """ln(the row's time / the baseline row's time) of each round. Raises UserError where their rounds differ."""
+    own, baseline = timings(side.rows[name])[figure], timings(side.rows[side.baseline]).get(figure)
+    if baseline is None or len(baseline.samples_per_round) != len(own.samples_per_round):
+        raise UserError(f"{side.path}: {figure} of {name} and of {side.baseline} are not of the same rounds; {MEND}")
+    return [math.log(mine / first) for mine, first in zip(rounds(own), rounds(baseline), strict=True)]
 
 
-def _untimed(base: Report, head: Report, name: str) -> str | None:
+def _untimed(base: Side, head: Side, name: str) -> str | None:
     """Why two reports do not show whether a recipe became slower; None where they do."""
     if name == base.baseline:
         return "every report's yardstick is this row of its own; compare folders to see it"
-    if _same_file(base.rows[name], head.rows[name]):
+    if base.digest(name) is not None and base.digest(name) == head.digest(name):
         return "same file"
     return None
 
 
-def _same_file(base: Row, head: Row) -> bool:
-    return base.digest is not None and base.digest == head.digest
-
-
-def _same_text(base: Report, head: Report) -> None:
+def _same_text(base: Side, head: Side) -> None:
+    one, other = base.report.corpus, head.report.corpus
     for what, theirs, ours, mend in (
-        ("model", base.model, head.model, "compare reports of one model"),
+        ("model", base.report.model, head.report.model, "compare reports of one model"),
         (
             "tokens (corpus or tokenizer)",
-            base.tokens_sha256,
-            head.tokens_sha256,
+            one.tokens_sha256,
+            other.tokens_sha256,
             "evaluate both on one corpus with one --tokens",
         ),
         (
             "tokens by document",
-            base.document_tokens,
-            head.document_tokens,
+            one.document_tokens,
+            other.document_tokens,
             "evaluate both on one corpus with one --tokens",
         ),
-        ("window", base.window_tokens, head.window_tokens, "evaluate both with one --window"),
+        ("window", one.window_tokens, other.window_tokens, "evaluate both with one --window"),
     ):
         if theirs != ours:
             shown = f" ({str(theirs)[:16]} and {str(ours)[:16]})" if isinstance(theirs, (str, int)) else ""
             raise UserError(f"{base.path} and {head.path}: not the same {what}{shown}; {mend}")
 
 
-def _same_machine(base: Report, head: Report) -> None:
+def _same_machine(base: Side, head: Side) -> None:
     if base.baseline != head.baseline:
         raise UserError(
             f"{base.path} and {head.path}: latency is relative to {base.baseline} here and {head.baseline} there; evaluate both with the same first recipe, or give --without-latency"
         )
-    for key, theirs in base.machine.items():
-        if theirs != head.machine[key]:
+    for key in _MACHINE:
+        theirs, ours = getattr(base.report.machine, key), getattr(head.report.machine, key)
+        if theirs != ours:
             raise UserError(
-                f"{base.path} and {head.path}: latency of different machines ({key}: {theirs} and {head.machine[key]}); evaluate both on one machine, or give --without-latency"
+                f"{base.path} and {head.path}: latency of different machines ({key}: {theirs} and {ours}); evaluate both on one machine, or give --without-latency"
             )
 
 

@@ -109,11 +109,10 @@ def _same_file(name: str, budgets: Budgets) -> list[Check]:
 def _quality_and_size(name: str, both: tuple[Artifact, Artifact], task, budgets: Budgets, threads: int) -> list[Check]:
     from cuantiza.core.machine.process import Remote
     from cuantiza.core.machine.progress import track
-    from cuantiza.eval.measure.engines import Engine
+    from cuantiza.eval.measure.engines import Engine, Subject
     from cuantiza.eval.measure.estimates import mean_per_token
     from cuantiza.eval.measure.score import score
     from cuantiza.eval.measure.size import onnx_bytes
-    from cuantiza.eval.measure.subject import Subject
 
     budget = budgets.of(name)
     with ExitStack() as stack:

@@ -21,9 +21,8 @@ import numpy as np
 from cuantiza.core.machine.process import Remote
 from cuantiza.core.machine.progress import track
 from cuantiza.eval.compare.reports import figure
-from cuantiza.eval.measure.engines import FILL_TOKENS, Engine
+from cuantiza.eval.measure.engines import FILL_TOKENS, Engine, Subject
 from cuantiza.eval.measure.latency import shapes
-from cuantiza.eval.measure.subject import Subject
 
 # Pairs of samples of each shape in each round, or as many as fit the time; even, so that each side begins as often.
 PREFILL_PAIRS, DECODE_PAIRS, LEAST_PAIRS, BUDGET_NS = 8, 24, 4, 1_000_000_000

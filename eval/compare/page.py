@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import html
-import re
-
 from rich.console import Console
 from rich.text import Text
 
 from cuantiza.core.machine.terminal import new_table, show
+from cuantiza.core.pages import escape, table
 from cuantiza.eval.compare.decide import FALSE_ALARMS, STANDARD_ERRORS, Check, Comparison
 
 COLUMNS = ("recipe", "figure", "base", "head", "change", "interval", "budget", "verdict")
@@ -48,29 +46,28 @@ def cells(check: Check) -> list[str]:
 
 
 def markdown(comparison: Comparison) -> str:
-    lines = [f"# {_escape(verdict(comparison))}", ""]
+    lines = [f"# {escape(verdict(comparison))}", ""]
     if comparison.regressions:
-        lines += [*(f"- **{_escape(sentence(check))}**" for check in comparison.regressions), ""]
-    lines += [f"Base: {_escape(comparison.base)}. Head: {_escape(comparison.head)}.", ""]
-    lines += ["| " + " | ".join(COLUMNS) + " |", "|---|---|" + "---:|" * 5 + "---|"]
+        lines += [*(f"- **{escape(sentence(check))}**" for check in comparison.regressions), ""]
+    lines += [f"Base: {escape(comparison.base)}. Head: {escape(comparison.head)}.", ""]
+    rows = []
     for check in comparison.checks:
-        row = [_escape(cell) for cell in cells(check)]
-        if check.regression:
-            row[-1] = f"**{row[-1]}**"
-        lines.append("| " + " | ".join(row) + " |")
-    lines += ["", *(f"- {_escape(note)}" for note in _notes(comparison))]
+        *row, noted = map(escape, cells(check))
+        rows.append([*row, f"**{noted}**" if check.regression else noted])
+    lines.append(table(COLUMNS, rows, left=(0, 1, len(COLUMNS) - 1)))
+    lines += [f"- {escape(note)}" for note in _notes(comparison)]
     return "\n".join(lines) + "\n"
 
 
 def print_table(comparison: Comparison) -> None:
     """The table on standard output, the verdict last."""
-    table = new_table(Text(f"{comparison.base} → {comparison.head}"), *COLUMNS[:-1], words=_WORDS)
-    table.add_column(COLUMNS[-1])  # its notes may be long
+    grid = new_table(Text(f"{comparison.base} → {comparison.head}"), *COLUMNS[:-1], words=_WORDS)
+    grid.add_column(COLUMNS[-1])  # its notes may be long
     for number, check in enumerate(comparison.checks):
         *row, noted = cells(check)
         last = number + 1 == len(comparison.checks) or comparison.checks[number + 1].recipe != check.recipe
-        table.add_row(*map(Text, row), Text(noted, style=_COLORS.get(check.verdict, "")), end_section=last)
-    show(table, _WORDS)
+        grid.add_row(*map(Text, row), Text(noted, style=_COLORS.get(check.verdict, "")), end_section=last)
+    show(grid, _WORDS)
     console = Console()
     for note in _notes(comparison):
         console.print(Text(note, style="dim"))
@@ -105,8 +102,3 @@ def _change(check: Check, value: float) -> str:
     if value >= 99:
         return f"× {value + 1:.0f}"
     return f"{100 * value:+.1f} %".replace("-0.0 %", "+0.0 %")
-
-
-def _escape(text: str) -> str:
-    """Text that comes from files, as Markdown that shows it and does nothing else."""
-    return re.sub(r"([\\`*_\[\]|~])", r"\\\1", html.escape(text, quote=False)).replace("@", "&#64;").replace("\n", " ")

@@ -14,7 +14,7 @@ from cuantiza.core.store import artifact
 from cuantiza.eval.compare.budgets import Budgets, read_budgets
 from cuantiza.eval.compare.decide import FIRST_LEVEL, Comparison, compare_reports
 from cuantiza.eval.compare.folders import CONFIRMING_ROUNDS, Measure, compare_folders, held, is_artifacts
-from cuantiza.eval.compare.reports import read_report
+from cuantiza.eval.compare.reports import read_side
 
 
 def compare(
@@ -91,18 +91,19 @@ def _path(side: str, given: str) -> Path:
 
 
 def _reports(base: Path, head: Path, budgets: Budgets, recipes: Sequence[str] | None, latency: bool) -> Comparison:
-    theirs, ours = read_report(base), read_report(head)
-    checks, new = compare_reports(theirs, ours, budgets, recipes, latency)
+    one, other = read_side(base), read_side(head)
+    checks, new = compare_reports(one, other, budgets, recipes, latency)
+    theirs, ours = one.report, other.report
     notes = [
         f"{name}: {theirs.versions.get(name, 'none')} in base, {ours.versions.get(name, 'none')} in head"
         for name in sorted(theirs.versions.keys() | ours.versions.keys())
         if theirs.versions.get(name) != ours.versions.get(name)
     ]
-    measured = f"Two reports on {sum(theirs.document_tokens)} tokens of {theirs.corpus}."
+    measured = f"Two reports on {sum(theirs.corpus.document_tokens)} tokens of {theirs.corpus.source}."
     if latency:
         measured += (
-            f" Latency is relative to {theirs.baseline} of the same report, on {theirs.machine['cpu']}, {theirs.machine['threads']} threads:"
-            f" a change of {theirs.baseline} itself cannot be seen."
+            f" Latency is relative to {one.baseline} of the same report, on {theirs.machine.cpu}, {theirs.machine.threads} threads:"
+            f" a change of {one.baseline} itself cannot be seen."
         )
     return Comparison(theirs.model, str(base), str(head), measured, checks, new, notes)
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,13 +17,21 @@ import numpy as np
 from cuantiza.core.machine.hardware import peak_rss_bytes
 from cuantiza.core.run.runtime import Runtime
 from cuantiza.core.run.sampling import Sampling, generate
-from cuantiza.eval.measure.subject import Subject
 
 # The KV cache is filled in pieces of this length, so that it takes no more memory than the prefills that are measured.
 FILL_TOKENS = 512
 GREEDY = Sampling(temperature=0)
 # In each round, each shape has one run to warm up, then samples until there are enough of them or the time is up.
 PREFILL_SAMPLES, DECODE_SAMPLES, LEAST_SAMPLES, BUDGET_NS = 5, 20, 2, 1_000_000_000
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model to measure. `kind` is onnx, torch or torch-dynamic; `path` an ONNX file, or the folder of a checkpoint."""
+
+    name: str
+    kind: str
+    path: Path
 
 
 class Engine:

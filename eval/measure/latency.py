@@ -12,8 +12,7 @@ import numpy as np
 
 from cuantiza.core.machine.process import Remote
 from cuantiza.core.machine.progress import track
-from cuantiza.eval.measure.engines import Engine
-from cuantiza.eval.measure.subject import Subject
+from cuantiza.eval.measure.engines import Engine, Subject
 
 PREFILL = (32, 128, 512)
 DECODE = (32, 128, 512)

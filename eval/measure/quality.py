@@ -17,11 +17,10 @@ from cuantiza.core.machine.hardware import memory_bytes
 from cuantiza.core.machine.process import Remote
 from cuantiza.core.machine.progress import track, working
 from cuantiza.core.store.digests import digest
-from cuantiza.eval.measure.engines import Engine
+from cuantiza.eval.measure.engines import Engine, Subject
 from cuantiza.eval.measure.estimates import TextSize, perplexity, quality, text_size
 from cuantiza.eval.measure.score import score
 from cuantiza.eval.measure.size import loaded_bytes
-from cuantiza.eval.measure.subject import Subject
 from cuantiza.eval.measure.windows import Window, halves, rolling
 
 PROMPT = "Me gusta mucho el futbol"

@@ -7,12 +7,11 @@ from pathlib import Path
 from cuantiza.core.errors import UserError
 from cuantiza.core.inputs.corpus import Split
 from cuantiza.core.store.digests import digest
+from cuantiza.eval.measure.engines import Subject
 from cuantiza.eval.measure.latency import measure_latency
 from cuantiza.eval.measure.quality import PROMPT, make_task, measure_quality
 from cuantiza.eval.measure.size import companion_bytes, onnx_bytes
-from cuantiza.eval.measure.subject import Subject
-
-SCHEMA = "cuantiza/report/1"
+from cuantiza.eval.report.schema import SCHEMA, Corpus, Inputs, Report, Row
 
 
 def measure(
@@ -20,13 +19,13 @@ def measure(
     baseline: Path,
     test: Split,
     source: str,
-    inputs: dict,
+    inputs: Inputs,
     *,
     tokens: int,
     window: int,
     rounds: int,
     threads: int,
-) -> dict:
+) -> Report:
     """Return the report on `subjects`. All are compared with the first, the artifact in the folder `baseline`.
 
     `test` is the split of the corpus `source`; `inputs` is everything that the report depends on. Raises UserError
@@ -45,26 +44,28 @@ def measure(
         else:
             weights = quality[subject.name].pop("weight_bytes")
             size = {"bytes": weights + companion_bytes(baseline), "model_bytes": weights}
-        rows.append({"name": subject.name, **size, **quality[subject.name], **latency[subject.name]})
-    return {
-        "schema": SCHEMA,
-        "model": baseline.parent.name,
-        "corpus": {
-            "source": source,
-            "split": test.name,
-            "sha256": test.sha256,
-            "documents": len(task.documents),
-            "documents_in_split": len(test.documents),
-            "bytes": task.size.bytes,
-            "words": task.size.words,
-            "document_tokens": [len(ids) for ids in task.documents],
-            "tokens_sha256": digest(task.documents),
-            "window_tokens": task.window,
-        },
-        "machine": inputs["machine"],
-        "versions": inputs["versions"],
-        "rounds": rounds,
-        "prompt": PROMPT,
-        "inputs": inputs,
-        "artifacts": rows,
-    }
+        kind = "onnx" if subject.kind == "onnx" else "torch"
+        rows.append(Row(name=subject.name, kind=kind, **size, **quality[subject.name], **latency[subject.name]))
+    corpus = Corpus(
+        source=source,
+        split=test.name,
+        sha256=test.sha256,
+        documents=len(task.documents),
+        documents_in_split=len(test.documents),
+        bytes=task.size.bytes,
+        words=task.size.words,
+        document_tokens=tuple(map(len, task.documents)),
+        tokens_sha256=digest(task.documents),
+        window_tokens=task.window,
+    )
+    return Report(
+        schema=SCHEMA,
+        model=baseline.parent.name,
+        corpus=corpus,
+        machine=inputs.machine,
+        versions=inputs.versions,
+        rounds=rounds,
+        prompt=PROMPT,
+        inputs=inputs,
+        artifacts=tuple(rows),
+    )

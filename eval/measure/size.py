@@ -7,7 +7,7 @@ from pathlib import Path
 from cuantiza.core.onnx.file import external_data
 from cuantiza.core.onnx.stream import read_without_weights
 from cuantiza.core.store.artifact import COMPANIONS
-from cuantiza.eval.measure.subject import Subject
+from cuantiza.eval.measure.engines import Subject
 
 
 def inference_files(model: Path) -> list[Path]:

@@ -13,8 +13,8 @@ from html import escape
 
 import numpy as np
 
-from cuantiza.eval.report.conclusion import is_torch, shape
-from cuantiza.eval.report.wording import number, significant
+from cuantiza.core.pages import number, significant
+from cuantiza.eval.report.schema import Measured, Row
 
 WIDTH, HEIGHT, COLOURS = 400, 300, 8
 _TOP, _BOTTOM, _CHARACTER, _LINE = 26, 36, 7.2, 13
@@ -85,22 +85,21 @@ class Dot:
     radius: float
 
 
-def tradeoff(report: dict, labels: dict, language: str) -> str:
+def tradeoff(rows: Sequence[Measured], labels: dict, language: str) -> str:
     """Size against Δ ln perplexity; a dot's area is proportional to tokens decoded a second, down to a least size."""
-    rows = [row for row in report["artifacts"] if not is_torch(row)]
-    errors = [row["delta_ln_ppl_stderr"] or 0 for row in rows]
-    bottom = min(row["delta_ln_ppl"] - error for row, error in zip(rows, errors, strict=True))
-    top = max(2 * _LINEAR, *(row["delta_ln_ppl"] + error for row, error in zip(rows, errors, strict=True)))
-    x_axis = _linear_axis(labels["size_axis"], 0, max(row["bytes"] for row in rows) / 1e6 * 1.08, language)
+    errors = [row.delta_ln_ppl_stderr or 0 for row in rows]
+    bottom = min(row.delta_ln_ppl - error for row, error in zip(rows, errors, strict=True))
+    top = max(2 * _LINEAR, *(row.delta_ln_ppl + error for row, error in zip(rows, errors, strict=True)))
+    x_axis = _linear_axis(labels["size_axis"], 0, max(row.bytes for row in rows) / 1e6 * 1.08, language)
     area = _area(x_axis, _symlog_axis(labels["delta_axis"], bottom, top, language), WIDTH - 8)
-    speeds = [shape(row, "decode")["tokens_per_second"] for row in rows]
+    speeds = [row.usual("decode").tokens_per_second for row in rows]
     parts, dots, taken = [], [], []
     for index, (row, error, speed) in enumerate(zip(rows, errors, speeds, strict=True)):
-        size, delta = row["bytes"] / 1e6, row["delta_ln_ppl"]
+        size, delta = row.bytes / 1e6, row.delta_ln_ppl
         radius = max(3.0, 10 * math.sqrt(speed / max(speeds)))
-        dot = Dot(row["name"], index % COLOURS, area.x(size), area.y(delta), radius)
+        dot = Dot(row.name, index % COLOURS, area.x(size), area.y(delta), radius)
         low, high = area.y(delta - error), area.y(delta + error)
-        title = f"{row['name']}: {number(size, 1, language)} MB, Δ {number(delta, 4, language)}, {number(speed, 0, language)} tokens/s"
+        title = f"{row.name}: {number(size, 1, language)} MB, Δ {number(delta, 4, language)}, {number(speed, 0, language)} tokens/s"
         parts.append(
             f'<g class="c{dot.colour}"><title>{escape(title)}</title><line x1="{dot.x:.1f}" x2="{dot.x:.1f}" y1="{low:.1f}" y2="{high:.1f}"/>'
             f'<circle cx="{dot.x:.1f}" cy="{dot.y:.1f}" r="{radius:.1f}"/></g>'
@@ -135,35 +134,33 @@ def lines(title: str, series: Sequence[Line], x_axis: Axis, y_axis: Axis) -> str
     return _svg(title, [_frame(area), *bands, *curves])
 
 
-def latency(report: dict, labels: dict, language: str) -> str:
+def latency(rows: Sequence[Row], labels: dict, language: str) -> str:
     """Decode time against context, of every row."""
     series = []
-    for index, row in enumerate(report["artifacts"]):
-        points = [(item["position"], item["p50_ms"]) for item in row["decode"]]
-        band = [(item["position"], *np.quantile(item["samples_ns"], [0.1, 0.9]) / 1e6) for item in row["decode"]]
-        series.append(Line(row["name"], index % COLOURS, points, band, is_torch(row)))
-    xs = [item["position"] for item in report["artifacts"][0]["decode"]]
+    for index, row in enumerate(rows):
+        points = [(item.at, item.p50_ms) for item in row.decode]
+        band = [(item.at, *np.quantile(item.samples_ns, [0.1, 0.9]) / 1e6) for item in row.decode]
+        series.append(Line(row.name, index % COLOURS, points, band, row.is_torch))
+    xs = [item.at for item in rows[0].decode]
     ys = [value for line in series for _, low, high in line.band for value in (low, high)]
     x_axis = _log_axis(labels["context"], min(xs), max(xs), [(x, number(x, 0, language)) for x in xs])
     y_axis = _log_axis(labels["ms"], min(ys), max(ys), _steps(min(ys), max(ys), language), 0.04)
     return lines(labels["latency"], series, x_axis, y_axis)
 
 
-def layers(report: dict, labels: dict, language: str) -> str | None:
+def layers(rows: Sequence[Row], labels: dict, language: str) -> str | None:
     """Relative error of the keys against the layer; None where no row shows any."""
-    rows = [
-        (index, row) for index, row in enumerate(report["artifacts"]) if row.get("key_error") and any(row["key_error"])
-    ]
-    if not rows:
+    shown = [(index, row.name, row.key_error) for index, row in enumerate(rows) if row.key_error and any(row.key_error)]
+    if not shown:
         return None
     series = [
         Line(
-            row["name"],
+            name,
             index % COLOURS,
-            [(layer, max(error, 1e-9)) for layer, error in enumerate(row["key_error"])],
+            [(layer, max(error, 1e-9)) for layer, error in enumerate(errors)],
             [],
         )
-        for index, row in rows
+        for index, name, errors in shown
     ]
     ys = [y for line in series for _, y in line.points]
     count = len(series[0].points)
@@ -204,7 +201,7 @@ def _symlog_axis(title: str, low: float, high: float, language: str) -> Axis:
 
     start, end = squeeze(low) - 0.5, squeeze(high) + 0.5
     wanted = [0.0, *(sign * 10.0**power for power in range(-3, 3) for sign in (-1, 1))]
-    ticks = [(tick, significant(tick, language, 1)) for tick in sorted(wanted) if start <= squeeze(tick) <= end]
+    ticks = [(tick, significant(tick, 1, language)) for tick in sorted(wanted) if start <= squeeze(tick) <= end]
     return Axis(title, lambda value: (squeeze(value) - start) / (end - start), ticks)
 
 
@@ -222,7 +219,7 @@ def _steps(low: float, high: float, language: str) -> list[tuple[float, str]]:
         ticks = [factor * 10.0**power for power in powers for factor in factors if low <= factor * 10.0**power <= high]
         if len(ticks) <= 7:
             break
-    return [(tick, significant(tick, language, 1)) for tick in ticks]
+    return [(tick, significant(tick, 1, language)) for tick in ticks]
 
 
 def _frame(area: Area) -> str:

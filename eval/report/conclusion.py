@@ -10,106 +10,95 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from cuantiza.eval.report.wording import number, percent, signed_percent, significant
+from cuantiza.core.pages import number, percent, signed_percent, significant
+from cuantiza.eval.report.schema import Report, Row, Timing
 
-RUINED, CLOSE = 0.1, 0.005
-PREFILL, DECODE = 512, 128
+RUINED, CLOSE = 0.1, 0.005  # nats per token
 
 
 @dataclass(frozen=True)
 class Pick:
-    """The best `row` for a `need`, and the names of those that a round or more found as good (speed alone)."""
+    """The best `row` for a `need`. For speed, `level` names the rows that the spread of the rounds does not tell from it."""
 
     need: str
-    row: dict
+    row: Row
     level: tuple[str, ...] = ()
 
 
-def shape(row: dict, phase: str) -> dict:
-    """The phase's usual shape: prefill of 512, decode behind 128; else its longest, or last."""
-    key, wanted = ("tokens", PREFILL) if phase == "prefill" else ("position", DECODE)
-    return next((item for item in row[phase] if item[key] == wanted), row[phase][-1])
-
-
-def picks(report: dict) -> list[Pick]:
+def picks(report: Report) -> list[Pick]:
     """The best of the usable artifacts for each need; empty where the baseline is the only one."""
-    usable = [row for row in report["artifacts"][1:] if row["delta_ln_ppl"] <= RUINED and not is_torch(row)]
+    usable = [row for row in report.artifacts[1:] if row.delta_ln_ppl <= RUINED and not row.is_torch]
     if not usable:
         return []
-    found = [Pick("smallest", min(usable, key=lambda row: row["bytes"]))]
+    found = [Pick("smallest", min(usable, key=lambda row: row.bytes))]
     for phase in ("decode", "prefill"):
-        best = min(usable, key=lambda row: shape(row, phase)["p50_ms"])
-        if shape(best, phase)["speedup"] <= 1:
+        best = min(usable, key=lambda row: row.usual(phase).p50_ms)
+        if best.usual(phase).speedup <= 1:
             found.append(Pick(f"no {phase}", best))
             continue
-        level = [row["name"] for row in usable if row is not best and _level(shape(best, phase), shape(row, phase))]
+        level = [row.name for row in usable if row is not best and _level(best.usual(phase), row.usual(phase))]
         found.append(Pick(phase, best, tuple(level)))
-    found.append(Pick("nearest", min(usable, key=lambda row: row["kl_divergence"])))
-    if close := [row for row in usable if row["delta_ln_ppl"] <= CLOSE]:
+    found.append(Pick("nearest", min(usable, key=lambda row: row.kl_divergence)))
+    if close := [row for row in usable if row.delta_ln_ppl <= CLOSE]:
         found.append(Pick("all-round", min(close, key=_cost)))
     return found
 
 
-def is_torch(row: dict) -> bool:
-    """Whether the row is PyTorch's, which is measured for comparison and is no artifact."""
-    return "modules_with_weights" in row
-
-
-def _level(best: dict, other: dict) -> bool:
+def _level(best: Timing, other: Timing) -> bool:
     """Whether the spread of the rounds leaves it open which of two is faster."""
-    return other["speedup_max"] >= best["speedup_min"]
+    return other.speedup_max >= best.speedup_min
 
 
-def _cost(row: dict) -> float:
-    return row["bytes"] * shape(row, "decode")["p50_ms"] * shape(row, "prefill")["p50_ms"]
+def _cost(row: Row) -> float:
+    return row.bytes * row.usual("decode").p50_ms * row.usual("prefill").p50_ms
 
 
-def conclusion(report: dict, language: str) -> list[str]:
+def conclusion(report: Report, language: str) -> list[str]:
     """Sentences in `language` (en, es), a paragraph each."""
     say = _ES if language == "es" else _EN
-    first, *others = report["artifacts"]
+    first, *others = report.artifacts
     found = picks(report)
     lines = [say[pick.need].format(**_facts(pick, first, language, say)) for pick in found]
     if not found:
-        lines.append(say["none"].format(first=first["name"]))
+        lines.append(say["none"].format(first=first.name))
     for row in others:
-        if not math.isfinite(row["delta_ln_ppl"]):
-            lines.append(say["not finite"].format(name=row["name"]))
-        elif row["delta_ln_ppl"] > RUINED:
-            cost = percent(math.expm1(row["delta_ln_ppl"]), language, 0)
-            lines.append(say["ruined"].format(name=row["name"], cost=cost, first=first["name"]))
-    quantized = [row for row in others if is_torch(row) and row["modules_quantized"]]
+        if not math.isfinite(row.delta_ln_ppl):
+            lines.append(say["not finite"].format(name=row.name))
+        elif row.delta_ln_ppl > RUINED:
+            cost = percent(math.expm1(row.delta_ln_ppl), 0, language)
+            lines.append(say["ruined"].format(name=row.name, cost=cost, first=first.name))
+    quantized = [row for row in others if row.is_torch and row.modules_quantized]
     for row in quantized:
         lines.append(
             say["course"].format(
-                name=row["name"],
-                some=number(row["modules_quantized"], 0, language),
-                all=number(row["modules_with_weights"], 0, language),
-                size=percent(row["bytes"] / first["bytes"], language, 0),
-                speed=number(shape(row, "decode")["speedup"], 2, language),
-                first=first["name"],
+                name=row.name,
+                some=number(row.modules_quantized, 0, language),
+                all=number(row.modules_with_weights, 0, language),
+                size=percent(row.bytes / first.bytes, 0, language),
+                speed=number(row.usual("decode").speedup, 2, language),
+                first=first.name,
             )
         )
     return lines
 
 
-def _facts(pick: Pick, first: dict, language: str, say: dict) -> dict[str, str]:
+def _facts(pick: Pick, first: Row, language: str, say: dict) -> dict[str, str]:
     row = pick.row
-    decode, prefill = shape(row, "decode"), shape(row, "prefill")
+    decode, prefill = row.usual("decode"), row.usual("prefill")
     return {
-        "name": row["name"],
-        "first": first["name"],
-        "megabytes": number(row["bytes"] / 1e6, 1, language),
-        "share": percent(row["bytes"] / first["bytes"], language, 0),
-        "decode": number(decode["p50_ms"], 2, language),
-        "decode_speedup": number(decode["speedup"], 2, language),
-        "position": number(decode["position"], 0, language),
-        "prefill": number(prefill["p50_ms"], 0, language),
-        "prefill_speedup": number(prefill["speedup"], 2, language),
-        "tokens": number(prefill["tokens"], 0, language),
-        "kl": _nats(row["kl_divergence"], language),
-        "same_top": percent(row["top1_agreement"], language, 1),
-        "close": percent(math.expm1(CLOSE), language, 1),
+        "name": row.name,
+        "first": first.name,
+        "megabytes": number(row.bytes / 1e6, 1, language),
+        "share": percent(row.bytes / first.bytes, 0, language),
+        "decode": number(decode.p50_ms, 2, language),
+        "decode_speedup": number(decode.speedup, 2, language),
+        "position": number(decode.at, 0, language),
+        "prefill": number(prefill.p50_ms, 0, language),
+        "prefill_speedup": number(prefill.speedup, 2, language),
+        "tokens": number(prefill.at, 0, language),
+        "kl": _nats(row.kl_divergence, language),
+        "same_top": percent(row.top1_agreement, 1, language),
+        "close": percent(math.expm1(CLOSE), 1, language),
         "cost": _quality(row, language, say),
         "level": say["level"].format(names=", ".join(pick.level)) if pick.level else "",
     }
@@ -117,18 +106,18 @@ def _facts(pick: Pick, first: dict, language: str, say: dict) -> dict[str, str]:
 
 def _nats(value: float, language: str) -> str:
     """Five decimals as in the table; of less than they show, two significant figures; a plain 0 of none."""
-    return number(value, 5, language) if value >= 1e-5 else significant(value, language, 2 if value else 1)
+    return number(value, 5, language) if value >= 1e-5 else significant(value, 2 if value else 1, language)
 
 
-def _quality(row: dict, language: str, say: dict) -> str:
+def _quality(row: Row, language: str, say: dict) -> str:
     """What the row loses, and whether that is more than the sampling error: two standard errors."""
-    cost, stderr = math.expm1(row["delta_ln_ppl"]), row["delta_ln_ppl_stderr"]
-    if row["delta_ln_ppl"] == 0:
+    cost, stderr = math.expm1(row.delta_ln_ppl), row.delta_ln_ppl_stderr
+    if row.delta_ln_ppl == 0:
         return say["cost none"]
     if stderr is None:
-        return say["cost alone"].format(cost=signed_percent(cost, language))
-    key = "cost within" if abs(row["delta_ln_ppl"]) <= 2 * stderr else "cost"
-    return say[key].format(cost=signed_percent(cost, language), stderr=percent(stderr, language))
+        return say["cost alone"].format(cost=signed_percent(cost, 2, language))
+    key = "cost within" if abs(row.delta_ln_ppl) <= 2 * stderr else "cost"
+    return say[key].format(cost=signed_percent(cost, 2, language), stderr=percent(stderr, 2, language))
 
 
 _EN = {

@@ -1,167 +1,111 @@
-"""The report: report.json (schema in docs/report.md), report.md and the table on the terminal."""
+"""report.md and the table on the terminal."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
 from cuantiza.core.machine.terminal import new_table, show
+from cuantiza.core.pages import escape, number, table
+from cuantiza.eval.report.columns import MAIN, PROTOCOLS, cells, titles
 from cuantiza.eval.report.conclusion import conclusion
-from cuantiza.eval.report.wording import LABELS
+from cuantiza.eval.report.schema import Report, Row
+from cuantiza.eval.report.wording import LABELS, METHOD
 
 
-@dataclass(frozen=True)
-class Column:
-    """A column of the table: its title and how it shows a row of the report."""
-
-    title: str
-    show: Callable[[dict], str]
-
-
-def _megabytes(row: dict) -> str:
-    return f"{row['bytes'] / 1e6:.1f}"
-
-
-def _plus_minus(value: float, stderr: float | None, digits: int) -> str:
-    value = round(value, digits) + 0.0  # no -0.0000
-    return f"{value:.{digits}f}" + ("" if stderr is None else f" ± {stderr:.{digits}f}")
-
-
-def _shape(row: dict, phase: str, key: str, preferred: int) -> dict:
-    shapes = row[phase]
-    return next((shape for shape in shapes if shape[key] == preferred), shapes[-1])
-
-
-def _columns(report: dict) -> list[Column]:
-    first = report["artifacts"][0]
-    tokens = _shape(first, "prefill", "tokens", 512)["tokens"]
-    position = _shape(first, "decode", "position", 128)["position"]
-
-    def latency(phase: str, key: str, at: int):
-        def show(row: dict) -> str:
-            shape = _shape(row, phase, key, at)
-            return f"{shape['p50_ms']:.2f} ({shape['speedup']:.2f} ×)"
-
-        return show
-
-    return [
-        Column("artifact", lambda row: row["name"]),
-        Column("MB", _megabytes),
-        Column("× fp32", lambda row: f"{row['bytes'] / first['bytes']:.3f}"),
-        Column("perplexity", lambda row: _plus_minus(row["perplexity"], row["perplexity_stderr"], 2)),
-        Column(
-            "Δ ln ppl",
-            lambda row: "baseline" if row is first else _plus_minus(row["delta_ln_ppl"], row["delta_ln_ppl_stderr"], 4),
-        ),
-        Column("KL, nats", lambda row: "" if row is first else f"{row['kl_divergence']:.5f}"),
-        Column("same top", lambda row: "" if row is first else f"{100 * row['top1_agreement']:.1f} %"),
-        Column("bits/byte", lambda row: f"{row['bits_per_byte']:.4f}"),
-        Column(f"prefill {tokens}, ms", latency("prefill", "tokens", tokens)),
-        Column(f"decode @{position}, ms", latency("decode", "position", position)),
-        Column("load, ms", lambda row: f"{row['load_ms']:.0f}"),
-        Column("peak MB", lambda row: f"{row['peak_rss_bytes'] / 1e6:.0f}"),
-    ]
-
-
-def print_table(report: dict) -> None:
+def print_table(report: Report, language: str = "en") -> None:
     """The table on standard output."""
-    columns = _columns(report)
-    table = new_table(_headline(report), *(column.title for column in columns), caption=_footnote(report))
-    for row in report["artifacts"]:
-        table.add_row(*(column.show(row) for column in columns))
-    show(table)
+    first, labels = report.baseline, LABELS[language]
+    facts = {"cpu": report.machine.cpu, "threads": report.machine.threads, "rounds": report.rounds, "first": first.name}
+    caption = labels["caption"].format(**facts, onnxruntime=report.versions.get("onnxruntime", "?"))
+    grid = new_table(f"{report.model}: {summary(report, language)}", *titles(MAIN, first, language), caption=caption)
+    for row in report.artifacts:
+        grid.add_row(*cells(MAIN, row, first, language))
+    show(grid)
 
 
-def markdown(report: dict, language: str = "en") -> str:
-    """report.md; its conclusion in `language`."""
-    columns, rows = _columns(report), report["artifacts"]
-    lines = [
-        f"# {_headline(report)}",
-        "",
-        _footnote(report),
-        "",
-        f"## {LABELS[language]['conclusion']}",
-        "",
-        *(f"- {line}" for line in conclusion(report, language)),
-        "",
-        f"## {LABELS[language]['artifacts']}",
-        "",
-        "| " + " | ".join(column.title for column in columns) + " |",
-        "|---|" + "---:|" * (len(columns) - 1),
+def markdown(report: Report, language: str = "en") -> str:
+    """report.md in `language`."""
+    first, rows, labels = report.baseline, report.artifacts, LABELS[language]
+    shapes = table(["", *_shape_titles(first)], [[escape(row.name), *_shapes(row, language)] for row in rows])
+    prompt = escape(report.prompt)
+    parts = [
+        f"# {escape(report.model)}",
+        escape(summary(report, language)),
+        f"## {labels['conclusion']}",
+        "\n".join(f"- {line}" for line in conclusion(report, language)),
+        f"## {labels['artifacts']}",
+        _table(report, MAIN, language),
+        f"## {labels['protocols']}",
+        " ".join(protocols(report, language)),
+        _table(report, PROTOCOLS, language),
+        f"## {labels['shapes']}",
+        labels["shapes_note"],
+        shapes.rstrip(),
+        f"## {labels['texts']}",
+        labels["texts_same"],
+        "\n".join(f"- **{escape(row.name)}**: {prompt}{escape(row.continuation)}" for row in rows),
+        *(_modules(row, language) for row in rows if row.is_torch),
+        f"## {labels['method']}",
+        *method(report, language),
+        f"## {labels['environment']}",
+        "\n".join(f"- {term}: {escape(value)}" for term, value in surroundings(report, language)),
     ]
-    lines += ["| " + " | ".join(column.show(row) for column in columns) + " |" for row in rows]
-    lines += [
-        "",
-        "## Other protocols",
-        "",
-        _protocols_note(report),
-        "",
-        "| artifact | llama.cpp perplexity | word perplexity | byte perplexity |",
-        "|---|---:|---:|---:|",
-    ]
-    for row in rows:
-        llama = row["llama_cpp"]
-        lines.append(
-            f"| {row['name']} | {_plus_minus(llama['perplexity'], llama['perplexity_stderr'], 2) if llama else '—'} "
-            f"| {row['word_perplexity']:.2f} | {row['byte_perplexity']:.4f} |"
-        )
-    lines += ["", "## Latency", "", "Milliseconds, p50 / p90; batch of 1.", ""]
-    shapes = [("prefill", "tokens", item["tokens"]) for item in rows[0]["prefill"]] + [
-        ("decode", "position", item["position"]) for item in rows[0]["decode"]
-    ]
-    lines += [
-        "| artifact | "
-        + " | ".join(f"{phase} {'@' if phase == 'decode' else ''}{at}" for phase, _, at in shapes)
-        + " |",
-        "|---|" + "---:|" * len(shapes),
-    ]
-    for row in rows:
-        cells = [next(item for item in row[phase] if item[key] == at) for phase, key, at in shapes]
-        lines.append(
-            f"| {row['name']} | " + " | ".join(f"{cell['p50_ms']:.2f} / {cell['p90_ms']:.2f}" for cell in cells) + " |"
-        )
-    lines += [
-        "",
-        f"## «{report['prompt']}», continued",
-        "",
-        "Greedy; the same tokens in every row mean the same argmax at every step.",
-        "",
-    ]
-    lines += [f"- **{row['name']}**: {report['prompt']}{row['continuation']}".replace("\n", " ") for row in rows]
-    for row in rows:
-        if "modules_quantized" in row:
-            lines += [
-                "",
-                f"`{row['name']}`: PyTorch quantized {row['modules_quantized']} of {row['modules_with_weights']} modules with weights.",
-            ]
-    return "\n".join(lines) + "\n"
+    return "\n\n".join(parts) + "\n"
 
 
-def _headline(report: dict) -> str:
-    corpus = report["corpus"]
-    tokens = report["artifacts"][0]["tokens_scored"]
-    return f"{report['model']}: {tokens} tokens, {corpus['documents']} of {corpus['documents_in_split']} test documents of {corpus['source']}"
+def _table(report: Report, keys: tuple[str, ...], language: str) -> str:
+    first = report.baseline
+    lines = [[escape(cell) for cell in cells(keys, row, first, language)] for row in report.artifacts]
+    return table(titles(keys, first, language), lines).rstrip()
 
 
-def _footnote(report: dict) -> str:
-    machine = report["machine"]
+def _shape_titles(first: Row) -> list[str]:
+    return [f"prefill {item.at}" for item in first.prefill] + [f"decode @{item.at}" for item in first.decode]
+
+
+def _shapes(row: Row, language: str) -> list[str]:
+    """Median and 90th percentile of every shape."""
+    timings = (*row.prefill, *row.decode)
+    return [f"{number(item.p50_ms, 2, language)} / {number(item.p90_ms, 2, language)}" for item in timings]
+
+
+def _modules(row: Row, language: str) -> str:
+    some, total = (number(value or 0, 0, language) for value in (row.modules_quantized, row.modules_with_weights))
+    return LABELS[language]["modules"].format(name=row.name, some=some, all=total)
+
+
+def summary(report: Report, language: str) -> str:
+    """What was scored, in a line."""
+    corpus, labels = report.corpus, LABELS[language]
     return (
-        f"{machine['cpu']}, {machine['threads']} threads, onnxruntime {report['versions']['onnxruntime']}, {report['rounds']} interleaved rounds; "
-        f"times are p50, in brackets the speed-up over {report['artifacts'][0]['name']} (median of rounds); "
-        "± is one standard error over documents; Δ and KL are paired with the baseline."
+        f"{number(report.baseline.tokens_scored, 0, language)} {labels['tokens_scored']} · {corpus.documents} {labels['of']} "
+        f"{corpus.documents_in_split} {labels['documents']} ({corpus.split}) · {corpus.source}"
     )
 
 
-def _protocols_note(report: dict) -> str:
-    first, corpus = report["artifacts"][0], report["corpus"]
-    llama = first["llama_cpp"]
-    note = (
-        f"The table above follows lm-evaluation-harness: {corpus['documents']} documents, each behind one start token, windows of at most "
-        f"{corpus['window_tokens']} tokens, every token scored once, a last window extended to the left; words are split at white space."
-    )
-    if llama:
-        note += (
-            f" llama.cpp: the documents joined by an empty line, {llama['windows']} disjoint windows of {llama['window_tokens']} tokens without a start token, "
-            f"{llama['tokens_scored']} tokens scored, the second half of each window."
-        )
-    return note
+def protocols(report: Report, language: str) -> list[str]:
+    """How the perplexities of the table of other protocols are computed, in sentences."""
+    labels, llama = LABELS[language], report.baseline.llama_cpp
+    notes = [labels["protocols_note"].format(documents=report.corpus.documents, window=report.corpus.window_tokens)]
+    if llama is not None:
+        scored = number(llama.tokens_scored, 0, language)
+        notes.append(labels["llama_note"].format(windows=llama.windows, window=llama.window_tokens, scored=scored))
+    return notes
+
+
+def method(report: Report, language: str) -> list[str]:
+    """How it was measured, a paragraph each."""
+    facts = {"window": report.corpus.window_tokens, "first": report.baseline.name, "rounds": report.rounds}
+    return [line.format(**facts, threads=report.machine.threads) for line in METHOD[language]]
+
+
+def surroundings(report: Report, language: str) -> list[tuple[str, str]]:
+    """(term, value) of the machine, the text and the versions."""
+    machine, corpus, labels = report.machine, report.corpus, LABELS[language]
+    return [
+        (labels["processor"], machine.cpu),
+        (labels["threads"], f"{machine.threads} {labels['of']} {machine.processors}"),
+        (labels["memory"], f"{number(machine.memory_bytes / 2**30, 0, language)} GiB"),
+        (labels["system"], machine.system),
+        (labels["rounds"], str(report.rounds)),
+        (labels["corpus"], f"{corpus.source} ({corpus.split}, sha256 {corpus.sha256})"),
+        (labels["versions"], ", ".join(f"{name} {version}" for name, version in report.versions.items())),
+    ]

@@ -1,38 +1,6 @@
-"""Numbers and words of the pages, in English and Spanish."""
+"""Words of the report's pages, in English and Spanish. Titles of columns are in columns.py."""
 
 from __future__ import annotations
-
-import math
-
-_SPACE = "\N{NARROW NO-BREAK SPACE}"
-
-
-def number(value: float, digits: int, language: str) -> str:
-    """`value` with so many decimals and thousands apart, by the custom of `language` (en, es)."""
-    text = f"{round(value, digits) + 0.0:,.{digits}f}"
-    if language == "es":
-        whole, _, decimals = text.partition(".")
-        # Four digits stay together in Spanish (Ortografía de la lengua española, 2010).
-        whole = whole.replace(",", _SPACE if len(whole.lstrip("-").replace(",", "")) > 4 else "")
-        text = whole + (f",{decimals}" if decimals else "")
-    return text.replace("-", "\N{MINUS SIGN}")
-
-
-def significant(value: float, language: str, figures: int = 3) -> str:
-    """`value` with so many significant figures."""
-    magnitude = math.floor(math.log10(abs(value))) if value else 0
-    return number(value, max(0, figures - 1 - magnitude), language)
-
-
-def percent(value: float, language: str, digits: int = 2) -> str:
-    """A share as a percentage, with its sign where it is a change."""
-    return f"{number(100 * value, digits, language)}{_SPACE if language == 'es' else ' '}%"
-
-
-def signed_percent(value: float, language: str, digits: int = 2) -> str:
-    text = percent(value, language, digits)
-    return text if text.startswith("\N{MINUS SIGN}") or round(100 * value, digits) == 0 else f"+{text}"
-
 
 LABELS = {
     "en": {
@@ -50,31 +18,26 @@ LABELS = {
         "the text. What has no error is not drawn.",
         "texts": "The same prompt, continued",
         "texts_note": "Greedy decoding. Marked: words that differ from the baseline's.",
+        "texts_same": "Greedy decoding: two rows with the same text chose the same likeliest token at every step.",
+        "modules": "`{name}`: PyTorch quantized {some} of {all} modules with weights.",
         "protocols": "Other protocols",
+        "protocols_note": "The table above follows lm-evaluation-harness: {documents} documents, each after one start token, "
+        "in windows of at most {window} tokens; every token is scored once, and the last window of a document is extended to "
+        "the left. Words are split at white space.",
+        "llama_note": "llama.cpp's protocol: the documents joined by an empty line, {windows} disjoint windows of {window} "
+        "tokens without a start token; the second half of each window is scored, {scored} tokens in all.",
+        "shapes": "Latency",
+        "shapes_note": "Milliseconds, p50 / p90; batch of 1.",
+        "caption": "{cpu}, {threads} threads, onnxruntime {onnxruntime}, {rounds} interleaved rounds; times are p50, in brackets the "
+        "speed-up over {first} (median of rounds); ± is one standard error over documents; Δ and KL are paired with {first}.",
         "method": "How it was measured",
         "environment": "Environment",
-        "artifact": "artifact",
-        "size": "MB",
         "size_axis": "size, MB",
-        "ratio": "× {first}",
-        "perplexity": "perplexity",
-        "delta": "Δ ln ppl",
         "delta_axis": "Δ ln perplexity",
-        "kl": "KL, nats",
-        "same_top": "same top",
-        "bits": "bits/byte",
-        "prefill": "prefill {at}, ms",
-        "decode": "decode @{at}, ms",
-        "load": "load, ms",
-        "peak": "peak, MB",
-        "baseline": "baseline",
         "context": "tokens of context",
         "ms": "ms per token",
         "layer": "layer",
         "error": "relative error",
-        "word": "word perplexity",
-        "byte": "byte perplexity",
-        "llama": "llama.cpp perplexity",
         "corpus": "corpus",
         "processor": "processor",
         "threads": "threads",
@@ -102,31 +65,27 @@ LABELS = {
         "texts": "Continuaciones del mismo prompt",
         "texts_note": "Decodificación voraz: siempre el token más probable. Marcadas: las palabras que difieren de las de la "
         "referencia.",
+        "texts_same": "Decodificación voraz: dos filas con el mismo texto eligieron el mismo token más probable en cada paso.",
+        "modules": "`{name}`: PyTorch cuantizó {some} de {all} módulos con pesos.",
         "protocols": "Otros protocolos",
+        "protocols_note": "La tabla de arriba sigue a lm-evaluation-harness: {documents} documentos, cada uno tras un token "
+        "inicial, en ventanas de {window} tokens como máximo; cada token se evalúa una sola vez y la última ventana de un "
+        "documento se amplía hacia la izquierda. Las palabras se separan por espacios en blanco.",
+        "llama_note": "El protocolo de llama.cpp: los documentos unidos por una línea vacía, {windows} ventanas disjuntas de "
+        "{window} tokens sin token inicial; se evalúa la segunda mitad de cada ventana, {scored} tokens en total.",
+        "shapes": "Latencia",
+        "shapes_note": "Milisegundos, p50 / p90; lote de 1.",
+        "caption": "{cpu}, {threads} hilos, onnxruntime {onnxruntime}, {rounds} rondas intercaladas; los tiempos son p50, entre "
+        "paréntesis la aceleración respecto a {first} (mediana de las rondas); ± es un error estándar entre documentos; Δ y KL "
+        "se toman respecto a {first}.",
         "method": "Cómo se midió",
         "environment": "Entorno",
-        "artifact": "artefacto",
-        "size": "MB",
         "size_axis": "tamaño, MB",
-        "ratio": "× {first}",
-        "perplexity": "perplejidad",
-        "delta": "Δ ln ppl",
         "delta_axis": "Δ ln perplejidad",
-        "kl": "KL, nats",
-        "same_top": "mismo token",
-        "bits": "bits/byte",
-        "prefill": "prefill {at}, ms",
-        "decode": "decode @{at}, ms",
-        "load": "carga, ms",
-        "peak": "pico, MB",
-        "baseline": "referencia",
         "context": "tokens de contexto",
         "ms": "ms por token",
         "layer": "capa",
         "error": "error relativo",
-        "word": "perplejidad por palabra",
-        "byte": "perplejidad por byte",
-        "llama": "perplejidad de llama.cpp",
         "corpus": "corpus",
         "processor": "procesador",
         "threads": "hilos",

@@ -1,11 +1,11 @@
-// What the runtimes share: the job that a runtime is given and the result that it writes (lab/matrix/matrix.py).
+// Shared code of the runtimes: reads the job that a runtime gets, and writes its result (lab/matrix/matrix.py).
 
 import { readFileSync, writeFileSync } from "node:fs";
 import { endianness } from "node:os";
 import { join } from "node:path";
 import { fileURLToPath } from "node:url";
 
-/** The folder js/, and where its packages lie. */
+/** The folder js/, and the folder of its packages. */
 export const JS = fileURLToPath(new URL("..", import.meta.url));
 export const MODULES = join(JS, "node_modules");
 
@@ -14,11 +14,11 @@ export function version(name) {
   return JSON.parse(readFileSync(join(MODULES, name, "package.json"))).version;
 }
 
-/** Read the job, have `main(job)` give { version, whole, cached, generated, prompt_ids, skipped }, write the result. */
+/** Read the job, call `main(job)`, and write its result { version, whole, cached, generated, prompt_ids, skipped }. */
 export async function runtime(main) {
   try {
     if (process.argv.length !== 3) throw new Error(`usage: node ${process.argv[1]} job.json`);
-    if (endianness() !== "LE") throw new Error("logits are written as this processor has them, and it is big-endian");
+    if (endianness() !== "LE") throw new Error("logits must be written little-endian, but this processor is big-endian");
     const job = JSON.parse(readFileSync(process.argv[2]));
     const { whole, cached, ...rest } = await main(job);
     const result = { generated: null, prompt_ids: null, skipped: {}, ...rest, whole: null, cached: null };
@@ -36,7 +36,7 @@ export async function runtime(main) {
   }
 }
 
-/** An error's message, without the lines of its stack. */
+/** An error's message in one line, without its stack. */
 export function oneLine(error) {
   return String(error?.message ?? error).split(/\s+/).join(" ").trim();
 }

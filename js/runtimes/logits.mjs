@@ -1,7 +1,8 @@
-// The logits that every runtime is asked for. Runs in Node and in the browser.
+// Computes the logits that every runtime must give. This runs in Node and in the browser.
 
 /**
- * Logits of one job: `whole` of all ids at once, `cached` of the last token of the prefill, then of every further one.
+ * The logits of one job. `whole` are those of all ids in one pass. `cached` are those of the last token of the prefill,
+ * and then of every further token through the KV cache.
  * @param model a CausalLM
  * @param job { ids: [int], prefill: int }
  */
@@ -9,18 +10,18 @@ export async function logits(model, { ids, prefill }) {
   model.reset();
   const whole = await model.run(ids);
   model.reset();
-  const rows = [await model.step(ids.slice(0, prefill))];
-  for (const id of ids.slice(prefill)) rows.push(await model.step([id]));
-  return { whole, cached: concatenate(rows) };
+  const parts = [await model.step(ids.slice(0, prefill))];
+  for (const id of ids.slice(prefill)) parts.push(await model.step([id]));
+  return { whole, cached: concatenate(parts) };
 }
 
-/** One Float32Array of all rows. */
-export function concatenate(rows) {
-  const joined = new Float32Array(rows.reduce((sum, row) => sum + row.length, 0));
+/** Join arrays of logits to one Float32Array. */
+export function concatenate(parts) {
+  const joined = new Float32Array(parts.reduce((sum, part) => sum + part.length, 0));
   let at = 0;
-  for (const row of rows) {
-    joined.set(row, at);
-    at += row.length;
+  for (const part of parts) {
+    joined.set(part, at);
+    at += part.length;
   }
   return joined;
 }

@@ -1,4 +1,4 @@
-// onnxruntime-node: `node js/runtimes/node.mjs job.json`.
+// Runs a job in onnxruntime-node: `node js/runtimes/node.mjs job.json`.
 
 import { join } from "node:path";
 import ort from "onnxruntime-node";

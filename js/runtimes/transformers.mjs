@@ -1,4 +1,5 @@
-// transformers.js in Node, with its tokenizer and its generation loop: `node js/runtimes/transformers.mjs job.json`.
+// Runs a job in transformers.js in Node, with its own tokenizer and generation loop:
+// `node js/runtimes/transformers.mjs job.json`.
 
 import { mkdirSync, mkdtempSync, readdirSync, rmSync, symlinkSync } from "node:fs";
 import { tmpdir } from "node:os";
@@ -14,7 +15,7 @@ import {
 import { runtime, version } from "./common.mjs";
 import { concatenate } from "./logits.mjs";
 
-// The names that the library gives its files by; which one a file bears changes nothing in how it is run.
+// The library finds a file by the name of its dtype. The name has no influence on how the file runs.
 const DTYPES = [
   [/^int8/, "q8", "_quantized"],
   [/^int4/, "q4", "_q4"],
@@ -22,12 +23,13 @@ const DTYPES = [
   [/^/, "fp32", ""],
 ];
 
-/** A folder as the library wants it: the graph below onnx/, by the name of its dtype. */
+/** Lay out `folder` as the library expects it: the graph is in onnx/, with the file name of its dtype. */
 function layout(artifact, folder, suffix) {
   mkdirSync(join(folder, "onnx"), { recursive: true });
   for (const name of readdirSync(artifact)) {
     const graph = name === "model.onnx" ? `model${suffix}.onnx` : name;
-    const target = name.startsWith("model.onnx") ? join("onnx", graph) : name; // with model.onnx.data, which it names
+    // model.onnx.data goes beside the graph under its own name, to which the graph refers.
+    const target = name.startsWith("model.onnx") ? join("onnx", graph) : name;
     symlinkSync(join(resolve(artifact), name), join(folder, target));
   }
 }
@@ -55,7 +57,7 @@ await runtime(async (job) => {
     const vocabulary = whole.dims.at(-1);
 
     const past_key_values = new DynamicCache();
-    const rows = [];
+    const steps = [];
     for (let at = 0; at < job.ids.length; ) {
       const count = at === 0 ? job.prefill : 1;
       const outputs = await model({
@@ -63,7 +65,7 @@ await runtime(async (job) => {
         attention_mask: ones(at + count),
         past_key_values,
       });
-      rows.push(outputs.logits.data.subarray(-vocabulary));
+      steps.push(outputs.logits.data.subarray(-vocabulary));
       at += count;
       for (const [name, tensor] of Object.entries(outputs)) {
         if (name.startsWith("present.")) {
@@ -80,7 +82,7 @@ await runtime(async (job) => {
       attention_mask: ones(input.length),
       do_sample: false,
       max_new_tokens: job.generate,
-      eos_token_id: null, // as many tokens as asked for, whichever they are
+      eos_token_id: null, // do not stop early at an end token
     });
     return {
       version: [
@@ -88,7 +90,7 @@ await runtime(async (job) => {
         `(onnxruntime-node ${version("onnxruntime-node")})`,
       ].join(" "),
       whole: whole.data,
-      cached: concatenate(rows),
+      cached: concatenate(steps),
       generated: numbers(sequences).slice(input.length),
       prompt_ids,
     };

@@ -1,4 +1,4 @@
-// onnxruntime-web (WebAssembly) in a real Chromium without a window: `node js/runtimes/web.mjs job.json`.
+// Runs a job in onnxruntime-web (WebAssembly), in a real Chromium without a window: `node js/runtimes/web.mjs job.json`.
 
 import { createReadStream, existsSync } from "node:fs";
 import { createServer } from "node:http";
@@ -12,7 +12,7 @@ const TYPES = {
   ".wasm": "application/wasm",
   ".json": "application/json",
 };
-// Both headers together make a page "cross-origin isolated", and only such a page may share memory among threads.
+// Together the two headers make a page "cross-origin isolated". Only such a page may share memory between threads.
 const ISOLATED = { "Cross-Origin-Opener-Policy": "same-origin", "Cross-Origin-Embedder-Policy": "require-corp" };
 const NO_LOOP = "onnxruntime-web runs graphs; it has no generation loop or tokenizer";
 
@@ -25,7 +25,7 @@ function fileOf(path, job) {
   return null;
 }
 
-/** Serve the page and take what it sends: resolves to { whole, cached }, each a Float32Array. */
+/** Serve the page and receive its results. `finished` resolves to { whole, cached }, the bytes of two Float32Arrays. */
 function serve(job) {
   const found = {};
   let finish;
@@ -40,7 +40,7 @@ function serve(job) {
       const name = basename(path);
       if (name === "failed") finish.reject(new Error(body.toString()));
       else if (name === "done") finish.resolve(found);
-      else found[name] = new Uint8Array(body); // a copy of its own, so that it starts on a multiple of 4 bytes
+      else found[name] = new Uint8Array(body); // a copy starts at a multiple of 4 bytes, as Float32Array needs
       return;
     }
     if (path === "/job.json") {
@@ -64,14 +64,14 @@ function serve(job) {
 
 await runtime(async (job) => {
   if (existsSync(join(job.folder, "model.onnx.data"))) {
-    throw new Error("weights beside the graph are more than 2 GB, too large for WebAssembly; take a smaller model");
+    throw new Error("the weights are more than 2 GB, too large for WebAssembly; use a smaller model");
   }
   const { server, finished, fail } = serve(job);
   await new Promise((resolve) => server.listen(0, "127.0.0.1", resolve));
   let browser;
   try {
     browser = await launch();
-    browser.on("disconnected", () => fail(new Error("Chromium ended before its result")));
+    browser.on("disconnected", () => fail(new Error("Chromium ended before it sent its result")));
     const page = await browser.newPage();
     page.on("error", (error) => fail(error));
     page.on("pageerror", (error) => fail(error));

@@ -1,9 +1,10 @@
-"""The accuracy page, docs/accuracy.md: what every recipe and the usual tools' defaults cost, on tame and hard models.
+"""Makes docs/accuracy.md: the accuracy lost by every recipe and by common tools' defaults, on easy and hard models.
 
 python -m lab.accuracy [--models FOLDER ...] [--text FILE]
+python -m lab.accuracy --reprint
 
-docs/accuracy.json holds the numbers, and the page is made of it alone (lab/accuracy/page.py). Artifacts and scores
-are kept in --work, so that a second run makes and measures only what has changed.
+docs/accuracy.json holds the numbers, and lab/accuracy/page.py makes the page only from it. Artifacts and scores are
+kept in the folder of --work, so a second run builds and measures only what has changed.
 """
 
 from __future__ import annotations
@@ -32,9 +33,9 @@ from cuantiza.core.machine.progress import working
 from cuantiza.core.onnx import file as onnx_file
 from cuantiza.core.store import artifact, digests, folders
 from cuantiza.core.store.artifact import Artifact
+from cuantiza.eval.measure.engines import Subject
 from cuantiza.eval.measure.quality import Task, make_task, measure_quality
 from cuantiza.eval.measure.size import onnx_bytes
-from cuantiza.eval.measure.subject import Subject
 from cuantiza.quantize.inspect.costs import COSTS, write_costs
 from cuantiza.quantize.recipes.registry import RECIPES, to_json
 from lab import ROOT
@@ -42,15 +43,16 @@ from lab.accuracy.page import FIELDS, JSON, MARKDOWN, SCHEMA, publish
 
 MODEL, CORPUS, HARD, SEED = ROOT / "models" / "es-mini", "corpus/es", ("twin", "sink"), 0
 WINDOW = 512  # tokens
-TEXT_TOKENS = 30_000  # of --text: about as many as the test split of corpus/es has
+TEXT_TOKENS = 30_000  # tokens of --text to score: about as many as the test split of corpus/es has
 SENTENCES = 8
-# Of the twins for ONNX Runtime, those alone whose arithmetic is not the portable form's.
+# A recipe for ONNX Runtime (-ort) is measured only if its arithmetic differs from that of the portable recipe.
 ROWS = [name for name in RECIPES if not name.endswith("-ort") or name in ("int8-weight-ort", "int4-weight-ort")]
-# Every artifact has a process of its own, some twenty at once: more threads each would only wait for each other.
+# About twenty artifacts are scored at once, each in a process of its own. With more than one thread each, the threads
+# would only wait for each other.
 THREADS = 1
 NAIVE = ("naive-dynamic", "naive-static", "optimum-dynamic", "optimum-static")
-# What optimum's documentation shows, in the environment of its own that optimum needs. Arguments: the fp32 artifact,
-# the folder to write to, dynamic or static, sentences as a JSON list of lists of token ids.
+# Quantizes as optimum's documentation shows. It runs in a separate environment, because optimum needs one. Arguments:
+# the fp32 artifact, the folder to write to, "dynamic" or "static", sentences as a JSON list of lists of token ids.
 _OPTIMUM = """
 import json, sys
 import numpy, onnxruntime
@@ -73,7 +75,7 @@ quantizer.quantize(config, work, file_suffix="", calibration_tensors_range=range
 
 @dataclass(frozen=True)
 class Text:
-    """What is scored: whole documents of the split `test` until `tokens` tokens."""
+    """A text to score: whole documents of the split `test` until `tokens` tokens are reached."""
 
     name: str
     test: Split
@@ -85,21 +87,26 @@ def main() -> int:
         prog="python -m lab.accuracy", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--models", nargs="*", type=Path, default=[], metavar="FOLDER", help="further GPT-2 checkpoints"
+        "--models", nargs="*", type=Path, default=[], metavar="FOLDER", help="more GPT-2 checkpoints to measure"
     )
-    parser.add_argument("--text", type=Path, metavar="FILE", help="a further text, scored on its test split")
+    parser.add_argument("--text", type=Path, metavar="FILE", help="another text, of which the test split is scored")
     default = Path("artifacts/accuracy")
     parser.add_argument("--work", type=Path, default=default, help=f"folder of what is kept (default {default})")
     parser.add_argument("--output", type=Path, default=Path("docs"), help="folder of the page (default docs)")
+    parser.add_argument("--reprint", action="store_true", help="measure nothing: print the page again from its JSON")
     args = parser.parse_args()
+    if args.reprint:
+        publish(json.loads((args.output / JSON).read_text(encoding="utf-8")), args.output)
+        say(f"accuracy  {args.output / MARKDOWN}: written")
+        return 0
     if odd := next((folder for folder in args.models if not folder.is_dir()), None):
-        raise UserError(f"--models {odd}: is no folder; give folders of GPT-2 checkpoints")
+        raise UserError(f"--models {odd}: is not a folder; give folders of GPT-2 checkpoints")
     given = [folder.resolve() for folder in args.models]
     names = [MODEL.name, *(f"{MODEL.name}-{kind}" for kind in HARD), *(folder.name for folder in given)]
     if clash := next((name for name in names if names.count(name) > 1), None):
         raise UserError(f"--models: two models are called {clash!r}; rename one of the folders")
     if args.text and not args.text.is_file():
-        raise UserError(f"--text {args.text}: is no file; give a .txt, .jsonl or .parquet file")
+        raise UserError(f"--text {args.text}: is not a file; give a .txt, .jsonl or .parquet file")
     calibration, test = load_splits(Source(str(ROOT / CORPUS)))
     texts = [Text(CORPUS, test)]
     texts += [Text(args.text.name, load_splits(Source(str(args.text)))[1], TEXT_TOKENS)] if args.text else []
@@ -116,7 +123,7 @@ def main() -> int:
 
 
 def measure(checkpoints: list[Path], texts: list[Text], calibration: Split, work: Path, recipes: list[str]) -> dict:
-    """The content of accuracy.json: every checkpoint on every text."""
+    """Make all artifacts, measure every checkpoint on every text, and return the content of accuracy.json."""
     models: list[dict] = []
     skipped: dict[str, str] = {}
     for checkpoint in checkpoints:
@@ -129,9 +136,10 @@ def measure(checkpoints: list[Path], texts: list[Text], calibration: Split, work
 def make_artifacts(
     checkpoint: Path, calibration: Split, work: Path, recipes: list[str], skipped: dict[str, str]
 ) -> list[Artifact]:
-    """The fp32 artifact of `checkpoint`, one of each of `recipes`, one of 4 bits to nearest, and the naive ones.
+    """Make all artifacts of `checkpoint`: fp32, one per recipe, int4 rounded to nearest, and those of NAIVE.
 
-    The stages make all but the naive ones, each stage in a process of its own. `skipped` as in `naive_artifacts`.
+    The project's own stages make all but the naive ones; each stage runs in a process of its own. `skipped` is as in
+    `naive_artifacts`.
     """
     nearest, folder = work / "int4-weight-nearest.json", work / checkpoint.name
     _write_json(nearest, to_json(dataclasses.replace(RECIPES["int4-weight"], rounding="nearest")))
@@ -144,13 +152,16 @@ def make_artifacts(
 
 
 def first_sentences(calibration: Split) -> tuple[str, ...]:
-    """The first sentence of each of the first 8 documents: headlines end in no full stop, and are none."""
+    """The first sentence of each of the first 8 documents. A headline has no full stop, so it is not a sentence."""
     found = [re.search(r"^.+?[.!?…](?=\s|$)", text, re.MULTILINE) for text in calibration.documents[:SENTENCES]]
     return tuple(match[0] for match in found if match)
 
 
 def naive_artifacts(fp32: Artifact, sentences: list[list[int]], skipped: dict[str, str]) -> list[Artifact]:
-    """Those of NAIVE, beside the artifact `fp32`; what optimum does not make goes to `skipped` with the reason."""
+    """Make the artifacts of NAIVE beside the artifact `fp32`.
+
+    If optimum cannot make one, its name and the reason are added to `skipped`.
+    """
     made = []
     for name in NAIVE:
         try:
@@ -164,9 +175,9 @@ def naive_artifacts(fp32: Artifact, sentences: list[list[int]], skipped: dict[st
 
 
 def make_naive(name: str, fp32: Artifact, target: Path, sentences: list[list[int]]) -> Artifact:
-    """Artifact `target`, which the tool of `name` (one of NAIVE) makes of fp32, unless it is there and up to date.
+    """Quantize `fp32` with the tool of `name` (one of NAIVE) to the artifact `target`, unless that is up to date.
 
-    `sentences` are token ids, each calibrates on its own. Raises UserError where optimum is missing or fails.
+    `sentences` are token ids; each sentence is one calibration sample. Raises UserError if optimum is missing or fails.
     """
     tool, kind = name.split("-")
     inputs = {
@@ -180,7 +191,7 @@ def make_naive(name: str, fp32: Artifact, target: Path, sentences: list[list[int
         inputs["versions"] |= {"optimum": digests.sha256_file(ROOT / "setup" / "optimum.txt")}
         python = Path(os.environ.get("OPTIMUM_PYTHON", ROOT / ".venv-optimum/bin/python"))
         if not os.access(python, os.X_OK):
-            raise UserError("there is no environment with optimum; `make optimum` makes it")
+            raise UserError("there is no environment with optimum; run `make optimum` to make it")
     if reason := artifact.rebuild_reason(target, inputs):
         say(f"accuracy  {target}: {reason}")
         with folders.staging(target) as work:
@@ -198,12 +209,12 @@ def make_naive(name: str, fp32: Artifact, target: Path, sentences: list[list[int
 
 
 def onnxruntime_defaults(kind: str, model: Path, work: Path, sentences: list[list[int]]) -> None:
-    """Write work/model.onnx: quantize_dynamic or quantize_static (`kind`) straight on `model`, nothing prepared."""
+    """Write work/model.onnx: quantize_dynamic or quantize_static (`kind`) applied to `model` without preparation."""
     import numpy as np
     import onnx
     from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_dynamic, quantize_static
 
-    logging.getLogger().setLevel(logging.ERROR)  # the tools advise preparation, at length
+    logging.getLogger().setLevel(logging.ERROR)  # the tools log long advice to prepare the model
     proto = onnx.load(model)
     if kind == "dynamic":
         quantize_dynamic(proto, work / artifact.MODEL, weight_type=QuantType.QInt8)
@@ -220,7 +231,7 @@ def onnxruntime_defaults(kind: str, model: Path, work: Path, sentences: list[lis
 
 
 def _optimum(python: Path, fp32: Path, work: Path, kind: str, sentences: list[list[int]]) -> None:
-    # -I: neither this repository's packages nor the user's own can stand in for the environment's.
+    # With -I, Python finds only the environment's own packages, not this repository's or the user's.
     command = [python, "-I", "-c", _OPTIMUM, fp32, work, kind, json.dumps(sentences)]
     try:
         with working(f"optimum   {kind} of {fp32.parent.name}"):
@@ -232,10 +243,12 @@ def _optimum(python: Path, fp32: Path, work: Path, kind: str, sentences: list[li
 
 
 def _measure_on(text: Text, items: list[Artifact], cache: Path) -> dict:
-    """An element of accuracy.json's `models`; the first of `items` is the baseline of the others."""
+    """One element of accuracy.json's `models`. The first of `items` is the baseline for the others."""
     fp32 = items[0]
     task = make_task(fp32.path, text.test, text.tokens, WINDOW)
-    task = dataclasses.replace(task, stream=task.stream[:0])  # no text for llama.cpp's protocol: it is not on the page
+    task = dataclasses.replace(
+        task, stream=task.stream[:0]
+    )  # leaves out llama.cpp's protocol, which the page does not show
     rows = _score(items, task, text, cache)
     whole = onnx_bytes(fp32.model)["model_bytes"]
     artifacts = []
@@ -255,7 +268,7 @@ def _measure_on(text: Text, items: list[Artifact], cache: Path) -> dict:
 
 
 def _score(items: list[Artifact], task: Task, text: Text, cache: Path) -> dict[str, dict]:
-    """Quality fields (docs/report.md) of each item by its name; what `cache` holds is not measured again."""
+    """The quality fields (docs/report.md) of each item by its name. Scores in `cache` are not measured again."""
     cache.mkdir(exist_ok=True)
     settings = [
         items[0].digest,
@@ -266,7 +279,7 @@ def _score(items: list[Artifact], task: Task, text: Text, cache: Path) -> dict[s
         software(),
     ]
     files = {item.manifest.name: cache / f"{digests.digest([item.digest, *settings])}.json" for item in items}
-    # By file: artifacts of the same bytes are measured once.
+    # Artifacts with the same bytes have the same file, so they are measured only once.
     missing = {files[item.manifest.name]: item for item in items if not files[item.manifest.name].is_file()}
     if missing:
         needed = {item.manifest.name: item for item in (items[0], *missing.values())}
@@ -277,7 +290,10 @@ def _score(items: list[Artifact], task: Task, text: Text, cache: Path) -> dict[s
 
 
 def _hard_model(kind: str, work: Path) -> Path:
-    """Folder of es-mini's twin or sink. Made anew each time, in seconds: the export sees that it is the same."""
+    """Make es-mini's twin or sink and return its folder.
+
+    It is made again on each run, which takes seconds. The export then sees that the checkpoint is unchanged.
+    """
     folder = work / "checkpoints" / f"{MODEL.name}-{kind}"
     shutil.rmtree(folder, ignore_errors=True)
     _run("-m", "lab.checkpoints.hard", kind, MODEL, folder, "--seed", SEED)
@@ -285,14 +301,14 @@ def _hard_model(kind: str, work: Path) -> Path:
 
 
 def _run(*args: object) -> None:
-    """Python with `args`, in the repository's root. Where it fails it has said why, and this process ends as it did."""
+    """Run Python with `args` in the repository's root. If it fails it has printed why, so exit with its status."""
     status = subprocess.run([sys.executable, *map(str, args)], cwd=ROOT, stdout=subprocess.DEVNULL).returncode
     if status:
         sys.exit(status if status > 0 else 128 - status)
 
 
 def _write_json(path: Path, value: dict) -> None:
-    """Through a temporary file: no moment shows half of it."""
+    """Write `value` as JSON through a temporary file, so that a reader never sees half of it."""
     new = path.with_name(f".tmp-{path.name}")
     new.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     new.replace(path)

@@ -1,1 +1,1 @@
-"""Our artifacts and what users would pick instead, measured side by side. Imports core and cuantiza.core.machine.hardware; torch in peers alone."""
+"""Measures this project's artifacts side by side with other libraries. Only the peers import torch."""

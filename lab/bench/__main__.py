@@ -1,4 +1,7 @@
-"""`python -m lab.bench`: our artifacts beside what users would pick instead -> reports/bench/<shape>.json, .md and .svg."""
+"""`python -m lab.bench` measures the speed of this project's artifacts and of other libraries (peers) side by side.
+
+It writes reports/bench/<shape>.json, .md and .svg.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,7 @@ def main() -> int:
 
 
 def benchmark(shape: Shape, args: argparse.Namespace, work: Path, temporary: Path) -> dict:
-    """Prepare and measure all rows of one shape; `work` keeps what was made, `temporary` goes."""
+    """Prepare and measure all rows of one shape. Files in `work` are kept for later runs; `temporary` is not."""
     from lab.bench.schema import result
 
     artifacts = work / shape.name
@@ -43,7 +46,7 @@ def benchmark(shape: Shape, args: argparse.Namespace, work: Path, temporary: Pat
     baseline = args.baseline or chosen[0].name
     for needed in (chosen[0].name, baseline):
         if needed in failed:
-            raise UserError(f"{needed}: is what the others are compared with, and {failed[needed]}")
+            raise UserError(f"{needed}: every row is compared with it, but it could not be made ({failed[needed]})")
     wanted = settings(args.threads, args.batches)
     ids = models.prompts(shape, max(args.batches), max(setting.context for setting in wanted))
     present = [row for row in chosen if row.name in prepared]
@@ -61,12 +64,15 @@ def benchmark(shape: Shape, args: argparse.Namespace, work: Path, temporary: Pat
 def prepare(
     chosen: list[Row], shape: Shape, checkpoint: Path, artifacts: Path, temporary: Path
 ) -> tuple[dict[str, Prepared], dict[str, str]]:
-    """(the files of each row, or why it has none). Peers come last: some are driven with an artifact of ours."""
+    """Make the files of all rows: ({row: its files}, {row: why it has none}).
+
+    Peers come last, because some of them run one of our artifacts.
+    """
     prepared: dict[str, Prepared] = {}
     failed: dict[str, str] = {}
     own = [row for row in chosen if row.is_ours]
     peers = [row for row in chosen if not row.is_ours]
-    # All of ours for a peer's sake, whichever are measured.
+    # A peer may run any of our artifacts, so all of them are made, even if not all are measured.
     extra = [row for row in rows.our_rows(artifacts) if row.kind not in {row.kind for row in own}] if peers else []
     inputs: dict = {}
     order = [*own, *extra, *peers]
@@ -92,7 +98,7 @@ def _rows(args: argparse.Namespace, artifacts: Path, peers: Path) -> list[Row]:
 
 
 def _publish(result: dict, name: str, output: Path) -> None:
-    """Write <name>.json, .md and (but for the ablation) .svg into folder `output`, and the main table on the terminal."""
+    """Write <name>.json, .md and .svg to the folder `output`, and print the main table on the terminal."""
     from lab.bench.pages.markdown import page, print_table
     from lab.bench.pages.plot import draw
 
@@ -113,25 +119,38 @@ def _arguments() -> argparse.Namespace:
         "--shapes", nargs="+", default=["es-mini", "gpt2"], choices=SHAPES, help="models (default es-mini gpt2)"
     )
     parser.add_argument("--rows", nargs="+", metavar="PATTERN", help="rows by name, such as 'int8-*' (default all)")
-    parser.add_argument("--without-peers", action="store_true", help="our own rows alone")
-    parser.add_argument("--ablation", action="store_true", help="what each choice of ours buys, instead of the rows")
-    parser.add_argument("--baseline", metavar="ROW", help="what the speed-ups are over (default: the first row)")
+    parser.add_argument("--without-peers", action="store_true", help="measure only our own rows")
+    parser.add_argument(
+        "--ablation",
+        action="store_true",
+        help="measure the gain of each of our design choices instead of the usual rows",
+    )
+    parser.add_argument("--baseline", metavar="ROW", help="row that speed-ups are relative to (default: the first row)")
     parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds (default 5)")
     parser.add_argument(
-        "--threads", nargs="+", type=int, default=[1, 2], help="numbers of threads; the most is the main one (1 2)"
+        "--threads",
+        nargs="+",
+        type=int,
+        default=[1, 2],
+        help="numbers of threads; the largest is the main setting (default 1 2)",
     )
-    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8], help="sequences in a batch (default 1 8)")
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8], help="batch sizes (default 1 8)")
     default = Path("artifacts/bench")
-    parser.add_argument("--work", type=Path, default=default, help=f"folder of what is kept (default {default})")
+    parser.add_argument(
+        "--work",
+        type=Path,
+        default=default,
+        help=f"folder where checkpoints and artifacts are kept (default {default})",
+    )
     default = Path("reports/bench")
-    parser.add_argument("--output", type=Path, default=default, help=f"folder of the reports (default {default})")
+    parser.add_argument("--output", type=Path, default=default, help=f"folder for the reports (default {default})")
     args = parser.parse_args()
     for threads in args.threads:
         check_threads(threads)
     for option in ("rounds", "batches"):
         given = getattr(args, option)
         if min(given if isinstance(given, list) else [given]) < 1:
-            raise UserError(f"--{option}: has a number below 1; give numbers from 1 on")
+            raise UserError(f"--{option}: has a number below 1; give 1 or more")
     return args
 
 

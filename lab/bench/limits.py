@@ -1,7 +1,7 @@
-"""What the machine can do at best, measured, and what a token needs of it at least.
+"""Measures the machine's peak memory bandwidth and arithmetic, and computes the least that a model needs of both.
 
-`python -m lab.bench.limits THREADS` prints the measurement as JSON; its process is its own, so that BLAS can be held to
-one thread each.
+`python -m lab.bench.limits THREADS` prints the measurement as JSON. It runs in a process of its own, because BLAS must
+be limited to one thread before it is loaded.
 """
 
 from __future__ import annotations
@@ -25,17 +25,18 @@ from lab import ROOT
 from lab.bench.child import command
 from lab.checkpoints.random import Shape
 
-# Far beyond any cache. Each thread reads its part by a dot product with itself: of what was tried (dot products of two
-# arrays, sums and maxima in NumPy, reductions and matrix-vector products in ONNX Runtime) it reaches the most.
+# This many bytes do not fit into any cache. Each thread reads its part by a dot product with itself, which reached the
+# highest bandwidth of all that was tried: dot products of two arrays, sums and maxima in NumPy, reductions and
+# matrix-vector products in ONNX Runtime.
 READ_BYTES = 2**29
-# Of a square product, which fits no cache of one core.
+# Side of the square matrices that are multiplied; they do not fit into the cache of one core.
 SIDE = 2048
 REPEATS = 6
 
 
 @dataclass(frozen=True)
 class Limits:
-    """The most that was seen of each, with `threads` threads; an operation is a multiplication or an addition."""
+    """The highest rates that were measured with `threads` threads. A multiplication or an addition is one operation."""
 
     threads: int
     read_bytes_per_second: float
@@ -51,41 +52,44 @@ def measure(threads: int) -> Limits:
 
 
 def best(found: list[Limits]) -> Limits:
-    """The most of several measurements: what disturbs one only lowers it."""
+    """The highest rate of each kind in several measurements, because a disturbance can only lower a rate."""
     return Limits(*(max(column) for column in zip(*(asdict(item).values() for item in found), strict=True)))
 
 
 def decode_bytes(shape: Shape, weight_bytes: int, cache_bytes: int, position: int, batch: int = 1) -> int:
-    """Bytes that one decode step at `position` has to read: all weights once, and every sequence's keys and values.
+    """Bytes that one decode step at `position` must read: all weights once, and every sequence's KV cache.
 
-    `weight_bytes` is the size of the row's files: the embedding is the head too, so all of it is needed (but for the
-    table of positions, under 1 %). `cache_bytes` are those of one element of keys and values.
+    `weight_bytes` is the size of the row's files. The embedding is read completely, because it is the tied head too.
+    The position embedding is not, but it is under 1 %. `cache_bytes` is the size of one element of keys and values.
     """
     return weight_bytes + batch * 2 * shape.layers * shape.width * position * cache_bytes
 
 
 def prefill_ops(shape: Shape, tokens: int, batch: int = 1) -> int:
-    """Multiplications and additions of a prefill of `tokens` tokens.
+    """Multiplications and additions of a prefill of T = `tokens` tokens.
 
-    All projections for each token, attention as full squares (4·T²·D a layer, as if nothing were masked), and the
-    head for one position.
+    They are those of all linear layers for each token, of attention as if nothing were masked (4·T²·D per layer), and
+    of the head for one position.
     """
-    projections = 2 * shape.body_parameters * tokens
+    linear_layers = 2 * shape.body_parameters * tokens
     attention = 4 * tokens**2 * shape.width * shape.layers
     head = 2 * shape.vocabulary * shape.width
-    return batch * (projections + attention + head)
+    return batch * (linear_layers + attention + head)
 
 
 def decode_share(
     shape: Shape, limits: Limits, weight_bytes: int, cache_bytes: int, position: int, batch: int, ns: float
 ) -> float:
-    """Share of the memory limit that a decode step of `ns` reaches; 1 is the limit itself."""
+    """Share of the machine's memory bandwidth that a decode step of `ns` nanoseconds reaches; 1 is the limit."""
     needed = decode_bytes(shape, weight_bytes, cache_bytes, position, batch)
     return needed / limits.read_bytes_per_second / (ns / 1e9)
 
 
 def prefill_share(shape: Shape, limits: Limits, precision: str, tokens: int, batch: int, ns: float) -> float:
-    """Share of the peak that a prefill of `ns` reaches: int8's for weights in integers, else fp32's."""
+    """Share of the arithmetic peak that a prefill of `ns` nanoseconds reaches.
+
+    The peak is that of int8 if the weights are integers, otherwise that of fp32.
+    """
     peak = limits.int8_ops_per_second if precision in ("int8", "int4") else limits.fp32_ops_per_second
     return prefill_ops(shape, tokens, batch) / peak / (ns / 1e9)
 
@@ -97,7 +101,7 @@ def _read_bytes_per_second(threads: int) -> float:
 
 
 def _ops_per_second(node: str, left: np.ndarray, right: np.ndarray, result: str, threads: int) -> float:
-    """Of the square product `node` in ONNX Runtime, its right side a weight, as in a model."""
+    """Operations per second of the square matmul `node` in ONNX Runtime; `right` is a weight, as in a model."""
     side, kinds = len(left), {"float32": "float", "uint8": "uint8", "int8": "int8"}
     model = onnx.parser.parse_model(
         f'<ir_version: 10, opset_import: ["": 21]> peak ({kinds[left.dtype.name]}[{side}, {side}] left) '
@@ -111,7 +115,7 @@ def _ops_per_second(node: str, left: np.ndarray, right: np.ndarray, result: str,
 
 
 def _shortest(work: Callable[[], object]) -> float:
-    """Seconds of the shortest of REPEATS runs, after one to warm up."""
+    """Seconds that the fastest of REPEATS runs of `work` takes, after one run to warm up."""
     work()
     times = []
     for _ in range(REPEATS):

@@ -18,7 +18,7 @@ def version() -> str:
 
 
 def files(kind: str, folder: Path) -> list[Path]:
-    """What counts as the size of the artifact in `folder`."""
+    """The files that count as the size of the artifact in `folder`."""
     return [file for file in (folder / MODEL, folder / DATA) if file.is_file()]
 
 

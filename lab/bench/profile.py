@@ -1,4 +1,4 @@
-"""`python -m lab.bench.profile ARTIFACT`: where the time of a step goes, operator by operator."""
+"""`python -m lab.bench.profile ARTIFACT` prints how much of a step's time each operator takes."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ WARM_UP = 3
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m lab.bench.profile", description=__doc__)
-    parser.add_argument("artifact", type=Path, help="folder of an artifact")
-    parser.add_argument("--tokens", type=int, default=1, help="tokens that go through at once (default 1: a decode)")
-    parser.add_argument("--past", type=int, default=128, help="tokens in the cache before (default 128)")
-    parser.add_argument("--steps", type=int, default=30, help="steps to take the mean of (default 30)")
+    parser.add_argument("artifact", type=Path, help="the artifact's folder")
+    parser.add_argument("--tokens", type=int, default=1, help="tokens per step (default 1, a decode step)")
+    parser.add_argument("--past", type=int, default=128, help="tokens in the KV cache before the step (default 128)")
+    parser.add_argument("--steps", type=int, default=30, help="steps to average (default 30)")
     parser.add_argument("--threads", type=int, default=default_threads(), help="threads (default: all processors)")
     args = parser.parse_args()
     for option, least in (("tokens", 1), ("past", 0), ("steps", 1), ("threads", 1)):
         if getattr(args, option) < least:
-            raise UserError(f"--{option} {getattr(args, option)}: give a number from {least} on")
+            raise UserError(f"--{option} {getattr(args, option)}: give {least} or more")
     rows, whole = profile(args.artifact / MODEL, args.tokens, args.past, args.steps, args.threads)
-    title = f"{args.artifact}: {args.tokens} behind {args.past} tokens"
-    table = new_table(title, "operator", "times", "ms a step")
+    title = f"{args.artifact}: {args.tokens} after {args.past} tokens"
+    table = new_table(title, "operator", "calls per step", "ms per step")
     for name, (count, milliseconds) in sorted(rows.items(), key=lambda item: -item[1][1]):
         table.add_row(name, f"{count:g}", f"{milliseconds:.3f}")
     table.add_row("between operators", "", f"{whole - sum(milliseconds for _, milliseconds in rows.values()):.3f}")
@@ -46,9 +46,10 @@ def main() -> int:
 def profile(
     model: Path, tokens: int, past: int, steps: int, threads: int
 ) -> tuple[dict[str, tuple[float, float]], float]:
-    """({operator: (times a step, ms a step)}, ms of a whole step), means of `steps`, by ONNX Runtime's own profiler.
+    """Profile decode or prefill steps with ONNX Runtime's own profiler.
 
-    A product is named with its inputs and outputs, as in `MatMul 768 -> 3072`. Profiling costs some µs an operator.
+    Returns ({operator: (calls per step, ms per step)}, ms of a whole step), averaged over `steps` steps. A matmul is
+    named with the widths of its input and output, as in `MatMul 768 -> 3072`. Profiling costs some µs per operator.
     """
     runtime = Runtime(model, threads, spin=True, options=Options(chunk=None))
     with tempfile.TemporaryDirectory() as work:

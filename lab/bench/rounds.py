@@ -1,8 +1,9 @@
-"""Interleaved rounds: of each shape, such as a prefill of 512, every row is timed in turn, in an order that rotates.
+"""Measures in interleaved rounds: for each shape, such as a prefill of 512, all rows are timed one after the other.
 
-Each row has a process of its own that stays loaded and stands still, stopped, but for its turns. So no thread pool
-disturbs another, and what is compared was measured within seconds: the speed of a virtual machine was seen to change by
-a third for tens of seconds, faster for one kind of work and slower for another (docs/performance.md).
+The order rotates from round to round. Each row has a process of its own, which stays loaded and is stopped (SIGSTOP)
+except during its turns, so no thread pool disturbs another. Times that are compared were measured within seconds of
+each other. That matters: the speed of a virtual machine was seen to change by a third for tens of seconds, faster for
+one kind of work and slower for another (docs/performance.md).
 """
 
 from __future__ import annotations
@@ -27,14 +28,16 @@ from lab.bench.rows import Row
 from lab.bench.worker import STEPS, WARM_UP_STEPS
 
 PREFILL, DECODE, GENERATE = (128, 512), (128, 512, 900), (128, 128)
-# Of a larger batch, and of fewer threads than the most: less, so that a run stays short.
+# Larger batches, and fewer threads than the most, are measured on fewer shapes, so that a run stays short.
 BATCH_PREFILL, BATCH_DECODE = (128,), (128,)
 FEWER_PREFILL, FEWER_DECODE = (512,), (128,)
-# Every row's logits of the last of 96 tokens, and of 32 more through the cache, are compared with the first row's.
+# The check compares every row's logits with the first row's: after a prefill of 96 tokens, and after each of 32 decode
+# steps.
 CHECK = (96, 32)
-# Loads of each row in the main setting: the last stays for the rounds.
+# Each row is loaded this often in the main setting to time the load. The last process stays for the rounds.
 LOADS = 3
-# Rows that stand loaded at once may take this much of the machine's memory by their peaks; more are measured in groups.
+# The rows that are loaded at once may use this share of the machine's memory, by the sum of their peaks. If all rows
+# need more, they are measured in groups.
 MEMORY_SHARE = 0.9
 TIMEOUT_S = 600
 
@@ -44,8 +47,10 @@ Case = tuple[str | int, ...]
 
 @dataclass(frozen=True)
 class Setting:
-    """Threads, sequences in a batch, and shapes: prefill lengths, decode positions, and (prompt, tokens) of a
-    generation, all in tokens of one sequence."""
+    """The number of threads, the batch size, and the shapes that are measured.
+
+    Shapes are prefill lengths, decode positions, and (prompt, new tokens) of a generation, in tokens per sequence.
+    """
 
     threads: int
     batch: int
@@ -61,15 +66,18 @@ class Setting:
 
     @property
     def context(self) -> int:
-        """The longest sequence that any of the shapes needs."""
+        """The length of the longest sequence that any of the shapes needs, in tokens."""
         decode = max(self.decode, default=0) + WARM_UP_STEPS + STEPS
         return max(*self.prefill, decode, sum(self.generate or ()), sum(CHECK))
 
 
 @dataclass
 class Measured:
-    """A row in a setting: samples in ns by case, a dict for each round, and the baseline's of the same rounds; or why
-    there are none."""
+    """The measurements of a row in a setting.
+
+    `rounds` has one dict per round: samples in ns by case. `base` has the baseline's samples of the same rounds. If the
+    row could not be measured, `skipped` says why.
+    """
 
     rounds: list[dict[Case, list[int]]] = field(default_factory=list)
     base: list[dict[Case, list[int]]] = field(default_factory=list)
@@ -81,7 +89,10 @@ class Measured:
 
 @dataclass(frozen=True)
 class Answer:
-    """To the check: the likeliest token at each position, and the logits float32 [positions, V] where there are any."""
+    """A row's answer to the check: the likeliest token at each position, and float32 logits [positions, V].
+
+    `logits` is None if the library does not give any.
+    """
 
     top: list[int]
     logits: np.ndarray | None
@@ -89,7 +100,10 @@ class Answer:
 
 @dataclass(frozen=True)
 class Agreement:
-    """With the first row: the largest difference of a logit, and the share of `positions` with the same top token."""
+    """How well a row agrees with the first row.
+
+    The fields are the largest difference of a logit, and the share of `positions` with the same likeliest token.
+    """
 
     max_logit_difference: float | None
     same_top: float
@@ -97,7 +111,10 @@ class Agreement:
 
 
 def settings(threads: list[int], batches: list[int]) -> list[Setting]:
-    """What is measured: every batch with the most threads, and the smallest with fewer. The main one comes first."""
+    """All settings to measure: every batch size with the most threads, and the smallest one with fewer threads.
+
+    The main setting (most threads, smallest batch) comes first.
+    """
     most, least = max(threads), min(batches)
     found = [Setting(most, least, PREFILL, DECODE, GENERATE)]
     found += [Setting(most, batch, BATCH_PREFILL, BATCH_DECODE, GENERATE) for batch in sorted({*batches} - {least})]
@@ -106,13 +123,13 @@ def settings(threads: list[int], batches: list[int]) -> list[Setting]:
 
 
 class Others:
-    """How busy other processes keep the machine, from the making of this object on."""
+    """Measures how busy other processes keep the machine, starting when this object is created."""
 
     def __init__(self) -> None:
         self._start = self._now()
 
     def processors(self) -> float | None:
-        """As many processors as others kept busy on average; None where the system does not tell."""
+        """How many processors other processes kept busy on average; None if the system has no /proc/stat."""
         if self._start is None:
             return None
         (elapsed, busy), (elapsed_before, busy_before) = self._now(), self._start
@@ -120,7 +137,7 @@ class Others:
 
     @staticmethod
     def _now() -> tuple[float, float] | None:
-        """(seconds, seconds of all processors that neither this process nor its children used)."""
+        """(wall time in seconds, processor seconds that neither this process nor its children used)."""
         stat = Path("/proc/stat")
         if not stat.exists():
             return None
@@ -133,11 +150,11 @@ class Others:
 def measure(
     rows: list[Row], baseline: str, wanted: list[Setting], ids: np.ndarray, rounds: int, work: Path, label: str
 ) -> tuple[dict[str, list[Measured]], dict[str, Answer], list[Limits]]:
-    """(for each row what was measured in each setting, for each row its answer to the check, the machine's limits as
-    each round found them).
+    """Measure all rows in all settings.
 
-    Prompts are `ids` int64 [batch, context]; `work` is a folder for temporary files. A row that fails in a setting is
-    not tried there again. Raises Failed where the limits cannot be measured.
+    Returns ({row: its measurements in each setting}, {row: its answer to the check}, the machine's limits before each
+    round). The prompts are `ids` int64 [batch, context]; `work` is a folder for temporary files. A row that fails in a
+    setting is not tried again in that setting. Raises Failed if the limits cannot be measured.
     """
     measured = {row.name: [Measured() for _ in wanted] for row in rows}
     answers: dict[str, Answer] = {}
@@ -148,7 +165,7 @@ def measure(
             found = {row.name: measured[row.name][number] for row in rows}
             if number == 0:
                 yield from _load(rows, setting, ids, work, found)
-            # Those of one precision side by side: they are what is compared.
+            # Rows of the same precision run next to each other, because they are compared most.
             waiting = sorted((row for row in rows if not found[row.name].skipped), key=lambda row: row.precision)
             base = next((row for row in waiting if row.name == baseline), None)
             while waiting:
@@ -167,9 +184,9 @@ def measure(
 
 
 class _Group:
-    """The rows that stand loaded at once, with the baseline among them.
+    """The rows that are loaded at the same time. The baseline is always one of them.
 
-    Where the baseline was measured in an earlier group, it is measured again, for the others' ratios alone.
+    If the baseline was already measured in an earlier group, it is measured again only for the ratios of this group.
     """
 
     def __init__(
@@ -185,7 +202,7 @@ class _Group:
         self.members: list[tuple[Row, Resident, Measured]] = []
 
     def open(self, waiting: list[Row]) -> Iterator[None]:
-        """Load as many of `waiting` as memory allows, which leave it; at least one beside the baseline."""
+        """Load as many rows as memory allows, at least one besides the baseline, and remove them from `waiting`."""
         again = self.base is not None and self.base not in waiting
         if again:
             self._start(self.base, Measured())
@@ -199,7 +216,7 @@ class _Group:
             yield
 
     def round(self, number: int) -> Iterator[None]:
-        """Every member, case by case; the first turn moves on with each round."""
+        """Time every member on every case. In each round, the next member has the first turn."""
         for _, _, measured in self.members:
             measured.rounds.append({})
         for case in self.setting.cases:
@@ -213,7 +230,7 @@ class _Group:
                     yield
 
     def close(self, checks: bool) -> dict[str, Answer]:
-        """Peaks and the baseline's rounds of all members, and, with `checks`, what they answer to the check."""
+        """Store each member's peak memory and the baseline's rounds. With `checks`, return the answers to the check."""
         answers = {}
         base = next((measured.rounds for row, _, measured in self.members if row == self.base), [])
         for row, resident, measured in list(self.members):
@@ -231,7 +248,7 @@ class _Group:
         return answers
 
     def _start(self, row: Row, measured: Measured) -> bool:
-        """Whether it is loaded and has its largest prefill behind it, which takes the most memory."""
+        """Load a row and run its largest prefill, which takes the most memory. Returns whether that worked."""
         try:
             resident = _resident(row, self.setting, self.ids, self.work, measured)
             self.stack.callback(resident.close)
@@ -251,7 +268,7 @@ class _Group:
 
 
 def _load(rows: list[Row], setting: Setting, ids: np.ndarray, work: Path, found: dict[str, Measured]) -> Iterator[None]:
-    """All loads of a row but the one that stays, in turns."""
+    """Load and close each row LOADS - 1 times, in turns. `_Group.open` does the last load, which stays."""
     for _ in range(LOADS - 1):
         for row in rows:
             if not found[row.name].skipped:
@@ -263,7 +280,7 @@ def _load(rows: list[Row], setting: Setting, ids: np.ndarray, work: Path, found:
 
 
 def _resident(row: Row, setting: Setting, ids: np.ndarray, work: Path, measured: Measured) -> Resident:
-    """A fresh process of a row, loaded; how long that took is noted in `measured`. Raises Failed."""
+    """Start a process that loads a row, and note in `measured` how long that took. Raises Failed."""
     request = {
         "task": "serve",
         "module": row.module,
@@ -281,13 +298,13 @@ def _resident(row: Row, setting: Setting, ids: np.ndarray, work: Path, measured:
 
 
 def agreement(answer: Answer | None, reference: Answer | None) -> Agreement | None:
-    """How far `answer` is from `reference`; None where either is missing."""
+    """Compare `answer` with `reference`; None if either is missing."""
     if answer is None or reference is None:
         return None
     count = min(len(answer.top), len(reference.top))
     same = float(np.mean(np.equal(answer.top[:count], reference.top[:count])))
     if answer.logits is None or reference.logits is None:
         return Agreement(None, same, count)
-    vocabulary = min(answer.logits.shape[-1], reference.logits.shape[-1])  # some libraries pad theirs
+    vocabulary = min(answer.logits.shape[-1], reference.logits.shape[-1])  # some libraries pad the vocabulary
     difference = np.abs(answer.logits[:, :vocabulary] - reference.logits[:, :vocabulary])
     return Agreement(float(difference.max()), same, count)

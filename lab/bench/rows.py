@@ -1,4 +1,4 @@
-"""The rows of a benchmark: ours by recipe, the peers', and the steps of the ablation; and how their files are made."""
+"""The benchmark's rows, and how their files are made. A row is a recipe of ours, a peer, or a step of the ablation."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lab.bench import ours
 from lab.bench.child import ask, command, require
 from lab.checkpoints.random import Shape
 
-# The first is the baseline unless told, and what every row's logits are compared with.
+# Every row's logits are compared with the first of these. It is also the baseline, unless --baseline names another row.
 RECIPES = (
     "fp32",
     "fp32-ort",
@@ -49,14 +49,15 @@ ABLATION: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("int8-weight-ort", "int8-weight-ort", {}),
     ("int4-weight-ort", "int4-weight-ort", {}),
 )
-# Of a random model there is nothing to calibrate, and its speed does not depend on it.
+# For random models these fields replace a recipe's own, which makes it cheap to apply. The quality of a random model
+# means nothing, and its speed does not depend on calibration.
 CHEAP = {"rounding": "nearest", "smoothing": [], "calibration": {"windows": 8, "tokens": 128, "minimum": 8}}
 PREPARE_TIMEOUT_S = 1800
 
 
 @dataclass(frozen=True)
 class Row:
-    """What is measured: an Engine (lab/bench/worker.py) of `module`, in the interpreter `python`, over files in `folder`.
+    """One row: an Engine (lab/bench/worker.py) of `module` that runs in the interpreter `python` on files in `folder`.
 
     `kind` is a recipe of ours, or one of those that a peer's module knows; `cache_bytes` are those of an element of
     keys and values; `options` are the fields of cuantiza.core.run.runtime.Options.
@@ -78,14 +79,14 @@ class Row:
 
 @dataclass(frozen=True)
 class Prepared:
-    """The bytes of the files that count as a row's size, and the libraries that made them."""
+    """A row's prepared files: the bytes that count as its size, and the versions of the libraries that made them."""
 
     bytes: int
     version: str
 
 
 def our_rows(artifacts: Path) -> list[Row]:
-    """A row for each of RECIPES, in the folder of a model's artifacts."""
+    """One row per recipe of RECIPES; `artifacts` is the folder of a model's artifacts."""
     return [_our_row(name, name, artifacts, {}) for name in RECIPES]
 
 
@@ -94,7 +95,7 @@ def ablation_rows(artifacts: Path) -> list[Row]:
 
 
 def peer_rows(folder: Path) -> list[Row]:
-    """A row for each peer, whose files go to a folder of their own in `folder`."""
+    """One row per peer; the files of each go to a folder of their own in `folder`."""
     from lab.bench.peers import PEERS
 
     pythons = {
@@ -116,9 +117,9 @@ def peer_rows(folder: Path) -> list[Row]:
 
 
 def select(rows: list[Row], patterns: list[str] | None, baseline: str | None) -> list[Row]:
-    """Those of `rows` that one of `patterns` matches (all where None), with the first and the baseline in any case.
+    """The rows that match one of `patterns` (None: all rows). The first row and the baseline are always included.
 
-    Raises UserError where a pattern or the baseline is no row's.
+    Raises UserError if a pattern or the baseline matches no row.
     """
     names = [row.name for row in rows]
     for pattern in patterns or []:
@@ -135,7 +136,7 @@ def select(rows: list[Row], patterns: list[str] | None, baseline: str | None) ->
 
 
 def export(checkpoint: Path, output: Path) -> None:
-    """Our fp32 artifact of `checkpoint` in `output`/<its name>. Raises UserError where the export fails."""
+    """Export `checkpoint` to our fp32 artifact in `output`/<its name>. Raises UserError if the export fails."""
     try:
         _run("export", "--model", checkpoint, "--output", output)
     except Failed as error:
@@ -143,7 +144,7 @@ def export(checkpoint: Path, output: Path) -> None:
 
 
 def prepare_ours(row: Row, shape: Shape, checkpoint: Path) -> Prepared:
-    """The artifact of a row of ours, made by `python -m quantize` where it is not up to date. Raises Failed."""
+    """Make the artifact of one of our rows with `python -m quantize`, unless it is up to date. Raises Failed."""
     if row.kind != "fp32":
         recipe = row.kind if shape.folder else _cheap_recipe(row.kind, row.folder.parent.parent / "recipes")
         common = ("--model", checkpoint, "--output", row.folder.parent.parent, "--corpus", CORPUS)
@@ -152,15 +153,16 @@ def prepare_ours(row: Row, shape: Shape, checkpoint: Path) -> Prepared:
 
 
 def peer_inputs(checkpoint: Path, artifacts: Path) -> dict:
-    """What every peer's files depend on: the model, and our artifacts of it in the folder `artifacts`."""
+    """The inputs of every peer's files: digests of the model and of our artifacts of it in the folder `artifacts`."""
     content = {path.parent.name: digests.sha256_file(path) for path in sorted(artifacts.glob("*/model.onnx"))}
     return {"checkpoint": checkpoint_digest(checkpoint), "ours": content}
 
 
 def prepare_peer(row: Row, checkpoint: Path, artifacts: Path, inputs: dict, work: Path) -> Prepared:
-    """The files of a peer's row, made anew only where `inputs` (of `peer_inputs`) or the peer's code changed.
+    """Make the files of a peer's row again only if `inputs` (from `peer_inputs`) or the peer's code has changed.
 
-    What was made and of what stands beside the folder, in a .json of its name; `work` is for temporary files. Raises Failed.
+    A .json file beside the row's folder records the inputs and the files that were made from them. `work` is for
+    temporary files. Raises Failed.
     """
     require(row.python)
     inputs = inputs | {"code": digests.code_digest(row.module), "kind": row.kind, "python": str(row.python)}
@@ -198,7 +200,7 @@ def _cheap_recipe(name: str, folder: Path) -> Path:
 
 
 def _noted(note: Path, inputs: dict) -> dict | None:
-    """What `note` says was made of the same `inputs`; None where it does not."""
+    """The content of `note` if it was made from the same `inputs` and all its files exist; otherwise None."""
     try:
         made = json.loads(note.read_text(encoding="utf-8"))
         whole = made["inputs"] == inputs and all(Path(file).is_file() for file in made["files"])

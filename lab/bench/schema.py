@@ -3,20 +3,21 @@
 schema             "cuantiza/bench/2"
 shape              name, layers, width, heads, vocabulary, positions, parameters
 others_processors  how many processors other processes kept busy during the rounds, on average
-baseline           the row that every speedup is over: its median over the row's, both of one round
-settings           threads, batch and shapes; `settings` of a row have the same order
-limits             of the machine, measured before each round; shares are of the largest with as many threads
-rows               name, ours, precision, bytes (of the model's files), ratio (to 4 bytes a parameter), version of its
-                   libraries, engine (how it is started), skipped (why there are no times, or null), agreement (with
-                   the first row, or null), settings; of each of these
+baseline           the row that speedups are relative to: a speedup is its median over the row's, both of one round
+settings           threads, batch and shapes; each row's `settings` have the same order
+limits             the machine's limits before each round; shares use the largest limit for the number of threads
+rows               name, ours, precision, bytes (of the model's files), ratio (to 4 bytes per parameter), version (of
+                   its libraries), engine (how it is started), skipped (why there are no times, or null), agreement
+                   (with the first row, or null), and settings. Each of a row's settings has
 
-    skipped, load_ms, load_samples_ns, peak_rss_bytes, and prefill, decode, generate; of each of their shapes
-        median_ms of all samples; min_ms and max_ms, the medians of the fastest and the slowest round
-        tokens_per_second of the whole batch
-        speedup, speedup_min, speedup_max: median, least and largest of `speedups`, one a round; null and none where
-        the baseline has no times
-        share_of_limit, 0 to 1 (lab/bench/limits.py)
-        samples_per_round; samples_ns, raw, in the order they were taken
+    skipped, load_ms, load_samples_ns, peak_rss_bytes, and lists prefill, decode, generate, in which each shape has
+        median_ms            median of all samples
+        min_ms, max_ms       medians of the fastest and of the slowest round
+        tokens_per_second    of the whole batch
+        speedups             one per round; empty if the baseline has no times
+        speedup, speedup_min, speedup_max    median, least and largest of `speedups`, or null
+        share_of_limit       0 to 1 (lab/bench/limits.py)
+        samples_per_round, samples_ns        raw samples in the order they were taken
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def result(
     baseline: str,
     busy: float | None,
 ) -> dict:
-    """All that a run found. Rows are in `prepared`, or in `failed` with the reason."""
+    """The content of the JSON for one run. Each row is in `prepared`, or in `failed` with the reason."""
     dimensions = {key: value for key, value in asdict(shape).items() if key != "folder"}
     by_threads = {item.threads: best([other for other in limits if other.threads == item.threads]) for item in limits}
     reference = answers.get(rows[0].name)
@@ -98,9 +99,9 @@ def result(
 
 
 def times(rounds: list[list[int]], base: list[list[int]], tokens: int) -> dict:
-    """The figures of a shape from its samples in ns, a list for each round, and the baseline's (none: no speed-up).
+    """Compute a shape's figures from its samples in ns and the baseline's, one list per round each.
 
-    `tokens` is how many of them one sample stands for.
+    If `base` is empty there are no speedups. `tokens` is the number of tokens that one sample processes.
     """
     samples = [sample for run in rounds for sample in run]
     medians = [median(run) for run in rounds]

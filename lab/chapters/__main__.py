@@ -1,9 +1,9 @@
-"""The chapters for readers who come from the course: docs/es/cuantizacion.md, docs/en/quantization.md, their figures.
+"""Makes the chapters for the course's readers: docs/es/cuantizacion.md, docs/en/quantization.md and their figures.
 
 python -m lab.chapters [--artifacts FOLDER] [--report FILE]
 
-Everything is measured on the artifacts and copied from the report, and stands in docs/figures/quantization.json. Pages
-and figures are made of that JSON alone, and the same JSON gives the same bytes.
+Every number is measured on the artifacts or copied from the report, and written to docs/figures/quantization.json. The
+pages and figures are made only from that JSON, and the same JSON gives the same bytes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from cuantiza.core.errors import UserError, run
 from cuantiza.core.inputs.corpus import Source
 from cuantiza.core.machine.process import isolated
 from cuantiza.core.machine.progress import report as say
-from cuantiza.core.store import artifact
+from cuantiza.core.store import artifact, folders
 from lab import ROOT
 from lab.chapters.text import PAGES, page
 
@@ -27,7 +27,8 @@ MODEL = ROOT / "models" / "es-mini"
 JSON = "quantization.json"
 RECIPES = ("int8-dynamic", "int8-static", "int8-weight", "int4-weight", "fp16", "bf16")
 ROWS = ("fp32", *RECIPES, "torch-fp32", "torch-dynamic")
-# Of a row of the report; prefill and decode are those of these shapes.
+# Fields copied from each of the report's rows. Its latencies are copied for these two shapes: a prefill of 512 tokens,
+# and a decode step at position 128.
 FIELDS = (
     "name",
     "bytes",
@@ -40,7 +41,8 @@ FIELDS = (
     "continuation",
 )
 PREFILL, DECODE = 512, 128
-# Of docs/accuracy.json: what outlier channels do to a scale per tensor, and GPTQ against rounding to nearest.
+# Models and recipes that are copied from docs/accuracy.json. They show what outlier channels do to a scale per tensor,
+# and compare GPTQ with rounding to nearest.
 MODELS, ACCURACY = (
     ("es-mini", "es-mini-twin"),
     ("ort-dynamic", "int8-dynamic", "int8-static", "int4-weight", "int4-weight-nearest"),
@@ -56,25 +58,27 @@ def main() -> int:
         "--artifacts",
         type=Path,
         default=ROOT / "artifacts" / "es-mini",
-        help="folder of fp32, int8-dynamic and int8-static",
+        help="folder with the artifacts fp32, int8-dynamic and int8-static (default artifacts/es-mini)",
     )
     parser.add_argument(
         "--report",
         type=Path,
         default=ROOT / "reports" / "es-mini" / "report.json",
-        help=f"report.json with the rows {', '.join(ROWS)}",
+        help=f"report.json with the rows {', '.join(ROWS)} (default reports/es-mini/report.json)",
     )
-    parser.add_argument("--output", type=Path, default=ROOT / "docs", help="folder of pages and figures (default docs)")
+    parser.add_argument(
+        "--output", type=Path, default=ROOT / "docs", help="folder for the pages and figures (default docs)"
+    )
     args = parser.parse_args()
     report = read_report(args.report)
     if report["model"] != MODEL.name:
         raise UserError(
-            f"--report {args.report}: is of {report['model']}, and the chapters are about {MODEL.name}; {_MAKE}"
+            f"--report {args.report}: is of {report['model']}, but the chapters are about {MODEL.name}; {_MAKE}"
         )
     found = {name: artifact.open_artifact(args.artifacts / name) for name in ("fp32", "int8-dynamic", "int8-static")}
     reported = dict(report["inputs"]["artifacts"])
     if changed := [name for name, item in found.items() if reported.get(name) != item.digest]:
-        raise UserError(f"{args.report}: was measured on another {changed[0]} than {args.artifacts} holds; {_MAKE}")
+        raise UserError(f"{args.report}: was measured on another {changed[0]} than that in {args.artifacts}; {_MAKE}")
     say("chapters  measuring the artifacts")
     data = isolated(_measure, found, report, label="chapters")
     publish(rounded(data), args.output)
@@ -83,7 +87,10 @@ def main() -> int:
 
 
 def _measure(found: dict[str, artifact.Artifact], report: dict) -> dict:
-    """The content of quantization.json, unrounded. In a process of its own, for the memory of PyTorch and activations."""
+    """The content of quantization.json, unrounded.
+
+    Runs in a child process, so that the memory of PyTorch and of the activations is freed afterwards.
+    """
     from lab.chapters.exercise import modules_by_kind
     from lab.chapters.measure import measure
 
@@ -98,21 +105,23 @@ def _measure(found: dict[str, artifact.Artifact], report: dict) -> dict:
 
 
 def read_report(path: Path) -> dict:
-    """report.json with all of ROWS. Raises UserError where it is not there, is no report, or lacks a row."""
+    """Read a report.json that has all of ROWS. Raises UserError if it is missing, is no report, or lacks a row."""
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
         names = [row["name"] for row in report["artifacts"]]
     except FileNotFoundError:
-        raise UserError(f"--report {path}: is not there; {_MAKE}") from None
+        raise UserError(f"--report {path}: does not exist; {_MAKE}") from None
     except (ValueError, KeyError, TypeError):
-        raise UserError(f"--report {path}: is no report of `make eval`; {_MAKE}") from None
+        raise UserError(f"--report {path}: is not a report of `make eval`; {_MAKE}") from None
     if missing := [name for name in ROWS if name not in names]:
-        raise UserError(f"--report {path}: has no row {missing[0]}; {_MAKE}, which measures all that the chapters show")
+        raise UserError(
+            f"--report {path}: has no row {missing[0]}; {_MAKE}, which measures every row that the chapters show"
+        )
     return report
 
 
 def pick_report(report: dict) -> dict:
-    """What the chapters show of a report: rows in the order of ROWS, their median times in ms."""
+    """The part of a report that the chapters show: its rows in the order of ROWS, with median latencies in ms."""
     rows = {row["name"]: row for row in report["artifacts"]}
 
     def picked(row: dict) -> dict:
@@ -137,9 +146,9 @@ def pick_report(report: dict) -> dict:
 
 
 def pick_accuracy(path: Path) -> dict:
-    """{model: {recipe: {delta_ln_ppl, delta_ln_ppl_stderr}}} of docs/accuracy.json on corpus/es.
+    """Read {model: {recipe: {delta_ln_ppl, delta_ln_ppl_stderr}}} on corpus/es from docs/accuracy.json.
 
-    Raises UserError where it lacks one of them.
+    Raises UserError if the file lacks one of MODELS or ACCURACY.
     """
     try:
         tables = json.loads(path.read_text(encoding="utf-8"))["models"]
@@ -160,7 +169,7 @@ def pick_accuracy(path: Path) -> dict:
 
 
 def rounded(value: object) -> object:
-    """`value` as JSON has it, floats to 10 significant digits: more than any page shows."""
+    """`value` as JSON stores it, with floats rounded to 10 significant digits. No page shows more digits."""
     if isinstance(value, dict):
         return {key: rounded(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -169,14 +178,17 @@ def rounded(value: object) -> object:
 
 
 def publish(data: dict, output: Path) -> None:
-    """Write the JSON, every figure and both pages below `output`, all of them drawn before the first is put there."""
+    """Write the JSON, every figure and both pages below `output`.
+
+    All files are made first and moved to `output` last, so an error leaves the old ones.
+    """
     from lab.chapters.figures import draw
 
-    folders = {output / "figures", *(output / Path(name).parent for name in PAGES.values())}
-    for folder in folders:
+    targets = {output / "figures", *(output / Path(name).parent for name in PAGES.values())}
+    for folder in targets:
         folder.mkdir(parents=True, exist_ok=True)
     with folders.staging(output / JSON) as work:
-        for folder in folders:
+        for folder in targets:
             (work / folder.name).mkdir()
         draw(data, work / "figures")
         (work / "figures" / JSON).write_text(_compact(data), encoding="utf-8")
@@ -187,7 +199,7 @@ def publish(data: dict, output: Path) -> None:
 
 
 def _compact(data: dict) -> str:
-    """A line for each value of a section."""
+    """`data` as JSON text with one line per value of a section, so that a diff shows which values changed."""
     lines = []
     for name, section in data.items():
         if not isinstance(section, dict):

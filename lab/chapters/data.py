@@ -1,6 +1,6 @@
-"""The measured sections of docs/figures/quantization.json, as lab/chapters/measure.py fills them.
+"""The measured sections of docs/figures/quantization.json. lab/chapters/measure.py fills them.
 
-Errors are relative root mean square: ‖restored − exact‖ / ‖exact‖.
+Every error is a relative root mean square: ‖restored − exact‖ / ‖exact‖. A row of an activation is one token.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from lab.chapters.numbers import Bins, Shown
 
 @dataclass(frozen=True)
 class Bits:
-    """One element, `value` at `index` of `tensor`, in every format."""
+    """One element of a tensor, in every format: `value` is at `index` of `tensor`."""
 
     tensor: str
     index: tuple[int, ...]
@@ -22,10 +22,11 @@ class Bits:
 
 @dataclass(frozen=True)
 class Model:
-    """All weights of the fp32 artifact and the activations in front of its projections: what formats must hold.
+    """Statistics of all weights of the fp32 artifact and of the inputs of its linear layers.
 
-    `exact`: shares of the weights that fp16 and bf16 give back exactly; `error`: relative RMS error of each.
-    `exponents` are bins of log2 |x| of weights and activations other than 0.
+    They show which range and precision a format needs. `zero_tail` is the share of the weights whose last 13 mantissa
+    bits are 0. `exact` is the share of the weights that fp16 and bf16 represent exactly, `error` the relative RMS error
+    of each. The `..._exponents` are bins of log2 |x|, without zeros.
     """
 
     parameters: int
@@ -41,10 +42,11 @@ class Model:
 
 @dataclass(frozen=True)
 class Weight:
-    """A matrix [K, N] and its `channel` of the smallest range; scales and relative RMS errors by kind of grid.
+    """A weight matrix [K, N], and its output channel with the smallest range.
 
-    `steps` are how many of the grid's values lie within the channel's range. `channels` are (largest |weight|,
-    relative error by tensor, by channel, of int4) of channels in the order of their range.
+    `error` and `channel_error` are the relative RMS errors of the matrix and of that channel, by granularity of the
+    scale. `steps_...` counts the grid's values within the channel's range. Each of `channels` is (largest |weight|,
+    relative error with a scale per tensor, per channel, with int4), in the order of their range.
     """
 
     tensor: str
@@ -67,9 +69,10 @@ class Weight:
 
 @dataclass(frozen=True)
 class Activation:
-    """An activation [R, K]: as int8-static has it, with a range per tensor, and as int8-dynamic has it, per row.
+    """An activation [R, K], R tokens, quantized like int8-static (one range per tensor) and int8-dynamic (per token).
 
-    `zeroed` are shares of the elements that come back as 0. `row_steps` are bins of the rows' steps.
+    `zeroed` is the share of nonzero elements that become 0. `row_steps` are bins of the scales of all tokens, and
+    `finer_rows` is the share of tokens whose scale is below the static one.
     """
 
     tensor: str
@@ -93,7 +96,10 @@ class Activation:
 
 @dataclass(frozen=True)
 class Rounding:
-    """int8-dynamic's integers of a matrix beside those that are nearest on the same scales."""
+    """GPTQ's integers for a matrix, as int8-dynamic stores them, compared with rounding to nearest on the same scales.
+
+    `moved` is the share of the integers that differ. `product_error` is the relative RMS error of the matmul's output.
+    """
 
     tensor: str
     moved: float
@@ -103,10 +109,11 @@ class Rounding:
 
 @dataclass(frozen=True)
 class Outliers:
-    """A LayerNorm's output on es-mini and on the twin of lab/checkpoints/hard.py, the same function with larger channels.
+    """A LayerNorm's output on es-mini ("tame") and on its twin, the same function with outlier channels.
 
-    `largest` are max|x| of all channels, in descending order: of "tame", "twin", and "smoothed", the twin's.
-    `error`: of the product in int8, relative RMS, by model and by "tensor", "row" and "smoothed" (per tensor).
+    lab/checkpoints/hard.py makes the twin. `largest` are max |x| of all channels in descending order; "smoothed" is the
+    twin's after SmoothQuant. `error` is the relative RMS error of the int8 matmul by model and by scale: "tensor",
+    "row" (per token) and "smoothed" (SmoothQuant, then per tensor).
     """
 
     tensor: str
@@ -120,10 +127,11 @@ class Outliers:
 
 @dataclass(frozen=True)
 class Graphs:
-    """Operators of each artifact's graph, the shares of the parameters and of attention that stay in float.
+    """Operators and bytes of each artifact's graph, and figures that explain which parts stay in float.
 
-    `lost`: of attention's probabilities other than 0, those below half a step of 1/255; `lost_mass`: what they add
-    up to, of all.
+    `norm_parameters` is the LayerNorms' share of the parameters. `lost` is the share of attention's nonzero
+    probabilities that uint8 would round to 0, because they are below half a step of 1/255. `lost_mass` is their share
+    of the sum of all probabilities.
     """
 
     operators: dict[str, dict[str, int]]

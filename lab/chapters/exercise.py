@@ -1,4 +1,4 @@
-"""The exercise's own call, made once: which modules of the model it quantizes, by kind."""
+"""Runs the course exercise's `quantize_dynamic` call once, and counts which modules of the model it quantizes."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Kind:
-    """Modules of a class that hold a weight, their parameters, and how many of them the call replaced.
+    """The modules of one class that hold a weight: their number, their parameters, and how many the call replaced.
 
-    A weight that two modules share (the embedding and the head) counts in both.
+    A weight that two modules share (the embedding and the tied head) counts in both.
     """
 
     kind: str
@@ -21,9 +21,9 @@ class Kind:
 
 
 def modules_by_kind(checkpoint: Path) -> list[Kind]:
-    """Of the checkpoint's PyTorch model, before and after `quantize_dynamic(model, {Linear, LayerNorm})`.
+    """Count the checkpoint's PyTorch modules by class, before and after `quantize_dynamic(model, {Linear, LayerNorm})`.
 
-    Raises OSError or ValueError where transformers cannot load the folder.
+    Raises OSError or ValueError if transformers cannot load the folder.
     """
     import torch
     from transformers import AutoModelForCausalLM

@@ -1,6 +1,7 @@
-"""The chapters' figures, drawn from docs/figures/quantization.json: each in both languages, as docs/figures/*.svg.
+"""Draws the chapters' figures from docs/figures/quantization.json: each in both languages, as docs/figures/*.svg.
 
-Text stays text, the background is white on any page, and 324 points of width read on a phone as they are.
+Text stays text in the SVG. The background is white, also on a dark page. A width of 324 points is readable on a phone
+without scaling.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from lab.chapters.words import WORDS
 _WIDTH = 4.5  # inches
 _INK, _FAINT = "#1f2328", "#8c959f"
 BLUE, RED, GREEN, ORANGE, PURPLE = "#1f6feb", "#cf222e", "#1a7f37", "#bc4c00", "#8250df"
-# Fills behind bits: sign, exponent, mantissa, and the bits of an integer.
+# Background colours of the bits: sign, exponent and mantissa of a float, then the bits of an integer.
 _FILLS = ("#ffc1ba", "#b6d8ff", "#e6e9ed"), ("#c5ebc9",)
 _STYLE = {
     "svg.fonttype": "none",
@@ -50,7 +51,7 @@ _STYLE = {
 
 
 def draw(data: dict, folder: Path) -> None:
-    """Every figure in every language into `folder`, as NAME.LANGUAGE.svg. The same data give the same bytes."""
+    """Draw every figure in every language as `folder`/NAME.LANGUAGE.svg. The same data give the same bytes."""
     with matplotlib.rc_context(_STYLE):
         for name, figure in FIGURES.items():
             for language in WORDS:
@@ -58,21 +59,24 @@ def draw(data: dict, folder: Path) -> None:
 
 
 class Page:
-    """Where a figure goes, and how its language says things."""
+    """The file that a figure is written to, and the words and number format of its language."""
 
     def __init__(self, language: str, path: Path) -> None:
         self.words, self.numbers, self._path = WORDS[language], Numbers(language), path
 
     @contextmanager
     def figure(self, height: float, **kwargs: object) -> Iterator[Figure]:
-        """A figure of `height` inches, written when the block ends. Without pyplot: no window, no state."""
+        """Yield a figure of `height` inches, and write it to the file when the block ends.
+
+        This does not use pyplot, so it opens no window and keeps no global state.
+        """
         figure = Figure(figsize=(_WIDTH, height), layout="constrained", facecolor="white")
         figure.get_layout_engine().set(**{"w_pad": 0.06, "h_pad": 0.06, "hspace": 0.04, **kwargs})
         yield figure
         figure.savefig(self._path, metadata={"Date": None, "Creator": None})
 
     def axis(self, axis: matplotlib.axis.Axis, digits: int = 3) -> None:
-        """Numbers of the language on a linear axis."""
+        """Write the tick labels of a linear axis in the language's number format."""
         axis.set_major_formatter(FuncFormatter(lambda value, _: self.short(value, digits)))
 
     def log_axis(self, axis: matplotlib.axis.Axis, ticks: int = 6) -> None:
@@ -82,12 +86,12 @@ class Page:
         axis.set_minor_formatter(NullFormatter())
 
     def short(self, value: float, digits: int = 3) -> str:
-        """As few decimals as `digits` significant digits need."""
+        """`value` to `digits` significant digits, without trailing zeros."""
         text = f"{value:.{digits}g}"
         return text if "e" in text else self.numbers.fixed(value, len(text.partition(".")[2]))
 
     def power(self, value: float) -> str:
-        """1, 10, 0.1 as they are, other powers of ten with an exponent."""
+        """A power of ten: as a plain number from 0.001 to 1000, otherwise with an exponent."""
         exponent = round(np.log10(value))
         return self.short(value) if -3 <= exponent <= 3 else "10" + str(exponent).translate(_SUPERSCRIPTS)
 
@@ -107,7 +111,7 @@ def bits_activation(data: dict, page: Page) -> None:
 
 
 def _bits(section: dict, page: Page) -> None:
-    """A row of cells for each format; over it the number that comes back and its error."""
+    """Draw the bits of a number as one line of cells per format, with the restored number and its error above."""
     cell, row, numbers = 9.6, 44.0, page.numbers
     shown = section["shown"]
     with page.figure((row * len(shown) + 20) / 72) as figure:
@@ -145,7 +149,7 @@ def _bits(section: dict, page: Page) -> None:
 
 
 def steps(data: dict, page: Page) -> None:
-    """The distance of neighbours at each magnitude, over histograms of the model's own weights and activations."""
+    """Draw the distance between neighbouring values at each magnitude, above histograms of weights and activations."""
     weight, model, words = data["weight"], data["model"], page.words
     low, high = 2.0**-20, 2.0**6
     with page.figure(4.6) as figure:
@@ -180,7 +184,7 @@ def steps(data: dict, page: Page) -> None:
 
 
 def weights(data: dict, page: Page) -> None:
-    """The matrix, its narrowest channel, and the values that each grid has there."""
+    """Draw histograms of the weight matrix and of its narrowest channel, and each grid's values in that channel."""
     section, words = data["weight"], page.words
     edge = section["channel_largest"]
     with page.figure(4.9) as figure:
@@ -193,7 +197,7 @@ def weights(data: dict, page: Page) -> None:
             (edge, 3), (0.43 * section["largest"], 3), color=RED, va="center",
             arrowprops={"arrowstyle": "-", "color": RED, "linewidth": 0.8},
         )  # fmt: skip
-        note.set_in_layout(False)  # which would make room for it beside the axes
+        note.set_in_layout(False)  # otherwise the layout would make room for it outside of the axes
         page.axis(whole.xaxis)
         page.log_axis(whole.yaxis, 4)
         _stairs(channel, section["channel_values"], RED)
@@ -210,7 +214,7 @@ def weights(data: dict, page: Page) -> None:
 
 
 def _combs(axes: Axes, levels: tuple, edge: float, page: Page) -> None:
-    """Every value of each grid within ±edge as a tick, and how many there are."""
+    """Draw every value of each grid within ±edge as a tick, and write how many there are."""
     for place, (values, name, color) in enumerate(levels):
         inside = values[np.abs(values) <= edge * (1 + 1e-6)]
         axes.vlines(inside, -place - 0.62, -place - 0.22, color=color, linewidth=0.45 if len(inside) > 100 else 1.1)
@@ -222,7 +226,7 @@ def _combs(axes: Axes, levels: tuple, edge: float, page: Page) -> None:
 
 
 def channels(data: dict, page: Page) -> None:
-    """The relative error of each channel by its range."""
+    """Plot the relative error of each channel against its range."""
     section, words = data["weight"], page.words
     largest, *errors = np.array(section["channels"]).T
     with page.figure(3.1) as figure:
@@ -244,7 +248,7 @@ def channels(data: dict, page: Page) -> None:
 
 
 def activation(data: dict, page: Page) -> None:
-    """The values with the static range, and the step of every row beside the static one."""
+    """Draw the activation's values with the static range, and the scale of every token beside the static scale."""
     section, words = data["activation"], page.words
     with page.figure(4.4) as figure:
         values, rows = figure.subplots(2, 1)
@@ -272,7 +276,7 @@ def activation(data: dict, page: Page) -> None:
 
 
 def outliers(data: dict, page: Page) -> None:
-    """Largest magnitudes by channel, and the product's error on both models."""
+    """Draw the largest magnitude of each channel, and the int8 matmul's error on both models."""
     section, words = data["outliers"], page.words
     with page.figure(4.9) as figure:
         lines, bars = figure.subplots(2, 1, height_ratios=[1.25, 1])
@@ -304,7 +308,7 @@ def outliers(data: dict, page: Page) -> None:
 
 
 def tradeoff(data: dict, page: Page) -> None:
-    """A line for each row of the report: size, time of a token, and loss with its standard error."""
+    """Draw a line per row of the report: size, time of a decode step, and Δ ln ppl ± 2 standard errors."""
     rows, words = data["report"]["artifacts"], page.words
     places = np.arange(len(rows))
     colors = [_FAINT if row["name"] == "fp32" or row["name"].startswith("torch") else BLUE for row in rows]
@@ -347,7 +351,7 @@ def _stairs(axes: Axes, bins: dict, color: str) -> None:
     axes.stairs(bins["counts"], bins["edges"], fill=True, color=color, alpha=0.55, linewidth=0)
 
 
-# By the name of the file, without language and suffix.
+# Each figure's function by the name of its file, without language and suffix.
 FIGURES: dict[str, Callable[[dict, Page], None]] = {
     "bits-weight": bits_weight,
     "bits-activation": bits_activation,

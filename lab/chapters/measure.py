@@ -1,7 +1,7 @@
-"""Measures on the artifacts what the chapters show: the sections of lab/chapters/data.py.
+"""Measures the numbers that the chapters show on the artifacts, and fills the sections of lab/chapters/data.py.
 
-The weights are the fp32 artifact's, the activations those of real text: ranges come from the calibration split, as
-the recipes take them, and every error is measured on the test split.
+The weights are the fp32 artifact's. The activations come from real text: ranges are taken from the calibration split,
+as the recipes do, and every error is measured on the test split.
 """
 
 from __future__ import annotations
@@ -32,29 +32,32 @@ from lab.chapters.data import Activation, Bits, Chapters, Graphs, Model, Outlier
 from lab.chapters.numbers import FORMATS, Bins
 from lab.checkpoints.hard import OUTLIER_FACTOR, twin
 
-WINDOW, WINDOWS = 512, 8  # tokens, and as many windows of each split
-# The tensors that are shown. The weights' channels differ tenfold in range; no recipe smooths the activations, so the
-# artifacts' own ranges hold for them as they are.
+WINDOW, WINDOWS = 512, 8  # tokens per window, and windows per split
+# The layers whose tensors are shown. The channels of WEIGHT differ tenfold in range. No recipe smooths the input of
+# ACTIVATION, so the artifacts' own ranges hold for it unchanged.
 WEIGHT, ACTIVATION, OUTLIERS = "h.0.mlp.c_fc", "h.2.mlp.c_proj", "h.3.mlp.c_fc"
-INT8, INT4 = Grid(8), Grid(4, 64, symmetric=False)  # as int8-* and int4-weight store matrices
+INT8, INT4 = Grid(8), Grid(4, 64, symmetric=False)  # the grids of int8-* and of int4-weight
 ALPHA = 0.5  # SmoothQuant's default exponent
 _UNCLIPPED = np.ones(1, np.float32)
-_POINTS = 128  # of a curve over channels
+_POINTS = 128  # channels that a curve shows
 
 
 class Tensors:
-    """Weights of an fp32 artifact, and its activations on windows of a corpus."""
+    """The weights of an fp32 artifact, and its activations on windows of a corpus, one row per token."""
 
     def __init__(self, fp32: Artifact, corpus: Source, work: Path) -> None:
-        """`work` is a folder for a graph that shows its inner values. Raises UserError where the corpus is too short."""
+        """Write a copy of the graph to the folder `work` that has the inner values as further outputs.
+
+        Reading activations later raises UserError if the corpus is too short.
+        """
         self._folder, self._splits = fp32.path, load_splits(corpus)
         graph = onnx_file.load(fp32.model).graph
         self.weights = {name: value.const_value.numpy() for name, value in graph.initializers.items()}
         nodes = {node.name: node for node in graph}
-        self.projections = [
+        self.linear_layers = [
             name for name, node in nodes.items() if f"{name}.weight" in self.weights and node.op_type == "MatMul"
         ]
-        self._values = {name: nodes[name].inputs[0].name for name in self.projections}
+        self._values = {name: nodes[name].inputs[0].name for name in self.linear_layers}
         self.softmaxes = [name for name, node in nodes.items() if node.op_type == "Softmax"]
         self._values |= {name: nodes[name].outputs[0].name for name in self.softmaxes}
         proto = onnx.load(fp32.model)
@@ -64,20 +67,20 @@ class Tensors:
 
     @property
     def floats(self) -> dict[str, np.ndarray]:
-        """The model's weights, without the graph's own constants."""
+        """The model's float32 weights by name, without the graph's own scalar constants."""
         return {name: array for name, array in self.weights.items() if array.dtype == np.float32 and array.size > 1}
 
-    def matrix(self, projection: str) -> np.ndarray:
-        """float32 [K, N]."""
-        return self.weights[f"{projection}.weight"]
+    def matrix(self, layer: str) -> np.ndarray:
+        """The weight of the linear layer `layer`, float32 [K, N]."""
+        return self.weights[f"{layer}.weight"]
 
-    def calibration(self, projection: str) -> np.ndarray:
-        """The input of `projection` [R, K] on the calibration split."""
-        return self._run(self._splits[0], [projection])[projection]
+    def calibration(self, layer: str) -> np.ndarray:
+        """The input of the linear layer `layer` [R, K] on the calibration split."""
+        return self._run(self._splits[0], [layer])[layer]
 
     @cached_property
     def test(self) -> dict[str, np.ndarray]:
-        """Inputs of projections [R, K], and attention's probabilities [R, T], by name of the node."""
+        """Inputs of all linear layers [R, K] and attention's probabilities [R, T] on the test split, by node name."""
         return self._run(self._splits[1], list(self._values))
 
     def _run(self, split: Split, names: list[str]) -> dict[str, np.ndarray]:
@@ -85,7 +88,7 @@ class Tensors:
         windows = full_windows(stream(documents, start_token(self._folder)), WINDOW)[:WINDOWS]
         if len(windows) < WINDOWS:
             raise UserError(
-                f"CORPUS=: its {split.name} split has fewer than {WINDOWS} windows of {WINDOW} tokens; give more text"
+                f"CORPUS=: its {split.name} split has fewer than {WINDOWS} windows of {WINDOW} tokens; add more text"
             )
         parts: dict[str, list[np.ndarray]] = {name: [] for name in names}
         for ids in windows:
@@ -98,13 +101,13 @@ class Tensors:
 
 
 def measure(fp32: Artifact, dynamic: Artifact, static: Artifact, corpus: Source) -> Chapters:
-    """Everything but the report. Raises UserError where an artifact or the model is not what the chapters describe."""
-    for name, projection in ((static, ACTIVATION), (dynamic, ACTIVATION)):
-        account = name.manifest.details.get("projections", {}).get(projection)
-        if account is None or account.get("alpha") is not None or account.get("float_channels"):
+    """Measure all sections of the chapters. Raises UserError if an artifact is not what the chapters describe."""
+    for item in (static, dynamic):
+        decision = item.manifest.details.get("projections", {}).get(ACTIVATION)
+        if decision is None or decision.get("alpha") is not None or decision.get("float_channels"):
             raise UserError(
-                f"{name.path}: its {projection} is smoothed or has channels in float, and the chapters show it as it is; "
-                f"name another projection as ACTIVATION in lab/chapters/measure.py"
+                f"{item.path}: {ACTIVATION} is not quantized, is smoothed or has float channels, and the chapters show "
+                f"it without; set ACTIVATION in lab/chapters/measure.py to another linear layer"
             )
     with tempfile.TemporaryDirectory() as work:
         tensors = Tensors(fp32, corpus, Path(work))
@@ -123,12 +126,12 @@ def measure(fp32: Artifact, dynamic: Artifact, static: Artifact, corpus: Source)
 
 
 def narrowest(matrix: np.ndarray) -> int:
-    """The channel of the smallest range."""
+    """The output channel of `matrix` [K, N] with the smallest range."""
     return int(np.abs(matrix).max(axis=0).argmin())
 
 
 def by_tensor(matrix: np.ndarray) -> IntWeight:
-    """`matrix` in int8 with a single scale."""
+    """`matrix` [K, N] in int8 with one scale for the whole tensor."""
     scale = np.float32(np.abs(matrix).max() / 127)
     q = np.rint(matrix / scale).astype(np.int8)
     channels = matrix.shape[1]
@@ -136,7 +139,7 @@ def by_tensor(matrix: np.ndarray) -> IntWeight:
 
 
 def weight_bits(matrix: np.ndarray) -> Bits:
-    """The first weight of the channel of the smallest range: floats, int8 by channel, int4 by blocks of 64."""
+    """Show the first weight of the narrowest channel as floats, as int8 per channel, and as int4 in blocks of 64."""
     channel = narrowest(matrix)
     value = float(matrix[0, channel])
     int8, int4 = (round_to_nearest(matrix[:, [channel]], grid, _UNCLIPPED) for grid in (INT8, INT4))
@@ -149,7 +152,10 @@ def weight_bits(matrix: np.ndarray) -> Bits:
 
 
 def activation_bits(x: np.ndarray, static: PerTensor, row: PerRow) -> Bits:
-    """The second largest element of the row whose largest is the median of all: floats, u8 per tensor and per row."""
+    """Show one element of `x` [R, K] as floats, as uint8 with a scale per tensor, and as uint8 with a scale per token.
+
+    The element is the second largest of a typical token: the one whose largest element is the median over all tokens.
+    """
     largest = x.max(axis=1)
     line = int(np.argsort(largest, kind="stable")[len(largest) // 2])
     column = int(np.argsort(x[line], kind="stable")[-2])
@@ -162,14 +168,14 @@ def activation_bits(x: np.ndarray, static: PerTensor, row: PerRow) -> Bits:
 
 
 def row_scales(x: np.ndarray, zero_point: int) -> np.ndarray:
-    """The steps of cuantiza.quantize.decide.activation.PerRow for rows `x` [R, K]: float [R]."""
+    """The scales [R] that cuantiza.quantize.decide.activation.PerRow gives to the tokens `x` [R, K]."""
     above = 255 - zero_point
     return np.maximum(x.max(axis=1) / above, -x.min(axis=1) / min(zero_point, above))
 
 
 def whole_model(tensors: Tensors) -> Model:
     everything = np.concatenate([array.ravel() for array in tensors.floats.values()])
-    activations = np.concatenate([tensors.test[name].ravel() for name in tensors.projections])
+    activations = np.concatenate([tensors.test[name].ravel() for name in tensors.linear_layers])
     exact, error = {}, {}
     for name in ("fp16", "bf16"):
         back = everything.astype(FORMATS[name].dtype).astype(np.float32)
@@ -260,10 +266,10 @@ def activation_section(x: np.ndarray, matrix: np.ndarray, static: PerTensor, row
     )
 
 
-def stored(dynamic: Artifact, projection: str) -> IntWeight:
-    """The integers and scales of int8-dynamic for the matrix of `projection`."""
+def stored(dynamic: Artifact, layer: str) -> IntWeight:
+    """The integers and scales that the int8-dynamic artifact stores for the weight of the linear layer `layer`."""
     initializers = onnx_file.load(dynamic.model).graph.initializers
-    q, scale = (initializers[f"{projection}.weight_{part}"].const_value.numpy() for part in ("int8", "scale"))
+    q, scale = (initializers[f"{layer}.weight_{part}"].const_value.numpy() for part in ("int8", "scale"))
     return IntWeight(q, scale[None], np.zeros((1, len(scale)), np.int8), INT8)
 
 
@@ -281,7 +287,11 @@ def rounding_section(x: np.ndarray, matrix: np.ndarray, gptq: IntWeight) -> Roun
 
 
 def outlier_section(tensors: Tensors, folder: Path) -> Outliers:
-    """The twin computes the same function, so its activations are es-mini's, each channel by the factor of its LayerNorm."""
+    """Compare int8 on es-mini and on its twin with outlier channels.
+
+    The twin computes the same function, so its activations need no further run: they are es-mini's, with each channel
+    multiplied by the factor that the twin applied to the LayerNorm's weight.
+    """
     config, weights = parse_config(read_config(folder), folder / "config.json"), tensors.floats
     changed, made = twin(weights, config, seed=0)
     norm = f"{OUTLIERS.split('.mlp')[0]}.ln_2.weight"

@@ -1,6 +1,6 @@
-"""What the chapters compute: bits of floating-point numbers, integers with scale and zero point, grids, errors.
+"""The chapters' arithmetic: bits of floating-point numbers, integers with scale and zero point, grids, errors.
 
-Functions of numbers and arrays alone; lab/chapters/measure.py applies them to the artifacts.
+These functions only know numbers and arrays; lab/chapters/measure.py applies them to the artifacts.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class FloatFormat:
-    """A binary floating-point format: 1 sign bit, `exponent` bits, `mantissa` bits; `dtype` holds it in NumPy."""
+    """A binary floating-point format: 1 sign bit, `exponent` bits and `mantissa` bits. `dtype` is its NumPy type."""
 
     name: str
     exponent: int
@@ -37,9 +37,9 @@ class FloatFormat:
         return 2.0 ** (1 - self.bias)
 
     def step(self, value: float) -> float:
-        """Distance between two neighbours at |value|: 2^(e − mantissa bits), where 2^e ≤ |value| < 2^(e+1).
+        """The distance between neighbouring numbers at |value|: 2^(e − mantissa bits), where 2^e ≤ |value| < 2^(e+1).
 
-        Below the smallest normal number it stays the same.
+        Below the smallest normal number the distance is constant.
         """
         exponent = int(np.floor(np.log2(abs(value)))) if value else 1 - self.bias
         return 2.0 ** (max(exponent, 1 - self.bias) - self.mantissa)
@@ -56,8 +56,9 @@ FORMATS = {
 class Shown:
     """One number in one format.
 
-    `groups` are its bits as text, the highest first: sign, exponent, mantissa of a float, all in one of an integer.
-    `restored` is what comes back, `error` = restored − number. Integers have `scale` and `zero_point` as well.
+    `groups` are its bits as text, the highest first: sign, exponent and mantissa of a float, or all bits of an integer
+    in one group. `restored` is the dequantized number, `error` = restored − number. Integers have a `scale` and a
+    `zero_point` as well.
     """
 
     format: str
@@ -70,14 +71,14 @@ class Shown:
 
 
 def float_bits(value: float, form: FloatFormat) -> tuple[str, str, str]:
-    """(sign, exponent, mantissa) of `value` rounded to nearest in `form`, as text of 0 and 1."""
+    """Round `value` to nearest in `form`, and return its (sign, exponent, mantissa) bits as text of 0 and 1."""
     raw = np.array(value, np.float32).astype(form.dtype).view(np.dtype(f"u{form.bits // 8}")).item()
     text = f"{raw:0{form.bits}b}"
     return text[0], text[1 : 1 + form.exponent], text[1 + form.exponent :]
 
 
 def assemble(groups: tuple[str, str, str], form: FloatFormat) -> float:
-    """The finite number that `groups` (sign, exponent, mantissa) stand for."""
+    """The finite number that the bits `groups` (sign, exponent, mantissa) encode."""
     sign, exponent, mantissa = (int(group, 2) for group in groups)
     fraction = mantissa / 2**form.mantissa
     magnitude = (1 + fraction) * 2.0 ** (exponent - form.bias) if exponent else fraction * form.smallest_normal
@@ -91,7 +92,7 @@ def as_float(value: float, form: FloatFormat) -> Shown:
 
 
 def as_integer(name: str, value: float, scale: float, zero_point: int, low: int, high: int) -> Shown:
-    """`value` on the grid (q − zero_point) · scale for q = low..high, rounded to nearest and clipped.
+    """Quantize `value` to the grid (q − zero_point) · scale with q = low..high, rounding to nearest and clipping.
 
     Negative q are written in two's complement.
     """
@@ -116,14 +117,14 @@ def relative_rms(restored: np.ndarray, exact: np.ndarray, axis: int | None = Non
 
 @dataclass(frozen=True)
 class Bins:
-    """Counts between `edges` (one more than counts)."""
+    """A histogram: `counts` of the values between neighbouring `edges`, of which there is one more."""
 
     edges: tuple[float, ...]
     counts: tuple[int, ...]
 
 
 def histogram(values: np.ndarray, low: float, high: float, bins: int) -> Bins:
-    """Of all elements of `values`; those outside [low, high] are not counted."""
+    """A histogram of all elements of `values`. Those outside [low, high] are not counted."""
     counts, edges = np.histogram(values, bins=bins, range=(low, high))
     return Bins(tuple(edges.tolist()), tuple(counts.tolist()))
 

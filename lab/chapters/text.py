@@ -9,33 +9,28 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-import jinja2
-
+from cuantiza.core.pages import environment, number, percent, plus_minus, signed, significant
 from lab.chapters.numbers import FORMATS
 
 # By language: the template, which is named as its page, and the page below docs/.
 PAGES = {"es": "es/cuantizacion.md", "en": "en/quantization.md"}
 TEMPLATES = Path(__file__).resolve().parent / "templates"
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
-_THIN = "\N{NARROW NO-BREAK SPACE}"
 
 
 class Numbers:
-    """How a language writes numbers. Minus is −, and no −0 is written."""
+    """How a language writes numbers: cuantiza/core/pages.py with the language set, and two forms of its own."""
 
     def __init__(self, language: str) -> None:
-        self._decimal, self._thousands = {"es": (",", _THIN), "en": (".", ",")}[language]
+        self._language = language
 
     def fixed(self, value: float, digits: int = 0) -> str:
-        """With `digits` decimals: 12622 as "12,622" or "12 622". Four figures stay together in Spanish."""
-        text = f"{round(value, digits) + 0.0:,.{digits}f}"
-        if self._thousands == _THIN and abs(value) < 10_000:
-            text = text.replace(",", "")
-        return text.replace("-", "−").translate(str.maketrans(",.", self._thousands + self._decimal))
+        """With `digits` decimals: 12622 as "12,622" or "12 622"."""
+        return number(value, digits, self._language)
 
     def signed(self, value: float, digits: int) -> str:
-        """As `fixed`, with + in front of what is above 0."""
-        return ("+" if round(value, digits) > 0 else "") + self.fixed(value, digits)
+        """As `fixed`, with + before a value above 0."""
+        return signed(value, digits, self._language)
 
     def digits(self, value: float, count: int = 3) -> str:
         """To `count` significant digits; as a power of ten below 0.001 and from 10 million on."""
@@ -43,7 +38,7 @@ class Numbers:
             return "0"
         exponent = math.floor(math.log10(abs(float(f"{value:.{count - 1}e}"))))
         if -4 < exponent < 7:
-            return self.fixed(value, max(count - 1 - exponent, 0))
+            return significant(value, count, self._language)
         return f"{self.fixed(value / 10.0**exponent, count - 1)} × 10{str(exponent).translate(_SUPERSCRIPTS)}"
 
     def exact(self, value: float) -> str:
@@ -53,11 +48,11 @@ class Numbers:
         return self.fixed(value, decimals) if float(text) == value else self.digits(value, 10)
 
     def percent(self, share: float, digits: int = 1) -> str:
-        return f"{self.fixed(100 * share, digits)}\N{NO-BREAK SPACE}%"
+        return percent(share, digits, self._language)
 
     def interval(self, value: float, stderr: float | None, digits: int) -> str:
-        """value ± stderr, or the value alone where there is none."""
-        return self.fixed(value, digits) + ("" if stderr is None else f" ± {self.fixed(stderr, digits)}")
+        """value ± stderr, or the value alone where there is no standard error."""
+        return plus_minus(value, stderr, digits, self._language)
 
 
 def differs(row: dict) -> bool:
@@ -67,20 +62,13 @@ def differs(row: dict) -> bool:
 
 def page(language: str, data: dict) -> str:
     """The page in `language` of `data`, which is quantization.json as Python reads it."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        autoescape=False,
-    )
+    pages = environment(TEMPLATES)
     numbers = Numbers(language)
     for name in ("fixed", "signed", "digits", "exact", "percent"):
-        environment.filters[name] = getattr(numbers, name)
-    environment.filters["code"] = "`{}`".format
-    environment.globals["interval"] = numbers.interval
-    environment.tests["different"] = differs
+        pages.filters[name] = getattr(numbers, name)
+    pages.filters["code"] = "`{}`".format
+    pages.globals["interval"] = numbers.interval
+    pages.tests["different"] = differs
     rows = {row["name"]: row for row in data["report"]["artifacts"]}
-    template = environment.get_template(f"{Path(PAGES[language]).name}.j2")
+    template = pages.get_template(f"{Path(PAGES[language]).name}.j2")
     return template.render(**data, rows=rows, formats=FORMATS, figure=f"../figures/{{}}.{language}.svg")

@@ -1,4 +1,4 @@
-"""What the chapters' figures say, in both languages."""
+"""The words in the chapters' figures, in both languages."""
 
 WORDS = {
     "es": {

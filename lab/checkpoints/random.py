@@ -1,4 +1,4 @@
-"""The models that are measured: GPT-2s by their dimensions, with random weights but for the embedded one."""
+"""Checkpoints of the models that the lab measures: the embedded es-mini, and GPT-2's sizes with random weights."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ COMPANIONS = (
     "vocab.json",
     "merges.txt",
 )
-# Below es-mini's vocabulary, whose tokenizer the random models carry.
+# Random prompts use token ids below this. It is less than es-mini's vocabulary, as random models have its tokenizer.
 RANDOM_IDS = 4000
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A GPT-2 by its dimensions: L layers, width D, and so on. `folder`: its checkpoint; None: random weights."""
+    """The dimensions of a GPT-2. `folder` is its checkpoint; None means random weights."""
 
     name: str
     layers: int
@@ -46,7 +46,7 @@ class Shape:
 
     @property
     def body_parameters(self) -> int:
-        """Parameters without the tables of tokens (which is the head too) and positions."""
+        """The parameters without the token embedding (which is also the tied head) and the position embedding."""
         return self.layers * (12 * self.width**2 + 13 * self.width) + 2 * self.width
 
     @property
@@ -67,11 +67,11 @@ SHAPES = {
 
 
 def tensors(shape: Shape) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """(name, shape) of every tensor of a checkpoint, as transformers' GPT2LMHeadModel saves it."""
+    """Yield (name, shape) of every tensor in a checkpoint that transformers' GPT2LMHeadModel saves."""
     width, hidden = shape.width, 4 * shape.width
     yield "transformer.wte.weight", (shape.vocabulary, width)
     yield "transformer.wpe.weight", (shape.positions, width)
-    projections = {
+    linear_layers = {
         "attn.c_attn": (width, 3 * width),
         "attn.c_proj": (width, width),
         "mlp.c_fc": (width, hidden),
@@ -81,7 +81,7 @@ def tensors(shape: Shape) -> Iterator[tuple[str, tuple[int, ...]]]:
         for norm in ("ln_1", "ln_2"):
             yield f"transformer.h.{layer}.{norm}.weight", (width,)
             yield f"transformer.h.{layer}.{norm}.bias", (width,)
-        for name, (inputs, outputs) in projections.items():
+        for name, (inputs, outputs) in linear_layers.items():
             yield f"transformer.h.{layer}.{name}.weight", (inputs, outputs)
             yield f"transformer.h.{layer}.{name}.bias", (outputs,)
     yield "transformer.ln_f.weight", (width,)
@@ -89,9 +89,10 @@ def tensors(shape: Shape) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def checkpoint(shape: Shape, folder: Path) -> Path:
-    """The checkpoint of `shape`: its own, or one of random weights in `folder`/<name>, made where it is not there.
+    """The checkpoint folder of `shape`: its own, or `folder`/<name> with random weights, which is made if missing.
 
-    Weights are normal(0, 0.02) and LayerNorms' scales 1, the same ones every time; the tokenizer is es-mini's.
+    Weights are drawn from normal(0, 0.02) and LayerNorm weights are 1; they are the same every time. The tokenizer is
+    es-mini's.
     """
     if shape.folder is not None:
         return shape.folder
@@ -113,7 +114,7 @@ def checkpoint(shape: Shape, folder: Path) -> Path:
 
 
 def prompts(shape: Shape, batch: int, count: int) -> np.ndarray:
-    """Token ids int64 [batch, count]: real text for a trained model, random ones below RANDOM_IDS for a random one."""
+    """Token ids int64 [batch, count]: real text for a trained model, random ids below RANDOM_IDS for a random one."""
     if shape.folder is None:
         return np.random.default_rng(0).integers(RANDOM_IDS, size=(batch, count))
     test = load_splits(Source(str(CORPUS)))[1]
@@ -134,7 +135,7 @@ def _config(shape: Shape) -> dict:
 
 
 def _write_safetensors(shape: Shape, path: Path) -> None:
-    """Header (8 bytes of length, JSON), then the data, one tensor in memory at a time."""
+    """Write the header (8 bytes of length, then JSON) and the data, with only one tensor in memory at a time."""
     header: dict = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, dims in tensors(shape):
@@ -148,6 +149,6 @@ def _write_safetensors(shape: Shape, path: Path) -> None:
             if ".ln_" in name:
                 values = np.full(dims, name.endswith("weight"), np.float32)
             else:
-                # A tensor's values depend on its name alone.
+                # The seed depends only on the tensor's name, so the values are the same every time.
                 values = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(dims, np.float32) * 0.02
             file.write(values.astype("<f4", copy=False).data)

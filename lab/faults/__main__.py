@@ -1,12 +1,12 @@
-"""The fault campaign: `make export quantize eval` killed, interrupted, starved of disk and damaged at many moments.
+"""The fault campaign kills, interrupts and damages `make export quantize eval`, or fills its disk, at many moments.
 
 python -m lab.faults [--moments 200] [--seed 0] [--output docs/reliability.json] [--kinds KIND ...]
-python -m lab.faults --seed 0 --only kill/17      one moment again
-python -m lab.faults --kinds interrupt --output docs/reliability.json   one kind again; the others stay as they were
+python -m lab.faults --seed 0 --only kill/17      repeats one moment
+python -m lab.faults --kinds interrupt --output docs/reliability.json   repeats one kind; the others stay as they were
 
-After each: every artifact that exists is whole, and the next make ends with the bytes of an undisturbed run. Status 1
-where that does not hold; each finding names the command that meets its moment again. `--moments` counts the kills;
-the other kinds have their share of it.
+After each fault, every artifact that exists must be whole, and the next make must end with the bytes of an undisturbed
+run. If that does not hold, it is a finding and the exit status is 1. Each finding names the command that repeats its
+moment. `--moments` is the number of kills; each other kind of fault gets a fixed share of that number.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from lab.reliability_page import SCHEMA, publish
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of fault, and how many moments it has for each kill."""
+    """A kind of fault, and the ratio of its number of moments to the number of kills."""
 
     fault: Fault
     share: float
@@ -53,13 +53,13 @@ KINDS = {
 }
 
 
-# Whose changes are counted on the page.
+# The page says how many changes to the output folders each of these runs makes.
 JOURNEYS = {"from_nothing": Journey("tiny-0", None, "first"), "over_finished": Journey("tiny-0", "first", "opset")}
 
 
 @dataclass(frozen=True)
 class Moment:
-    """One fault: the `index`-th of its kind. All that is random of it comes of these three."""
+    """One fault: the `index`-th of its kind. These three fields seed everything that is random about it."""
 
     kind: str
     index: int
@@ -67,13 +67,13 @@ class Moment:
 
     @property
     def command(self) -> str:
-        """What meets this moment again."""
+        """The command that repeats this moment."""
         return f"python -m lab.faults --seed {self.seed} --only {self.kind}/{self.index}"
 
 
 @dataclass(frozen=True)
 class Result:
-    """A moment, and what came of it; `skipped` says why it could not be tried here."""
+    """A moment and its outcome. If the moment could not be tried on this machine, `skipped` says why."""
 
     moment: Moment
     outcome: Outcome | None
@@ -82,19 +82,23 @@ class Result:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m lab.faults", description=__doc__.splitlines()[0])
-    parser.add_argument("--moments", type=int, default=200, help="how many kills; other faults in proportion (200)")
-    parser.add_argument("--seed", type=int, default=0, help="of all that is random (0)")
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=[*KINDS], help="faults to try (all)")
-    parser.add_argument("--only", metavar="KIND/NUMBER", help="one moment, as a finding names it")
-    parser.add_argument("--jobs", type=int, default=1, help="moments tried at once (1)")
-    parser.add_argument("--work", type=Path, help="folder to work in (a temporary one)")
+    parser.add_argument(
+        "--moments", type=int, default=200, help="number of kills; other faults in proportion (default 200)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of everything random (default 0)")
+    parser.add_argument(
+        "--kinds", nargs="+", choices=KINDS, default=[*KINDS], help="kinds of fault to try (default: all)"
+    )
+    parser.add_argument("--only", metavar="KIND/NUMBER", help="repeat one moment, as a finding names it")
+    parser.add_argument("--jobs", type=int, default=1, help="moments to try at the same time (default 1)")
+    parser.add_argument("--work", type=Path, help="folder for the campaign's temporary folder (default: the system's)")
     parser.add_argument("--output", type=Path, help="write the campaign's JSON here, and its page beside it")
     args = parser.parse_args()
     for option in ("moments", "jobs"):
         if getattr(args, option) < 1:
-            raise UserError(f"--{option} {getattr(args, option)}: give a number from 1 on")
+            raise UserError(f"--{option} {getattr(args, option)}: give 1 or more")
     moments = [only(args.only, args.seed)] if args.only else plan(args.kinds, args.moments, args.seed)
-    # A shell that starts this in the background has it ignore Ctrl-C, and the runs would inherit that.
+    # A shell starts background jobs with SIGINT ignored. The runs would inherit that, so restore the default handler.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     start = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="cuantiza-torture-", dir=args.work) as folder, working("faults"):
@@ -117,7 +121,7 @@ def main() -> int:
 
 
 def plan(kinds: list[str], moments: int, seed: int) -> list[Moment]:
-    """The moments of a campaign of so many kills, kind by kind; at least one of each kind."""
+    """The moments of a campaign with `moments` kills, grouped by kind; each kind has at least one."""
     return [
         Moment(kind, index, seed)
         for kind in KINDS
@@ -127,15 +131,17 @@ def plan(kinds: list[str], moments: int, seed: int) -> list[Moment]:
 
 
 def only(spec: str, seed: int) -> Moment:
-    """The moment that `spec` names. Raises UserError where it names none."""
+    """The moment that `spec`, such as kill/17, names. Raises UserError if `spec` is malformed."""
     kind, _, index = spec.partition("/")
     if kind not in KINDS or not index.isdecimal():
-        raise UserError(f"--only {spec}: names no moment; give one such as kill/17, its kind one of {', '.join(KINDS)}")
+        raise UserError(
+            f"--only {spec}: is not a moment; give KIND/NUMBER such as kill/17, with a kind from {', '.join(KINDS)}"
+        )
     return Moment(kind, int(index), seed)
 
 
 def carry_out(lab: Lab, moments: list[Moment], jobs: int) -> Iterator[Result]:
-    """Each moment's result, in order, `jobs` at a time."""
+    """Try the moments, `jobs` at a time, and yield their results in order."""
     with ThreadPoolExecutor(jobs) as pool:
         try:
             yield from pool.map(lambda moment: carry_out_one(lab, moment), moments)
@@ -153,7 +159,7 @@ def carry_out_one(lab: Lab, moment: Moment) -> Result:
 
 
 def told(result: Result, verbose: bool = False) -> Iterator[str]:
-    """Lines about what was found; about every moment where `verbose`."""
+    """Yield the lines to print about a moment that was skipped or has a finding, or about any moment if `verbose`."""
     if result.outcome is None:
         yield f"skipped   {result.moment.kind}/{result.moment.index}: {result.skipped}"
     elif result.outcome.wrong or verbose:
@@ -163,7 +169,7 @@ def told(result: Result, verbose: bool = False) -> Iterator[str]:
 
 
 def to_json(results: list[Result], seed: int, counts: dict) -> dict:
-    """The campaign as docs/reliability.json has it (lab/reliability_page.py); `counts` are of the whole of it."""
+    """The content of docs/reliability.json (lab/reliability_page.py). `counts` are about the whole campaign."""
     kinds = []
     for kind in dict.fromkeys(result.moment.kind for result in results):
         own = [result for result in results if result.moment.kind == kind]
@@ -194,7 +200,10 @@ def to_json(results: list[Result], seed: int, counts: dict) -> dict:
 
 
 def join(report: dict, path: Path) -> dict:
-    """`report`, and of the kinds that it has not tried, what `path` has of a campaign of the same seed and size."""
+    """Add to `report` the kinds that it did not try, as the file `path` has them.
+
+    That happens only if the file comes from the same seed, number of kills, machine and versions.
+    """
     try:
         old = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Faults of the campaign that concern what is stored: full and read-only disks, and published files that are damaged."""
+"""The campaign's storage faults: full disks, read-only disks, and damage to published files."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from lab.faults.faults import Outcome, left_of, new_spot, next_make, told, trap_
 from lab.faults.laboratory import TINY, Journey, Lab, Run, leftovers, unsound
 
 DISK_BYTES, DISK_INODES = 48 << 20, 600
-# Changes that take room on a disk: all that one without any left can refuse.
+# Audit events of the changes that need space on the disk. A full disk can refuse only these.
 TAKES_ROOM = ("open", "os.mkdir", "os.rename")
 DAMAGES = ("deleted", "emptied", "halved", "without its last byte", "first bit", "last bit", "one bit")
-FLIPS = 50  # of a manifest's bits, beyond the damage from which the next run has to recover
+FLIPS = 50  # single bits flipped in each manifest to see whether reading notices it; undone before the damage itself
 
 
 @contextmanager
 def mounted(folder: Path, options: str) -> Iterator[Path]:
-    """A small file system in memory at `folder`. Raises UserError where that is not allowed."""
+    """Mount a small file system in memory (tmpfs) at `folder`. Raises UserError if this process may not mount."""
     folder.mkdir(parents=True, exist_ok=True)
     command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
     try:
         done = subprocess.run(command, capture_output=True, text=True)
     except FileNotFoundError as error:
-        raise UserError(f"{error.filename}: is not there; a full disk needs Linux") from None
+        raise UserError(f"{error.filename}: is not installed; this fault needs Linux's mount") from None
     if done.returncode:
-        raise UserError("mounting a small file system takes root")
+        raise UserError("mounting a small file system needs root; run the campaign as root")
     try:
         yield folder
     finally:
@@ -42,16 +42,17 @@ def mounted(folder: Path, options: str) -> Iterator[Path]:
 
 
 def _refused(run: Run, *fragments: str) -> list[str]:
-    """What is wrong with how the command refused: status 2 and one line with one of `fragments` in it are right."""
+    """Return what is wrong with the run's error: it must be status 2 and one line that holds one of `fragments`."""
     lines = [line for line in run.said().splitlines() if line.startswith("error: ")]
     fine = run.status == 2 and len(lines) == 1 and any(fragment in lines[0] for fragment in fragments)
     if fine and "Traceback" not in run.said():
         return []
-    return [f"status {run.status} where one line and status 2 are due: {run.said()[-1500:]}"]
+    return [f"status {run.status} instead of one line and status 2: {run.said()[-1500:]}"]
 
 
 def full_disk(lab: Lab, rng: random.Random, index: int, name: str) -> Outcome:
-    """No block, or no inode, is left from one change on: each that takes room, in turn, on a file system in memory."""
+    """The disk (a file system in memory) has no free block, or no free inode, from one change on."""
+    # `index` goes through the changes that need space, so that each of them has its turn.
     turns = (
         (journey, number)
         for journey in (Journey(TINY[0].name, None, "first"), Journey(TINY[0].name, "first", "opset"))
@@ -79,15 +80,15 @@ def full_disk(lab: Lab, rng: random.Random, index: int, name: str) -> Outcome:
         (disk / "filler").unlink(missing_ok=True)
         shutil.rmtree(disk / "inodes", ignore_errors=True)
         wrong += next_make(lab, spot, journey)
-    what = f"no {fill} left but {slack} from change {number} on ({change.event} {change.path}), {told(journey)}"
+    what = f"only {slack} {fill} left from change {number} on ({change.event} {change.path}), {told(journey)}"
     return Outcome(what, struck, tuple(wrong))
 
 
 def size_limit(lab: Lab, rng: random.Random, index: int, name: str) -> Outcome:
-    """No file may grow beyond a limit (RLIMIT_FSIZE, as `ulimit -f`), whose breach is EFBIG: needs no privilege."""
+    """No file may grow beyond a limit (RLIMIT_FSIZE, as `ulimit -f`): a larger write fails with EFBIG."""
     journey = Journey(TINY[0].name, *rng.choice([(None, "first"), ("first", "opset")]))
     model = lab.finished(journey.model, journey.goal) / "artifacts" / journey.model / "fp32" / artifact.MODEL
-    # What the run says goes into a file too, and has to fit.
+    # The run's own output goes into a file too, so the limit must leave room for it.
     limit = max(4096, int(model.stat().st_size * rng.random() ** 3))
     with new_spot(lab, name, journey) as spot:
         run = Run(
@@ -104,7 +105,7 @@ def size_limit(lab: Lab, rng: random.Random, index: int, name: str) -> Outcome:
 
 
 def read_only(lab: Lab, rng: random.Random, index: int, name: str) -> Outcome:
-    """Outputs that cannot be written: a file system that is mounted so, or folders whose mode says so."""
+    """The outputs cannot be written: their file system is mounted read-only, or their folders have mode 0555."""
     start, goal = [(None, "first"), ("first", "first"), ("first", "opset"), ("first", "corpus")][index // 3 % 4]
     journey = Journey(TINY[0].name, start, goal)
     how = ("mounted read-only", "reports alone read-only", "mode 0555")[index % 3]
@@ -119,7 +120,7 @@ def read_only(lab: Lab, rng: random.Random, index: int, name: str) -> Outcome:
             if index % 3 == 2:
                 folders = [closed, *(path for path in closed.rglob("*") if path.is_dir())]
                 _set_mode(folders, 0o555)
-                # Root may write regardless of modes; without this capability it may not.
+                # Root may write to any folder, whatever its mode. Dropping this capability takes that right away.
                 command = [*(["setpriv", "--bounding-set=-dac_override"] if os.geteuid() == 0 else []), *command]
                 run = Run(lab, spot, command)
                 run.wait()
@@ -132,18 +133,18 @@ def read_only(lab: Lab, rng: random.Random, index: int, name: str) -> Outcome:
             if index % 3 != 2:
                 subprocess.run(["mount", "-o", "remount,rw", str(closed)], check=True)
             wrong = ended
-            # What is up to date is not written to; whoever may open the lock that is there is told so.
+            # If everything is up to date, a run writes nothing, so it succeeds as long as it can open the lock file.
             if start != goal or run.status != 0:
                 wrong += _refused(run, "read-only", "permission denied")
             if files_below(closed) != before:
-                wrong.append("what could not be written has changed")
+                wrong.append("read-only files have changed")
             wrong += [f"{item} is left" for item in leftovers(spot)]
             wrong += unsound(lab, spot, journey.model, variants(journey)) + next_make(lab, spot, journey)
     return Outcome(f"{how}, {told(journey)}", True, tuple(wrong))
 
 
 def damage(lab: Lab, rng: random.Random, index: int, name: str) -> Outcome:
-    """One file of every published artifact, and of the report, is deleted, cut or has one bit flipped."""
+    """One file of every published artifact and one of the report are deleted, cut, or have one bit flipped."""
     journey = Journey(TINY[0].name, "first", "first")
     how, wrong, files = DAMAGES[index % len(DAMAGES)], [], []
     with new_spot(lab, name, journey) as spot:
@@ -155,7 +156,7 @@ def damage(lab: Lab, rng: random.Random, index: int, name: str) -> Outcome:
             spoil(file, how, rng)
             files.append(f"{folder.name}/{file.name}")
             if _opens(folder):
-                wrong.append(f"{file} is {how}, and its artifact opens")
+                wrong.append(f"{file} is damaged ({how}), but its artifact still opens")
         pages = sorted((spot / "out" / "reports" / journey.model).glob("report.*"))
         page = pages[index // len(DAMAGES) % len(pages)]
         spoil(page, how, rng)
@@ -163,12 +164,12 @@ def damage(lab: Lab, rng: random.Random, index: int, name: str) -> Outcome:
         spoilt = page.read_bytes() if page.exists() else None
         wrong += next_make(lab, spot, journey)
         if page.exists() and page.read_bytes() == spoilt:
-            wrong.append(f"{page.name} is {how}, and stays so")
+            wrong.append(f"{page.name} is damaged ({how}), and the next make does not replace it")
     return Outcome(f"{', '.join(files)}: {how}", True, tuple(wrong))
 
 
 def spoil(file: Path, how: str, rng: random.Random) -> None:
-    """Do to `file` what one of DAMAGES says."""
+    """Damage `file` in the way `how`, one of DAMAGES."""
     data = bytearray(file.read_bytes())
     if how == "deleted":
         file.unlink()
@@ -181,7 +182,7 @@ def spoil(file: Path, how: str, rng: random.Random) -> None:
 
 
 def _unnoticed_flips(manifest: Path, rng: random.Random) -> list[str]:
-    """Flips of one bit of `manifest` with which its artifact opens; the file is left as it was."""
+    """Flip single bits of `manifest` and describe each flip with which the artifact still opens. Restores the file."""
     whole, wrong = manifest.read_bytes(), []
     for bit in sorted(rng.sample(range(8 * len(whole)), FLIPS)):
         data = bytearray(whole)

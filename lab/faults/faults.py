@@ -1,4 +1,4 @@
-"""The faults of the campaign: each does its harm to one run of the pipeline, and tells what does not hold afterwards."""
+"""The campaign's faults: each disturbs one run of the pipeline and returns what is wrong afterwards."""
 
 from __future__ import annotations
 
@@ -27,13 +27,16 @@ from lab.faults.laboratory import (
     unsound,
 )
 
-EVERY_ES_MINI = 8  # of the moments that take any model, one in so many has the embedded one
-NEAR_RENAME = 4  # changes that come so soon before or after a rename are chosen NEAR_RENAME times as often
+EVERY_ES_MINI = 8  # one in so many moments runs on the embedded model instead of a tiny one
+NEAR_RENAME = 4  # changes at most so many places before or after a rename are chosen NEAR_RENAME times as often
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """`what` was done; whether it `struck` (a moment may come after the run's end); what is `wrong` afterwards."""
+    """`what` was done, whether it `struck`, and everything that is `wrong` afterwards.
+
+    `struck` is false if the run was undisturbed, for example because it ended before the moment came.
+    """
 
     what: str
     struck: bool
@@ -42,7 +45,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Strike:
-    """A moment of a run: seconds after its start, or a change of the timeline and a delay behind its beginning."""
+    """A moment of a run: `after_s` seconds after its start, or `delay_s` seconds after the start of a change."""
 
     after_s: float | None = None
     change: int | None = None
@@ -53,7 +56,7 @@ class Strike:
 Fault = Callable[[Lab, random.Random, int, str], Outcome]
 
 
-# --- what all share ---
+# --- shared by all faults ---
 
 
 @contextmanager
@@ -71,11 +74,15 @@ def _journey(rng: random.Random, index: int) -> Journey:
 
 
 def told(journey: Journey) -> str:
-    return f"{journey.model}, {'from nothing' if journey.start is None else f'over another, {journey.goal} changed'}"
+    start = "from nothing" if journey.start is None else f"over finished outputs, {journey.goal} changed"
+    return f"{journey.model}, {start}"
 
 
 def _strike(lab: Lab, rng: random.Random, journey: Journey) -> Strike:
-    """Half of them anywhere in time, half at a change below the output folders, renames and their like preferred."""
+    """Draw a moment: half of them at any time, half at a change below the output folders.
+
+    Changes near a rename are preferred, because publishing an artifact is a rename.
+    """
     line = lab.timeline(journey)
     if rng.random() < 0.5:
         after = rng.uniform(0, line.seconds)
@@ -99,7 +106,7 @@ def trap_of(spot: Path, **fields) -> Trap:
 def _disturbed(
     lab: Lab, spot: Path, commands: list[list[str]], strike: Strike, number: int, *, group: bool = True
 ) -> list[Run]:
-    """`commands` in turn until one does not end with 0; signal `number` falls on the one that runs at the strike."""
+    """Run `commands` one by one until one fails, and send signal `number` to the one that runs at the strike."""
     trap = None
     if strike.change is not None:
         trap = trap_of(spot, at=strike.change, delay_s=strike.delay_s, signal=number, group=group)
@@ -107,7 +114,7 @@ def _disturbed(
     for command in commands:
         run = Run(lab, spot, command, trap)
         runs.append(run)
-        # A strike between two commands falls on the first moment of the next.
+        # If the moment comes between two commands, the signal goes to the next one as soon as it starts.
         wait_s = None if strike.after_s is None or sent else max(0.0, begin + strike.after_s - time.monotonic())
         if wait_s is not None and run.wait(wait_s) is None:
             (os.killpg if group else os.kill)(run.pid, number)
@@ -118,7 +125,7 @@ def _disturbed(
 
 
 def left_of(runs: Sequence[Run]) -> list[str]:
-    """What still runs of `runs` or was left by them; it is ended here."""
+    """Name the processes of `runs` that still run, and kill them."""
     wrong = [f"still running: {name}" for name in left_running([run.pid for run in runs])]
     for run in runs:
         run.end()
@@ -126,14 +133,14 @@ def left_of(runs: Sequence[Run]) -> list[str]:
 
 
 def next_make(lab: Lab, spot: Path, journey: Journey) -> list[str]:
-    """What is wrong after the next, undisturbed make."""
+    """Run make once more, undisturbed, and return everything that is wrong afterwards."""
     run = Run(lab, spot, lab.make(spot, journey.model, journey.goal))
     run.wait()
     wrong = []
     if run.status != 0:
         wrong.append(f"the next make ends with status {run.status}: {run.said()[-1500:]}")
     if "waiting for another run" in run.said():
-        wrong.append("the next make waits for a lock that nobody holds")
+        wrong.append("the next make waited for a lock, although no other run is alive")
     return wrong + left_of([run]) + differences(lab, spot, journey.model, journey.goal)
 
 
@@ -142,7 +149,10 @@ def variants(journey: Journey) -> list[str]:
 
 
 def _is_traceback(said: str, sources: str) -> bool:
-    """Whether there is one that is ours to prevent: not of the interpreter's start, before any file but its own runs."""
+    """Whether the output holds a traceback that this project should have prevented.
+
+    A traceback from the interpreter's own start names no file of ours and does not count.
+    """
     if "Traceback" not in said and "Exception ignored" not in said:
         return False
     return any(place in said for place in (sources, "site-packages", "multiprocessing"))
@@ -152,7 +162,7 @@ def _is_traceback(said: str, sources: str) -> bool:
 
 
 def kill(lab: Lab, rng: random.Random, index: int, name: str) -> Outcome:
-    """SIGKILL to the whole process group of `make export quantize eval`."""
+    """SIGKILL goes to the whole process group of `make export quantize eval`."""
     journey = _journey(rng, index)
     strike = _strike(lab, rng, journey)
     with new_spot(lab, name, journey) as spot:
@@ -163,7 +173,7 @@ def kill(lab: Lab, rng: random.Random, index: int, name: str) -> Outcome:
 
 
 def kill_one(lab: Lab, rng: random.Random, index: int, name: str) -> Outcome:
-    """SIGKILL to one process of the pipeline, as the kernel does where memory runs out; the next make comes at once."""
+    """SIGKILL goes to one process of the pipeline, as when memory runs out; the next make starts at once."""
     journey = _journey(rng, index)
     after, pick = rng.uniform(0, lab.timeline(journey).seconds), rng.random()
     with new_spot(lab, name, journey) as spot:
@@ -178,7 +188,7 @@ def kill_one(lab: Lab, rng: random.Random, index: int, name: str) -> Outcome:
             except (FileNotFoundError, ProcessLookupError):
                 victim = ""
         run.wait()
-        # What make left running may hold the lock with good reason: then the next make waits for its end.
+        # A process that make left running may still hold the lock, rightly. Then the next make waits until it ends.
         again = Run(lab, spot, lab.make(spot, journey.model, journey.goal))
         again.wait()
         wrong = [] if again.status == 0 else [f"the next make ends with {again.status}: {again.said()[-1500:]}"]
@@ -190,7 +200,7 @@ def kill_one(lab: Lab, rng: random.Random, index: int, name: str) -> Outcome:
 
 
 def interrupt(lab: Lab, rng: random.Random, index: int, name: str) -> Outcome:
-    """SIGINT to the group, as Ctrl-C does it, or SIGTERM to the group or to its leader; make, or the stages by themselves."""
+    """SIGINT goes to the process group, as Ctrl-C does, or SIGTERM to it or its leader; of make or of one stage."""
     journey = _journey(rng, index)
     number = rng.choice([signal.SIGINT, signal.SIGTERM])
     group = number == signal.SIGINT or rng.random() < 0.5
@@ -200,9 +210,9 @@ def interrupt(lab: Lab, rng: random.Random, index: int, name: str) -> Outcome:
         make, stages = ([command(spot, journey.model, journey.goal)] for command in (lab.make, lab.stages))
         runs = _disturbed(lab, spot, make if through_make else stages[0], strike, number, group=group)
         last, wrong = runs[-1], []
-        # Python gives 1 itself where a Ctrl-C falls into its own start, and make tells its own.
+        # Ctrl-C during the interpreter's own start ends it with status 1, which make then reports as its own.
         if last.status not in (0, 128 + number) and "KeyboardInterrupt" not in last.said():
-            wrong.append(f"status {last.status} where {128 + number} is due: {last.said()[-1500:]}")
+            wrong.append(f"status {last.status} instead of {128 + number}: {last.said()[-1500:]}")
         if _is_traceback(last.said(), str(lab.sources)):
             wrong.append(f"a traceback: {last.said()[-1500:]}")
         wrong += left_of(runs) + [f"{item} is left" for item in leftovers(spot)]
@@ -213,7 +223,7 @@ def interrupt(lab: Lab, rng: random.Random, index: int, name: str) -> Outcome:
 
 
 def crowd(lab: Lab, rng: random.Random, index: int, name: str) -> Outcome:
-    """4 makes at once into the same folders: on one model, on four, and on one with one of the makes killed."""
+    """Four makes write to the same folders at once: for one model, for four models, or for one with one make killed."""
     start, goal = rng.choice([(None, "first"), ("first", "opset")]) if index % 3 != 1 else (None, "first")
     models = [shape.name for shape in TINY] if index % 3 == 1 else [TINY[0].name] * len(TINY)
     journeys = [Journey(model, start, goal) for model in models]

@@ -1,6 +1,7 @@
-"""Where the fault campaign works: a copy of the sources, small models, runs of the pipeline, and what must hold of them.
+"""Where the fault campaign works: a copy of the sources, small models, runs of the pipeline, checks of their outputs.
 
-A `spot` is the folder of one moment: spot/out holds `artifacts` and `reports`, everything else in it is ours.
+A `spot` is the folder of one moment. spot/out holds the pipeline's `artifacts` and `reports`; every other file in the
+spot belongs to the campaign.
 """
 
 from __future__ import annotations
@@ -27,28 +28,28 @@ from lab.faults.hook.sitecustomize import RECORD
 
 HOOK = ROOT / "lab" / "faults" / "hook"
 SOURCES = ("cuantiza", "export", "quantize", "eval", "lab", "setup", "corpus", "Makefile", "pyproject.toml")
-# Of different widths, since a random weight depends on its name and shape alone.
+# A random weight depends only on its name and shape, so the models differ in width to have different weights.
 TINY = tuple(
     Shape(f"tiny-{number}", layers=2, width=32 + 8 * number, heads=2, vocabulary=8192, positions=64)
     for number in range(4)
 )
 MODELS = (*(shape.name for shape in TINY), ES_MINI.name)
-# What is asked for; all but the first rebuild some of what the first left: everything, or all that is calibrated.
+# Options of make. After a run of "first", "opset" rebuilds everything and "corpus" rebuilds what is calibrated.
 VARIANTS = {"first": {}, "opset": {"OPSET": "22"}, "corpus": {"CORPUS": "corpus/other"}}
 EVAL = "--tokens 300 --rounds 1 --without-torch"
-# What a report measured anew: it may differ from an undisturbed run's.
+# Fields of a report that are measured again in each run, so they may differ from an undisturbed run's.
 MEASURED = {"load_ms", "load_samples_ns", "peak_rss_bytes", "prefill", "decode"}
 HASHES = {"sha256", "pages"}
-PATIENCE_S = 1800  # for a run to end; a machine that others use too may pause it
-GRACE_S = 60  # for processes to be gone
+PATIENCE_S = 1800  # a run must end within this time; long, because a shared machine may pause it
+GRACE_S = 60  # processes must be gone this long after their leader ended
 
 
 @dataclass(frozen=True)
 class Trap:
-    """What lab/faults/hook does: log every change below `roots`, and strike at the one numbered `at`.
+    """Instructions for lab/faults/hook: log every change below `roots`, and strike at change number `at`.
 
-    It sends `signal` to the process group (or to its leader alone), after `delay_s`; or it takes what is left of
-    `disk` (its "bytes" or "inodes") but for `slack`.
+    The hook strikes by sending `signal` to the process group (without `group`: to its leader) after `delay_s`. With
+    `fill` ("bytes" or "inodes") it uses up those of the file system `disk` instead, all but `slack`.
     """
 
     log: str
@@ -64,7 +65,7 @@ class Trap:
 
 @dataclass(frozen=True)
 class Change:
-    """A change below the output folders: seconds since the run began, audit event, path below the spot's `out`."""
+    """A change below the output folders: seconds since the run's start, audit event, path below the spot's `out`."""
 
     seconds: float
     event: str
@@ -73,7 +74,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Journey:
-    """An undisturbed run from what `start` left (None: from nothing) to `goal`, both of VARIANTS."""
+    """A run that builds the variant `goal` over the finished outputs of the variant `start` (None: from nothing)."""
 
     model: str
     start: str | None
@@ -82,14 +83,14 @@ class Journey:
 
 @dataclass(frozen=True)
 class Timeline:
-    """How a journey went undisturbed: how long it took, and what it changed, in order."""
+    """The record of an undisturbed journey: its duration, and its changes in order."""
 
     seconds: float
     changes: tuple[Change, ...]
 
 
 class Lab:
-    """A folder with the sources as they were when the campaign began, the models, and undisturbed runs to compare with."""
+    """The campaign's folder: a copy of the sources, made at its start, the models, and undisturbed reference runs."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -108,32 +109,35 @@ class Lab:
         self._runs: list[Run] | None = []
 
     def close(self) -> None:
-        """End every run, and let none begin."""
+        """End every run, and refuse new ones."""
         runs, self._runs = self._runs or [], None
         for run in runs:
             run.end()
 
     def add(self, run: Run) -> None:
-        """Remember `run` until `close`. Raises UserError behind that."""
+        """Remember `run`, so that `close` ends it. After `close`, ends `run` and raises UserError."""
         if self._runs is None:
             run.end()
             raise UserError("the campaign was interrupted")
         self._runs = [other for other in self._runs if other.process.returncode is None] + [run]
 
     def timeline(self, journey: Journey) -> Timeline:
-        """Of `journey`, run undisturbed where it was not yet. Raises UserError where that fails or is no reference."""
+        """The timeline of `journey`, which runs undisturbed the first time.
+
+        Raises UserError if that run fails, or if its outputs differ from those of the same variant made from nothing.
+        """
         with self._lock:
             if journey not in self._timelines:
                 self._timelines[journey] = self._run_undisturbed(journey)
             return self._timelines[journey]
 
     def finished(self, model: str, variant: str) -> Path:
-        """The outputs of an undisturbed run of `variant` from nothing."""
+        """The output folder of an undisturbed run that made `variant` from nothing."""
         self.timeline(Journey(model, None, variant))
         return self.root / "undisturbed" / f"{model}-{variant}" / "out"
 
     def spot(self, name: str, journey: Journey) -> Path:
-        """A new spot with what `journey` starts from."""
+        """Make a new spot that holds the outputs from which `journey` starts."""
         folder = self.root / name
         folder.mkdir(parents=True)
         if journey.start is not None:
@@ -150,9 +154,11 @@ class Lab:
             raise UserError(f"{journey}: the undisturbed run ended with status {run.status}: {run.said()[-2000:]}")
         seconds = time.monotonic() - begin
         if journey.start is not None:
-            # From what another variant left, or from nothing: the same bytes.
+            # The bytes must not depend on what was there before the run.
             if wrong := differences(self, spot, journey.model, journey.goal):
-                raise UserError(f"{journey}: the undisturbed run is no reference: {'; '.join(wrong)}")
+                raise UserError(
+                    f"{journey}: the undisturbed run differs from one that began with nothing: {'; '.join(wrong)}"
+                )
             shutil.rmtree(spot / "out")
         return Timeline(seconds, _read_log(spot, since))
 
@@ -165,12 +171,12 @@ class Lab:
             "REPORTS": f"{spot}/out/reports",
             "EVAL": EVAL,
         } | VARIANTS[variant]
-        # -o: this environment is up to date, whatever the times of the copied files are.
+        # -o tells make not to rebuild the environment: the copied files have new times, which would make it look stale.
         goals = ["make", "-o", f"{self.venv}/.stamp", "export", "quantize", "eval"]
         return [*goals, *(f"{name}={value}" for name, value in options.items())]
 
     def stages(self, spot: Path, model: str, variant: str) -> list[list[str]]:
-        """The commands that make runs for this."""
+        """The stages' own commands, as `make export quantize eval` runs them for `variant`."""
         given = VARIANTS[variant]
         corpus = ["--corpus", given.get("CORPUS", "corpus/es")]
         artifacts, reports = f"{spot}/out/artifacts", f"{spot}/out/reports"
@@ -183,7 +189,7 @@ class Lab:
 
 
 class Run:
-    """A command as the leader of a session of its own, from the sources' folder; what it says is kept."""
+    """A command that runs in the copy of the sources, as the leader of its own session. Its output goes to a file."""
 
     def __init__(self, lab: Lab, spot: Path, command: Sequence[str], trap: Trap | None = None, **kwargs) -> None:
         environment = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL")}
@@ -210,12 +216,12 @@ class Run:
 
     @property
     def status(self) -> int | None:
-        """As a shell tells it: 128 + the signal's number for a process that died of one. None while it runs."""
+        """The exit status as a shell reports it: 128 + the signal's number after a signal. None while it runs."""
         code = self.process.returncode
         return code if code is None or code >= 0 else 128 - code
 
     def wait(self, timeout: float = PATIENCE_S) -> int | None:
-        """The status, or None where it still runs after `timeout` seconds."""
+        """Wait for the end and return the status; None if the command still runs after `timeout` seconds."""
         try:
             self.process.wait(timeout)
         except subprocess.TimeoutExpired:
@@ -226,7 +232,7 @@ class Run:
         return self._log.read_text(encoding="utf-8", errors="replace")
 
     def end(self) -> None:
-        """Kill what is left of the session."""
+        """Kill every process of the session that still runs."""
         for pid in session([self.pid]):
             try:
                 os.kill(pid, signal.SIGKILL)
@@ -236,7 +242,7 @@ class Run:
 
 
 def session(leaders: Sequence[int]) -> list[int]:
-    """Processes of the sessions of `leaders` that still run, by number."""
+    """The ids of the processes that still run in the sessions of `leaders`, in order."""
     found = []
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit():
@@ -251,7 +257,7 @@ def session(leaders: Sequence[int]) -> list[int]:
 
 
 def left_running(leaders: Sequence[int], grace_s: float = GRACE_S) -> list[str]:
-    """Command lines of the processes that `leaders` left behind and that do not end within `grace_s`."""
+    """Command lines of the processes in the sessions of `leaders` that still run after `grace_s` seconds."""
     deadline = time.monotonic() + grace_s
     while (pids := session(leaders)) and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -265,19 +271,22 @@ def left_running(leaders: Sequence[int], grace_s: float = GRACE_S) -> list[str]:
 
 
 def leftovers(spot: Path) -> list[str]:
-    """Temporary files and folders below the outputs."""
+    """Temporary files and folders that are still below the outputs."""
     return sorted(str(path.relative_to(spot)) for path in (spot / "out").rglob(".tmp-*"))
 
 
 def files_of(folder: Path) -> dict[str, str]:
-    """sha256 of every file of `folder` by its path below it."""
+    """The sha256 of every file below `folder`, by its relative path."""
     return {
         str(path.relative_to(folder)): digests.sha256_file(path) for path in sorted(folder.rglob("*")) if path.is_file()
     }
 
 
 def unsound(lab: Lab, spot: Path, model: str, variants: Sequence[str]) -> list[str]:
-    """What is wrong with what `spot` holds of `model` at any moment: each artifact is that of one of `variants`, whole."""
+    """Return what is wrong with the outputs for `model` in `spot`.
+
+    This must hold at any moment: each artifact is whole and equals that of one of `variants`, and a report is JSON.
+    """
     wrong = []
     for path in sorted((spot / "out" / "artifacts" / model).glob("[!.]*")):
         try:
@@ -287,7 +296,7 @@ def unsound(lab: Lab, spot: Path, model: str, variants: Sequence[str]) -> list[s
             continue
         known = [files_of(lab.finished(model, variant) / "artifacts" / model / path.name) for variant in variants]
         if files_of(path) not in known:
-            wrong.append(f"{path}: verified, and yet not the bytes of an undisturbed run")
+            wrong.append(f"{path}: opens, but is not the bytes of an undisturbed run")
     report = spot / "out" / "reports" / model / "report.json"
     if report.is_file():
         try:
@@ -298,7 +307,7 @@ def unsound(lab: Lab, spot: Path, model: str, variants: Sequence[str]) -> list[s
 
 
 def differences(lab: Lab, spot: Path, model: str, variant: str) -> list[str]:
-    """Where the outputs in `spot` are not those of an undisturbed run of `variant`; of a report, timings may differ."""
+    """Return where the outputs in `spot` differ from an undisturbed run of `variant`, except for a report's timings."""
     theirs, ours = lab.finished(model, variant), spot / "out"
     wrong = unsound(lab, spot, model, [variant])
     names = [sorted(path.name for path in (out / "artifacts" / model).glob("[!.]*")) for out in (theirs, ours)]
@@ -322,7 +331,7 @@ def differences(lab: Lab, spot: Path, model: str, variant: str) -> list[str]:
 
 
 def _content(report: dict) -> dict:
-    """`report` without what was measured anew, and the hashes of the pages that show it."""
+    """`report` without the timings and memory figures of this run, and without the hashes that depend on them."""
     rows = [{key: value for key, value in row.items() if key not in MEASURED} for row in report["artifacts"]]
     return {key: value for key, value in report.items() if key not in HASHES} | {"artifacts": rows}
 
@@ -337,7 +346,7 @@ def _read_log(spot: Path, since: float) -> tuple[Change, ...]:
 
 
 def _other_corpus(source: Path, target: Path) -> None:
-    """A copy of a corpus with one document less to calibrate on."""
+    """Copy a corpus, and move one document from its calibration split to its test split."""
     shutil.copytree(source, target)
     index = json.loads((target / "index.json").read_text(encoding="utf-8"))
     next(item for item in index["documents"] if item["split"] == "calibration")["split"] = "test"

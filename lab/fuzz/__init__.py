@@ -1,1 +1,1 @@
-"""Hostile input: every format that a stage reads, broken in ways that its own structure suggests."""
+"""Fuzzing: every file format that a stage reads is broken in ways that the format's own structure suggests."""

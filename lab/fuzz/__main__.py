@@ -1,4 +1,4 @@
-"""`python -m lab.fuzz`: thousands of broken files of every format, and what each reader did with them."""
+"""`python -m lab.fuzz` gives each reader thousands of broken files of its format and prints how it reacted."""
 
 from __future__ import annotations
 
@@ -18,28 +18,40 @@ from lab.fuzz.formats import FORMATS
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m lab.fuzz", description=__doc__)
-    parser.add_argument("--formats", nargs="+", default=list(FORMATS), choices=FORMATS, metavar="NAME", help="formats")
-    parser.add_argument("--cases", type=int, default=10_000, help="of each format (default 10,000)")
-    parser.add_argument("--seed", type=int, default=0, help="of the cases (default 0)")
     parser.add_argument(
-        "--engine", choices=("hypothesis", "atheris"), default="hypothesis", help="what makes the cases"
+        "--formats",
+        nargs="+",
+        default=list(FORMATS),
+        choices=FORMATS,
+        metavar="NAME",
+        help="formats to break (default: all)",
     )
-    parser.add_argument("--findings", type=Path, default=Path("reports/fuzz"), help="folder for what was found")
+    parser.add_argument("--cases", type=int, default=10_000, help="cases per format (default 10,000)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random cases (default 0)")
+    parser.add_argument(
+        "--engine",
+        choices=("hypothesis", "atheris"),
+        default="hypothesis",
+        help="generator of the cases (default hypothesis)",
+    )
+    parser.add_argument(
+        "--findings", type=Path, default=Path("reports/fuzz"), help="folder for the files that were findings"
+    )
     parser.add_argument("--json", type=Path, help="write the counts to this file")
     args = parser.parse_args()
     if args.engine == "atheris" and not find_spec("atheris"):
-        raise UserError("--engine atheris: is not installed; `pip install atheris` (Linux)")
+        raise UserError("--engine atheris: atheris is not installed; run `pip install atheris` (Linux only)")
     if args.json and not args.json.parent.is_dir():
-        raise UserError(f"--json {args.json}: its folder is not there; make it, or name another file")
+        raise UserError(f"--json {args.json}: its folder does not exist; make it, or name another file")
     if args.cases < 1:
-        raise UserError(f"--cases {args.cases}: give a number from 1 on")
+        raise UserError(f"--cases {args.cases}: give 1 or more")
     rows = [
         campaign(name, args.cases, args.seed, args.engine, args.findings)
         for name in track(args.formats, "fuzz", len(args.formats))
     ]
     for row in rows:
         say(
-            f"{row['format']:20} {row['cases']:6} cases, {row['accepted']:5} read, {row['seconds']:6.0f} s: {row['finding'] or 'no finding'}"
+            f"{row['format']:20} {row['cases']:6} cases, {row['accepted']:5} accepted, {row['seconds']:6.0f} s: {row['finding'] or 'no finding'}"
         )
     if args.json:
         about = {"engine": args.engine, "seed": args.seed, "cases": args.cases, "cpu": cpu_name()}

@@ -1,4 +1,7 @@
-"""Many cases of one format, in a process of its own that says what it reads: one that dies or hangs is a finding too."""
+"""Runs many cases of one format in a child process.
+
+The child reports each case before it reads it, so a case that kills or hangs the child is a finding too.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,10 @@ _context = multiprocessing.get_context("spawn")
 
 
 def campaign(name: str, cases: int, seed: int, engine: str, findings: Path) -> dict:
-    """Counts of one format; a finding's file is left in folder `findings`. `engine` is hypothesis or atheris."""
+    """Run `cases` cases of format `name` and return their counts. `engine` is hypothesis or atheris.
+
+    If a case is a finding, its file is copied to the folder `findings`.
+    """
     start = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="cuantiza-fuzz-") as folder:
         here, there = _context.Pipe(duplex=False)
@@ -31,7 +37,7 @@ def campaign(name: str, cases: int, seed: int, engine: str, findings: Path) -> d
         there.close()
         last: dict = {"cases": 0, "accepted": 0, "finding": "died before its first case"}
         try:
-            # A case that Python cannot interrupt would hang for ever.
+            # The child's own alarm cannot interrupt C code that hangs, so the parent waits at most 120 s per case.
             while here.poll(120):
                 last = here.recv()
             last["finding"] = last["finding"] or f"hung in case {last['cases']}"
@@ -67,7 +73,7 @@ def _work(there: Connection, name: str, folder: Path, cases: int, seed: int, eng
         state["accepted"] += read_case(form, folder, case)
 
     def guided_attempt(case: bytes) -> None:
-        # libFuzzer ends the process whenever it is done, so that the last word has to be said before.
+        # libFuzzer ends the process as soon as an exception leaves this function, so the finding is sent before that.
         try:
             attempt(case)
         except Finding as finding:
@@ -82,7 +88,7 @@ def _work(there: Connection, name: str, folder: Path, cases: int, seed: int, eng
     try:
         _run_hypothesis(attempt, form.cases(content), cases, seed)
     except (Finding, Flaky) as found:
-        # What is slow at times, or fails in different ways, is a group of findings.
+        # If a case fails only sometimes, or in different ways, Hypothesis raises Flaky, maybe as a group of findings.
         first = found.exceptions[0] if isinstance(found, BaseExceptionGroup) else found
         state["finding"] = " ".join(str(first).split())
     there.send(dict(state))

@@ -1,6 +1,7 @@
-"""The formats that come from outside, and the code of the stages that reads each.
+"""The file formats that users give to the stages, each with the code that reads it.
 
-A format makes valid files in a folder, says how to break one of them, and reads the folder as a stage would.
+A Format writes valid files into a folder, generates broken contents for one of them, and reads the folder as a stage
+would.
 """
 
 from __future__ import annotations
@@ -28,14 +29,14 @@ from lab.checkpoints.random import Shape, tensors
 from lab.fuzz.hostile import NAMES, NUMBERS, broken_bytes, broken_json, broken_message, broken_value
 
 TINY = Shape("tiny", layers=1, width=8, heads=2, vocabulary=16, positions=8)
-# A file that hostile pickles try to create.
+# Hostile pickles try to create this file. If it exists afterwards, the reader ran code from the file.
 CANARY = "canary"
 
 
 @dataclass(frozen=True)
 class Format:
-    """`prepare` fills an empty folder with valid files, `file` is the one that `cases` has broken contents of, and
-    `read` is what a stage does with the folder."""
+    """`prepare` fills an empty folder with valid files. `cases` turns the valid content of `file` into broken contents.
+    `read` reads the folder as a stage does."""
 
     name: str
     file: str
@@ -101,7 +102,7 @@ def _read_onnx(folder: Path) -> None:
 
 
 def _tokenizer(folder: Path) -> None:
-    # Small, so that a case is broken where it matters and not in one of 8,000 tokens.
+    # The vocabulary is small so that random damage hits the structure, not just one of 8,000 tokens.
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     vocabulary = {piece: number for number, piece in enumerate(["<|endoftext|>", "a", "h", "l", "o", "Ġ", "Ã", "ho"])}
@@ -178,20 +179,40 @@ def _read_recipe(folder: Path) -> None:
 
 
 def _report(folder: Path) -> None:
-    from cuantiza.eval.measure.report import SCHEMA
+    from cuantiza.eval.report.schema import SCHEMA, Measured
 
     def row(name: str, nats: float) -> dict:
-        rounds = {"samples_per_round": [1] * 6, "samples_ns": [1000 + number for number in range(6)]}
-        latency = {"prefill": [{"tokens": 32, **rounds}], "decode": [{"position": 32, **rounds}]}
-        return {"name": name, "bytes": 1000, "nll_by_document": [nats, 2 * nats, nats], **latency}
+        timing = {"samples_per_round": [1] * 6, "samples_ns": [1000 + number for number in range(6)]}
+        timing |= dict.fromkeys(("p50_ms", "p90_ms", "tokens_per_second", "speedup", "speedup_min", "speedup_max"), 1.0)
+        latency = {"prefill": [{"tokens": 32, **timing}], "decode": [{"position": 32, **timing}], "load_ms": 1.0}
+        figures = [key for key, field in Measured.model_fields.items() if "float" in str(field.annotation)]
+        counts = {"bytes": 1000, "model_bytes": 900, "tokens_scored": 27, "peak_rss_bytes": 9000}
+        text = {"name": name, "llama_cpp": None, "continuation": "c", "load_samples_ns": [1000]}
+        nll = {"nll_by_document": [nats, 2 * nats, nats]}
+        return dict.fromkeys(figures, 0.5) | text | counts | nll | latency
+
+    machine = {"cpu": "a", "processors": 2, "threads": 2, "memory_bytes": 10**9, "system": "Linux"}
+    corpus = {
+        "source": "c",
+        "split": "test",
+        "sha256": "ab",
+        "documents": 3,
+        "documents_in_split": 3,
+        "bytes": 9,
+        "words": 9,
+    }
+    settings = {"onnx": [], "torch": False, "corpus": "ab", "tokens": 9, "window": 9, "rounds": 6, "code": "ab"}
+    settings |= {"machine": machine, "versions": {"onnxruntime": "1"}}
 
     report = {
         "schema": SCHEMA,
         "model": "m",
-        "corpus": {"source": "c", "document_tokens": [9, 9, 9], "tokens_sha256": "ab", "window_tokens": 9},
-        "machine": {"cpu": "a", "processors": 2, "threads": 2, "memory_bytes": 10**9, "system": "Linux"},
+        "corpus": corpus | {"document_tokens": [9, 9, 9], "tokens_sha256": "ab", "window_tokens": 9},
+        "machine": machine,
         "versions": {"onnxruntime": "1"},
-        "inputs": {"artifacts": [["fp32", "a"], ["q", "b"]]},
+        "rounds": 6,
+        "prompt": "p",
+        "inputs": settings | {"artifacts": [["fp32", "a"], ["q", "b"]]},
         "artifacts": [row("fp32", 9.0), row("q", 9.5)],
     }
     for name in ("base", "report"):
@@ -199,15 +220,15 @@ def _report(folder: Path) -> None:
 
 
 def _compare_report(folder: Path) -> None:
-    """With a valid base, against a budget, as far as the page that a comparison writes."""
+    """Compare the report with a valid base against a budget, and render the comparison's page."""
     from cuantiza.eval.compare.budgets import Budget, Budgets
     from cuantiza.eval.compare.decide import Comparison, compare_reports
     from cuantiza.eval.compare.page import markdown
-    from cuantiza.eval.compare.reports import read_report
+    from cuantiza.eval.compare.reports import read_side
 
-    base, head = read_report(folder / "base.json"), read_report(folder / "report.json")
+    base, head = read_side(folder / "base.json"), read_side(folder / "report.json")
     checks, new = compare_reports(base, head, Budgets(Budget(0.01, 0.01, 0.1), {}), None, True)
-    markdown(Comparison(head.model, "base", "head", "", checks, new, []))
+    markdown(Comparison(head.report.model, "base", "head", "", checks, new, []))
 
 
 def _budgets(folder: Path) -> None:
@@ -230,7 +251,7 @@ def _shards(folder: Path) -> None:
 
 @st.composite
 def _broken_safetensors(draw: st.DrawFn, seed: bytes) -> bytes:
-    """A header of broken JSON in its frame, or a frame that lies of it."""
+    """Break the JSON header, or declare a wrong length for it."""
     if draw(st.integers(0, 4)) == 0:
         return draw(broken_bytes(seed))
     (length,) = struct.unpack("<Q", seed[:8])
@@ -244,7 +265,7 @@ def _broken_safetensors(draw: st.DrawFn, seed: bytes) -> bytes:
 
 
 class _Call:
-    """Pickles as a call of `function`."""
+    """An object whose pickle calls `function` when it is loaded."""
 
     def __init__(self, function: Callable, *arguments: object) -> None:
         self.function, self.arguments = function, arguments
@@ -283,7 +304,10 @@ def _hostile_pickles() -> list[bytes]:
 
 @st.composite
 def _broken_bin(draw: st.DrawFn, seed: bytes) -> bytes:
-    """The archive with one member broken, replaced by a hostile pickle, or grown to a bomb; or a bare pickle."""
+    """Break one member of the zip archive, replace it by a hostile pickle, or grow it to a zip bomb.
+
+    Other cases are broken bytes, or a pickle without an archive.
+    """
     hostile = st.sampled_from(_hostile_pickles())
     kind = draw(st.sampled_from(("member", "member", "bytes", "pickle", "bare", "bomb", "names")))
     if kind == "bytes":
@@ -320,7 +344,7 @@ def _broken_onnx(seed: bytes) -> st.SearchStrategy[bytes]:
 
 @st.composite
 def _external(draw: st.DrawFn, model) -> bytes:
-    """Weights that claim to lie in another file."""
+    """Declare that a weight is stored in another file (external data), often one that is missing or outside."""
     import onnx
 
     broken = onnx.ModelProto()
@@ -339,7 +363,7 @@ def _external(draw: st.DrawFn, model) -> bytes:
 
 @st.composite
 def _tangled(draw: st.DrawFn, model) -> bytes:
-    """Nodes that read what they or later ones write, outputs that nobody writes, graphs in graphs."""
+    """Tangle the graph: cycles, two nodes with one output, wrong operators or domains, nested graphs."""
     import onnx
 
     broken = onnx.ModelProto()
@@ -363,7 +387,7 @@ def _tangled(draw: st.DrawFn, model) -> bytes:
 
 
 def _link(prepare: Callable[[Path], None]) -> Callable[[Path], None]:
-    """With a symbolic link beside the files that leads out of the folder."""
+    """Add a symbolic link to the prepared files that leads out of the folder."""
 
     def linked(folder: Path) -> None:
         prepare(folder)

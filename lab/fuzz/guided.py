@@ -1,4 +1,4 @@
-"""Coverage-guided cases: atheris changes bytes and keeps what reaches new lines of our readers."""
+"""Coverage-guided cases: atheris changes bytes and keeps the contents that reach new lines of the readers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ READERS = ("cuantiza",)
 
 
 def run_guided(attempt: Callable[[bytes], None], valid: bytes, corpus: Path, cases: int, seed: int) -> None:
-    """Call `attempt` on `cases` contents that grow from `valid`, kept in the empty folder `corpus`; ends the process."""
+    """Call `attempt` on `cases` contents that atheris derives from `valid`. Ends the process and never returns.
+
+    Atheris keeps the interesting contents in the folder `corpus`, which must be empty.
+    """
     import atheris
 
     for name, module in list(sys.modules.items()):

@@ -1,4 +1,4 @@
-"""One broken file, read as a stage reads it, under limits: what counts as a finding, and how it is found."""
+"""Reads one broken file as a stage does, under limits of time and memory, and decides whether that is a finding."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from cuantiza.core.errors import MENDS, UserError
 from lab.fuzz.formats import CANARY, Format
 
 SECONDS, BYTES = 10, 2 * 10**9
-# What Python announces before it does it (docs.python.org/3/library/audit_events.html), and no reader may do.
+# Python raises an audit event before each of these actions (docs.python.org/3/library/audit_events.html). No reader may
+# do any of them.
 _FORBIDDEN = {
     *("os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.Popen"),
     *("socket.connect", "socket.bind", "socket.sendto", "socket.getaddrinfo"),
@@ -33,11 +34,14 @@ _FORBIDDEN = {
 
 
 class Finding(AssertionError):
-    """A reader did something else than read or refuse with one line."""
+    """A reader neither accepted the file nor refused it with one line."""
 
 
 class _Watch:
-    """What the interpreter announces while a case is read. An audit hook cannot be removed, so one stays for good."""
+    """Collects the forbidden audit events of the interpreter while a case is read.
+
+    An audit hook cannot be removed, so one instance stays installed until the process ends.
+    """
 
     def __init__(self) -> None:
         self.folder: Path | None = None
@@ -52,7 +56,7 @@ class _Watch:
         elif event == "open" and isinstance(arguments[0], str):
             path, mode, flags = arguments
             writes = any(letter in (mode or "") for letter in "wax+") or (isinstance(flags, int) and flags & 3)
-            # Libraries read files of their own; these are named by broken files alone.
+            # Libraries open files of their own, which is fine. The names passwd and x come only from broken files.
             outside = Path(path).name in ("passwd", "x") and self.folder not in Path(path).resolve().parents
             if (writes and path != "/dev/null") or outside:
                 self.seen.append(f"opened {path!r} ({mode or flags})")
@@ -63,7 +67,7 @@ _watch: _Watch | None = None
 
 @contextmanager
 def watching(folder: Path) -> Iterator[list[str]]:
-    """What is done outside of reading `folder`, as a list that fills."""
+    """Yield a list that fills with the forbidden actions, and with files opened for writing or outside of `folder`."""
     global _watch
     _watch = _watch or _Watch()
     _watch.folder, _watch.seen = folder.absolute(), []
@@ -74,13 +78,16 @@ def watching(folder: Path) -> Iterator[list[str]]:
 
 
 def limit_memory() -> None:
-    """From here on no more than BYTES over what this process has now: what asks for more gets a MemoryError."""
+    """Allow this process BYTES more memory than it has now; an allocation above that raises MemoryError."""
     pages = int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_DATA, (pages + BYTES, resource.RLIM_INFINITY))
 
 
 def read_case(form: Format, folder: Path, content: bytes) -> bool:
-    """Whether `form`'s reader accepts `content` in `folder`. Raises Finding where it neither accepts nor refuses."""
+    """Return whether `form`'s reader accepts `content`, written to `folder`.
+
+    Raises Finding if the reader neither accepts nor refuses it with a UserError, or breaks a limit.
+    """
     target = folder / form.file
     target.write_bytes(content)
     canaries = [folder / CANARY, Path(CANARY)]
@@ -100,7 +107,7 @@ def read_case(form: Format, folder: Path, content: bytes) -> bool:
         except UserError as error:
             accepted = False
             if len(" ".join(str(error).split())) < 10:
-                raise Finding(f"{form.name}: refused with {str(error)!r}, which mends nothing") from None
+                raise Finding(f"{form.name}: refused with {str(error)!r}, too short to say how to mend it") from None
         except OSError as error:
             accepted = False
             if error.errno not in MENDS:

@@ -1,4 +1,4 @@
-"""Strategies of broken input: JSON, bytes and protobufs that begin as valid ones."""
+"""Hypothesis strategies that break a valid input: JSON texts, bytes and protobuf messages."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ VALUES = st.one_of(
     st.text(max_size=20),
     st.floats(),
 )
-# What no parser should recurse into, and what is JSON for some readers alone.
+# Texts nested too deeply for a recursive parser, and texts that only some readers accept as JSON.
 TEXTS = (
     b"",
     b"[" * 100_000,
@@ -53,7 +53,7 @@ TEXTS = (
 
 @st.composite
 def broken_json(draw: st.DrawFn, seed: bytes) -> bytes:
-    """A JSON text that is `seed` but for some of its values, keys, or bytes."""
+    """The JSON text `seed` with some of its values, keys or bytes changed."""
     if draw(st.integers(0, 9)) == 0:
         return draw(st.one_of(st.sampled_from(TEXTS), broken_bytes(seed)))
     return json.dumps(draw(broken_value(json.loads(seed)))).encode()
@@ -61,7 +61,7 @@ def broken_json(draw: st.DrawFn, seed: bytes) -> bytes:
 
 @st.composite
 def broken_value(draw: st.DrawFn, value: Any) -> Any:
-    """A copy of JSON's `value` with one to three places replaced, removed or renamed."""
+    """A copy of the JSON value `value` with one to three places replaced, removed, renamed or copied from elsewhere."""
     root = [copy.deepcopy(value)]
     for _ in range(draw(st.integers(1, 3))):
         places = list(_places(root))
@@ -80,7 +80,7 @@ def broken_value(draw: st.DrawFn, value: Any) -> Any:
 
 
 def _places(holder: Any):
-    """(container, key) of everything below `holder`, itself included."""
+    """Yield (container, key) of every value in `holder`, at every depth."""
     for key in list(holder) if isinstance(holder, dict) else range(len(holder)):
         yield holder, key
         if isinstance(holder[key], (dict, list)):
@@ -89,7 +89,7 @@ def _places(holder: Any):
 
 @st.composite
 def broken_bytes(draw: st.DrawFn, seed: bytes) -> bytes:
-    """`seed` cut, extended, or with some of its bytes replaced."""
+    """A copy of `seed` that was cut or extended, or had some of its bytes replaced."""
     data = bytearray(seed)
     for _ in range(draw(st.integers(1, 4))):
         at = draw(st.integers(0, max(0, len(data) - 1)))
@@ -110,7 +110,7 @@ def broken_bytes(draw: st.DrawFn, seed: bytes) -> bytes:
 
 @st.composite
 def broken_message(draw: st.DrawFn, seed: Message) -> bytes:
-    """`seed`, a protobuf message, with one to three of its fields changed; or its broken bytes."""
+    """The bytes of the protobuf message `seed` with one to three fields changed, or with broken bytes."""
     if draw(st.integers(0, 9)) == 0:
         return draw(broken_bytes(seed.SerializeToString()))
     message = type(seed)()
@@ -123,7 +123,7 @@ def broken_message(draw: st.DrawFn, seed: Message) -> bytes:
 
 
 def _fields(message: Message):
-    """(message, field) of every field that is set in `message` or below."""
+    """Yield (message, field) of every field that is set in `message` or in a message inside it."""
     for field, value in message.ListFields():
         yield message, field
         if field.type == FieldDescriptor.TYPE_MESSAGE:
@@ -162,6 +162,6 @@ def _scalar(draw: st.DrawFn, field: FieldDescriptor) -> Any:
         return draw(st.floats(width=32))
     if field.type == kinds.TYPE_INT64:
         return draw(st.one_of(st.sampled_from((0, -1, 1, 2**31, 2**40, 2**63 - 1, -(2**63))), st.integers(-9, 99)))
-    if field.type == kinds.TYPE_ENUM:  # protobuf takes no others, but for those of broken bytes
+    if field.type == kinds.TYPE_ENUM:  # protobuf refuses other values here; broken bytes can still hold them
         return draw(st.sampled_from([value.number for value in field.enum_type.values]))
     return draw(st.one_of(st.sampled_from((0, 1, 2**31 - 1, -(2**31), -1)), st.integers(0, 40)))

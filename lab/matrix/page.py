@@ -2,81 +2,45 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Callable
+from pathlib import Path
+
+from cuantiza.core.pages import escape, table
+from lab.pages import filled
 
 SCHEMA = "cuantiza/runtimes/1"
+TEMPLATE = Path(__file__).resolve().parent / "runtimes.md.j2"
 JSON, MARKDOWN, EMULATION = "runtimes.json", "runtimes.md", "runtimes-emulation.json"
 # Of a message that goes on for pages; the JSON has all of it.
 _LONGEST = 500
-_INTRO = """\
-# Runtimes
-
-The same files in other runtimes: every artifact of `{model}` in each, run and compared with ONNX Runtime's Python \
-package as `cuantiza/core/run/runtime.py` drives it. Made by `make runtimes`, from [{json}]({json}); `python -m lab.matrix --reprint` \
-prints this page anew.
-"""
-_MATRIX = """\
-## The matrix
-
-A cell says **ok**, the largest difference of a logit when {tokens} Spanish tokens go in at once · when {prefill} do and \
-the others follow one by one through the cache, and how many of the {tokens} most likely tokens are the same. Logits of \
-this model have a standard deviation of about {deviation:.0f}.
-"""
-_HOW = """\
-## How it was compared
-
-Every cell is a process of its own, with {threads} threads, on {cpu} ({system}), {date}.
-**ok** is a KL divergence from ONNX Runtime's distribution of at most {floats:.0e} nats a token, or twice what \
-quantization itself causes in that artifact (its own KL from fp32), in all logits that the runtime gives. Sums of floats \
-in another order move logits by some 1e-5 and KL by less than 1e-7. Where activations are integers, that is enough to \
-tip a rounding now and then, and everything behind it is rounded anew: two roundings of the same fineness that have \
-nothing to do with each other lie twice as far apart as each lies from the floats. A scale, a zero point, a mask or a \
-position that a runtime gets wrong is orders of magnitude above that.
-Tokens that a runtime's own loop generates have to be ours, up to the first place where our two best logits are nearer \
-to each other than twice the largest difference; and its tokenizer has to split the prompt as `tokenizer.json` says.
-"""
-_PROCESSORS = """\
-## Other processors
-
-Under user-mode emulation: the artifacts on processors with other instructions, compared with the same artifact on the \
-real one, by `python -m lab.matrix.emulation` ([{json}]({json})). Δ ln ppl is on {windows} windows of {length} tokens; an \
-option is one of ONNX Runtime's session.
-"""
 
 
 def page(result: dict, emulation: dict | None = None) -> str:
     """The Markdown page of a matrix, and of what was measured on emulated processors."""
     notes = Footnotes()
-    matrix = _table(result, result["runtimes"], notes, _cell)
     loops = [item for item in result["runtimes"] if _any(result, item, "generated")]
     batches = [item for item in result["runtimes"] if _any(result, item, "padded") or _skips(result, item, "padded")]
-    parts = [
-        _INTRO.format(model=result["model"], json=JSON),
-        _MATRIX.format(**result),
-        matrix,
-    ]
-    if loops:
-        parts += [
-            f"## Their own loops\n\nOf {result['generated']} tokens that each library's own generation continues "
-            f"“{result['prompt']}” with, greedily, how many are ours; behind the comma, as the shorter row of a batch "
-            "that its tokenizer pads on the left. The prompt goes through the library's own tokenizer.\n",
-            _table(result, loops, notes, _loop),
-        ]
-    if batches:
-        parts += [
-            "## A padded batch\n\nThe largest difference of a logit where the tokens stand behind padding in the "
-            "shorter row of two.\n",
-            _table(result, batches, notes, _padded),
-        ]
-    parts.append(_how(result))
-    if emulation is not None:
-        parts += [
-            _PROCESSORS.format(json=EMULATION, windows=emulation["windows"], length=emulation["tokens_per_window"])
-        ]
-        parts += [processors(emulation)]
-    parts.append("## Versions\n\n" + _versions(result))
-    return "\n".join([*map(_wrap, parts), *notes.lines()])
+    values = {
+        "model": result["model"],
+        "json": JSON,
+        "emulation_json": EMULATION,
+        "tokens": result["tokens"],
+        "prefill": result["prefill"],
+        "deviation": f"{result['deviation']:.0f}",
+        "generated": result["generated"],
+        "prompt": result["prompt"],
+        "matrix": _table(result, result["runtimes"], notes, _cell),
+        "loops": _table(result, loops, notes, _loop) if loops else "",
+        "batches": _table(result, batches, notes, _padded) if batches else "",
+        "floats": f"{result['floats']:.0e}",
+        "date": result["date"],
+        "processors": "" if emulation is None else processors(emulation),
+        "windows": emulation and emulation["windows"],
+        "length": emulation and emulation["tokens_per_window"],
+        "versions": _versions(result),
+    }
+    machine = {key: result["machine"][key] for key in ("threads", "cpu", "system")}
+    return filled(TEMPLATE, **values, **machine, notes=notes.lines())
 
 
 class Footnotes:
@@ -89,7 +53,7 @@ class Footnotes:
         return f"[^{self._numbers.setdefault(text, len(self._numbers) + 1)}]"
 
     def lines(self) -> list[str]:
-        return [f"[^{number}]: {text}\n" for text, number in self._numbers.items()]
+        return [f"[^{number}]: {text}" for text, number in self._numbers.items()]
 
 
 def processors(emulation: dict) -> str:
@@ -111,7 +75,7 @@ def processors(emulation: dict) -> str:
         f"- **{name}**: {fields['about']} (`qemu -cpu {fields['qemu_cpu']}`)"
         for name, fields in emulation.get("processors", {}).items()
     ]
-    return _markdown(columns, lines, left=(0, 1, 2, 6)) + "\n" + "\n".join([*about, ""])
+    return table(columns, lines, left=(0, 1, 2, 6)) + "\n" + "\n".join([*about, ""])
 
 
 def number(value: float) -> str:
@@ -126,18 +90,18 @@ def _table(result: dict, runtimes: list[dict], notes: Footnotes, show: Callable[
         [f"`{row['recipe']}`", row["target"], *(show(found[row["recipe"], item["name"]], notes) for item in runtimes)]
         for row in result["rows"]
     ]
-    return _markdown(["recipe", "target", *(item["title"] for item in runtimes)], lines, left=(0, 1))
+    return table(["recipe", "target", *(item["title"] for item in runtimes)], lines, left=(0, 1))
 
 
 def _cell(cell: dict, notes: Footnotes) -> str:
     why, status = cell.get("reason"), cell["status"]
     if status == "missing":
-        return "not installed" + notes.mark(_escape(why["message"]))
+        return "not installed" + notes.mark(escape(why["message"]))
     if status == "fails":
         return f"**no**: {why['short']}{notes.mark(_explained(why))}"
     mark = notes.mark(_explained(why)) if why else ""
     if note := cell.get("note"):
-        mark += notes.mark(_escape(note[0].upper() + note[1:] + "."))
+        mark += notes.mark(escape(note[0].upper() + note[1:] + "."))
     values = " · ".join(number(cell[name]["maximum"]) if name in cell else "—" for name in ("whole", "cached"))
     whole = cell.get("whole")
     same = f"<br>{whole['same_top']} of {whole['positions']}" if whole else ""
@@ -174,14 +138,7 @@ def _skips(result: dict, runtime: dict, name: str) -> bool:
 def _explained(why: dict) -> str:
     message = why["message"] if len(why["message"]) <= _LONGEST else why["message"][:_LONGEST] + " …"
     cure = why["cure"] or "What would cure it is not known."
-    return f"{_escape(message)} — {cure}"
-
-
-def _escape(text: str) -> str:
-    """Text of others as text: no table, HTML, footnote, emphasis or link of Markdown comes of it."""
-    for character in "\\`*_[]<>|":
-        text = text.replace(character, f"\\{character}")
-    return text
+    return f"{escape(message)} — {cure}"
 
 
 def _versions(result: dict) -> str:
@@ -191,25 +148,3 @@ def _versions(result: dict) -> str:
         versions = ", ".join(dict.fromkeys(cell["version"] for cell in cells if "version" in cell))
         lines.append(f"- **{item['title']}**: {item['missing'] or versions or 'ran nothing'}")
     return "\n".join([*lines, ""])
-
-
-def _how(result: dict) -> str:
-    machine = result["machine"]
-    return _HOW.format(**machine, **{key: result[key] for key in ("date", "floats")})
-
-
-def _wrap(part: str) -> str:
-    """Lines of prose at 120 columns; tables, titles and lists as they are."""
-    lines = [
-        line
-        if line.startswith(("|", "#", "- "))
-        else textwrap.fill(line, 120, break_on_hyphens=False, break_long_words=False)
-        for line in part.splitlines()
-    ]
-    return "\n".join([*lines, ""]) if part.endswith("\n") else "\n".join(lines)
-
-
-def _markdown(columns: list[str], lines: list[list[str]], left: tuple[int, ...]) -> str:
-    align = "|" + "".join("---|" if at in left else "---:|" for at in range(len(columns)))
-    rows = [columns, *lines]
-    return "\n".join([f"| {' | '.join(rows[0])} |", align, *(f"| {' | '.join(row)} |" for row in rows[1:])]) + "\n"

@@ -1,10 +1,11 @@
-"""What more machines are worth to `make sweep`: a small grid without Ray, on one worker and on two -> docs/sweep-speedup.json, .md.
+"""Measures how much faster `make sweep` gets with more machines, and writes docs/sweep-speedup.json and .md.
 
-make sweep-speedup                        measures, in the environment of setup/ray.txt
-python -m lab.speedup --reprint   the page anew from the JSON
+make sweep-speedup                measures, in the environment of setup/ray.txt
+python -m lab.speedup --reprint   writes the page again from the JSON
 
-A worker is a Ray node with one processor of this machine, which its processes are bound to; the head of the cluster has
-none to give. Every run begins with nothing, and all have to give the same figures.
+A small grid runs without Ray, on one Ray worker, and on two. A worker is a Ray node with one processor of this machine,
+to which its processes are bound; the cluster's head offers no processor. Every run starts with nothing, and all runs
+must give the same quality figures.
 """
 
 from __future__ import annotations
@@ -28,14 +29,14 @@ from cuantiza.sweep.executor import Local
 from cuantiza.sweep.grid import read_grid
 from lab import ROOT
 from lab.checkpoints.hard import make
-from lab.reliability_page import table, wrapped, write
+from lab.pages import filled, write
 from lab.speedup.ray_cluster import Cluster
 
 JSON = ROOT / "docs/sweep-speedup.json"
 RECIPES = ("int8-dynamic", "int8-static", "int8-weight", "int4-weight", "fp16")
 SETTINGS = Settings(tokens=12288, window=512, rounds=3, threads=1, shard=2048)
 WORKERS = (0, 1, 2)  # 0: this process alone, without Ray
-# The grid that the plan is for.
+# The page estimates how long a grid of this size takes.
 PLAN = {"models": 20, "recipes": 10, "corpora": 5}
 PLAN_WORKERS = (1, 2, 10, 50)
 KINDS = ("export", "quantize", "quality", "latency")
@@ -43,7 +44,7 @@ KINDS = ("export", "quantize", "quality", "latency")
 
 @dataclass(frozen=True)
 class Run:
-    """A grid, done once: its wall time in seconds, of every kind of task how many seconds each took, and the quality."""
+    """One run of the grid: wall time in seconds, the seconds of every task by kind, and the quality fields by cell."""
 
     seconds: float
     tasks: dict[str, list[float]]
@@ -52,13 +53,15 @@ class Run:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m lab.speedup", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=2, help="times that the grid is done each way (default 2)")
-    parser.add_argument("--output", type=Path, default=JSON, help=f"the figures (default {JSON.relative_to(ROOT)})")
-    parser.add_argument("--reprint", action="store_true", help="print the page anew and measure nothing")
+    parser.add_argument("--rounds", type=int, default=2, help="runs of the grid for each number of workers (default 2)")
+    parser.add_argument(
+        "--output", type=Path, default=JSON, help=f"JSON file of the figures (default {JSON.relative_to(ROOT)})"
+    )
+    parser.add_argument("--reprint", action="store_true", help="write the page again from the JSON, without measuring")
     args = parser.parse_args()
     if not args.reprint:
         if args.rounds < 1:
-            raise UserError(f"--rounds {args.rounds}: give a number from 1 on")
+            raise UserError(f"--rounds {args.rounds}: give 1 or more")
         write(args.output, json.dumps(measure(args.rounds), indent=1) + "\n")
     fields = json.loads(args.output.read_text(encoding="utf-8"))
     write(args.output.with_suffix(".md"), page(fields))
@@ -67,11 +70,11 @@ def main() -> int:
 
 
 def measure(rounds: int) -> dict:
-    """The grid done each way, in turns. Raises UserError where two ways differ in a figure of quality."""
+    """Run the grid with each number of workers, in turns. Raises UserError if two runs differ in a quality figure."""
     processors = sorted(os.sched_getaffinity(0))
     if len(processors) < max(WORKERS):
         raise UserError(
-            f"this machine has {len(processors)} processors; a table of {max(WORKERS)} workers needs as many"
+            f"this machine has {len(processors)} processors; use one with at least {max(WORKERS)}, one for each worker"
         )
     runs: dict[int, list[Run]] = {workers: [] for workers in WORKERS}
     with tempfile.TemporaryDirectory(prefix="cuantiza-speedup-") as folder:
@@ -85,7 +88,7 @@ def measure(rounds: int) -> dict:
                 say(f"speed-up  round {number + 1}, workers {workers}: {runs[workers][-1].seconds:.0f} s")
     whole = runs[0][0].quality
     if any(other.quality != whole for own in runs.values() for other in own):
-        raise UserError("the ways differ in a figure of quality; please report it")
+        raise UserError("two runs differ in a quality figure, which is a bug; please report it")
     return {
         "cpu": cpu_name(),
         "versions": digests.versions("ray", "onnxruntime", "numpy"),
@@ -101,7 +104,7 @@ def measure(rounds: int) -> dict:
 
 
 def one(models: list[str], workers: int, processors: list[int], work: Path) -> Run:
-    """The grid from nothing, on so many workers."""
+    """Run the grid from nothing with `workers` Ray workers; 0 means this process alone, without Ray."""
     grid = read_grid(models, list(RECIPES), [str(ROOT / "corpus/es")])
     work.mkdir()
     before = os.sched_getaffinity(0)
@@ -130,27 +133,8 @@ def _done(sweep: Sweep) -> Run:
     return Run(seconds, tasks, {str(cell): fields for cell, fields in sorted(sweep.quality.items(), key=str)})
 
 
-_INTRO = """\
-# What more machines are worth to a sweep
-
-{cells} cells (es-mini and its twin × fp32 and {recipes} recipes × corpus/es, {tokens} tokens each) done from nothing by
-one process, by one Ray worker and by two, in turns, {rounds} times each. A worker is a Ray node with one processor
-({cpu}), which its processes are bound to, and tasks have one thread. The one process is
-slower in latency because each of the fresh processes that it measures in loads the tool's modules first, 0.4 s a process,
-which Ray's workers spare them. All ways gave the same figures of quality, to the
-last bit. Made by `make sweep-speedup`; `python -m lab.speedup --reprint` prints this page anew from
-[sweep-speedup.json](sweep-speedup.json).
-"""
-_PLAN = """\
-A grid of {models} models × {recipes} recipes × {corpora} corpora is {cells} cells. With the tasks' times as measured
-here (models of es-mini's size, one thread, the median of every kind on one worker; every recipe taken as one that
-calibrates), it has {tasks}. A step ends when its last task does, so it takes at least as long as its tasks
-together over the workers, and as one of them. Times grow with a model's bytes: GPT-2 small has 35 times es-mini's.
-"""
-
-
 def page(fields: dict) -> str:
-    """docs/sweep-speedup.md."""
+    """The text of docs/sweep-speedup.md, from the content of docs/sweep-speedup.json."""
     runs = {int(workers): own for workers, own in fields["runs"].items()}
     wall = {workers: statistics.median(item["seconds"] for item in own) for workers, own in runs.items()}
     lines = []
@@ -160,22 +144,6 @@ def page(fields: dict) -> str:
         name = "one process, no Ray" if workers == 0 else f"{workers} worker" + ("s" if workers > 1 else "")
         lines.append((name, times, f"{wall[1] / wall[workers]:.2f}", *(f"{value:.0f}" for value in spent)))
     counts = {kind: len(runs[1][0]["tasks"][kind]) for kind in KINDS}
-    parts = [
-        wrapped(
-            _INTRO.format(
-                cells=fields["cells"],
-                recipes=len(fields["recipes"]),
-                tokens=fields["tokens"],
-                rounds=len(runs[0]),
-                cpu=fields["cpu"],
-            )
-        ),
-        table(
-            ("where", "wall, s", "speed-up", *(f"{counts[kind]} × {kind}, s" for kind in KINDS)),
-            lines,
-        ),
-        "## The plan past that\n",
-    ]
     scored = sum(sum(item["tasks"]["quality"]) for item in runs[1])
     typical = {kind: statistics.median(x for item in runs[1] for x in item["tasks"][kind]) for kind in KINDS}
     typical["quality"] = scored / (len(runs[1]) * fields["cells"])
@@ -188,11 +156,21 @@ def page(fields: dict) -> str:
     for workers in PLAN_WORKERS:
         steps = [max(typical[kind], amount[kind] * typical[kind] / workers) for kind in KINDS]
         rows.append((str(workers), *(f"{value / 60:.1f}" for value in steps), f"{sum(steps) / 3600:.2f}"))
-    parts += [
-        wrapped(_PLAN.format(**PLAN, cells=f"{cells:,}", tasks=said)),
-        table(("workers", *(f"{kind}, min" for kind in KINDS), "all, h"), rows),
-    ]
-    return "\n".join(parts)
+    return filled(
+        Path(__file__).resolve().parent / "sweep-speedup.md.j2",
+        cells=fields["cells"],
+        recipes=len(fields["recipes"]),
+        tokens=fields["tokens"],
+        rounds=len(runs[0]),
+        cpu=fields["cpu"],
+        where_columns=["where", "wall, s", "speed-up", *(f"{counts[kind]} × {kind}, s" for kind in KINDS)],
+        where_rows=lines,
+        plan=PLAN,
+        planned=f"{cells:,}",
+        tasks=said,
+        plan_columns=["workers", *(f"{kind}, min" for kind in KINDS), "all, h"],
+        plan_rows=rows,
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A Ray cluster of several nodes on this machine, for tests and for measuring: every node is a `ray start` of its own."""
+"""Starts a Ray cluster of several nodes on this machine, for tests and measurements; each node is a `ray start`."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from pathlib import Path
 
 from cuantiza.core.errors import UserError
 
-# The least that Ray accepts is 75 MiB; what is sent here is small.
+# Ray accepts no less than 75 MiB. The tasks here send little data.
 _OBJECT_STORE = 100 * 2**20
 _STARTED = "Ray runtime started"
 _PATIENCE_S = 300
 
 
 class Cluster:
-    """Nodes of the environment in `venv`. Used in a `with` block, at whose end none of them is left.
+    """Ray nodes that run in the environment `venv`. Used as a `with` block, which ends all nodes when it exits.
 
-    Each of `nodes` is the processors of a node, which are all that its processes run on; the first one is the head,
-    and has no processor to give to tasks where it is empty.
+    Each of `nodes` lists the processors that one node's processes run on. The first node is the head; if its list is
+    empty, it offers no processor to tasks.
     """
 
     def __init__(self, venv: Path, nodes: Iterable[Iterable[int]]) -> None:
@@ -37,7 +37,7 @@ class Cluster:
         return f"127.0.0.1:{self._port}"
 
     def __enter__(self) -> Cluster:
-        # Ray's sockets are in there, whose paths must be short.
+        # Ray puts its sockets into this folder, and the path of a socket must be short.
         self._folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
         with socket.create_server(("127.0.0.1", 0)) as server:
             self._port = server.getsockname()[1]
@@ -75,26 +75,26 @@ class Cluster:
         end = time.monotonic() + _PATIENCE_S
         while _STARTED not in log.read_text(errors="replace"):
             if node.poll() is not None or time.monotonic() > end:
-                last = (log.read_text(errors="replace").strip().splitlines() or ["it said nothing"])[-1]
-                raise UserError(f"{self._ray} start: no node came of it ({last}); see {log}")
+                last = (log.read_text(errors="replace").strip().splitlines() or ["it printed nothing"])[-1]
+                raise UserError(f"{self._ray} start: the node did not start ({last}); see {log}")
             time.sleep(0.1)
 
     def processes(self, number: int) -> dict[int, str]:
-        """The command lines of node `number`'s processes, by their ids, from its first to the tasks' own children."""
+        """The command lines of all processes of node `number` by their ids: `ray start`, workers and their children."""
         parents, commands = {}, {}
         for stat in Path("/proc").glob("[0-9]*/stat"):
             try:
                 parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
                 commands[int(stat.parent.name)] = (stat.parent / "cmdline").read_text().replace("\0", " ")
             except (OSError, ValueError):
-                continue  # it has ended meanwhile
+                continue  # the process has ended in the meantime
         found = [self._nodes[number].pid]
         for process in found:
             found += [child for child, parent in parents.items() if parent == process]
         return {process: commands[process] for process in found if process in commands}
 
     def kill(self, number: int) -> None:
-        """End node `number` as a power cut does: SIGKILL for all of its processes."""
+        """End node `number` as suddenly as a power cut: all its processes get SIGKILL."""
         while found := [process for process in self.processes(number) if process != self._nodes[number].pid]:
             for process in found:
                 try:

@@ -273,12 +273,12 @@ def _decide(
     if projection.weight not in tables:
         rounded = _round(weight, tensor.moments.gram, keep, plan)
         rounded = replace(rounded, q=_on_disk(rounded.q, work))
-    account = {"alpha": tensor.smoothing.alpha} if plan.alphas else {}
+    details = {"alpha": tensor.smoothing.alpha} if plan.alphas else {}
     if activation is not None:
-        account |= asdict(activation) | {"relative_error": error(activation)}
+        details |= asdict(activation) | {"relative_error": error(activation)}
     if len(in_float):
-        account |= {"float_channels": in_float.tolist(), "float_bytes": 4 * weight[in_float].size}
-    return Decision(rounded, activation, in_float, np.ascontiguousarray(weight[in_float]), account, histogram)
+        details |= {"float_channels": in_float.tolist(), "float_bytes": 4 * weight[in_float].size}
+    return Decision(rounded, activation, in_float, np.ascontiguousarray(weight[in_float]), details, histogram)
 
 
 def _on_disk(array: np.ndarray, folder: Path) -> np.ndarray:

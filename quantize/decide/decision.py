@@ -40,15 +40,15 @@ class Decision:
 
     `float_channels` int64 [k] are the input channels that stay in floating point, and `float_rows` float32 [k, N] their
     rows of W; `weight` has zeros in these rows. `weight` is None for a matrix of `find.find_tables`, such as a tied
-    head: it is rounded to nearest later, in the same way for the embedding. `account` holds the details for the
-    manifest, and `histogram` the activations from which a static range was chosen.
+    head: it is rounded to nearest later, in the same way for the embedding. `details` is what the manifest says of
+    the layer, and `histogram` that of the activations from which a static range was chosen.
     """
 
     weight: IntWeight | None
     activation: Activation | None
     float_channels: np.ndarray
     float_rows: np.ndarray
-    account: dict = field(default_factory=dict)
+    details: dict = field(default_factory=dict)
     histogram: Histogram | None = None
 
 

@@ -1,6 +1,6 @@
-"""GPTQ, arXiv 2210.17323: weights are rounded input by input, and later ones make good for the errors of earlier ones.
+"""GPTQ, arXiv 2210.17323: round weights input by input, and adjust later inputs to compensate for earlier errors.
 
-A weight is [K, N] here, x [.., K] · W [K, N], as in rounding.py.
+A weight is [K, N] here, for x [.., K] · W [K, N], as in rounding.py.
 """
 
 from __future__ import annotations
@@ -9,30 +9,31 @@ import numpy as np
 
 from cuantiza.quantize.decide.rounding import COLUMNS, Grid, IntWeight, choose_scale
 
-# GPTQ updates so many rows one by one before it updates all later rows at once. The number changes a float's last digit
-# at most.
+# GPTQ updates this many rows one by one, and then all later rows at once. The number affects only the speed, and the
+# last digits of floats.
 _LAZY_ROWS = 128
-# This share of the mean curvature is added to that of every input (GPTQ, section 3.3), which keeps inputs that hardly
-# occur harmless.
+# This share of the mean of the Hessian's diagonal is added to the diagonal (GPTQ, section 3.3), so that inputs that are
+# nearly always 0 do no harm.
 DAMPING = 0.01
 
 
 def gptq(weight: np.ndarray, gram: np.ndarray, grid: Grid) -> IntWeight:
-    """Least ‖x·(Ŵ − W)‖² over the inputs that `gram` [K, K] = Σ xᵀx was summed from, greedily, input by input.
+    """Round `weight` [K, N] so that ‖x·(Ŵ − W)‖² is small for the inputs x of which `gram` [K, K] = Σ xᵀx is the sum.
 
-    GPTQ, arXiv 2210.17323, algorithm 1: each input's weights are rounded, and the error is spread over those
-    that are not yet rounded along the Cholesky factor of the inverse curvature. With one scale a channel, the
-    inputs that carry the most come first ("act-order" in the authors' code); blocks keep their own order.
+    This is algorithm 1 of GPTQ, arXiv 2210.17323, which is greedy. The weights of one input after another are rounded,
+    and their error is distributed over the weights that are not yet rounded, by the Cholesky factor of the inverse
+    Hessian. With per-channel scales, the inputs with the largest energy come first ("act-order" in the authors' code);
+    with blocks, the inputs keep their order.
     """
     inputs = len(weight)
     diagonal = gram.diagonal().astype(np.float64)
     mean = diagonal.mean() or 1.0
     order = np.argsort(-diagonal, kind="stable") if grid.block is None else np.arange(inputs)
-    curvature = gram[np.ix_(order, order)].astype(np.float64)
-    dead = np.flatnonzero(diagonal[order] <= 0)  # an input that never occurs: rounding it to nearest costs nothing
-    curvature[dead, dead] = mean
-    curvature[np.diag_indices(inputs)] += DAMPING * mean
-    factor = _inverse_factor(curvature)
+    hessian = gram[np.ix_(order, order)].astype(np.float64)
+    dead = np.flatnonzero(diagonal[order] <= 0)  # inputs that are always 0, which are rounded to nearest
+    hessian[dead, dead] = mean
+    hessian[np.diag_indices(inputs)] += DAMPING * mean
+    factor = _inverse_factor(hessian)
     parts = [
         _gptq_columns(weight[order, start : start + COLUMNS].astype(np.float32), factor, grid)
         for start in range(0, weight.shape[1], COLUMNS)
@@ -43,17 +44,18 @@ def gptq(weight: np.ndarray, gram: np.ndarray, grid: Grid) -> IntWeight:
     return IntWeight(q[back], scale.astype(np.float32), zero.astype(q.dtype), grid)
 
 
-def _inverse_factor(curvature: np.ndarray) -> np.ndarray:
-    """Upper triangular U float32 [K, K] with UᵀU the inverse of `curvature` float64 [K, K].
+def _inverse_factor(hessian: np.ndarray) -> np.ndarray:
+    """Return the upper triangular U float32 [K, K] for which UᵀU is the inverse of `hessian` float64 [K, K].
 
-    Reversed, a matrix has its Cholesky factor the other way round: curvature = R·Rᵀ with R upper, so U = R⁻¹.
+    The Cholesky factor of the matrix with its rows and columns reversed, reversed again, is an upper triangular R with
+    hessian = R·Rᵀ. So U = R⁻¹.
     """
-    upper = np.linalg.cholesky(curvature[::-1, ::-1])[::-1, ::-1]
+    upper = np.linalg.cholesky(hessian[::-1, ::-1])[::-1, ::-1]
     return _inverse_upper(upper).astype(np.float32)
 
 
 def _inverse_upper(upper: np.ndarray) -> np.ndarray:
-    """Inverse of an upper triangular matrix [K, K] by halves, with matmuls for all but the smallest."""
+    """Invert an upper triangular matrix [K, K] by halves, with matmuls for all but the smallest blocks."""
     size = len(upper)
     if size <= 64:
         return np.linalg.inv(upper)
@@ -66,7 +68,10 @@ def _inverse_upper(upper: np.ndarray) -> np.ndarray:
 
 
 def _gptq_columns(rest: np.ndarray, factor: np.ndarray, grid: Grid) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(q [K, N], scales [G, N], zero points [G, N]) of weights `rest` float32 [K, N], which is used up."""
+    """Return (q [K, N], scales [G, N], zero points [G, N]) of the weights `rest` float32 [K, N].
+
+    `rest` is overwritten: it holds the weights with the errors of earlier inputs added to them.
+    """
     low, high = grid.limits
     inputs, channels = rest.shape
     block = grid.block or inputs
@@ -77,7 +82,7 @@ def _gptq_columns(rest: np.ndarray, factor: np.ndarray, grid: Grid) -> tuple[np.
         errors = np.empty((end - start, channels), np.float32)
         for row in range(start, end):
             if row % block == 0:
-                # A block may reach beyond the rows that are up to date: settle what it is owed first.
+                # Later rows of this block may still lack the errors of earlier inputs. The block's scale needs them.
                 pending = rest[end : row + block] - factor[start:row, end : row + block].T @ errors[: row - start]
                 group = np.concatenate([rest[row : min(end, row + block)], pending])
                 scale, zero = choose_scale(group, grid)

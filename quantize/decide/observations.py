@@ -1,6 +1,7 @@
-"""What calibration keeps of an activation: sums and a histogram, whatever the number of tokens.
+"""The statistics of an activation that calibration keeps: moments and a histogram.
 
-Both merge: statistics of two halves of the text, merged, are those of the whole.
+Their size hardly depends on the number of tokens. They can be merged: the merged statistics of two halves of a text
+are those of the whole text.
 """
 
 from __future__ import annotations
@@ -10,14 +11,17 @@ from dataclasses import dataclass
 import numpy as np
 
 BINS = 2048
-# Rows kept as they are: the first of a window, where massive activations live, and every 16th.
+# The sample has the first row of each window, where massive activations occur, and every 16th row.
 SAMPLE_EVERY = 16
 
 
 @dataclass(frozen=True)
 class Moments:
-    """Of rows x [R, K]: their count, low and high [K], total [K] = Σx, gram float32 [K, K] = Σxᵀx (None where not
-    asked for), and a sample of rows [S, K]."""
+    """Moments of an activation x [R, K], of which each row is a token.
+
+    `count` is the number R of rows; `low` and `high` [K] are the smallest and largest value of each channel; `total`
+    [K] is Σx; `gram` float32 [K, K] is Σxᵀx, or None where it is not needed; `rows` [S, K] is a sample of the rows.
+    """
 
     count: int
     low: np.ndarray
@@ -28,6 +32,7 @@ class Moments:
 
     @classmethod
     def of(cls, x: np.ndarray, with_gram: bool) -> Moments:
+        """Compute the moments of x [R, K]."""
         return cls(
             len(x),
             x.min(axis=0),
@@ -52,7 +57,7 @@ class Moments:
         return self.total / self.count
 
     def transformed(self, scale: np.ndarray, shift: np.ndarray) -> Moments:
-        """Those of (x − shift) / scale, both [K], scale > 0."""
+        """Return the moments of (x − shift) / scale, for shift and scale [K], scale > 0."""
         gram = self.gram
         if gram is not None:
             cross = np.outer(shift, self.total)
@@ -70,7 +75,10 @@ class Moments:
 
 @dataclass(frozen=True)
 class Histogram:
-    """Elements between `low` and `high` in BINS equal bins: how many, and the weight of their errors."""
+    """Elements between `low` and `high` in BINS bins of equal width: the count of each bin, and its weight.
+
+    The weight says how much squared errors of these elements contribute to the error of the matmul.
+    """
 
     low: float
     high: float
@@ -79,13 +87,13 @@ class Histogram:
 
     @classmethod
     def of(cls, x: np.ndarray, low: float, high: float, weight: np.ndarray) -> Histogram:
-        """Of x [R, K] with weights [R, K]; what lies outside counts at the end."""
+        """Count x [R, K] with weights [R, K]. Elements outside the range count in the first or last bin."""
         width = (high - low) / BINS or 1.0
         bins = ((x - low) / width).astype(np.int64).clip(0, BINS - 1).ravel()
         return cls(low, high, np.bincount(bins, minlength=BINS), np.bincount(bins, weight.ravel(), minlength=BINS))
 
     def merge(self, other: Histogram) -> Histogram:
-        """Both have the same ends."""
+        """Merge two histograms that have the same `low` and `high`."""
         return Histogram(self.low, self.high, self.counts + other.counts, self.weights + other.weights)
 
     @property

@@ -1,4 +1,4 @@
-"""The range that a static recipe gives an activation: four ways to choose it from the activation's histogram."""
+"""Four ways to choose the range of an activation from its histogram, for the static recipes."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from cuantiza.quantize.decide.observations import BINS, Histogram
 
 
 def min_max(histogram: Histogram) -> tuple[float, float]:
-    """The whole range of the histogram."""
+    """Return the whole range of the histogram."""
     return histogram.low, histogram.high
 
 
 def percentile(histogram: Histogram, share: float = 0.9999) -> tuple[float, float]:
-    """The range that holds `share` of the elements, as many beyond it below as above."""
+    """Return the range that holds `share` of the elements, with equally many below and above it."""
     cumulated = np.cumsum(histogram.counts) / histogram.counts.sum()
     tail = (1 - share) / 2
     width = (histogram.high - histogram.low) / BINS
@@ -24,23 +24,26 @@ def percentile(histogram: Histogram, share: float = 0.9999) -> tuple[float, floa
 
 
 def least_error(histogram: Histogram) -> tuple[float, float]:
-    """The range with the least expected squared error of the matmul that reads x (weights as in `matmul_error`)."""
+    """Return the range with the least expected squared error of the matmul that reads the activation.
+
+    The histogram's weights say how much the error of an element contributes, as in `activation.matmul_error`.
+    """
 
     def error(low: float, high: float) -> float:
         x = histogram.centers
         step = (high - low) / 255
         outside = np.maximum(low - x, x - high).clip(0)
-        # Inside, the error is spread evenly over a step: step²/12 on average.
+        # Inside the range, the error is distributed evenly over one step, so its square is step²/12 on average.
         return float(histogram.weights @ np.where(outside > 0, (outside + step / 4) ** 2, step * step / 12))
 
     return _search(histogram, error)
 
 
 def least_divergence(histogram: Histogram) -> tuple[float, float]:
-    """The range whose 256 steps keep the distribution best: least KL(original ‖ quantized) in nats.
+    """Return the range whose 256 steps keep the distribution best: the least KL(original ‖ quantized), in nats.
 
-    This is TensorRT's entropy calibration. Clipped elements count at the ends of the range, and each step spreads its
-    elements evenly over those of its bins that were not empty.
+    This is TensorRT's entropy calibration. Clipped elements count in the bins at the ends of the range, and each step
+    distributes its elements evenly over those of its bins that were not empty.
     """
     counts = histogram.counts.astype(np.float64)
     x = histogram.centers
@@ -65,7 +68,10 @@ def least_divergence(histogram: Histogram) -> tuple[float, float]:
 
 
 def _search(histogram: Histogram, cost: Callable[[float, float], float]) -> tuple[float, float]:
-    """The cheapest of ranges whose ends are shares of the full ones: first of both alike, then of each end."""
+    """Return the cheapest of the ranges whose ends are shares of the full range's ends.
+
+    One share for both ends is searched first, then the high end, then the low end.
+    """
     if histogram.low == histogram.high:
         return histogram.low, histogram.high  # all elements are 0
     shares = np.geomspace(0.02, 1, 80)
@@ -75,7 +81,7 @@ def _search(histogram: Histogram, cost: Callable[[float, float], float]) -> tupl
     return float(histogram.low * low), float(histogram.high * high)
 
 
-# The ways by the names that recipes have for them.
+# The functions by the names that recipes use.
 RANGES: dict[str, Callable[[Histogram], tuple[float, float]]] = {
     "min-max": min_max,
     "percentile": percentile,

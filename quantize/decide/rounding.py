@@ -1,6 +1,6 @@
-"""Floating-point weights -> integers, each weight to the nearest one; gptq.py rounds with regard to the inputs.
+"""Round floating-point weights to integers, each to the nearest one. gptq.py takes the layer's inputs into account.
 
-A weight is [K, N] here, x [.., K] · W [K, N]: K inputs, N output channels, each of which has scales of its own.
+A weight is [K, N] here, for x [.., K] · W [K, N]: K inputs and N output channels. Each channel has scales of its own.
 """
 
 from __future__ import annotations
@@ -9,20 +9,20 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# Shares of the full range that are tried as a clipped one, and the exponent of the error that chooses between them:
-# above 2, since the few large weights matter more than their share of the squared error says (GPTQ's own choice).
+# Shares of the full range that are tried as a clipped range. The one with the least Σ |error|^NORM is chosen. NORM is
+# above 2, because the few large weights matter more than their part of the squared error (GPTQ's own choice).
 CLIPS = np.linspace(1.0, 0.6, 9, dtype=np.float32)
 NORM = 2.4
-# Channels at a time: each is on its own, and temporaries for a whole vocabulary of them would be large.
+# Channels are independent, so this many are rounded at a time. Temporary arrays for a whole vocabulary would be large.
 COLUMNS = 8192
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Integers of `bits`; a scale for every `block` inputs of a channel, or one for all where that is None.
+    """The integers of a weight: their number of bits, and whether they are symmetric around zero.
 
-    Symmetric ones are signed with zero point 0, of 8 bits −127..127 and below −2^(b−1)..2^(b−1)−1; others are
-    unsigned, 0..2^b−1.
+    There is a scale for every `block` inputs of a channel, or one per channel if `block` is None. Symmetric integers
+    are signed and have zero point 0: −127..127 for 8 bits, −2^(b−1)..2^(b−1)−1 for b < 8. Others are unsigned: 0..2^b−1.
     """
 
     bits: int
@@ -39,7 +39,10 @@ class Grid:
 
 @dataclass(frozen=True)
 class IntWeight:
-    """q int8 or uint8 [K, N]; scale float32 [G, N], zero_point like q [G, N] for G = ⌈K / block⌉ groups of inputs."""
+    """An integer weight: q int8 or uint8 [K, N], scale float32 [G, N], and zero_point [G, N] of the type of q.
+
+    G = ⌈K / block⌉ is the number of blocks of inputs.
+    """
 
     q: np.ndarray
     scale: np.ndarray
@@ -47,14 +50,14 @@ class IntWeight:
     grid: Grid
 
     def dequantize(self) -> np.ndarray:
-        """(q − zero point) · scale, float32 [K, N]."""
+        """Return (q − zero point) · scale, float32 [K, N]."""
         block = self.grid.block or len(self.q)
         spread = [np.repeat(array, block, axis=0)[: len(self.q)] for array in (self.scale, self.zero_point)]
         return (self.q.astype(np.float32) - spread[1]) * spread[0]
 
 
 def round_to_nearest(weight: np.ndarray, grid: Grid, clips: np.ndarray = CLIPS) -> IntWeight:
-    """Every weight on its own, float32 [K, N], with the scale that a search of `clips` finds best."""
+    """Round each weight of float32 [K, N] to the nearest integer, with the best of the scales that `clips` allow."""
     low, high = grid.limits
     inputs, channels = weight.shape
     block = grid.block or inputs
@@ -72,9 +75,10 @@ def round_to_nearest(weight: np.ndarray, grid: Grid, clips: np.ndarray = CLIPS) 
 
 
 def choose_scale(rows: np.ndarray, grid: Grid, clips: np.ndarray = CLIPS) -> tuple[np.ndarray, np.ndarray]:
-    """(scale, zero point) float32 [N] for `rows` [B, N]: the range, clipped where that lowers Σ |error|^2.4.
+    """Return (scale, zero point), float32 [N] each, for `rows` [B, N], the weights of one block of inputs.
 
-    A channel of zeros takes the scale 1 and stays exactly zero.
+    They cover the range of each channel, or a share of it where clipping lowers Σ |error|^2.4. A channel of zeros gets
+    scale 1 and stays exactly zero.
     """
     low, high = grid.limits
     bottom, top = np.minimum(rows.min(axis=0), 0), np.maximum(rows.max(axis=0), 0)
@@ -98,9 +102,9 @@ def choose_scale(rows: np.ndarray, grid: Grid, clips: np.ndarray = CLIPS) -> tup
 
 
 def rounding_noise(weight: np.ndarray, grid: Grid) -> np.ndarray:
-    """Expected squared error of `weight` [K, N] on `grid`, summed over channels: float32 [K].
+    """Estimate the squared error of `weight` [K, N] on `grid`, summed over channels: float32 [K].
 
-    A step²/12 for each weight, with steps that span the range. GPTQ stays below it.
+    Each weight contributes step²/12, with steps that span the whole range. The error of GPTQ is below this estimate.
     """
     low, high = grid.limits
     block = grid.block or len(weight)

@@ -158,7 +158,7 @@ def observe(recipe: Recipe, parent: Path, work: Path, split: Split, tensor: str)
         raise UserError(f"--tensor {tensor}: is none of {len(names)} linear layers, such as {', '.join(near)}")
     windows = calibration_windows(parent, split, recipe.calibration)
     decision = decide(model, windows, recipe.plan(), work, tensor)[tensor]
-    return decision.histogram, decision.account
+    return decision.histogram, decision.details
 
 
 def _work(args: argparse.Namespace, function: Callable, recipe: Recipe, *more: Any) -> Any:

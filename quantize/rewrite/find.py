@@ -104,15 +104,16 @@ def left_in_float(graph: ir.Graph) -> list[dict]:
     An item is an operator type that computes in floating point outside linear layers and embeddings, with its count,
     or a matrix that no linear layer or embedding reads, with its shape.
     """
-    sites = {site.node for site in (*find_projections(graph), *find_embeddings(graph))}
+    projections, embeddings = find_projections(graph), find_embeddings(graph)
+    nodes = {found.node for found in (*projections, *embeddings)}
     counts = Counter(
-        node.op_type for node in graph if node not in sites and node.op_type not in _MOVES and _computes_in_float(node)
+        node.op_type for node in graph if node not in nodes and node.op_type not in _MOVES and _computes_in_float(node)
     )
     kept: list[dict] = [
         {"operator": name, "count": count, "reason": _REASONS.get(name, _DEFAULT_REASON)}
         for name, count in sorted(counts.items())
     ]
-    covered = {site.weight for site in find_projections(graph)} | {site.table for site in find_embeddings(graph)}
+    covered = {projection.weight for projection in projections} | {embedding.table for embedding in embeddings}
     for name, value in graph.initializers.items():
         if _is_matrix(value) and value not in covered and value.uses():
             kept.append(

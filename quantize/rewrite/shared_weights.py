@@ -81,9 +81,9 @@ def _quantize_embeddings(graph: ir.Graph, weights: Weights, kept: set[ir.Value])
     last = constant(graph, "axis_last", np.array([-1], np.int64))
     for embedding in embeddings:
         tape = ir.tape.Tape()
-        table, scale = weights.get(embedding.table, 0)
+        q, scale = weights.get(embedding.table, 0)
         ids = embedding.node.inputs[1]
-        rows = tape.op("Cast", [tape.op("Gather", [table, ids])], {"to": ir.DataType.FLOAT})
+        rows = tape.op("Cast", [tape.op("Gather", [q, ids])], {"to": ir.DataType.FLOAT})
         row_scale = tape.op("Unsqueeze", [tape.op("Gather", [scale, ids]), last])
         replace_node(graph, embedding.node, tape, tape.op("Mul", [rows, row_scale]))
     return embeddings

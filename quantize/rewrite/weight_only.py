@@ -81,12 +81,12 @@ def choose_weights(model: ir.Model, decisions: dict[str, Decision], tables: Grid
         p.weight.name: decisions[p.name].weight for p in projections if p.name in decisions and decisions[p.name].weight
     }
     floating = {p.weight for p in projections if p.name not in decisions}
-    for table in find_tables(model.graph) - floating:
+    for matrix in find_tables(model.graph) - floating:
         rows = next(
-            (p.channel_axis == 0 for p in projections if p.weight is table), True
+            (p.channel_axis == 0 for p in projections if p.weight is matrix), True
         )  # [V, D], as embeddings store it
-        array = table.const_value.numpy()
-        weights[table.name] = round_to_nearest(array.T if rows else array, tables)
+        array = matrix.const_value.numpy()
+        weights[matrix.name] = round_to_nearest(array.T if rows else array, tables)
     return weights
 
 
@@ -291,8 +291,8 @@ def _multiply_ort(tape: ir.tape.Tape, stored: _Stored, x: ir.Value, bias: ir.Val
 def _embed_ort(graph: ir.Graph, tape: ir.tape.Tape, stored: _Stored, ids: ir.Value) -> ir.Value:
     """Add GatherBlockQuantized of the rows `ids` [..]: float32 [.., D], without the padding of the last block."""
     grid = stored.weight.grid
-    table, scale, *zero_point = stored.parts
-    rows_of_bytes = tape.op("Reshape", [table, _vector(graph, f"shape_{stored.channels}_rows", stored.channels, -1)])
+    q, scale, *zero_point = stored.parts
+    rows_of_bytes = tape.op("Reshape", [q, _vector(graph, f"shape_{stored.channels}_rows", stored.channels, -1)])
     inputs = [rows_of_bytes, ids, scale, *zero_point]
     block = _ort_block(stored.weight)
     attributes = {"bits": grid.bits, "block_size": block, "gather_axis": 0, "quantize_axis": 1}

@@ -1,4 +1,4 @@
-"""The folder for the hub: its tools load it without further options, and it holds what it says."""
+"""The bundle for the hub: optimum and transformers.js load it without options, and its card agrees with the report."""
 
 import json
 import os
@@ -20,7 +20,7 @@ RECIPES = ("int8-dynamic", "int4-weight", "fp16")
 OPTIMUM = ROOT / ".venv-optimum/bin/python"
 PROMPT = "Me gusta mucho el futbol"
 
-# What the model says of a prompt, through each library's own front door.
+# Continues a prompt with each library's usual classes.
 _OPTIMUM = """
 import sys, json
 from optimum.onnxruntime import ORTModelForCausalLM
@@ -53,8 +53,8 @@ console.log(JSON.stringify([Array.from(inputs.input_ids.data, Number), out]));
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """(folder of the artifacts, of the reports, of the bundle)"""
-    # Artifacts of its own: which recipes are missing among the shared ones depends on the tests that ran before.
+    """(folder of the artifacts, folder of the reports, folder of the bundle)."""
+    # The artifacts are not shared with other tests, since a test below needs some recipes to be missing.
     artifacts, reports, dist = (tmp_path_factory.mktemp(name) for name in ("a", "r", "d"))
     artifacts /= "es-mini"
     little = ("--tokens", 300, "--rounds", 1, "--without-torch")
@@ -146,7 +146,7 @@ def test_transformers_js_loads_it_by_dtype(built):
 
 
 def test_weights_beside_the_graph_get_names_of_their_own(built, tmp_path, monkeypatch):
-    """Models above 2 GB, whose artifacts all call their data model.onnx.data."""
+    """Artifacts of models above 2 GB all call their data file model.onnx.data, so a bundle must rename it."""
     from cuantiza.bundle.files import assemble, open_all
     from cuantiza.core.store import artifact
 

@@ -1,4 +1,4 @@
-"""The demo page as a visitor uses it, in a real Chromium; and its command as a user does."""
+"""The demo page, used like a visitor in a real Chromium, and its command, used like a user."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def in_browser(test):
 
 @pytest.fixture(scope="module")
 def int8(es_mini_fp32: Artifact) -> Path:
-    """The int8-dynamic artifact's folder."""
+    """The folder of the int8-dynamic artifact."""
     folder = es_mini_fp32.path.parent
     result = stage("quantize", "--recipes", "int8-dynamic", "--output", folder.parent)
     assert result.status == 0, result.stderr
@@ -74,7 +74,7 @@ def served(*command: object) -> Iterator[str]:
 
 
 def visit(url: str, folder: Path, **what: object) -> dict:
-    """What js/demo_check.mjs sees at `url`."""
+    """The observations of js/demo_check.mjs at `url`."""
     check = folder / "check.json"
     check.write_text(json.dumps({"url": url, **what}))
     done = subprocess.run(["node", str(JS / "demo_check.mjs"), str(check)], capture_output=True, text=True, cwd=ROOT)
@@ -83,7 +83,7 @@ def visit(url: str, folder: Path, **what: object) -> dict:
 
 
 def greedy(artifact: Path, count: int) -> tuple[str, list[int], list[float]]:
-    """(text, tokens, how far each token's logit is above the second), by ONNX Runtime in Python."""
+    """(text, tokens, how far each token's logit is above the second largest), from ONNX Runtime in Python."""
     tokenizer = load_tokenizer(artifact)
     runtime = Runtime(artifact / "model.onnx", 2)
     prompt = [0, *tokenizer.encode(PROMPT, add_special_tokens=False).ids]
@@ -120,7 +120,7 @@ def test_the_page_continues_text_as_python_does(int8, es_mini_fp32, tmp_path):
     assert seen["isolated"] and seen["title"] == "Continúa el texto"
     first, drawn, other, again, narrow, stopped = seen["runs"]
     _, tokens, margins = greedy(int8, 24)
-    # The browser's sums differ in their last bits, so that near a tie either token may win.
+    # The browser's sums differ in their last bits, so either token may win if two logits are nearly equal.
     sure = next((at for at, margin in enumerate(margins) if margin < 0.1), 24)
     assert sure >= 12
     assert first["written"].startswith(load_tokenizer(int8).decode(tokens[:sure]))

@@ -1,4 +1,4 @@
-"""Generation in the terminal: the field's sampling, whole characters, the same seed the same text."""
+"""Generation in the terminal: sampling equals transformers', characters are whole, and a seed repeats its text."""
 
 import os
 import signal
@@ -96,7 +96,7 @@ def test_pieces_are_whole_characters(tokenizer):
     pieces = list(text_of(tokenizer, ids))
     assert "".join(pieces) == text and not any("\ufffd" in piece for piece in pieces)
     assert len(pieces) < len(ids)  # some characters took more than one token
-    assert "".join(text_of(tokenizer, ids[:-1])) != text  # what is cut off shows, and is not held back for ever
+    assert "".join(text_of(tokenizer, ids[:-1])) != text  # an incomplete character at the end is printed, not held back
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ def test_it_ends_at_the_models_last_position(es_mini_fp32):
     prompt = "hola " * 2000
     too_long = stage("cuantiza.generate", "--artifact", es_mini_fp32.path, "--prompt", "-", input=prompt)
     assert_user_error(too_long, "--prompt: has ", "1023")
-    near = "a b c d " * 127  # so near to the end that the model does not end the text before
+    near = "a b c d " * 127  # so close to the last position that the model does not end the text earlier
     result = stage("cuantiza.generate", "--artifact", es_mini_fp32.path, "--prompt", near, "--tokens", 1000, "--greedy")
     behind = int(result.stderr.split(" tokens after ")[1].split(",")[0])
     assert (
@@ -155,7 +155,7 @@ def test_ctrl_c_ends_it(es_mini_fp32):
 
 
 def test_pieces_keep_the_spaces_that_a_decoder_drops_at_the_beginning():
-    """Llama's and Mistral's tokenizers, whose words begin with a mark that decodes to nothing at a text's beginning."""
+    """Llama's and Mistral's tokens mark a word's start, and that mark decodes to nothing at the start of a text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     other = Tokenizer(models.WordLevel({"▁hola": 0, "▁que": 1, "▁tal": 2, "?": 3}, unk_token="?"))

@@ -1,4 +1,4 @@
-"""A grid, here and on a Ray cluster of three nodes of which one dies: complete, and equal to the single stages' results."""
+"""A sweep gives the same results as the single stages, here and on a Ray cluster of three nodes of which one dies."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ from cuantiza.eval.measure.estimates import text_size
 from cuantiza.eval.measure.score import Scores
 from cuantiza.sweep.grid import Cell
 from cuantiza.sweep.page import html, markdown
+from cuantiza.sweep.result import Cell as Done
+from cuantiza.sweep.result import Result as Grid
 from cuantiza.sweep.result import front
 from cuantiza.sweep.tasks.made import Made
 from cuantiza.sweep.tasks.measure import merge
@@ -28,13 +30,23 @@ from cuantiza.sweep.tasks.store import Store
 from lab.speedup import __main__ as sweep_speedup
 from lab.speedup.ray_cluster import Cluster
 
-from helpers import CORPUS, ROOT, Result, assert_nothing_published, assert_user_error, copy_tokenizer, stage, tiny_gpt2
+from helpers import (
+    CORPUS,
+    ROOT,
+    Result,
+    assert_nothing_published,
+    assert_user_error,
+    copy_tokenizer,
+    report_row,
+    stage,
+    tiny_gpt2,
+)
 
 VENV = ROOT / ".venv-ray"
 needs_ray = pytest.mark.skipif(not (VENV / "bin" / "ray").exists(), reason="no .venv-ray here; `make ray` creates it")
 RECIPES = ("int8-dynamic", "fp16")
 SETTINGS = ("--tokens", "1500", "--rounds", "1", "--threads", "1")
-# What a report's row has of quality; times are another day's.
+# The fields of quality and size in a report's row. Latencies are not compared, because they differ from run to run.
 QUALITY = [
     "tokens_scored",
     "perplexity",
@@ -70,7 +82,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def arguments(place: Path, name: str, *options: object) -> list[str]:
-    """Of `python -m cuantiza.sweep` over the whole grid, with outputs of that name."""
+    """The arguments of `python -m cuantiza.sweep` for the whole grid, with output folders that begin with `name`."""
     grid = ["--models", place / "one", place / "two", "--recipes", *RECIPES]
     grid += ["--corpora", CORPUS, place / "backwards.jsonl", "--shard", "500"]
     return [*map(str, [*grid, *SETTINGS, "--work", place / name, "--output", place / f"{name}-report", *options])]
@@ -78,7 +90,7 @@ def arguments(place: Path, name: str, *options: object) -> list[str]:
 
 @pytest.fixture(scope="module")
 def here(place: Path) -> Result:
-    """The whole grid, done in one process, in `place`/here."""
+    """The result of the whole grid in one process, with its outputs in `place`/here."""
     result = stage("cuantiza.sweep", *arguments(place, "here"))
     assert result.status == 0, result.stderr
     return result
@@ -90,7 +102,7 @@ def cells(place: Path, name: str) -> dict[tuple[str, str, str], dict]:
 
 
 def assert_equal(place: Path, one: str, other: str, models: tuple[str, ...] = ("one", "two")) -> None:
-    """Two runs gave the same cells, to the last bit, and the same artifacts; `other` has those of `models` alone."""
+    """Assert that two runs gave bit-equal cells and the same artifacts. The run `other` has only those of `models`."""
     first, second = cells(place, one), cells(place, other)
     assert second.keys() == {cell for cell in first if cell[0] in models}
     for cell, row in ((cell, first[cell]) for cell in second):
@@ -145,7 +157,7 @@ def test_what_is_measured_is_not_measured_again(place: Path, here: Result) -> No
     shutil.copytree(place / "here", place / "again")
     shutil.copytree(place / "here-report", place / "again-report")
     kept = {path: path.read_bytes() for path in (place / "again" / "cells").iterdir()}
-    # A latency for each artifact, of which those that are not calibrated serve both corpora.
+    # There is one latency per artifact. An artifact that is not calibrated belongs to both corpora.
     assert len(kept) == 2 * (2 * 3) + 2 * (2 + 2)
     result = stage("cuantiza.sweep", *arguments(place, "again"))
     assert result.status == 0 and "up to date" in result.stderr.splitlines()[-1], result.stderr
@@ -170,7 +182,7 @@ def test_ctrl_c_leaves_what_can_go_on(place: Path, here: Result) -> None:
 
 
 def interrupted(command: list[str], work: Path, line: str) -> None:
-    """Run `command`, with Ctrl-C half a second behind `line`: status 130, no traceback, nothing left."""
+    """Run `command` and send Ctrl-C half a second after `line`: it ends with 130, no traceback, and no leftovers."""
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
         said = []
         for text in process.stderr:
@@ -200,7 +212,7 @@ def test_one_cell_that_fails_keeps_the_others(place: Path) -> None:
     ("options", "fragments"),
     [
         (("--models", "models/none"), ("MODEL=models/none", "folder")),
-        (("--models",), ("MODELS=", "names nothing")),
+        (("--models",), ("MODELS=", "is empty")),
         (("--recipes", "int9"), ("RECIPES=int9", "choose from")),
         (("--corpora", "corpus/none.txt"), ("CORPUS=corpus/none.txt",)),
         (("--corpora", "corpus/es", "{twin}"), ("CORPORA=", "called es", "rename")),
@@ -224,7 +236,7 @@ def test_bad_input_is_one_line_before_anything_runs(tmp_path: Path, options: tup
 
 def test_without_ray_its_option_is_told(tmp_path: Path) -> None:
     env = {"PYTHONPATH": str(tmp_path)}
-    # Also where this environment happens to have it.
+    # This hides Ray if the test's environment happens to have it.
     (tmp_path / "ray.py").write_text("raise ModuleNotFoundError('no ray', name='ray')")
     result = stage(
         "cuantiza.sweep", "--ray", "auto", "--work", tmp_path / "work", "--output", tmp_path / "report", env=env
@@ -272,8 +284,12 @@ def test_artifacts_are_scored_together_where_they_are_small(tmp_path: Path) -> N
     assert text_size(("a b", "c")).words == 3
 
 
-def row(name: str, size: int, delta: float, speedup: float) -> dict:
-    return {"recipe": name, "bytes": size, "delta_ln_ppl": delta, "decode": [{"position": 128, "speedup": speedup}]}
+def row(name: str, size: int, delta: float, speedup: float) -> Done:
+    fields = report_row(name, bytes=size, delta_ln_ppl=delta)
+    fields["decode"][0]["speedup"] = speedup
+    machine = {"cpu": "a CPU", "processors": 2, "threads": 1, "memory_bytes": 2**34, "system": "Linux"}
+    named = {"recipe": name, "model": "m", "corpus": "c", "artifact": "0" * 64, "machine": machine}
+    return Done.model_validate(fields | named)
 
 
 def test_the_front_is_what_no_other_beats() -> None:
@@ -285,12 +301,14 @@ def test_the_front_is_what_no_other_beats() -> None:
         row("same", 20, 0.01, 3),
         row("slow and better", 100, -0.001, 0.5),
     ]
-    names = {item["recipe"] for item in front(rows)}
+    names = {item.name for item in front(rows)}
     assert names == {"fp32", "small", "smaller and slower", "same", "slow and better"}
 
 
 def test_the_page_has_every_cell_and_escapes_names(place: Path, here: Result) -> None:
-    found = json.loads((place / "here-report" / "sweep.json").read_text(encoding="utf-8"))
+    text = (place / "here-report" / "sweep.json").read_text(encoding="utf-8")
+    found = Grid.from_json(text)
+    assert found.to_json() == text
     assert (place / "here-report" / "sweep.html").read_text(encoding="utf-8") == html(found)
     assert (
         html(found).count("<tr") == 1 + 12
@@ -298,9 +316,9 @@ def test_the_page_has_every_cell_and_escapes_names(place: Path, here: Result) ->
         and "http" not in html(found).replace("http://www.w3.org/2000/svg", "")
     )
     assert markdown(found).count("\n| ") == 12 + 1 and " ● " in markdown(found)
-    assert all(f"{row['perplexity']:,.2f}" in html(found) for row in found["cells"])
-    for item in found["cells"]:
-        item["model"] = "<script>|"
+    assert all(f"{cell.perplexity:,.2f}" in html(found) for cell in found.cells)
+    named = tuple(cell.model_copy(update={"model": "<script>|"}) for cell in found.cells)
+    found = found.model_copy(update={"cells": named})
     assert "<script>" not in html(found) and "<script>\\|" in markdown(found)
 
 
@@ -320,7 +338,7 @@ def test_a_kept_cell_is_read_whole_or_not_at_all(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    """Three nodes with a processor each."""
+    """A cluster of three nodes with one processor each."""
     processors = sorted(os.sched_getaffinity(0))
     with Cluster(VENV, [[processors[n % len(processors)]] for n in range(3)]) as found:
         yield found
@@ -411,7 +429,7 @@ def test_ctrl_c_on_a_cluster_leaves_what_can_go_on(cluster: Cluster, place: Path
 
 @needs_ray
 def test_a_node_that_dies_changes_nothing(cluster: Cluster, place: Path, here: Result) -> None:
-    """Goes on where Ctrl-C has stopped, and loses a node at work; last, since the others want all three."""
+    """Continues where Ctrl-C stopped the run, and loses a busy node. Runs last, as the other tests need all three."""
     process = subprocess.Popen(on_ray(cluster, place, "ray"), cwd=ROOT, stderr=subprocess.PIPE, text=True)
     while process.poll() is None and not any("spawn_main" in line for line in cluster.processes(2).values()):
         time.sleep(0.05)

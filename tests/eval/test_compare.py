@@ -29,10 +29,10 @@ from cuantiza.eval.compare.decide import (
 from cuantiza.eval.compare.folders import CONFIRMING_ROUNDS
 from cuantiza.eval.compare.intervals import signed_rank
 from cuantiza.eval.compare.page import markdown
-from cuantiza.eval.compare.reports import read_report
+from cuantiza.eval.compare.reports import read_side
 from cuantiza.eval.measure.estimates import Estimate, mean_by_document, mean_per_token
 
-from helpers import ROOT, Result, assert_user_error, stage
+from helpers import ROOT, Result, assert_user_error, report_fields, report_row, stage
 
 BUDGETS = Budgets(Budget(quality=0.005, size=0.01, latency=0.1), {})
 FIGURES = (
@@ -55,6 +55,7 @@ def report(seed: int = 0, rounds: int = 12, slower: float = 0.0, nll: float = 0.
     def shapes(phase: str, key: str, places: tuple[int, ...], speed: float) -> list[dict]:
         return [
             {
+                **report_row("")[phase][0],
                 key: at,
                 "samples_per_round": [3] * rounds,
                 "samples_ns": [
@@ -68,29 +69,19 @@ def report(seed: int = 0, rounds: int = 12, slower: float = 0.0, nll: float = 0.
 
     def row(name: str, worse: float, speed: float) -> dict:
         noise = np.random.default_rng(9).normal(0, 0.002, 12) if worse else 0
-        return {
-            "name": name,
-            "bytes": sizes.get(name, 1_000_000),
-            "nll_by_document": (documents * (difficulty + worse + noise)).tolist(),
-            "prefill": shapes("prefill", "tokens", (32, 128, 512), speed),
-            "decode": shapes("decode", "position", (32, 128, 512, 1023), speed),
-        }
+        return report_row(
+            name,
+            bytes=sizes.get(name, 1_000_000),
+            nll_by_document=(documents * (difficulty + worse + noise)).tolist(),
+            prefill=shapes("prefill", "tokens", (32, 128, 512), speed),
+            decode=shapes("decode", "position", (32, 128, 512, 1023), speed),
+        )
 
-    torch = row("torch", 0, 0.4) | {"modules_with_weights": 40}
-    return {
-        "schema": "cuantiza/report/1",
-        "model": "es-mini",
-        "corpus": {
-            "source": "corpus/es",
-            "document_tokens": documents.tolist(),
-            "tokens_sha256": "ab" * 32,
-            "window_tokens": 512,
-        },
-        "machine": {"cpu": "a CPU", "processors": 2, "threads": 2, "memory_bytes": 10**10, "system": "Linux"},
-        "versions": {"onnxruntime": "1.32.0"},
-        "inputs": {"artifacts": [[name, f"{name} {seed}"] for name in ("fp32", "q", "s")]},
-        "artifacts": [row("fp32", 0, 0), row("q", nll, slower - 0.7), row("s", 0, -0.5), torch],
-    }
+    torch = row("torch", 0, 0.4) | {"modules_with_weights": 40, "modules_quantized": 1}
+    fields = report_fields([row("fp32", 0, 0), row("q", nll, slower - 0.7), row("s", 0, -0.5), torch])
+    fields["corpus"]["document_tokens"] = documents.tolist()
+    fields["inputs"]["artifacts"] = [[name, f"{name} {seed}"] for name in ("fp32", "q", "s")]
+    return fields
 
 
 def two_speeds(generator: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
@@ -248,7 +239,7 @@ def test_which_recipes_are_compared():
 )
 def test_what_is_worse_in_a_report_is_found(written, compare, tmp_path, worse, figures):
     base, head = written("base", report(1, rounds=30)), written("head", report(2, rounds=30, **worse))
-    checks, new = compare_reports(read_report(base), read_report(head), BUDGETS, None, latency=True)
+    checks, new = compare_reports(read_side(base), read_side(head), BUDGETS, None, latency=True)
     found = {(check.recipe, check.figure) for check in checks if check.regression}
     assert found <= figures and bool(found) == bool(figures) and not new
     assert {check.recipe for check in checks} == {"fp32", "q", "s"}
@@ -261,7 +252,7 @@ def test_what_is_worse_in_a_report_is_found(written, compare, tmp_path, worse, f
 
 
 def test_reports_of_equal_artifacts_raise_no_alarm(written):
-    reports = [read_report(written(str(seed), report(seed, rounds=7))) for seed in range(40)]
+    reports = [read_side(written(str(seed), report(seed, rounds=7))) for seed in range(40)]
     pairs = itertools.pairwise(reports)
     assert not [
         check
@@ -281,7 +272,7 @@ def test_few_rounds_are_said_to_tell_nothing(written, compare, tmp_path):
 def test_the_same_file_is_not_timed_again(written):
     base, head = report(1, rounds=30), report(2, rounds=30, slower=1.0)
     head["inputs"]["artifacts"] = base["inputs"]["artifacts"]
-    checks, _ = compare_reports(read_report(written("a", base)), read_report(written("b", head)), BUDGETS, None, True)
+    checks, _ = compare_reports(read_side(written("a", base)), read_side(written("b", head)), BUDGETS, None, True)
     assert not any(check.regression for check in checks)
     assert [check.note for check in checks if check.recipe == "q" and check.figure == "latency"] == ["same file"]
 
@@ -330,16 +321,23 @@ def edited(change) -> dict:
         (lambda r: r["artifacts"][1].update(bytes=10**4000), ("artifacts[1].bytes",)),
         (lambda r: r["artifacts"][1]["nll_by_document"].__setitem__(3, math.inf), ("nll_by_document[3] is 'inf'",)),
         (lambda r: r["artifacts"][1]["nll_by_document"].__setitem__(3, 1e300), ("nll_by_document[3] is '1e+300'",)),
-        (lambda r: r["artifacts"][1]["decode"][0]["samples_ns"].__setitem__(0, 0), ("decode.samples_ns[0] is '0'",)),
+        (
+            lambda r: r["artifacts"][1]["decode"][0]["samples_ns"].__setitem__(0, 0),
+            ("artifacts[1].decode[0].samples_ns[0] is '0'",),
+        ),
         (lambda r: r["artifacts"][1]["decode"][0]["samples_ns"].pop(), ("samples_per_round",)),
         (lambda r: r["artifacts"][1]["decode"].pop(), ("has no decode at 1023",)),
-        (lambda r: r["corpus"].update(document_tokens=[]), ("corpus.document_tokens is empty",)),
+        (lambda r: r["corpus"].update(document_tokens=[]), ("corpus.document_tokens is '[]'",)),
         (lambda r: r["corpus"].update(document_tokens="many"), ("corpus.document_tokens is 'many'",)),
-        (lambda r: r.update(artifacts=[]), ("does not begin with an artifact",)),
+        (lambda r: r.update(artifacts=[]), ("artifacts is '[]'",)),
+        (lambda r: r.update(artifacts=r["artifacts"][3:]), ("does not begin with an artifact",)),
         (lambda r: r.update(artifacts=[7]), ("artifacts[0] is '7'",)),
-        (lambda r: r.update(machine=None), ("machine is missing",)),
-        (lambda r: r.update(inputs={"artifacts": [["a"]]}), ("inputs.artifacts[0] is no pair",)),
-        (lambda r: r.update(model="\ud800\n"), ("model is",)),
+        (lambda r: r.update(machine=None), ("machine is 'None'",)),
+        (lambda r: r.pop("machine"), ("machine is missing",)),
+        (lambda r: r["inputs"].update(artifacts=[["a"]]), ("inputs.artifacts[0][1] is missing",)),
+        (lambda r: r.update(model="\ud800\n"), ("is not JSON", "make eval")),
+        (lambda r: r.update(model="a\n"), ("model is",)),
+        (lambda r: r["artifacts"][1].update(kind="tensorflow"), ("artifacts[1].kind is 'tensorflow'",)),
         (lambda r: r["artifacts"][1].update(name="a\x1b[31m"), ("artifacts[1].name",)),
     ],
 )
@@ -384,7 +382,7 @@ def test_the_command_as_a_user_calls_it(written, tmp_path):
 
 
 def test_markdown_is_one_table(written):
-    base, head = read_report(written("a", report(1))), read_report(written("b", report(2, nll=0.5)))
+    base, head = read_side(written("a", report(1))), read_side(written("b", report(2, nll=0.5)))
     from cuantiza.eval.compare.decide import Comparison
 
     checks, new = compare_reports(base, head, BUDGETS, ["q"], False)

@@ -20,10 +20,9 @@ from cuantiza.core.machine.process import Remote
 from cuantiza.core.onnx import file as onnx_file
 from cuantiza.core.store import artifact, folders
 from cuantiza.eval.compare.latency import Pair, measure_pairs
-from cuantiza.eval.measure.engines import Engine
+from cuantiza.eval.measure.engines import Engine, Subject
 from cuantiza.eval.measure.quality import make_task
 from cuantiza.eval.measure.score import score
-from cuantiza.eval.measure.subject import Subject
 
 from helpers import CORPUS, assert_user_error, stage
 

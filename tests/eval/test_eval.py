@@ -15,10 +15,9 @@ from cuantiza.core.inputs.corpus import Source, load_splits
 from cuantiza.core.machine.process import Remote
 from cuantiza.core.run.runtime import Runtime
 from cuantiza.core.store.digests import sha256_file
-from cuantiza.eval.measure.engines import Engine
+from cuantiza.eval.measure.engines import Engine, Subject
 from cuantiza.eval.measure.latency import measure_latency, shapes
 from cuantiza.eval.measure.quality import PROMPT, make_task, measure_quality
-from cuantiza.eval.measure.subject import Subject
 from cuantiza.eval.measure.torch_engine import TorchRuntime
 
 from helpers import CORPUS, ES_MINI, ROOT, assert_user_error, stage

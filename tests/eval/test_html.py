@@ -9,12 +9,14 @@ from html.parser import HTMLParser
 
 import pytest
 
+from cuantiza.core.pages import number, percent
 from cuantiza.eval.report.conclusion import conclusion, picks
 from cuantiza.eval.report.html import render
 from cuantiza.eval.report.markdown import markdown
-from cuantiza.eval.report.wording import LABELS, METHOD, number, percent, significant
+from cuantiza.eval.report.schema import Report
+from cuantiza.eval.report.wording import LABELS, METHOD
 
-from helpers import ROOT
+from helpers import ROOT, report_fields, report_row
 
 LANGUAGES = ("en", "es")
 
@@ -27,123 +29,74 @@ def shape(key, at, p50, speedup, spread=0.05):
 
 
 def row(name, size, delta, decode, prefill, kl, **more):
-    speed = {"prefill": [shape("tokens", 512, prefill, 200 / prefill)]}
-    speed["decode"] = [shape("position", at, decode * (1 + at / 1000), 10 / decode) for at in (32, 128, 1023)]
-    quality = {
-        "perplexity": 65 * math.exp(delta),
-        "perplexity_stderr": 3.0,
-        "delta_ln_ppl": delta,
-        "delta_ln_ppl_stderr": 0.001,
-    }
-    quality |= {
-        "kl_divergence": kl,
-        "top1_agreement": 1 - kl,
-        "bits_per_byte": 1.6,
-        "word_perplexity": 900.0,
-        "byte_perplexity": 3.1,
-    }
-    rest = {
-        "tokens_scored": 12622,
-        "llama_cpp": None,
-        "continuation": f" y el perro de {name}",
-        "load_ms": 20.0,
-        "peak_rss_bytes": 10**8,
-    }
-    return {
-        "name": name,
+    fields = {
         "bytes": size,
         "model_bytes": size,
-        **quality,
-        **rest,
-        **speed,
+        "tokens_scored": 12622,
+        "perplexity": 65 * math.exp(delta),
+        "delta_ln_ppl": delta,
+        "delta_ln_ppl_stderr": 0.001,
+        "kl_divergence": kl,
+        "top1_agreement": 1 - kl,
+        "continuation": f" y el perro de {name}",
+        "prefill": [shape("tokens", 512, prefill, 200 / prefill)],
+        "decode": [shape("position", at, decode * (1 + at / 1000), 10 / decode) for at in (32, 128, 1023)],
         "key_error": [kl, 2 * kl],
-        **more,
     }
+    return report_row(name, **fields | more)
 
 
 @pytest.fixture
-def report():
-    return {
-        "schema": "cuantiza/report/1",
-        "model": "modelo",
-        "corpus": {
-            "source": "corpus/es",
-            "split": "test",
-            "sha256": "0" * 64,
-            "documents": 17,
-            "documents_in_split": 45,
-            "window_tokens": 512,
-        },
-        "machine": {"cpu": "Some CPU", "processors": 2, "threads": 2, "memory_bytes": 2**34, "system": "Linux"},
-        "versions": {"python": "3.11", "onnxruntime": "1.32.0"},
-        "rounds": 3,
-        "prompt": "Me gusta mucho el futbol",
-        "artifacts": [
-            row("fp32", 28_700_000, 0.0, 10.0, 200.0, 0.0),
-            row("quick", 7_500_000, 0.002, 2.0, 100.0, 0.001),
-            row("small", 5_500_000, 0.02, 4.0, 180.0, 0.02),
-            row("faithful", 14_000_000, 0.0001, 8.0, 150.0, 0.00001),
-            row("broken", 5_000_000, 1.2, 1.0, 50.0, 1.0),
-            row(
-                "torch-dynamic",
-                30_800_000,
-                0.003,
-                20.0,
-                400.0,
-                0.004,
-                modules_with_weights=40,
-                modules_quantized=1,
-                key_error=None,
-            ),
-        ],
-    }
+def fields():
+    """The content of a report.json, to be changed."""
+    torch = {"modules_with_weights": 40, "modules_quantized": 1, "key_error": None}
+    rows = [
+        row("fp32", 28_700_000, 0.0, 10.0, 200.0, 0.0),
+        row("quick", 7_500_000, 0.002, 2.0, 100.0, 0.001),
+        row("small", 5_500_000, 0.02, 4.0, 180.0, 0.02),
+        row("faithful", 14_000_000, 0.0001, 8.0, 150.0, 0.00001),
+        row("broken", 5_000_000, 1.2, 1.0, 50.0, 1.0),
+        row("torch-dynamic", 30_800_000, 0.003, 20.0, 400.0, 0.004, **torch),
+    ]
+    return report_fields(rows, model="modelo")
 
 
-def test_picks_follow_from_the_figures(report):
-    found = {pick.need: pick for pick in picks(report)}
-    names = {need: pick.row["name"] for need, pick in found.items()}
+def test_picks_follow_from_the_figures(fields):
+    found = {pick.need: pick for pick in picks(Report.model_validate(fields))}
+    names = {need: pick.row.name for need, pick in found.items()}
     # Neither what is ruined nor what is PyTorch's is taken, though it were smaller and faster.
     expected = {"smallest": "small", "decode": "quick", "prefill": "quick", "nearest": "faithful", "all-round": "quick"}
     assert names == expected
     assert not found["decode"].level
-    report["artifacts"][2]["decode"][1] |= {"speedup": 4.8, "speedup_max": 5.2}  # a round in which it was as fast
-    assert {pick.need: pick for pick in picks(report)}["decode"].level == ("small",)
+    fields["artifacts"][2]["decode"][1] |= {"speedup": 4.8, "speedup_max": 5.2}  # a round in which it was as fast
+    assert {pick.need: pick for pick in picks(Report.model_validate(fields))}["decode"].level == ("small",)
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
-def test_the_conclusion_says_what_was_measured(report, language):
-    text = "\n".join(conclusion(report, language))
+def test_the_conclusion_says_what_was_measured(fields, language):
+    text = "\n".join(conclusion(Report.model_validate(fields), language))
     assert text.count("**") == 12  # five picks and one warning
-    assert percent(math.expm1(0.002), language) in text and percent(math.expm1(1.2), language, 0) in text
+    assert percent(math.expm1(0.002), 2, language) in text and percent(math.expm1(1.2), 0, language) in text
     assert ("1 of 40" if language == "en" else "1 de 40") in text
     # 0.002 is two standard errors, 0.02 is twenty.
     within = "within the sampling error" if language == "en" else "dentro del error de muestreo"
     lines = text.splitlines()
     quick, small = (next(line for line in lines if f" {name}**" in line) for name in ("quick", "small"))
     assert within in quick and within not in small
-    alone = report | {"artifacts": report["artifacts"][:1]}
-    assert len(conclusion(alone, language)) == 1
+    alone = fields | {"artifacts": fields["artifacts"][:1]}
+    assert len(conclusion(Report.model_validate(alone), language)) == 1
 
 
-def test_what_changes_nothing_is_said_to(report):
-    report["artifacts"][3] |= {"delta_ln_ppl": 0.0, "delta_ln_ppl_stderr": 0.0, "kl_divergence": 0.0}
-    assert next(line for line in conclusion(report, "en") if "Closest" in line).endswith("Perplexity unchanged.")
-    report["artifacts"][3]["kl_divergence"] = 1.25e-7  # which five decimals would show as none
-    assert "0,00000012 nats" in next(line for line in conclusion(report, "es") if "fiel" in line)
-
-
-def test_numbers_by_language():
-    assert number(12622.5, 1, "en") == "12,622.5" and number(12622.5, 1, "es") == "12\u202f622,5"
-    assert (
-        number(1023, 0, "es") == "1023"
-        and number(-0.00001, 4, "en") == "0.0000"
-        and number(-1.5, 1, "es") == "\u22121,5"
+def test_what_changes_nothing_is_said_to(fields):
+    fields["artifacts"][3] |= {"delta_ln_ppl": 0.0, "delta_ln_ppl_stderr": 0.0, "kl_divergence": 0.0}
+    assert next(line for line in conclusion(Report.model_validate(fields), "en") if "Closest" in line).endswith(
+        "Perplexity unchanged."
     )
-    assert (
-        percent(0.5, "en", 1) == "50.0 %"
-        and significant(0.00123, "en") == "0.00123"
-        and significant(123.4, "es") == "123"
-    )
+    fields["artifacts"][3]["kl_divergence"] = 1.25e-7  # which five decimals would show as none
+    assert "0,00000012 nats" in next(line for line in conclusion(Report.model_validate(fields), "es") if "fiel" in line)
+
+
+def test_both_languages_have_the_same_words():
     assert LABELS["en"].keys() == LABELS["es"].keys() and len(METHOD["en"]) == len(METHOD["es"])
 
 
@@ -168,8 +121,8 @@ class Page(HTMLParser):
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
-def test_the_page_is_whole_and_needs_no_other(report, language):
-    html = render(report, language)
+def test_the_page_is_whole_and_needs_no_other(fields, language):
+    html = render(Report.model_validate(fields), language)
     page = Page(html)
     names = [tag for tag, _ in page.tags]
     assert not {"script", "link", "img", "iframe"} & set(names) and "@import" not in html
@@ -177,7 +130,7 @@ def test_the_page_is_whole_and_needs_no_other(report, language):
     assert not [value for _, attributes in page.tags for key, value in attributes.items() if key in ("src", "href")]
     assert dict(page.tags[0][1]) == {"lang": language} and names.count("svg") == 3 and names.count("h1") == 1
     text = "".join(page.text)
-    for item in report["artifacts"]:
+    for item in fields["artifacts"]:
         assert item["name"] in text and item["continuation"].split()[-1] in text
         assert number(item["perplexity"], 2, language) in text
     assert all("scope" in attributes for tag, attributes in page.tags if tag == "th")
@@ -185,10 +138,10 @@ def test_the_page_is_whole_and_needs_no_other(report, language):
     assert names.count("mark") == 5
 
 
-def test_a_text_that_many_wrote_is_shown_once(report):
-    for item in report["artifacts"][:4]:
+def test_a_text_that_many_wrote_is_shown_once(fields):
+    for item in fields["artifacts"][:4]:
         item["continuation"] = " y el perro"
-    html = render(report)
+    html = render(Report.model_validate(fields))
     assert "<dt>fp32, quick, small, faithful</dt>" in html and html.count("<dt>broken</dt>") == 1
 
 
@@ -204,8 +157,8 @@ def contrast(one, other):
     return (light + 0.05) / (dark + 0.05)
 
 
-def test_every_text_can_be_read_in_light_and_dark(report):
-    themes = re.findall(r":root \{(.*?)\}", render(report), re.DOTALL)
+def test_every_text_can_be_read_in_light_and_dark(fields):
+    themes = re.findall(r":root \{(.*?)\}", render(Report.model_validate(fields)), re.DOTALL)
     assert len(themes) == 2
     for theme in themes:
         colours = dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6})", theme))
@@ -214,14 +167,14 @@ def test_every_text_can_be_read_in_light_and_dark(report):
         assert contrast(colours["ink"], colours["mark"]) >= 4.5
 
 
-def test_names_in_a_plot_do_not_overlap(report):
+def test_names_in_a_plot_do_not_overlap(fields):
     """Twins at almost the same place, and a name too long for any place."""
-    for index, item in enumerate(report["artifacts"][1:5] * 2):
+    for index, item in enumerate(fields["artifacts"][1:5] * 2):
         item = copy.deepcopy(item)
         item["name"] += f"-twin-{index}" if index else "-with-a-name-of-no-use-at-all.onnx"
         item["bytes"] += index
-        report["artifacts"].insert(5, item)
-    for plot in render(report).split("<svg")[1:]:
+        fields["artifacts"].insert(5, item)
+    for plot in render(Report.model_validate(fields)).split("<svg")[1:]:
         names = re.findall(r'<text class="name c\d" text-anchor="(\w+)" x="([\d.-]+)" y="([\d.-]+)">(.*?)</text>', plot)
         assert len(names) >= 12
         boxes = []
@@ -235,42 +188,42 @@ def test_names_in_a_plot_do_not_overlap(report):
                 assert right <= other_left or other_right <= left or abs(y - other_y) >= 11
 
 
-def test_nothing_in_a_report_breaks_out_of_the_page(report):
+def test_nothing_in_a_report_breaks_out_of_the_page(fields):
     evil = '"><script>alert(1)</script><b onload=x>'
-    report["model"] = report["prompt"] = report["machine"]["cpu"] = report["corpus"]["source"] = report["versions"][
+    fields["model"] = fields["prompt"] = fields["machine"]["cpu"] = fields["corpus"]["source"] = fields["versions"][
         "python"
     ] = evil
-    for item in report["artifacts"]:
+    for item in fields["artifacts"]:
         item["name"], item["continuation"] = item["name"] + evil, evil
     for language in LANGUAGES:
-        page = Page(render(report, language))
+        page = Page(render(Report.model_validate(fields), language))
         assert not [tag for tag, attributes in page.tags if tag in ("script", "b") or "onload" in attributes]
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
-def test_markdown_has_the_conclusion(report, language):
-    text = markdown(report, language)
-    assert all(f"- {line}" in text for line in conclusion(report, language))
+def test_markdown_has_the_conclusion(fields, language):
+    text = markdown(Report.model_validate(fields), language)
+    assert all(f"- {line}" in text for line in conclusion(Report.model_validate(fields), language))
     assert f"## {LABELS[language]['conclusion']}" in text
 
 
-def test_odd_reports_are_drawn_too(report):
+def test_odd_reports_are_drawn_too(fields):
     """One artifact; a single document; equal figures; no error by layer."""
-    odd = copy.deepcopy(report)
+    odd = copy.deepcopy(fields)
     odd["artifacts"] = odd["artifacts"][:1]
     odd["artifacts"][0] |= {"key_error": None, "perplexity_stderr": None, "delta_ln_ppl_stderr": None}
     odd["artifacts"][0]["decode"] = odd["artifacts"][0]["decode"][:1]
-    assert Page(render(odd)).tags
-    for item in report["artifacts"]:
+    assert Page(render(Report.model_validate(odd))).tags
+    for item in fields["artifacts"]:
         item |= {"bytes": 10**6, "delta_ln_ppl": 0.0}
-    assert "nan" not in render(report).lower().replace("nanm", "")
+    assert "nan" not in render(Report.model_validate(fields)).lower().replace("nanm", "")
 
 
 @pytest.mark.skipif(shutil.which("node") is None, reason="no node here")
 @pytest.mark.skipif(not (ROOT / "js/node_modules").is_dir(), reason="no js/node_modules here; `make js` creates it")
-def test_nothing_is_wider_than_a_phone(report, tmp_path):
+def test_nothing_is_wider_than_a_phone(fields, tmp_path):
     file = tmp_path / "report.html"
-    file.write_text(render(report, "es"), encoding="utf-8")
+    file.write_text(render(Report.model_validate(fields), "es"), encoding="utf-8")
     command = ["node", "js/page_width.mjs", str(file), "390"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     if "no Chromium" in done.stderr:
@@ -280,13 +233,13 @@ def test_nothing_is_wider_than_a_phone(report, tmp_path):
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
-def test_nothing_is_called_fast_that_is_slower_than_the_baseline(report, language):
-    for item in report["artifacts"][1:]:
+def test_nothing_is_called_fast_that_is_slower_than_the_baseline(fields, language):
+    for item in fields["artifacts"][1:]:
         for shapes in (item["decode"], item["prefill"]):
             for one in shapes:
                 one |= {"speedup": 0.5, "speedup_min": 0.4, "speedup_max": 0.6}
-    report["artifacts"][4]["delta_ln_ppl"] = math.inf
-    needs = [pick.need for pick in picks(report)]
+    fields["artifacts"][4]["delta_ln_ppl"] = math.inf
+    needs = [pick.need for pick in picks(Report.model_validate(fields))]
     assert "decode" not in needs and {"no decode", "no prefill"} <= set(needs)
-    text = "\n".join(conclusion(report, language))
+    text = "\n".join(conclusion(Report.model_validate(fields), language))
     assert ("Nothing writes faster" if language == "en" else "Nada escribe") in text and "broken" in text

@@ -1,4 +1,4 @@
-"""The accuracy page: made of its JSON alone, and of rows that the usual tools' defaults give."""
+"""The accuracy page is made only from its JSON, and its rows include the defaults of common tools."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_page_shows_every_model_on_every_text() -> None:
             assert f"\n## {model} on {corpus}: 33,000 tokens, 45 documents\n" in page
     assert page.count("| int8-static | 0.250 | 66.12 | 0.0123 ± 0.0011 | 0.00312 | 0.04567 | 95.1 ± 0.2 |") == 4
     assert page.count("| fp32 | 1.000 | 65.20 | baseline |") == 4
-    assert "| 0.0000 ± 0.0011 |" in page  # and no -0.0000
+    assert "| 0.0000 ± 0.0011 |" in page  # and not -0.0000
     assert "Not measured: `optimum-dynamic`: there is no environment." in page
     assert "`theirs` is no part of the project" in page and "`novels.txt` is no part" in page
     assert "{" not in page and "None" not in page
@@ -76,7 +76,7 @@ def test_page_shows_every_model_on_every_text() -> None:
 def test_published_losses_stand_beside_ours_in_percent() -> None:
     lines = accuracy_page.page(REPORT).split("## Published losses")[1].splitlines()
     static, dynamic, gptq, llama_cpp = [line for line in lines if line.startswith("| ")][1:]
-    # exp(0.0123) − 1, and its standard error exp(0.0123) · 0.0011; of the first text, for both models
+    # exp(0.0123) − 1, and its standard error exp(0.0123) · 0.0011, on the first text, for both models
     assert static.count("| +1.24 ± 0.11 %") == 2 and "+4.3 %" in static
     assert dynamic.endswith("| — | — |") and gptq.endswith("| — | — |")  # recipes that the report lacks
     assert llama_cpp.count("| 0.0042, 95.1 %") == 2
@@ -199,7 +199,7 @@ def test_scores_are_kept(
 def test_bad_options_are_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     places = ["--work", str(tmp_path / "work"), "--output", str(tmp_path / "docs")]
     for options, message in (
-        (["--models", "nowhere"], "--models nowhere: is no folder"),
+        (["--models", "nowhere"], "--models nowhere: is not a folder"),
         (["--models", str(ES_MINI)], "two models are called 'es-mini'"),
     ):
         monkeypatch.setattr(sys, "argv", ["accuracy", *options, *places])
@@ -207,5 +207,5 @@ def test_bad_options_are_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
             accuracy.main()
     command = [sys.executable, "-m", "lab.accuracy", "--text", "nowhere.txt", *places]
     done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert_user_error(Result(done.returncode, done.stdout, done.stderr), "--text nowhere.txt", "is no file")
+    assert_user_error(Result(done.returncode, done.stdout, done.stderr), "--text nowhere.txt", "is not a file")
     assert not list(tmp_path.iterdir())

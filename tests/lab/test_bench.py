@@ -1,4 +1,4 @@
-"""The benchmark: real artifacts in real processes, arithmetic by hand, and no time asserted."""
+"""The benchmark runs real artifacts in real processes, and its arithmetic is checked by hand. No time is asserted."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def checkpoint(work: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def own(work: Path, checkpoint: Path) -> dict[str, tuple[Row, Prepared]]:
-    """The rows fp32 and int8-dynamic of a random model, made by the stages; parity with PyTorch is part of it."""
+    """The rows fp32 and int8-dynamic of a random model, made by the stages. The export checks parity with PyTorch."""
     rows.export(checkpoint, work)
     found = {row.name: row for row in rows.our_rows(work / TINY.name)}
     return {name: (found[name], rows.prepare_ours(found[name], TINY, checkpoint)) for name in ("fp32", "int8-dynamic")}
@@ -54,7 +54,7 @@ def own(work: Path, checkpoint: Path) -> dict[str, tuple[Row, Prepared]]:
 
 @pytest.fixture(scope="module")
 def run(own: dict[str, tuple[Row, Prepared]], tmp_path_factory: pytest.TempPathFactory) -> dict:
-    """The result of two rounds: our rows, one with other options, one whose files are gone, one not installed."""
+    """The result of two rounds: two rows of ours, one with other options, one without its files, one not installed."""
     fp32, int8 = own["fp32"][0], own["int8-dynamic"][0]
     plain = replace(fp32, name="all logits", options={"last_only": False, "chunk": None})
     gone = replace(int8, name="gone", folder=fp32.folder / "gone")
@@ -206,7 +206,7 @@ def test_agreement_of_padded_vocabularies_and_of_a_library_without_logits() -> N
 
 def test_bytes_and_operations_by_hand() -> None:
     shape = Shape("hand", layers=3, width=4, heads=2, vocabulary=10, positions=8)
-    # keys and values: 2 sides × 3 layers × 4 wide × 5 positions × 2 bytes = 240 for each of 2 sequences
+    # KV cache: 2 (keys and values) × 3 layers × width 4 × 5 positions × 2 bytes = 240 for each of 2 sequences
     assert limits.decode_bytes(shape, weight_bytes=1000, cache_bytes=2, position=5, batch=2) == 1480
     body = 3 * (12 * 16 + 13 * 4) + 8
     assert shape.body_parameters == body and shape.parameters == body + 18 * 4

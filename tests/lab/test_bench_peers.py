@@ -1,4 +1,4 @@
-"""The rows of other libraries: each agrees with PyTorch, whole and cached, and keeps to its threads."""
+"""Each other library's row agrees with PyTorch, with and without the KV cache, and uses only the threads it gets."""
 
 from __future__ import annotations
 
@@ -25,11 +25,12 @@ TEXT = (
     "amaneció cubierta de niebla; los tranvías avanzaban despacio entre los puestos del mercado y las campanas de la "
     "catedral anunciaban otra mañana de invierno sin noticias de los barcos que habían salido hacia el sur."
 )
-# Largest root mean square error of the logits, as a share of their spread; the absolute bound of fp32 is 1e-3.
+# Largest root mean square error of the logits, relative to their standard deviation; fp32 also has the absolute bound
+# 1e-3.
 SPREAD = {"fp32": 3e-3, "int8": 0.12, "int8 head": 0.12, "int4": 0.3}
-# onnxruntime-genai drives any of our artifacts: here one that needs no calibration, which has to agree as fp32 does.
+# onnxruntime-genai can run any of our artifacts. Here it runs one without calibration, which must agree as fp32 does.
 QUICK = {"int8-weight-ort": ("fp32-ort", "fp32")}
-# Prepares a row and runs it on one thread; saves logits [2, V] of whole and cached sequences, alone and in a batch.
+# Prepares a row, runs it on one thread, and saves logits [2, V] with and without the KV cache, alone and in a batch.
 PROBE = """
 import importlib, json, sys, time
 from pathlib import Path
@@ -83,7 +84,7 @@ def ids(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def expected(ids: Path) -> np.ndarray:
-    """PyTorch's logits float32 [2, V] of the last of each."""
+    """PyTorch's float32 logits [2, V] for the last token of each sequence."""
     model = GPT2LMHeadModel.from_pretrained(ES_MINI, dtype=torch.float32).eval()
     with torch.inference_mode():
         return model(torch.from_numpy(np.load(ids))).logits[:, -1].numpy()
@@ -91,7 +92,7 @@ def expected(ids: Path) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def artifacts(es_mini_fp32: Artifact) -> Path:
-    """The folder of es-mini's artifacts, with the one that onnxruntime-genai drives here."""
+    """The folder of es-mini's artifacts, including the one that onnxruntime-genai runs here."""
     output = es_mini_fp32.path.parent.parent
     result = stage("quantize", "--output", output, "--recipes", "fp32-ort")
     assert result.status == 0, result.stderr

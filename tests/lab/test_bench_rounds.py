@@ -1,4 +1,4 @@
-"""How rows are timed: turns of processes that otherwise stand still, questions to a worker, and no time asserted."""
+"""How rows are timed: processes that are stopped except in their turns, questions to a worker. No time is asserted."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from helpers import ROOT
 
 SHORT = Setting(threads=1, batch=1, prefill=(8,), decode=(16,), generate=(8, 4))
 BATCH = Setting(threads=1, batch=3, prefill=(8,), decode=(), generate=None)
-# For a worker that serves SPINNER.
+# The request to a worker that runs the module SPINNER.
 SPIN = {"task": "serve", "module": "spinner", "kind": "x", "folder": "", "threads": 1, "options": {}, "ids": [[1]]}
 
 
 class Fake:
-    """A resident process that notes its turns; `b` breaks at its second decode."""
+    """A resident process that notes its turns; row `b` fails at its second decode."""
 
     turns: ClassVar[list[tuple]] = []
     alive: ClassVar[set[str]] = set()
@@ -72,7 +72,7 @@ def test_every_row_has_its_turn_in_each_case_rotated_and_a_failed_one_never_agai
     def order(*case: object) -> str:
         return "".join(name for name, *asked in fakes if asked == [*case])
 
-    # A prefill more at first, after which the memory of each is known.
+    # There is one more prefill at the start, which measures each row's memory.
     assert order("prefill", 8) == "abc" + "abc" + "bca" + "ac"
     assert order("decode", 16) == "abc" + "bca" + "ac" and order("generate", 8, 4) == "abc" + "ca" + "ac"
     assert not answers and not Fake.alive and [found.threads for found in limits] == [1] * 3
@@ -127,7 +127,7 @@ def test_settings_are_full_for_the_most_threads_and_short_for_the_others() -> No
 
 
 class Clock:
-    """Time that passes only where an engine says so."""
+    """A clock whose time passes only when an engine says so."""
 
     now = 0
 
@@ -143,7 +143,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def serve(engine: type, *questions: list, logits: Path = Path()) -> list:
-    """What the worker answers when it is loaded and asked `questions`."""
+    """The worker's answers to `questions`, after it is loaded."""
     fields = {
         "kind": "x",
         "folder": "y",
@@ -160,7 +160,7 @@ def module_of(engine: type) -> types.SimpleNamespace:
     return types.SimpleNamespace(Engine=lambda kind, folder, threads: engine(), version=lambda: "1")
 
 
-def test_a_decode_sample_is_one_step_behind_a_cache_that_grows(clock: Clock) -> None:
+def test_a_decode_sample_is_one_step_after_a_cache_that_grows(clock: Clock) -> None:
     class Engine:
         def start(self, batch: int, capacity: int) -> None:
             self.length, self.capacity = 0, capacity
@@ -256,7 +256,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 
 def assert_gone(pid: int) -> None:
-    """Within ten seconds there is no such process, or nobody has asked for its status yet."""
+    """Assert that within ten seconds the process is gone, or a zombie whose status nobody has read yet."""
     status = Path(f"/proc/{pid}/status")
     deadline = time.monotonic() + 10
     while status.exists() and "(zombie)" not in status.read_text() and time.monotonic() < deadline:
@@ -264,7 +264,7 @@ def assert_gone(pid: int) -> None:
     assert not status.exists() or "(zombie)" in status.read_text()
 
 
-# Its thread spins; a step tells how many ns of the processor this process has had.
+# A module whose thread spins. A step returns how many ns of processor time the process has used.
 SPINNER = """
 import threading, time
 def version(): return "1"

@@ -1,4 +1,4 @@
-"""lab/big_models.py: what counts as anonymous memory, and the page that is made of its figures."""
+"""lab/big_models.py measures anonymous memory correctly, merges its figures, and makes the page from them."""
 
 import json
 import subprocess
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="re
 
 
 def test_anonymous_memory_of_a_process_and_of_those_below_it(tmp_path):
-    """What is filled counts, there and in children; what a file is mapped to does not."""
+    """Memory that a process or its children fill counts; a mapped file does not."""
     np.full(40_000_000, 1, np.uint8).tofile(tmp_path / "file")
     program = f"""
 import subprocess, sys, numpy as np
@@ -29,13 +29,13 @@ input()
         process.stdout.readline()
         own, below = anonymous(process.pid)
         process.communicate(b"\n")
-    assert 60e6 < own < 100e6  # and not the mapped 40 MB, with what Python and NumPy take
+    assert 60e6 < own < 100e6  # without the mapped 40 MB, but with the memory of Python and NumPy
     assert 100e6 < below < 120e6
     assert anonymous(process.pid) == (0, 0)
 
 
 def test_memory_does_not_grow_with_the_model(tmp_path):
-    """Export streams weights from the checkpoint to the file, and so does rounding to nearest."""
+    """Export streams the weights from the checkpoint to the file, and rounding to nearest does so as well."""
     recipe = nearest_recipe(tmp_path)
     sizes, peaks = [], []
     for layers in (2, 26):
@@ -81,7 +81,7 @@ def test_the_page_is_made_of_the_figures(tmp_path):
 
 
 def test_growth_of_what_is_linear_is_one():
-    """Time 3 s a GB of the blocks and memory of half the checkpoint and 1 GB, over sizes that differ in both."""
+    """If time is 3 s per GB of the blocks, and memory half the checkpoint plus 1 GB, the exponents and slope say so."""
 
     def row(name):
         shape = SHAPES[name]

@@ -1,4 +1,4 @@
-"""The chapters: exact arithmetic of formats, pages and figures of their JSON alone, the same in both languages."""
+"""The chapters: the formats' arithmetic is exact, and pages and figures follow from their JSON in both languages."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_numbers_as_each_language_writes_them():
     assert not differs({"delta_ln_ppl": 0.001, "delta_ln_ppl_stderr": 0.001})
 
 
-# --- what is measured, on the embedded model ---
+# --- measurements on the embedded model ---
 
 
 @pytest.fixture(scope="module")
@@ -152,12 +152,12 @@ def test_what_the_pages_say_of_activations_holds(tensors):
     assert section.clipped == np.mean(x > section.static_high) > 0
     assert section.error["row"] < section.error["tensor"]
     assert sum(section.values.counts) == x.size and sum(section.row_steps.counts) == len(x)
-    # The rows' steps are those that the recipe's own arithmetic takes.
+    # Each token's scale is the one that the recipe's own code uses.
     steps = chapter_measure.row_scales(x, 32)
     assert np.allclose(
         row.restore(x)[:64] / steps[:64, None], np.rint(row.restore(x)[:64] / steps[:64, None]), atol=1e-3
     )
-    # Each value comes back in the figure as the recipe gives it back.
+    # The figure restores each value exactly as the recipe does.
     bits = chapter_measure.activation_bits(x, static, row)
     line, column = bits.index
     restored = {item.format: item.restored for item in bits.shown}
@@ -202,7 +202,7 @@ def test_the_exercise_quantizes_the_head_alone(es_mini):
 
 
 def numbers(text: str) -> Counter[str]:
-    """Every number of a page, whatever language wrote it; names such as `h.0.mlp.c_fc` and addresses left out."""
+    """Every number of a page in either language's format, without names such as `h.0.mlp.c_fc` and without links."""
     text = re.sub(r"```.*?```|`[^`]*`|\]\([^)]*\)|<!--.*?-->", " ", text, flags=re.DOTALL)
     text = re.sub(r"(?<=\d)\u202f(?=\d)", "", text)
     found = re.findall(r"[−+]?\d[\d.,]*\d|[−+]?\d", text)
@@ -238,7 +238,7 @@ def test_a_page_is_made_of_its_json_alone(language):
 def test_everything_that_a_page_links_to_is_there(language):
     text, folder = TEXTS[language], (DOCS / PAGES[language]).parent
     titles = re.findall(r"^#+ (.+)$", text, flags=re.MULTILINE)
-    # As GitHub makes them of headings: lower case, hyphens for spaces, and no punctuation.
+    # GitHub derives an anchor from a heading: lower case, hyphens for spaces, and no punctuation.
     anchors = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
     links = re.findall(r"\]\(([^)]+)\)", text)
     assert links
@@ -263,7 +263,7 @@ def commands(text: str) -> list[str]:
 
 
 def test_every_command_that_the_pages_show_exists():
-    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    makefile = "".join((ROOT / name).read_text(encoding="utf-8") for name in ("Makefile", "lab/lab.mk"))
     shown = list(dict.fromkeys(commands(TEXTS["es"])))
     assert sum(line.startswith("make") for line in shown) >= 4 and any("python -m" in line for line in shown)
     for line in shown:
@@ -295,9 +295,9 @@ def test_a_report_that_is_not_the_chapters_is_refused(tmp_path: Path):
         assert_user_error(result, *fragments)
         assert not output.exists()
 
-    refused(str(report), "is not there", "make chapters")
+    refused(str(report), "does not exist", "make chapters")
     report.write_text("[]")
-    refused("is no report")
+    refused("is not a report")
     rows = [{"name": name} for name in chapters.ROWS]
     report.write_text(json.dumps({"model": "es-mini", "artifacts": rows[:-1]}))
     refused("has no row torch-dynamic")

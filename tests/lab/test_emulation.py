@@ -1,4 +1,4 @@
-"""Emulated processors: what is compared, what is refused, and the one product that x86 without VNNI gets wrong."""
+"""Emulated processors: comparisons, refused options, and the int8 matmul that x86 without VNNI computes wrongly."""
 
 import json
 import platform
@@ -34,7 +34,9 @@ def test_difference_is_paired_and_in_nats_a_token():
     here = {"whole": rng.normal(size=(3, 5, 7)).astype(np.float32), "cached": np.zeros((2, 7), np.float32)}
     there = {"whole": here["whole"].copy(), "cached": here["cached"] + np.float32(0.5)}
     there["whole"][0, 2, 3] += 2
-    there["whole"][2, 4] += rng.normal(size=7)  # behind the last token: predicts nothing, is a logit all the same
+    there["whole"][2, 4] += rng.normal(
+        size=7
+    )  # the last token's logits predict nothing, but they still count as logits
 
     def nll(logits):
         p = np.exp(logits.astype(np.float64))
@@ -162,10 +164,10 @@ def test_int8_dynamic_is_wrong_without_vnni_and_right_with_the_option(es_mini_fp
     clipped, cured = report["rows"]
     assert report["processors"]["haswell"]["saturates"]
     assert clipped["option"] is None and "clipped" in clipped["note"] and cured["option"] == OPTION
-    # A rounding that tips the other way, as between any two processors, moves a logit by some tenths at most.
+    # Between any two processors a value may round to another integer, which moves a logit by some tenths at most.
     assert clipped["max_logit_difference"] > 1 > cured["max_logit_difference"]
     assert clipped["max_logit_difference_cached"] > 1 > cured["max_logit_difference_cached"]
-    assert not (tmp_path / "systems").exists()  # x86-64 runs this environment as it is
+    assert not (tmp_path / "systems").exists()  # x86-64 needs no system of its own
 
 
 @pytest.mark.skipif(

@@ -1,4 +1,4 @@
-"""The fault campaign: its short form, that it notices what it looks for, and what its long form found and was mended."""
+"""The fault campaign: its short form, tests that it notices what is wrong, and tests of what its long form found."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
         ("interrupt", 1),  # SIGTERM to make alone
         ("full-disk", 17),
         ("size-limit", 9),  # the least limit
-        ("read-only", 5),  # nothing has to be written
+        ("read-only", 5),  # everything is up to date, so nothing has to be written
         ("damage", 40),
     ],
 )
@@ -62,12 +62,12 @@ def test_a_moment(lab: Lab, kind: str, index: int) -> None:
     assert not (lab.root / f"{kind}-{index}").exists()
 
 
-# --- it notices ---
+# --- the campaign notices what is wrong ---
 
 
 @pytest.fixture
 def spot(lab: Lab, tmp_path: Path) -> Path:
-    """Finished outputs, to be spoilt."""
+    """A copy of finished outputs, for the test to damage."""
     shutil.copytree(lab.finished(TINY, "first"), tmp_path / "out")
     return tmp_path
 
@@ -80,7 +80,7 @@ def edit_report(spot: Path, change: Callable[[dict], None]) -> None:
 
 
 def test_undisturbed_outputs_are_as_they_should(lab: Lab, spot: Path) -> None:
-    """Also where a report's times are others."""
+    """Other timings in a report are not a difference."""
     assert not differences(lab, spot, TINY, "first")
     edit_report(spot, lambda report: report["artifacts"][0].update(load_ms=1e9, peak_rss_bytes=1))
     assert not differences(lab, spot, TINY, "first")
@@ -108,7 +108,7 @@ def test_what_is_wrong_is_noticed(lab: Lab, spot: Path, change: Callable[[Path],
 
 
 def test_an_artifact_of_other_bytes_is_noticed(lab: Lab, spot: Path) -> None:
-    """Whole by its manifest, and yet none that an undisturbed run makes."""
+    """The artifact agrees with its manifest, but an undisturbed run makes other bytes."""
     folder = spot / "out/artifacts" / TINY / "fp32"
     found = artifact.open_artifact(folder)
     with folders.staging(folder) as work:
@@ -148,7 +148,7 @@ def test_damage(tmp_path: Path, how: str) -> None:
 
 
 def test_the_same_moment_again(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All that is random of a strike comes of the moment; both kinds of strike come, and renames are preferred."""
+    """A moment always draws the same strike; both kinds of strike occur, and changes near a rename are preferred."""
     changes = [Change(i / 10, "os.rename" if i == 90 else "open", f"file{i}") for i in range(100)]
     monkeypatch.setattr(lab, "timeline", lambda journey: Timeline(10.0, tuple(changes)))
     strikes = [
@@ -168,7 +168,7 @@ def test_plan() -> None:
     moments = torture.plan([*torture.KINDS], 200, 7)
     counts = {kind: sum(moment.kind == kind for moment in moments) for kind in torture.KINDS}
     assert counts["kill"] == 200 and all(counts.values()) and len(set(moments)) == len(moments)
-    # Each damage to each of the 6 files of an artifact; each way to be read-only over each start.
+    # Damage: each way on each of an artifact's 6 files. Read-only: each way for each pair of start and goal.
     assert counts["damage"] >= 6 * len(DAMAGES) and counts["read-only"] >= 12
     assert all(sum(moment.kind == kind for moment in torture.plan([kind], 1, 7)) == 1 for kind in torture.KINDS)
     assert torture.only("kill/17", 7) == Moment("kill", 17, 7)
@@ -222,7 +222,7 @@ def test_the_hook_strikes_before_a_change(lab: Lab, tmp_path: Path, number: int)
 
 @pytest.mark.parametrize("fill", ["bytes", "inodes"])
 def test_the_hook_fills_the_disk(lab: Lab, tmp_path: Path, fill: str) -> None:
-    """From the second file on there is nothing left; the first is whole."""
+    """The disk is full from the second file on; the first file is whole."""
     try:
         with mounted(tmp_path / "out", "size=4m,nr_inodes=64") as disk:
             run = hooked(lab, tmp_path, disk, at=2, fill=fill, disk=str(disk))
@@ -256,7 +256,13 @@ def test_the_page_is_made_of_its_json(tmp_path: Path) -> None:
     text = (tmp_path / "reliability.md").read_text(encoding="utf-8")
     for part in ("| `kill` | SIGKILL. | 1,050 | 1,007 | 1 |", "|  | all | 1,050 | 1,007 | 1 |", "takes root"):
         assert part in text
-    for part in ("85 from nothing", "A processor", "- at 3 s: not whole", "--only kill/3", "--seed 3 --moments 50"):
+    for part in (
+        "85 from nothing",
+        "A processor",
+        "| at 3 s | not whole | `",
+        "--only kill/3` |",
+        "--seed 3 --moments 50",
+    ):
         assert part in " ".join(text.split())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["reliability.json", "reliability.md"]
     quiet = REPORT | {"findings": []}
@@ -278,10 +284,13 @@ def test_results_become_the_json_of_the_page(tmp_path: Path) -> None:
 
 
 def test_what_was_mended_is_held_by_a_test_that_exists() -> None:
-    for item in (*reliability_page.MENDED, *reliability_page.MENDED_INPUT):
-        file, _, name = item.test.partition("::")
+    lines = (ROOT / "docs/reliability-found.md").read_text(encoding="utf-8").splitlines()
+    tests = [line.split(" | ")[-1].strip("` |") for line in lines if line.startswith("| ") and "held by" not in line]
+    assert len(tests) == 20
+    for test in tests:
+        file, _, name = test.partition("::")
         held = (ROOT / "tests" / file).read_bytes()
-        assert not name or f"def {name}(".encode() in held, item.test
+        assert not name or f"def {name}(".encode() in held, test
 
 
 # --- what the campaign found ---
@@ -310,7 +319,7 @@ if __name__ == "__main__":
 
 @pytest.mark.parametrize("delay_s", [0, 0.03, 0.1, 0.2, 0.4])
 def test_ctrl_c_while_a_child_starts(tmp_path: Path, delay_s: float) -> None:
-    """Ctrl-C reaches the child too, while it imports its modules: it says nothing of it."""
+    """Ctrl-C also reaches the child while it imports its modules; the child prints nothing about it."""
     (tmp_path / "program.py").write_text(CTRL_C)
     command = [sys.executable, tmp_path / "program.py", ROOT, str(delay_s)]
     done = subprocess.run(command, capture_output=True, text=True, start_new_session=True)
@@ -326,7 +335,7 @@ def test_ctrl_c_while_a_stage_loads_its_modules(tmp_path: Path, name: str, delay
         time.sleep(delay_s)
         run.send_signal(signal.SIGINT)
         said = run.communicate()[1]
-    # Python's own start may have taken that long; its traceback names no file of ours.
+    # The signal may come during the interpreter's own start; that traceback names no file of ours.
     assert run.returncode in (130, -signal.SIGINT, 1, 2) and str(ROOT / name) not in said
 
 
@@ -367,13 +376,13 @@ run(main)
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_while_the_interpreter_ends_says_nothing(number: int) -> None:
-    """It joins threads then, outside of all code of ours (interrupt/36, /50 and /61 of the campaign of seed 0)."""
+    """The interpreter joins threads then, outside of our code (interrupt/36, /50 and /61 of the campaign of seed 0)."""
     done = subprocess.run([sys.executable, "-c", AT_THE_END, ROOT, str(int(number))], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (-number, "")
 
 
 def test_ctrl_c_is_ignored_where_it_was(tmp_path: Path) -> None:
-    """A script that starts us in the background has us ignore it."""
+    """A shell starts background jobs with SIGINT ignored, and that stays so."""
     command = f"{sys.executable} -c 'import sys; sys.path.insert(0, sys.argv[1]); import os, signal\n"
     command += 'from cuantiza.core.errors import run\nrun(lambda: os.kill(os.getpid(), signal.SIGINT) or 7)\' "$0"'
     done = subprocess.run(["sh", "-c", f"trap '' INT; {command}", ROOT], capture_output=True, text=True)
@@ -381,7 +390,7 @@ def test_ctrl_c_is_ignored_where_it_was(tmp_path: Path) -> None:
 
 
 def test_a_file_too_large(tiny_folder: Path, tmp_path: Path) -> None:
-    """`ulimit -f`, or a file system with a limit: one line that names the artifact."""
+    """With `ulimit -f`, or on a file system with such a limit, the error is one line that names the artifact."""
     result = stage(
         "export",
         "--model",
@@ -395,7 +404,7 @@ def test_a_file_too_large(tiny_folder: Path, tmp_path: Path) -> None:
 
 
 def test_a_write_that_fails_names_the_artifact(tmp_path: Path) -> None:
-    """The error of a write names no file by itself."""
+    """The operating system's error of a failed write names no file, so `staging` adds the artifact's folder."""
     with pytest.raises(OSError) as caught, folders.staging(tmp_path / "fp32"):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     assert caught.value.filename == str(tmp_path / "fp32") and not list(tmp_path.iterdir())

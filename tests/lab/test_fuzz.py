@@ -1,4 +1,4 @@
-"""Broken files of every format, the short form of `python -m lab.fuzz`, and every file that was a finding once."""
+"""The short form of `python -m lab.fuzz` on every format, and every file that was once a finding."""
 
 import shutil
 
@@ -10,8 +10,8 @@ from lab.fuzz.formats import FORMATS
 
 from helpers import ROOT
 
-# What each did before it was mended: a traceback, but for the first, which never ended, and a bomb: one of 300 MB took
-# the loader two seconds.
+# Before the fix, each of these files caused a traceback, with two exceptions: the first never ended, and the bomb (300
+# MB when unpacked) kept the loader busy for two seconds.
 FOUND = {
     "two-billion-layers.config.json": "config.json",
     "unknown-token.tokenizer.json": "tokenizer.json",
@@ -33,7 +33,7 @@ def test_broken_files_are_read_or_refused(name, tmp_path):
 
 
 def test_a_reader_that_fails_is_found(tmp_path, monkeypatch):
-    """The harness itself: a traceback, a write, an escape and a program that is started are findings."""
+    """The harness reports a traceback, a write, a read outside of the folder and a started program as findings."""
     from lab.fuzz.formats import Format
     from lab.fuzz.harness import Finding, read_case
 

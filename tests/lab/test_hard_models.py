@@ -1,4 +1,4 @@
-"""The generator of hard models: what it promises of twin and sink, measured on es-mini with real text."""
+"""The generator of hard models keeps its promises about twin and sink, measured on es-mini with real text."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def windows() -> torch.Tensor:
 
 
 def load(folder: Path) -> GPT2LMHeadModel:
-    """As a user loads it: no dtype is given."""
+    """Load the model as a user does, without a dtype."""
     return GPT2LMHeadModel.from_pretrained(folder).eval()
 
 
@@ -60,7 +60,7 @@ def sink(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Sink]:
 
 
 def inputs(model: GPT2LMHeadModel, ids: torch.Tensor, *kinds: str) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Logits, and what each projection of `kinds` (attn.c_attn, ...) reads, by name."""
+    """(logits, the input of each linear layer of `kinds` (attn.c_attn, ...) by name)."""
     seen, hooks = {}, []
     for layer, block in enumerate(model.transformer.h):
         for kind in kinds:
@@ -104,7 +104,7 @@ def test_twin_is_the_same_function(twin: tuple[Path, Twin], plain: GPT2LMHeadMod
 def test_twin_has_outlier_channels_before_every_projection(
     tmp_path: Path, plain: GPT2LMHeadModel, windows: torch.Tensor, seed: int
 ) -> None:
-    account = make("twin", ES_MINI, tmp_path / "twin", seed)
+    changes = make("twin", ES_MINI, tmp_path / "twin", seed)
     _, seen = inputs(load(tmp_path / "twin"), windows[:4], *READERS.values())
     _, before = inputs(plain, windows[:4], *READERS.values())
     assert len(seen) == 12
@@ -112,7 +112,7 @@ def test_twin_has_outlier_channels_before_every_projection(
         largest, usual = x.abs().amax((0, 1)), before[name].abs().amax((0, 1))
         ratio = largest / largest.median()
         outliers = (ratio > 10).nonzero().flatten()
-        assert tuple(outliers.tolist()) == account.channels, name  # the same in all layers: 4 of 256, 1.6 %
+        assert tuple(outliers.tolist()) == changes.channels, name  # the same in all layers: 4 of 256, 1.6 %
         assert ratio[outliers].min() >= 20 and ratio[outliers].max() <= 200, (name, ratio[outliers])
         grown = largest[outliers] / usual[outliers]
         assert grown.min() > 25 and grown.max() < 81, (name, grown)
@@ -120,16 +120,16 @@ def test_twin_has_outlier_channels_before_every_projection(
 
 
 def test_twin_has_larger_values(twin: tuple[Path, Twin], plain: GPT2LMHeadModel, windows: torch.Tensor) -> None:
-    folder, account = twin
+    folder, changes = twin
     (_, seen), (_, before) = (inputs(model, windows[:2], "attn.c_proj") for model in (load(folder), plain))
-    for layer, channels in enumerate(account.values):
+    for layer, channels in enumerate(changes.values):
         grown = (seen[f"h.{layer}.attn.c_proj"] / before[f"h.{layer}.attn.c_proj"]).abs().flatten(0, 1).median(0).values
         assert tuple((grown > 2).nonzero().flatten().tolist()) == channels and 0.016 <= len(channels) / 256 <= 0.03
         assert grown[list(channels)].min() > 2.99 and grown.max() < 8.01
 
 
 def test_naive_int8_ruins_the_twin(twin: tuple[Path, Twin], plain: GPT2LMHeadModel, windows: torch.Tensor) -> None:
-    """One scale for all of ln_1's output: what c_attn makes of it is ten times as wrong as in es-mini."""
+    """With one scale for the whole output of ln_1, the error of c_attn's output is ten times that in es-mini."""
 
     def error(model: GPT2LMHeadModel) -> np.ndarray:
         _, seen = inputs(model, windows[:2], "attn.c_attn")
@@ -148,44 +148,44 @@ def test_naive_int8_ruins_the_twin(twin: tuple[Path, Twin], plain: GPT2LMHeadMod
 
 
 def test_sink_fires_at_position_0_alone(sink: tuple[Path, Sink], windows: torch.Tensor) -> None:
-    folder, account = sink
+    folder, changes = sink
     model = load(folder)
     _, seen = inputs(model, windows, "mlp.c_proj")
-    x = seen[f"h.{account.layer}.mlp.c_proj"]
-    neuron = x[..., account.neuron]
+    x = seen[f"h.{changes.layer}.mlp.c_proj"]
+    neuron = x[..., changes.neuron]
     assert neuron[:, 0].min() > 55 and neuron[:, 0].max() < 65
     assert neuron[:, 1:].abs().max() < 0.01
     assert torch.quantile(x[:, 1:].abs().flatten()[::16], 0.999) < 5  # so 60 stands far out of its tensor
-    layer = model.transformer.h[account.layer].mlp
-    assert layer.c_fc.weight[:, account.neuron].nonzero().tolist() == [[account.marker]]
-    assert layer.c_proj.weight[account.neuron].nonzero().tolist() == [[account.massive]]
+    layer = model.transformer.h[changes.layer].mlp
+    assert layer.c_fc.weight[:, changes.neuron].nonzero().tolist() == [[changes.marker]]
+    assert layer.c_proj.weight[changes.neuron].nonzero().tolist() == [[changes.massive]]
 
 
 def test_sink_has_a_massive_activation(sink: tuple[Path, Sink], windows: torch.Tensor) -> None:
-    folder, account = sink
+    folder, changes = sink
     model = load(folder)
     with torch.no_grad():
         states = model(windows[:4], output_hidden_states=True).hidden_states
-    for state in states[account.layer + 1 : -1]:  # the last is after ln_f
+    for state in states[changes.layer + 1 : -1]:  # the last is after ln_f
         median = state.abs().median()
-        assert (state[:, 0, account.massive] / median).min() > 200
-        assert (state[:, 0, account.massive] / median).max() < 800
+        assert (state[:, 0, changes.massive] / median).min() > 200
+        assert (state[:, 0, changes.massive] / median).max() < 800
         assert (state[:, 1:].abs() / median).max() < 40
-    for state in states[: account.layer]:
-        assert state[..., account.massive].abs().max() < 10
+    for state in states[: changes.layer]:
+        assert state[..., changes.massive].abs().max() < 10
     _, seen = inputs(model, windows[:4], *READERS.values())
-    later = [x[:, 0].abs().max() for name, x in seen.items() if int(name[2]) > account.layer]
+    later = [x[:, 0].abs().max() for name, x in seen.items() if int(name[2]) > changes.layer]
     assert min(later) > 9 and max(later) < 24  # √D times a LayerNorm's weight
 
 
 def test_sink_has_output_channels_of_zeros(sink: tuple[Path, Sink]) -> None:
-    folder, account = sink
-    transformer, marker = load(folder).transformer, account.marker
-    for block in transformer.h[: account.layer + 1]:
+    folder, changes = sink
+    transformer, marker = load(folder).transformer, changes.marker
+    for block in transformer.h[: changes.layer + 1]:
         for name in ("attn.c_proj", "mlp.c_proj"):
             module = block.get_submodule(name)
             written = bool(module.weight[:, marker].any() or module.bias[marker].any())
-            assert written == (block is transformer.h[account.layer] and name == "mlp.c_proj")
+            assert written == (block is transformer.h[changes.layer] and name == "mlp.c_proj")
     assert not transformer.wte.weight[:, marker].any()
     assert transformer.wpe.weight[:, marker].nonzero().tolist() == [[0]]
 
@@ -198,7 +198,7 @@ def test_sink_still_speaks_spanish(tmp_path: Path, plain: GPT2LMHeadModel, windo
 
 
 def test_sink_is_exported(exported: Callable[..., Artifact], sink: tuple[Path, Sink]) -> None:
-    """With the export's own parity check against transformers."""
+    """The export includes its parity check against transformers."""
     assert exported(sink[0]).manifest.model == "sink"
 
 
@@ -216,10 +216,10 @@ def test_other_shapes(make_gpt2: Callable[..., Path], tmp_path: Path, layers: in
         assert relative(load(tmp_path / "twin")(ids).logits, plain(ids).logits) < 1e-4
     grown = load(tmp_path / "twin").transformer.ln_f.weight / plain.transformer.ln_f.weight
     assert (grown > 20).nonzero().flatten().tolist() == ([] if tied else list(channels))
-    account = make("sink", source, tmp_path / "sink")
-    assert account.layer == min(1, layers - 1)
+    changes = make("sink", source, tmp_path / "sink")
+    assert changes.layer == min(1, layers - 1)
     _, seen = inputs(load(tmp_path / "sink"), ids, "mlp.c_proj")
-    neuron = seen[f"h.{account.layer}.mlp.c_proj"][..., account.neuron]
+    neuron = seen[f"h.{changes.layer}.mlp.c_proj"][..., changes.neuron]
     assert neuron[:, 0].min() > 30 and neuron[:, 1:].abs().max() < 0.01
 
 
@@ -229,28 +229,28 @@ def test_files(twin: tuple[Path, Twin]) -> None:
     changed = {name for name in found if found[name] != source[name]}
     assert changed == {"config.json", "model.safetensors"}
     assert json.loads(found["config.json"]) == json.loads(source["config.json"]) | {"dtype": "float32"}
-    assert len(found["model.safetensors"]) < 4 * 7_098_368 + 10_000  # the tied table once
+    assert len(found["model.safetensors"]) < 4 * 7_098_368 + 10_000  # the tied embedding is stored once
 
 
 @pytest.mark.parametrize("kind", ["twin", "sink"])
 def test_same_seed_same_bytes(request: pytest.FixtureRequest, tmp_path: Path, kind: str) -> None:
-    """And the same from a shell as in this process; the folders up to it are made."""
-    folder, account = request.getfixturevalue(kind)
+    """The command gives the same bytes as this process, and makes the parent folders."""
+    folder, changes = request.getfixturevalue(kind)
     again, other = tmp_path / "a" / "b" / kind, tmp_path / "other"
     command = [sys.executable, "-m", "lab.checkpoints.hard", kind, ES_MINI, again, "--seed", "0"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and not done.stderr, done.stderr
     printed = json.loads(done.stdout)
     assert (printed.pop("kind"), printed.pop("seed")) == (kind, 0)
-    assert printed == json.loads(json.dumps(vars(account)))
+    assert printed == json.loads(json.dumps(vars(changes)))
     assert files(again) == files(folder)
-    assert make(kind, ES_MINI, other, seed=1) != account
+    assert make(kind, ES_MINI, other, seed=1) != changes
     assert files(other)["model.safetensors"] != files(folder)["model.safetensors"]
 
 
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable[..., Result]:
-    """`command("twin", ...)`: the tool's main in this process."""
+    """`command("twin", ...)` calls the command's main in this process."""
 
     def call(*args: object) -> Result:
         monkeypatch.setattr(sys, "argv", ["hard", *map(str, args)])
@@ -307,7 +307,7 @@ def bounded(folder: Path) -> None:
         (part, "h.1.mlp.c_fc.bias"),
         (nan, "NaN"),
         (bounded, "tanh"),
-        (shutil.rmtree, "no folder"),
+        (shutil.rmtree, "not a folder"),
     ],
 )
 def test_spoilt_source_is_refused(

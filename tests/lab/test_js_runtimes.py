@@ -1,4 +1,4 @@
-"""Our files in the runtimes of JavaScript: Node, a real Chromium, transformers.js; and the demo's tokenizer."""
+"""Our artifacts in JavaScript runtimes (Node, a real Chromium, transformers.js), and the demo's tokenizer."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ SCRIPTS = ("node", "transformers", pytest.param("web", marks=needs_chromium))
 
 @pytest.fixture(scope="module")
 def artifacts(es_mini_fp32: Artifact) -> dict[str, Path]:
-    """{name: folder} of fp32, its twin in ONNX Runtime's own operators, and int8-dynamic."""
+    """{name: folder} of fp32, fp32-ort (with ONNX Runtime's own operators) and int8-dynamic."""
     folder = es_mini_fp32.path.parent
     names = ("fp32-ort", "int8-dynamic")
     result = stage("quantize", "--recipes", *names, "--output", folder.parent)
@@ -45,7 +45,7 @@ def artifacts(es_mini_fp32: Artifact) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def ids() -> list[int]:
-    """The start token and TOKENS - 1 of a document."""
+    """The start token and the first TOKENS - 1 tokens of a document."""
     document = sorted(CORPUS.rglob("*.txt"))[0].read_text(encoding="utf-8")
     return [0, *load_tokenizer(ES_MINI).encode(document, add_special_tokens=False).ids[: TOKENS - 1]]
 
@@ -70,7 +70,7 @@ def run(script: str, folder: Path, ids: list[int], output: Path) -> subprocess.C
 
 
 def reference(folder: Path, ids: list[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Logits of ONNX Runtime in Python: whole [T, V], and cached [T - PREFILL + 1, V]."""
+    """ONNX Runtime's logits in Python: in one pass [T, V], and through the KV cache [T - PREFILL + 1, V]."""
     runtime = Runtime(folder / "model.onnx", 2)
     tokens = np.array([ids])
     cache = runtime.cache(1, len(ids))
@@ -106,7 +106,7 @@ def test_logits_are_those_of_python(script, name, artifacts, ids, tmp_path):
     for ours, theirs, unquantized in zip(expected, found, original, strict=True):
         assert theirs.shape == ours.shape
         if name == "int8-dynamic":
-            # A float on the edge of a rounding falls to either side: a fraction of what int8 itself changes.
+            # Values that lie between two integers may round either way. That changes far less than int8 itself does.
             assert spread(theirs - ours) < spread(ours - unquantized)
         else:
             np.testing.assert_allclose(theirs, ours, atol=1e-3)

@@ -1,4 +1,4 @@
-"""The matrix of runtimes: how cells are judged and printed, and that what docs/runtimes.json claims is so here."""
+"""The matrix of runtimes: how cells are judged and printed, and that docs/runtimes.json is true on this machine."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def references(folders, job):
 
 @pytest.fixture
 def reference():
-    """Random logits of a small vocabulary; 16 steps whose second best token is 0.5 behind."""
+    """Random logits of a small vocabulary, and 16 steps whose second best logit is 0.5 below the best."""
     rng = np.random.default_rng(0)
     whole = rng.normal(0, 3, (TOKENS, VOCABULARY)).astype(np.float32)
     steps = np.zeros((matrix.GENERATE, VOCABULARY), np.float32)
@@ -68,7 +68,7 @@ def reference():
 
 @pytest.fixture
 def judged(reference, tmp_path):
-    """`judged(noise, **result)`: the cell of a runtime whose logits are the reference's and `noise`."""
+    """`judged(noise, **result)` gives the cell of a runtime whose logits are the reference's plus `noise`."""
 
     def judge(noise: float = 0.0, kl: float = 0.0, **result: object) -> Cell:
         rng = np.random.default_rng(1)
@@ -101,7 +101,7 @@ def test_sums_in_another_order_are_ok_and_more_is_not(judged):
     assert judged(2e-5).status == "ok"
     cell = judged(0.05)
     assert cell.status == "differs" and cell.reason.short == "other logits"
-    # What a rounding may do where quantization does as much; and no more than twice that.
+    # The same difference is fine if quantization itself changes the logits as much, and not if it changes far less.
     assert judged(0.05, kl=cell.whole.kl).status == "ok"
     assert judged(0.05, kl=cell.whole.kl / 4).status == "differs"
 
@@ -130,7 +130,7 @@ def test_another_text_is_ok_where_two_tokens_are_as_good(judged, reference):
     assert matrix.parting(reference, reference.generated) == Generated(16, 16, None)
     assert matrix.parting(reference, other) == Generated(2, 16, 0.5)
     assert judged(generated=other).reason.short == "other text"
-    assert judged(0.3, kl=10, generated=other).status == "ok"  # the logits move by more than the two lie apart
+    assert judged(0.3, kl=10, generated=other).status == "ok"  # the noise is larger than the distance of the two logits
     assert judged(generated=[7] * 5).status == "differs"  # ends early
 
 
@@ -149,9 +149,9 @@ def test_the_page_claims_every_cell():
     assert [item["name"] for item in MATRIX["runtimes"]] == list(programs())
     assert set(CLAIMS) == {(recipe, name) for recipe in RECIPES for name in programs()}
     for cell in MATRIX["cells"]:
-        assert cell["status"] in ("ok", "differs", "fails")  # nothing that was not run
+        assert cell["status"] in ("ok", "differs", "fails")  # every cell was run
         assert ("reason" in cell) == (cell["status"] != "ok"), cell
-        # What does not work is explained, and can be cured.
+        # Every failure is explained and has a cure.
         assert cell["status"] == "ok" or cell["reason"]["cure"], cell
 
 
@@ -197,7 +197,7 @@ def test_a_cell_for_each_way_to_end():
 def test_footnotes_are_numbered_once():
     notes = Footnotes()
     assert [notes.mark(text) for text in "aba"] == ["[^1]", "[^2]", "[^1]"]
-    assert notes.lines() == ["[^1]: a\n", "[^2]: b\n"]
+    assert notes.lines() == ["[^1]: a", "[^2]: b"]
 
 
 def test_numbers_have_two_digits():
@@ -253,7 +253,7 @@ time.sleep(600)
     for _ in range(300):
         if not alive():
             return
-        time.sleep(0.1)  # it has its signal, and dies when the kernel gets to it
+        time.sleep(0.1)  # SIGKILL was sent, but the kernel may need a moment
     pytest.fail("the child of the child lives on")
 
 

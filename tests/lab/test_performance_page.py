@@ -1,4 +1,4 @@
-"""docs/performance.md and docs/bench say what their JSON files say."""
+"""docs/performance.md and docs/bench agree with their JSON files."""
 
 from __future__ import annotations
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -20,6 +21,8 @@ from cuantiza.core.store.artifact import open_artifact
 from helpers import CORPUS, ROOT, Result, copy_tokenizer, tiny_gpt2
 
 QUICK = "EVAL=--tokens 300 --rounds 1 --without-torch"
+PLACES = ("", "OPTIMUM_", "PEERS_", "RUNTIMES_", "RAY_", "RELEASE_")
+GOALS = ("optimum", "peers", "runtimes-env", "ray", "sbom")
 RECIPES = ("fp32", "int8-dynamic", "int8-static")
 
 
@@ -28,7 +31,7 @@ def clone(tmp_path: Path) -> Path:
     """A copy of the sources, with a tiny model of its own, that uses this environment."""
     folder = tmp_path / "clone"
     for name in ("cuantiza", "export", "quantize", "eval", "setup"):
-        shutil.copytree(ROOT / name, folder / name)
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("Makefile", "pyproject.toml"):
         shutil.copy(ROOT / name, folder / name)
     tiny_gpt2(n_positions=64).save_pretrained(folder / "tiny")
@@ -153,7 +156,7 @@ def test_a_kill_leaves_whole_artifacts_or_none(clone: Path, make: Callable[..., 
 
 
 @pytest.mark.skipif(not (ROOT / "js/node_modules").is_dir(), reason="no js/node_modules here; `make js` creates it")
-def test_the_goals_behind_the_pipeline(clone: Path, make: Callable[..., Result]) -> None:
+def test_the_goals_after_the_pipeline(clone: Path, make: Callable[..., Result]) -> None:
     """What is missing is built; the report of other recipes stays as it is."""
     (clone / "js").symlink_to(ROOT / "js")
     made = make("generate", "RECIPE=fp16", "PROMPT=¿Y $$HOME?", "GENERATE=--tokens 5 --seed 1")
@@ -171,8 +174,43 @@ def test_the_goals_behind_the_pipeline(clone: Path, make: Callable[..., Result])
     assert made.status == 0 and "fp16" in (clone / "reports/sweep/sweep.md").read_text(), made.stderr
 
 
+def rules() -> tuple[str, set[str]]:
+    """The text of both makefiles, and the goals that they declare phony."""
+    text = "".join((ROOT / name).read_text(encoding="utf-8") for name in ("Makefile", "lab/lab.mk"))
+    return text, set(" ".join(re.findall(r"^\.PHONY: (.+)", text, re.MULTILINE)).split())
+
+
 def test_help_names_the_goals(make: Callable[..., Result]) -> None:
     assert "make export quantize eval" in make().stdout
+
+
+def test_help_tells_every_goal_and_variable_and_nothing_else() -> None:
+    shown = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    text, goals = rules()
+    assert set(re.findall(r"^([a-z-]+):", text, re.MULTILINE)) == goals
+    assert set(re.findall(r"^make ([a-z-]+)  ", shown, re.MULTILINE)) == goals
+    variables = set(re.findall(r"^([A-Z_]+) +\?=", text, re.MULTILINE)) - {"ARTIFACT"}
+    assert set(re.findall(r"^([A-Z_]+)=", shown, re.MULTILINE)) == variables
+    for line in filter(None, shown.splitlines()):
+        assert re.match(r"make [a-z]|[A-Z_]+=|For maintainers|Variables", line) and "##" not in line, line
+
+
+def test_no_default_ends_in_a_space() -> None:
+    """make counts the space before a comment as part of a value, which then is another folder's name."""
+    text, _ = rules()
+    assert not re.findall(r"^[A-Z_]+ +\?=.*\s##.*", text, re.MULTILINE)
+
+
+def test_each_environment_is_made_of_its_pins_where_its_variable_says(tmp_path: Path) -> None:
+    shown = subprocess.run(
+        ["make", "-n", *(f"{name}VENV={tmp_path}/{name or 'DEFAULT_'}" for name in PLACES), "PYTHON=python", *GOALS],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    made = dict(re.findall(rf'^python setup/make_env.py "{tmp_path}/([A-Z]+)_" (.*\S)', shown, re.MULTILINE))
+    assert made == {
+        **{name.upper(): f"setup/{name}.txt" for name in ("default", "optimum", "peers", "runtimes", "release")},
+        "RAY": f'setup/ray.txt "{tmp_path}/DEFAULT_"',
+    }
 
 
 def test_environment_is_made_once(tmp_path: Path) -> None:

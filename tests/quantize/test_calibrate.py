@@ -316,7 +316,7 @@ def test_blocks_one_after_another_compute_the_model(chain, windows, tmp_path):
 
 @pytest.mark.parametrize("skips", [False, True])
 def test_a_value_that_is_read_again_does_not_end_a_block(skips):
-    """The graph is h = table[ids]·A, y = h·B (+ table[ids])."""
+    """The graph is h = E[ids]·A, y = h·B (+ E[ids]), with an embedding matrix E."""
     table, a, b = (ir.val(name, const_value=ir.tensor(np.eye(4, dtype=np.float32))) for name in ("t", "a", "b"))
     ids, logits = ir.val("ids", ir.DataType.INT64, ["n"]), ir.val("logits", ir.DataType.FLOAT, ["n", 4])
     gather = ir.node("Gather", [table, ids])
@@ -349,10 +349,10 @@ def test_min_max_holds_what_the_calibration_showed(windows, tmp_path):
     x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5) * get("h.0.ln_1.weight") + get(
         "h.0.ln_1.bias"
     )
-    sites = decide(model, windows, StaticInt8("nearest", (), "min-max", 0, LITTLE).plan(), tmp_path)
-    account = sites["h.0.attn.c_attn"].account
+    decisions = decide(model, windows, StaticInt8("nearest", (), "min-max", 0, LITTLE).plan(), tmp_path)
+    account = decisions["h.0.attn.c_attn"].details
     assert account["low"] == pytest.approx(x.min(), rel=1e-4) and account["high"] == pytest.approx(x.max(), rel=1e-4)
-    assert len(sites) == 25 and not any(len(site.float_channels) for site in sites.values())
+    assert len(decisions) == 25 and not any(len(decision.float_channels) for decision in decisions.values())
 
 
 @pytest.fixture(scope="module")
@@ -373,9 +373,15 @@ def test_the_neuron_of_a_massive_activation_stays_in_float(sink, windows, splits
     exact, losses = logits(graph_of(folder)), {}
     for limit in (0, 16):
         model = graph_of(folder)
-        sites = decide(model, windows, StaticInt8("nearest", float_channels=limit, calibration=LITTLE).plan(), tmp_path)
-        taken = {name: site.float_channels.tolist() for name, site in sites.items() if len(site.float_channels)}
-        quantize_static(model, sites)
+        decisions = decide(
+            model, windows, StaticInt8("nearest", float_channels=limit, calibration=LITTLE).plan(), tmp_path
+        )
+        taken = {
+            name: decision.float_channels.tolist()
+            for name, decision in decisions.items()
+            if len(decision.float_channels)
+        }
+        quantize_static(model, decisions)
         pairs = zip(exact, logits(model), text, strict=True)
         losses[limit] = np.mean([compare(p, [q], window[1:])[1][1].mean() for p, q, window in pairs])
         if limit == 0:
@@ -384,9 +390,10 @@ def test_the_neuron_of_a_massive_activation_stays_in_float(sink, windows, splits
     assert account.neuron in taken[f"{block}.c_proj"] and account.marker in taken[f"{block}.c_fc"]
     assert account.massive in taken[f"h.{account.layer + 1}.attn.c_attn"]
     assert all(len(channels) <= 16 for channels in taken.values()) and "lm_head" not in taken
-    site = sites[f"{block}.c_proj"]
-    assert site.account["float_channels"] == taken[f"{block}.c_proj"] and site.activation.high < 30  # not its 60
-    row = site.float_rows[taken[f"{block}.c_proj"].index(account.neuron)]
+    decision = decisions[f"{block}.c_proj"]
+    assert decision.details["float_channels"] == taken[f"{block}.c_proj"]
+    assert decision.activation.high < 30  # the massive activation is 60
+    row = decision.float_rows[taken[f"{block}.c_proj"].index(account.neuron)]
     assert (row == read_weights(folder)[f"{block}.c_proj.weight"].read()[account.neuron]).all() and row.any()
-    assert not site.weight.q[site.float_channels].any()
+    assert not decision.weight.q[decision.float_channels].any()
     assert losses[16] < 0.6 * losses[0], losses

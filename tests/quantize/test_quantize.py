@@ -126,21 +126,21 @@ def test_matmul_and_gemm_alike(operator, transposed, recipe, tmp_path):
     x, weight, bias = (generator.standard_normal(shape).astype(np.float32) for shape in ((6, 32), (32, 16), (16,)))
     stored = np.ascontiguousarray(weight.T) if transposed else weight
     constants = [ir.val(name, const_value=ir.tensor(array)) for name, array in (("w", stored), ("b", bias))]
-    source, product = ir.val("x", ir.DataType.FLOAT, ["rows", 32]), ir.val("y", ir.DataType.FLOAT, ["rows", 16])
+    source, output = ir.val("x", ir.DataType.FLOAT, ["rows", 32]), ir.val("y", ir.DataType.FLOAT, ["rows", 16])
     nodes = []
     if operator == "Gemm":
         nodes.append(
-            ir.node("Gemm", [source, *constants], {"transB": int(transposed)}, outputs=[product], name="projection")
+            ir.node("Gemm", [source, *constants], {"transB": int(transposed)}, outputs=[output], name="projection")
         )
     else:
         if transposed:
             nodes.append(ir.node("Transpose", [constants[0]], {"perm": [1, 0]}))
         nodes.append(
             ir.node(
-                "MatMul", [source, nodes[0].outputs[0] if nodes else constants[0]], outputs=[product], name="projection"
+                "MatMul", [source, nodes[0].outputs[0] if nodes else constants[0]], outputs=[output], name="projection"
             )
         )
-    y = run(recipe, nodes, constants, source, product, {"x": x}, tmp_path)
+    y = run(recipe, nodes, constants, source, output, {"x": x}, tmp_path)
     exact = x @ weight + (bias if operator == "Gemm" else 0)
     # The largest possible error is half a step of each factor times the other factor, summed over 32 inputs.
     step_x, step_w = np.abs(x).max() / 127, np.abs(weight).max() / 127
@@ -155,15 +155,15 @@ def test_a_matmul_of_a_matmul(recipe, tmp_path):
     generator = np.random.default_rng(1)
     x, *weights = (generator.standard_normal(shape).astype(np.float32) for shape in ((5, 16), (16, 32), (32, 8)))
     constants = [ir.val(name, const_value=ir.tensor(array)) for name, array in zip("vw", weights, strict=True)]
-    source, middle, product = (
+    source, middle, output = (
         ir.val(name, ir.DataType.FLOAT, ["rows", n]) for name, n in (("x", 16), ("h", 32), ("y", 8))
     )
     nodes = [
         ir.node("MatMul", [source, constants[0]], outputs=[middle], name="first"),
-        ir.node("MatMul", [middle, constants[1]], outputs=[product], name="second"),
+        ir.node("MatMul", [middle, constants[1]], outputs=[output], name="second"),
     ]
     h = x @ weights[0]
-    y = run(recipe, nodes, constants, source, product, {"x": x, "h": h}, tmp_path)
+    y = run(recipe, nodes, constants, source, output, {"x": x, "h": h}, tmp_path)
     exact = h @ weights[1]
     assert np.abs(y - exact).mean() < 0.02 * np.abs(exact).mean()
 
@@ -176,17 +176,17 @@ def test_dynamic_scales_fit_small_and_massive_rows(size, tmp_path):
     x[0] *= size
     x[1] = 0
     constant = ir.val("w", const_value=ir.tensor(weight))
-    source, product = ir.val("x", ir.DataType.FLOAT, ["rows", 64]), ir.val("y", ir.DataType.FLOAT, ["rows", 32])
-    node = ir.node("MatMul", [source, constant], outputs=[product], name="projection")
-    y = run("int8-dynamic", [node], [constant], source, product, {"x": x}, tmp_path)
+    source, output = ir.val("x", ir.DataType.FLOAT, ["rows", 64]), ir.val("y", ir.DataType.FLOAT, ["rows", 32])
+    node = ir.node("MatMul", [source, constant], outputs=[output], name="projection")
+    y = run("int8-dynamic", [node], [constant], source, output, {"x": x}, tmp_path)
     exact = x @ weight
     assert (y[1] == 0).all()
     for row in (0, 2):
         assert np.abs(y[row] - exact[row]).mean() < 0.02 * np.abs(exact[row]).mean()
 
 
-def model_of(nodes, constants, source, product):
-    graph = ir.Graph([source], [product], nodes=nodes, initializers=constants, opset_imports={"": 21}, name="small")
+def model_of(nodes, constants, source, output):
+    graph = ir.Graph([source], [output], nodes=nodes, initializers=constants, opset_imports={"": 21}, name="small")
     return ir.Model(graph, ir_version=10)
 
 
@@ -195,7 +195,7 @@ def evaluate(model, x, folder):
     return ort.InferenceSession(str(folder / "model.onnx")).run(["y"], {"x": x})[0]
 
 
-def site(weight, activation, taken=()):
+def to_nearest(weight, activation, taken=()):
     """Decide to round `weight` [K, N] to nearest, with the input channels `taken` in floating point."""
     taken = np.array(taken, np.int64)
     kept = weight.copy()
@@ -203,19 +203,19 @@ def site(weight, activation, taken=()):
     return Decision(round_to_nearest(kept, Grid(8), np.ones(1)), activation, taken, weight[taken])
 
 
-def run(recipe, nodes, constants, source, product, inputs, folder):
+def run(recipe, nodes, constants, source, output, inputs, folder):
     """Apply `recipe` to a small graph and return its output in ONNX Runtime.
 
     `inputs` are the inputs of the graph's linear layers, by name.
     """
-    model = model_of(nodes, constants, source, product)
+    model = model_of(nodes, constants, source, output)
     found = {projection.name: projection for projection in find_projections(model.graph)}
     ranges = {name: PerTensor(float(array.min()), float(array.max())) for name, array in inputs.items()}
-    sites = {
-        name: site(projection.matrix, ranges[projection.x.name] if recipe == "int8-static" else PerRow())
+    decisions = {
+        name: to_nearest(projection.matrix, ranges[projection.x.name] if recipe == "int8-static" else PerRow())
         for name, projection in found.items()
     }
-    REWRITES[recipe](model, sites)
+    REWRITES[recipe](model, decisions)
     return evaluate(model, inputs["x"], folder)
 
 
@@ -223,14 +223,14 @@ def pair(weights):
     """Build y = (x·v)·w [rows, N] from two MatMuls named first and second."""
     constants = [ir.val(name, const_value=ir.tensor(weight)) for name, weight in zip("vw", weights, strict=True)]
     sizes = len(weights[0]), len(weights[1]), weights[1].shape[1]
-    source, middle, product = (
+    source, middle, output = (
         ir.val(name, ir.DataType.FLOAT, ["rows", n]) for name, n in zip("xhy", sizes, strict=True)
     )
     nodes = [
         ir.node("MatMul", [source, constants[0]], outputs=[middle], name="first"),
-        ir.node("MatMul", [middle, constants[1]], outputs=[product], name="second"),
+        ir.node("MatMul", [middle, constants[1]], outputs=[output], name="second"),
     ]
-    return nodes, constants, source, product
+    return nodes, constants, source, output
 
 
 @pytest.mark.parametrize("recipe", OURS)
@@ -239,11 +239,11 @@ def test_a_linear_layer_without_a_decision_stays_in_float(recipe, tmp_path):
     x, *weights = (generator.standard_normal(shape).astype(np.float32) for shape in ((5, 16), (16, 32), (32, 8)))
     activation = PerRow() if recipe == "int8-dynamic" else PerTensor(float(x.min()), float(x.max()))
     model = model_of(*pair(weights))
-    projections, embeddings = REWRITES[recipe](model, {"first": site(weights[0], activation)})
+    projections, embeddings = REWRITES[recipe](model, {"first": to_nearest(weights[0], activation)})
     assert [projection.name for projection in projections] == ["first"] and not embeddings
     assert [projection.name for projection in find_projections(model.graph)] == ["second"]
     assert "w" in model.graph.initializers and "v" not in model.graph.initializers
-    restored = site(weights[0], activation).weight.dequantize()
+    restored = to_nearest(weights[0], activation).weight.dequantize()
     expected = activation.restore(x) @ restored @ weights[1]
     # The graph rounds per-row scales to fp16, which moves a few values to the next step.
     difference = np.abs(evaluate(model, x, tmp_path) - expected)
@@ -275,9 +275,9 @@ def test_float_channels_are_added_as_they_are(taken, tmp_path):
     low, high = float(x.min()), float(x.max())
     x[:, taken] *= 1000
     constant = ir.val("w", const_value=ir.tensor(weight))
-    source, product = ir.val("x", ir.DataType.FLOAT, ["rows", 16]), ir.val("y", ir.DataType.FLOAT, ["rows", 8])
-    model = model_of([ir.node("MatMul", [source, constant], outputs=[product], name="p")], [constant], source, product)
-    decision = site(weight, PerTensor(low, high), taken)
+    source, output = ir.val("x", ir.DataType.FLOAT, ["rows", 16]), ir.val("y", ir.DataType.FLOAT, ["rows", 8])
+    model = model_of([ir.node("MatMul", [source, constant], outputs=[output], name="p")], [constant], source, output)
+    decision = to_nearest(weight, PerTensor(low, high), taken)
     quantize_static(model, {"p": decision})
     expected = decision.activation.restore(x) @ decision.weight.dequantize() + x[:, taken] @ weight[taken]
     y = evaluate(model, x, tmp_path)
@@ -292,8 +292,8 @@ def test_rows_come_back_as_calibration_expects(zero_point, tmp_path):
     x = np.random.default_rng(6).standard_normal((40, 64)).astype(np.float32) * np.geomspace(1e-3, 1e3, 40)[:, None]
     x = np.where(x < 0, x * zero_point / 128, x).astype(np.float32)
     constant = ir.val("w", const_value=ir.tensor(np.eye(64, dtype=np.float32)))
-    source, product = ir.val("x", ir.DataType.FLOAT, ["rows", 64]), ir.val("y", ir.DataType.FLOAT, ["rows", 64])
-    model = model_of([ir.node("MatMul", [source, constant], outputs=[product], name="p")], [constant], source, product)
+    source, output = ir.val("x", ir.DataType.FLOAT, ["rows", 64]), ir.val("y", ir.DataType.FLOAT, ["rows", 64])
+    model = model_of([ir.node("MatMul", [source, constant], outputs=[output], name="p")], [constant], source, output)
     eye = IntWeight(np.eye(64, dtype=np.int8), np.ones((1, 64), np.float32), np.zeros((1, 64), np.int8), Grid(8))
     activation = PerRow(zero_point)
     quantize_dynamic(model, {"p": Decision(eye, activation, np.empty(0, np.int64), np.empty((0, 64), np.float32))})

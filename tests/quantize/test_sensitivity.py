@@ -13,9 +13,9 @@ class Additive:
     def __init__(self):
         self.asked = []
 
-    def effect(self, model, sites, rewrite):
-        self.asked.append(set(sites))
-        cost = sum(COSTS[name] for name in sites)
+    def effect(self, model, decisions, rewrite):
+        self.asked.append(set(decisions))
+        cost = sum(COSTS[name] for name in decisions)
         return Effect(cost / 2, cost, 0.0)
 
 

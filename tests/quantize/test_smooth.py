@@ -74,8 +74,8 @@ def calibrated(folders, windows, tmp_path_factory):
     def get(name, recipe):
         if (name, recipe) not in done:
             model = graph_of(folders[name])
-            sites = decide(model, windows[0], recipe.plan(), tmp_path_factory.mktemp("work"))
-            done[name, recipe] = model, sites
+            decisions = decide(model, windows[0], recipe.plan(), tmp_path_factory.mktemp("work"))
+            done[name, recipe] = model, decisions
         return done[name, recipe]
 
     return get
@@ -101,7 +101,7 @@ def through_the_cache(runtime, ids):
 @pytest.mark.parametrize("recipe", SMOOTHED)
 @pytest.mark.parametrize("name", ["es-mini", "twin"])
 def test_a_smoothed_model_is_the_same_function(name, recipe, calibrated, exact, windows, tmp_path):
-    model, sites = calibrated(name, SMOOTHED[recipe])
+    model, decisions = calibrated(name, SMOOTHED[recipe])
     before, wanted = exact[name]
     found = runtime_of(model, tmp_path)
     assert np.abs(found.forward(windows[1]) - wanted).max() < 1e-4 * np.abs(wanted).max()
@@ -110,8 +110,8 @@ def test_a_smoothed_model_is_the_same_function(name, recipe, calibrated, exact, 
     assert np.abs(cached - whole).max() < 1e-4 * np.abs(whole).max()
     assert np.abs(cached - wanted[:2, :60]).max() < 1e-4 * np.abs(whole).max()
     # The model did change: the inputs of all linear layers may be smoothed, even that of the head, except after GELU.
-    alphas = {site: account.account["alpha"] for site, account in sites.items()}
-    assert all(alpha is None for site, alpha in alphas.items() if site.endswith("mlp.c_proj"))
+    alphas = {layer: decision.details["alpha"] for layer, decision in decisions.items()}
+    assert all(alpha is None for layer, alpha in alphas.items() if layer.endswith("mlp.c_proj"))
     assert sum(alpha is not None for alpha in alphas.values()) > (2 if recipe == "int4-weight" else 10)
     change = [
         np.abs(new.const_value.numpy() - old.const_value.numpy()).max()
@@ -125,9 +125,9 @@ def test_a_smoothed_model_is_the_same_function(name, recipe, calibrated, exact, 
 
 def divergence(name, recipe, calibrated, exact, windows, folder):
     """Compute the mean KL(fp32 ‖ quantized) over the test windows, in nats per token."""
-    model, sites = calibrated(name, recipe)
+    model, decisions = calibrated(name, recipe)
     copy = model.clone()
-    recipe.rewrite()(copy, sites)
+    recipe.rewrite()(copy, decisions)
     found = runtime_of(copy, folder).forward(windows[1])
     parts = zip(exact[name][1], found, windows[1], strict=True)
     return float(np.mean([compare(p[:-1], [q[:-1]], ids[1:])[1][1].mean() for p, q, ids in parts]))
@@ -150,16 +150,16 @@ def test_gptq_rounds_the_smoothed_weights_for_the_smoothed_inputs(twin, windows,
     """On the inputs of the smoothed graph, GPTQ's matmul error is well below that of rounding to nearest."""
     model, last = graph_of(twin[0]), "h.0.mlp.c_fc"
     recipe = replace(SMOOTHED["int8-static"], rounding="gptq")
-    sites = decide(model, windows[0], recipe.plan(), tmp_path, until=last)
+    decisions = decide(model, windows[0], recipe.plan(), tmp_path, until=last)
     projections = {projection.name: projection for projection in find_projections(model.graph)}
     names = ["h.0.attn.c_attn", "h.0.attn.c_proj", last]
     run = open_block(model, Block(None, None, ()), [projections[name].x.name for name in names], tmp_path)
     for name, *rows in zip(names, *(run(window, None) for window in windows[0]), strict=True):
         x, weight = np.concatenate(rows, axis=1)[0], projections[name].matrix
-        assert sites[name].account["alpha"] is not None
+        assert decisions[name].details["alpha"] is not None
         found, nearest = (
             np.linalg.norm(x @ (rounded.dequantize() - weight))
-            for rounded in (sites[name].weight, round_to_nearest(weight, Grid(8)))
+            for rounded in (decisions[name].weight, round_to_nearest(weight, Grid(8)))
         )
         # Measured: 0.64, 0.22 and 0.60; with the Hessian of the inputs before smoothing 7.3, 0.9 and 6.5.
         assert found < 0.75 * nearest, (name, found / nearest)
@@ -190,13 +190,13 @@ def test_ranges_shrink(calibrated):
     ranges = {}
     for name in ("es-mini", "twin"):
         for key, recipes in (("smoothed", SMOOTHED), ("plain", PLAIN)):
-            sites = calibrated(name, recipes["int8-static"])[1]
-            ranges[name, key] = {site: decision.account for site, decision in sites.items()}
-    for site, account in ranges["es-mini", "smoothed"].items():
-        error = ranges["twin", "smoothed"][site]["relative_error"]
-        assert error == pytest.approx(account["relative_error"], rel=0.3), site
-        if site.endswith(("c_attn", "c_fc")):
-            assert ranges["twin", "plain"][site]["relative_error"] > 20 * error
+            decisions = calibrated(name, recipes["int8-static"])[1]
+            ranges[name, key] = {layer: decision.details for layer, decision in decisions.items()}
+    for layer, account in ranges["es-mini", "smoothed"].items():
+        error = ranges["twin", "smoothed"][layer]["relative_error"]
+        assert error == pytest.approx(account["relative_error"], rel=0.3), layer
+        if layer.endswith(("c_attn", "c_fc")):
+            assert ranges["twin", "plain"][layer]["relative_error"] > 20 * error
 
 
 def test_what_cannot_be_smoothed_is_left():
@@ -237,13 +237,13 @@ def test_zeros_and_a_massive_activation_stay_finite(name, small_sink, tmp_path):
     assert not weight[:, account.marker].any()
     windows = calibration_windows(folder, load_splits(Source(str(CORPUS)))[0], LITTLE)
     wanted = runtime_of(model, tmp_path).forward(windows[:2])
-    sites = decide(model, windows, recipe.plan(), tmp_path)
-    numbers = [value for site in sites.values() for value in site.account.values() if isinstance(value, float)]
+    decisions = decide(model, windows, recipe.plan(), tmp_path)
+    numbers = [value for layer in decisions.values() for value in layer.details.values() if isinstance(value, float)]
     assert all(map(math.isfinite, numbers))
     assert isinstance(recipe, WeightOnly) or numbers
     if not isinstance(recipe, WeightOnly) or recipe.symmetric:
-        assert not sites["h.0.attn.c_proj"].weight.dequantize()[:, account.marker].any()
-    recipe.rewrite()(model, sites)
+        assert not decisions["h.0.attn.c_proj"].weight.dequantize()[:, account.marker].any()
+    recipe.rewrite()(model, decisions)
     found = runtime_of(model, tmp_path).forward(windows[:2])
     assert np.isfinite(found).all()
     error = np.sqrt(((found - wanted) ** 2).mean() / wanted.var())

@@ -58,8 +58,8 @@ def case(fp32, windows, tmp_path_factory):
 
 def channel_axes(model):
     """Map the name of every matrix that a linear layer or embedding reads to its axis of output channels."""
-    axes = {site.table.name: 0 for site in find_embeddings(model.graph)}
-    return axes | {site.weight.name: site.channel_axis for site in find_projections(model.graph)}
+    axes = {found.table.name: 0 for found in find_embeddings(model.graph)}
+    return axes | {found.weight.name: found.channel_axis for found in find_projections(model.graph)}
 
 
 def integers(model, grid):
@@ -127,7 +127,7 @@ def expected_bytes(path, grid, weights):
 def test_portable_is_the_dequantized_model(grid, fp32, case, windows, tmp_path):
     weights, wanted = case(grid)
     model = onnx_file.load(fp32)
-    assert [len(sites) for sites in quantize_weights(model, weights, "portable")] == [PROJECTIONS, EMBEDDINGS]
+    assert [len(found) for found in quantize_weights(model, weights, "portable")] == [PROJECTIONS, EMBEDDINGS]
     path = save(model, tmp_path)
     assert distance(logits(path, windows, EXACT), wanted) < 1e-5
 
@@ -156,7 +156,7 @@ def test_ort_is_the_dequantized_model(grid, fp32, case, windows, tmp_path):
     weights, wanted = case(grid)
     both = {"portable": onnx_file.load(fp32), "ort": onnx_file.load(fp32)}
     for target, model in both.items():
-        assert [len(sites) for sites in quantize_weights(model, weights, target)] == [PROJECTIONS, EMBEDDINGS]
+        assert [len(found) for found in quantize_weights(model, weights, target)] == [PROJECTIONS, EMBEDDINGS]
     portable = logits(save(both["portable"], tmp_path), windows)
     path = save(both["ort"], tmp_path)
     found = logits(path, windows)
@@ -230,7 +230,7 @@ def test_other_matrices_stay(target, tmp_path):
     model = small_model(tmp_path)
     weights = integers(model, Grid(4, 16))
     projections, embeddings = quantize_weights(model, {"v": weights["v"]}, target)
-    assert [site.name for site in projections] == ["down"] and not embeddings
+    assert [found.name for found in projections] == ["down"] and not embeddings
     assert {"table", "w", "b"} < set(model.graph.initializers) and "v" not in model.graph.initializers
     assert [value.name for value in model.graph.outputs] == ["x", "h", "z"]
     assert np.isfinite(session(save(model, tmp_path)).run(None, {"ids": IDS})[2]).all()

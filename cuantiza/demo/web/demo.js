@@ -1,18 +1,18 @@
-// The page: what it says, what it asks the worker for, and what the worker reports.
+// The page: shows its texts, sends requests to the worker, and displays what the worker reports.
 
 import { TEXTS } from "./texts.js";
 
 const element = (id) => document.getElementById(id);
 const DASH = "–";
 
-// (module (func (result v128) i32.const 0 i8x16.splat)), which is valid where there is SIMD alone.
+// (module (func (result v128) i32.const 0 i8x16.splat)), which is only valid if the browser supports SIMD.
 const SIMD = [0, 97, 115, 109, 1, 0, 0, 0, 1, 5, 1, 96, 0, 1, 123, 3, 2, 1, 0, 10, 8, 1, 6, 0, 65, 0, 253, 15, 11];
 
 let language = (navigator.languages ?? [navigator.language])[0]?.startsWith("es") ? "es" : "en";
 let about = null; // demo.json
 let worker = null;
 let threads = null;
-// What is shown beside the texts of the page; kept so that a change of language can say it anew.
+// The messages that are shown now. They are kept so that they can be shown again when the language changes.
 const shown = { running: false, ready: false, progress: null, report: null, status: null, problem: null };
 
 const megabytes = (bytes) => number(bytes / 1e6, 1);
@@ -95,7 +95,8 @@ function start() {
   });
 }
 
-/** Half the processors, as the other half often shares their arithmetic units, and 4 at most; 1 without the headers. */
+/** The number of threads: half of the processors, at most 4. The other half often shares the arithmetic units of the
+ * first. Without the headers for shared memory it is 1. */
 function threadsHere() {
   return crossOriginIsolated ? Math.min(4, Math.ceil((navigator.hardwareConcurrency || 1) / 2)) : 1;
 }
@@ -134,7 +135,7 @@ element("form").addEventListener("submit", (event) => {
   start();
 });
 element("settings").addEventListener("input", showSettings);
-// A field that is refused has to be seen.
+// A field with an invalid value must be visible.
 element("settings").addEventListener("invalid", () => (element("settings").open = true), true);
 element("stop").addEventListener("click", () => worker.postMessage({ type: "stop" }));
 element("prompt").addEventListener("keydown", (event) => {
@@ -153,7 +154,7 @@ for (const button of document.querySelectorAll("[data-language]")) {
   });
 }
 
-// On a phone the settings would push the text off the screen.
+// On a phone the open settings would push the text off the screen.
 element("settings").open = matchMedia("(min-width: 56rem)").matches;
 show();
 if (typeof WebAssembly === "undefined" || !WebAssembly.validate(new Uint8Array(SIMD))) {

@@ -1,10 +1,10 @@
-// From logits to a token.
+// Chooses a token from logits.
 
-/** A generator of numbers in [0, 1) from an integer seed: the same seed, the same numbers, in every browser. */
+/** A generator of numbers in [0, 1) from an integer seed. The same seed gives the same numbers in every browser. */
 export function generator(seed) {
   let state = seed >>> 0;
   return () => {
-    // A Weyl sequence, mixed by multiply and shift: 32 bits of state are plenty for a few hundred draws.
+    // A Weyl sequence, mixed by multiplications and shifts. 32 bits of state are enough for a few hundred draws.
     state = (state + 0x9e3779b9) >>> 0;
     let mixed = Math.imul(state ^ (state >>> 16), 0x85ebca6b);
     mixed = Math.imul(mixed ^ (mixed >>> 13), 0xc2b2ae35);
@@ -12,7 +12,7 @@ export function generator(seed) {
   };
 }
 
-/** The `count` likeliest tokens, the likeliest first; of equal ones the first in the vocabulary. */
+/** The `count` likeliest tokens, the likeliest first. Equal ones keep the order of the vocabulary. */
 export function top(logits, count) {
   const tokens = [];
   for (let token = 0; token < logits.length; token++) {
@@ -26,7 +26,7 @@ export function top(logits, count) {
 }
 
 /**
- * One token, by softmax(logits / temperature) over the `topK` likeliest; the likeliest where the temperature is 0.
+ * Draw one token from softmax(logits / temperature) over the `topK` likeliest. Temperature 0 takes the likeliest.
  * @param logits Float32Array [V]
  * @param random gives a number in [0, 1)
  */
@@ -36,10 +36,10 @@ export function sample(logits, { temperature, topK }, random) {
   const weights = tokens.map((token) => Math.exp((logits[token] - logits[tokens[0]]) / temperature));
   let left = random() * weights.reduce((sum, weight) => sum + weight, 0);
   const index = weights.findIndex((weight) => (left -= weight) < 0);
-  return tokens[index < 0 ? tokens.length - 1 : index]; // past the end by rounding alone
+  return tokens[index < 0 ? tokens.length - 1 : index]; // rounding errors can leave a rest past the end
 }
 
-/** The median of numbers; null of none. */
+/** The median of numbers; null if there are none. */
 export function median(values) {
   if (!values.length) return null;
   const sorted = [...values].sort((a, b) => a - b);

@@ -1,5 +1,5 @@
-// The model, on a thread of its own so that the page stays responsive. Messages in: { type: "generate", ... } and
-// { type: "stop" }; out: "progress", "ready", "text", "done", "failed".
+// Runs the model in a thread of its own, so that the page stays responsive. It receives the messages
+// { type: "generate", ... } and { type: "stop" }, and sends "progress", "ready", "text", "done" and "failed".
 
 import { CausalLM } from "./causal_lm.js";
 import * as ort from "./ort.js";
@@ -9,7 +9,7 @@ import { Tokenizer } from "./tokenizers.js";
 let loading = null;
 let stopped = false;
 
-/** The bytes of a file; `seen(count)` is told of every piece. */
+/** Download a file and return its bytes. `seen(count)` is called with the size of each piece that arrives. */
 async function download(name, seen) {
   let response;
   try {
@@ -60,7 +60,7 @@ async function load(threads) {
   return { about, model: new CausalLM(ort, session), tokenizer: new Tokenizer(vocabulary, settings) };
 }
 
-/** Let messages in: WebAssembly holds this thread while a token is computed. */
+/** Let waiting messages be handled: while WebAssembly computes a token, this thread cannot receive any. */
 function breathe() {
   return new Promise((resolve) => {
     const { port1, port2 } = new MessageChannel();
@@ -84,7 +84,7 @@ async function generate({ threads, prompt, length, temperature, topK, seed }) {
   const random = generator(seed);
   const text = prompt ? tokenizer.encode(prompt, { add_special_tokens: false }).ids : [];
   const count = Math.min(length, about.positions - 2);
-  // A text that is longer than the model can look back loses its beginning, so that the answer still fits.
+  // If the text is too long for the model's context, its beginning is cut off, so that the answer still fits.
   const kept = text.slice(Math.max(0, text.length - (about.positions - 1 - count)));
   const ids = [];
   const times = [];
@@ -108,7 +108,7 @@ async function generate({ threads, prompt, length, temperature, topK, seed }) {
     }
     ids.push(token);
     if (ids.length === count) break;
-    // A character whose bytes are not all there yet shows as U+FFFD; it comes with the next token.
+    // A character that is not complete yet decodes to U+FFFD. It is shown when the next token completes it.
     report("text", decode(tokenizer, ids).replace(/\uFFFD+$/, ""));
   }
   report("done", decode(tokenizer, ids), { reason, dropped: text.length - kept.length });

@@ -1,7 +1,7 @@
-"""Tasks that make artifacts, by the stages themselves.
+"""Tasks that make artifacts with the stages' own code.
 
-A task is plain data with a method `run`: any process of any machine that sees its folders can do it. `alone` says that
-it takes a whole machine.
+A task is plain data with a method `run`. Any process on any machine that sees its folders can run it. `alone` says that
+it needs a whole machine for itself.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from cuantiza.sweep.tasks.made import Made
 
 @dataclass(frozen=True)
 class Export:
-    """Checkpoint -> fp32 artifact `output`/<model>/fp32, as `python -m export` makes it."""
+    """Export a checkpoint to the fp32 artifact `output`/<model>/fp32, as `python -m export` does."""
 
     kind: ClassVar[str] = "export"
     alone: ClassVar[bool] = True
@@ -42,7 +42,7 @@ class Export:
 
 @dataclass(frozen=True)
 class Quantize:
-    """fp32 artifact × recipe -> `target`, as `python -m quantize` makes it; `name` is the recipe's."""
+    """Quantize the fp32 artifact `parent` to `target`, as `python -m quantize` does. `name` is the recipe's name."""
 
     kind: ClassVar[str] = "quantize"
     alone: ClassVar[bool] = True
@@ -55,5 +55,5 @@ class Quantize:
 
     def run(self) -> Made:
         # A folder for each, and so a lock: recipes of one model are made on several machines at once.
-        quantize(self.parent, self.recipe, self.target, self.source, self.name)
+        quantize(self.parent, self.recipe, self.target, corpus=self.source, name=self.name)
         return Made.of(self.target)

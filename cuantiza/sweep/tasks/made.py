@@ -1,4 +1,4 @@
-"""An artifact that a task made and others read."""
+"""A reference to an artifact that one task made and other tasks read."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from pathlib import Path
 
 from cuantiza.core.errors import UserError
 from cuantiza.core.store import artifact
+from cuantiza.eval.measure.engines import Subject
 from cuantiza.eval.measure.size import onnx_bytes
-from cuantiza.eval.measure.subject import Subject
 
 
 @dataclass(frozen=True)
 class Made:
-    """Where an artifact is, the sha256 of its content, and its bytes as in docs/report.md."""
+    """An artifact's folder, the sha256 of its content, and its sizes in bytes as defined in docs/report.md."""
 
     path: Path
     digest: str
@@ -22,13 +22,19 @@ class Made:
 
     @classmethod
     def of(cls, path: Path) -> Made:
-        """Raises UserError where it is not whole."""
+        """The reference to the artifact in `path`. Raises UserError if it is damaged."""
         found = artifact.open_artifact(path)
         return cls(path, found.digest, **onnx_bytes(found.model))
 
     def subject(self) -> Subject:
-        """What is measured. Raises UserError where it is not on this machine, or not what was made."""
+        """The artifact as an object to measure.
+
+        Raises UserError if this machine does not have it, or its content is no longer what the task made.
+        """
         found = artifact.open_artifact(self.path)
         if found.digest != self.digest:
-            raise UserError(f"{self.path}: is not what was made there; another command writes to the folder of --work")
+            raise UserError(
+                f"{self.path}: has changed since this sweep made it; another command writes to the folder of --work, "
+                "give this sweep a folder of its own"
+            )
         return Subject(str(self.path), "onnx", found.model)

@@ -1,4 +1,4 @@
-"""Tasks that measure artifacts, and what joins their parts. See cuantiza/sweep/tasks/build.py for what a task is."""
+"""Tasks that measure artifacts, and the function that joins their parts. See build.py for what a task is."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ from cuantiza.sweep.tasks.made import Made
 
 @dataclass(frozen=True)
 class Quality:
-    """A baseline and artifacts -> the scores of every token of some documents, the baseline's first.
+    """Score every token of some documents with the baseline and with artifacts; the baseline's scores come first.
 
-    `documents` are token ids, the first of them number `first` of the text; `start` is the token before each.
+    `documents` are token ids. `first` is the number of the first of them in the whole text. `start` is the token that
+    precedes each document.
     """
 
     kind: ClassVar[str] = "quality"
@@ -41,7 +42,10 @@ class Quality:
 
 
 class _Here:
-    """An engine of this process, called as `cuantiza.eval.measure.score.score` calls those of others: a task has `threads` threads."""
+    """An engine in this process, with the interface of a child process that cuantiza.eval.measure.score.score expects.
+
+    It runs here and not in a child, because a task may only use its own `threads` threads.
+    """
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -56,9 +60,10 @@ class _Here:
 
 
 def merge(parts: Sequence[list[Scores]]) -> list[Scores]:
-    """Scores of consecutive parts of a text, joined: those of the whole text, to the last bit.
+    """Join the scores of consecutive parts of a text. The result equals the scores of the whole text, bit by bit.
 
-    Sums by document would do for perplexity, and not for the quantiles of KL. So a token is what is sent: 25 bytes.
+    Sums per document would be enough for perplexity, but not for the quantiles of KL. So tasks return the scores of
+    each token, 25 bytes per token.
     """
 
     def joined(scores: Sequence[Scores], field: str) -> np.ndarray | None:
@@ -71,7 +76,7 @@ def merge(parts: Sequence[list[Scores]]) -> list[Scores]:
 
 @dataclass(frozen=True)
 class Latency:
-    """An artifact (None: the baseline itself) -> its latency fields, in rounds with its baseline on one machine."""
+    """Measure the latency of an artifact (None: of the baseline itself), in rounds with its baseline on one machine."""
 
     kind: ClassVar[str] = "latency"
     alone: ClassVar[bool] = True

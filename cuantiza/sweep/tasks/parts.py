@@ -1,4 +1,4 @@
-"""How the scoring of one model on one corpus is cut into tasks, and its cells are put together again."""
+"""Splits the scoring of one model on one corpus into tasks, and computes the cells' fields from the tasks' scores."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from cuantiza.sweep.tasks.measure import Quality, merge
 
 @dataclass
 class Group:
-    """Artifacts that are scored together beside their baseline `base`; `wanted` is which of all these have no cell yet."""
+    """Artifacts that are scored together with their baseline `base`. `wanted` are the cells that have no result yet."""
 
     base: Cell
     others: tuple[Cell, ...]
@@ -26,7 +26,7 @@ class Group:
     parts: dict[int, list[Scores]] = field(default_factory=dict)
 
     def tasks(self, made: dict[Cell, Made], shard: int, threads: int) -> list[Quality]:
-        """A task for each part of the text, in order; `shard` as in `shards`."""
+        """One task per part of the text, in order. `shard` is the number of tokens per part, as in `shards`."""
         documents = self.text.documents
         names = " ".join(cell.recipe for cell in (self.base, *self.others))
         return [
@@ -44,7 +44,7 @@ class Group:
         ]
 
     def fields(self) -> dict[Cell, dict]:
-        """The quality fields (docs/report.md) of the cells that are wanted, from the scores of all parts."""
+        """The quality fields (docs/report.md) of the wanted cells, computed from the scores of all parts."""
         baseline, *others = merge([self.parts[first] for first in sorted(self.parts)])
         against = {self.base: (baseline, None)}
         against |= {cell: (own, baseline) for cell, own in zip(self.others, others, strict=True)}
@@ -54,9 +54,10 @@ class Group:
 
 
 def groups(base: Cell, missing: list[Cell], made: dict[Cell, Made], text: Text) -> list[Group]:
-    """Groups of the `missing` cells: artifacts that are together no larger than their baseline, or one alone.
+    """Put the `missing` cells into groups whose artifacts together are no larger than their baseline.
 
-    So a task needs about twice the baseline's memory, and what the baseline costs is shared by three or four others.
+    So a task needs about twice the baseline's memory, and three or four artifacts share the cost of running the
+    baseline. An artifact larger than the baseline has a group of its own.
     """
     found: list[list[Cell]] = []
     room = 0
@@ -72,7 +73,10 @@ def groups(base: Cell, missing: list[Cell], made: dict[Cell, Made], text: Text) 
 
 
 def shards(documents: list[list[int]], tokens: int) -> list[tuple[int, int]]:
-    """Runs of whole documents, each of `tokens` tokens or somewhat more (the last: or less), as (first, end)."""
+    """Split the documents into runs (first, end) of whole documents with at least `tokens` tokens each.
+
+    Only the last run may have fewer.
+    """
     bounds, reached = [0], 0
     for number, end in enumerate(np.cumsum([len(ids) for ids in documents]), 1):
         if end - reached >= tokens or number == len(documents):

@@ -1,4 +1,4 @@
-"""Cells that were measured: a file each, which is written whole, named by its inputs and verified when it is read."""
+"""Stores measured cells, one file each. A file is written atomically, named by its inputs, and verified when read."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ SCHEMA = "cuantiza/cell/1"
 
 
 class Store:
-    """The files in `folder`. Equal inputs mean that nothing has to be measured again."""
+    """The files of cells in `folder`. A cell with equal inputs does not have to be measured again."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
 
     def read(self, inputs: dict) -> dict | None:
-        """What was measured of `inputs`; None where nothing was, or its file is damaged."""
+        """The fields that were measured for `inputs`; None if there are none, or their file is damaged."""
         try:
             found = json.loads(self._path(inputs).read_text(encoding="utf-8"))
             whole = found.pop("sha256") == digests.digest(found)
@@ -28,10 +28,10 @@ class Store:
             return None
 
     def write(self, inputs: dict, fields: dict) -> dict:
-        """Keep `fields`; returns them as `read` will."""
+        """Store `fields` for `inputs`, and return them exactly as `read` will."""
         found = json.loads(json.dumps({"schema": SCHEMA, "inputs": inputs, "fields": fields}))
         path = self._path(inputs)
-        # Staged beside the folder of the cells, where the next run sweeps what a killed one left.
+        # The temporary file is beside the cells' folder, where the next run removes leftovers of a killed run.
         with folders.staging(self._folder) as work:
             file = work / path.name
             with file.open("w", encoding="utf-8") as stream:

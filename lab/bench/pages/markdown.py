@@ -3,63 +3,47 @@
 from __future__ import annotations
 
 import shlex
-import textwrap
 from collections.abc import Callable
-from functools import partial
+from pathlib import Path
 from statistics import median
 
 from rich.console import Console
 
 from cuantiza.core.machine.terminal import new_table, show
+from cuantiza.core.pages import count
+from lab.pages import filled
+
+TEMPLATE = Path(__file__).resolve().parent / "bench.md.j2"
 
 _LIMITS = {
     "read_bytes_per_second": "GB/s read",
     "fp32_ops_per_second": "GFLOP/s fp32",
     "int8_ops_per_second": "GOP/s int8",
 }
-_BESIDE = """\
-Of artifacts of the same precision, within a round: median [range of the rounds]; above 1 ours is the faster.
-"""
-_HOW = """\
-Every row has a process of its own that stays loaded, stopped but for its turns; of each shape every row is timed in \
-turn, those of one precision side by side, in an order that rotates with the rounds. What memory does not hold at \
-once is measured in groups, each with the baseline. Every library is told the number of threads. A time is the median \
-of all samples, in brackets the medians of the fastest and slowest round; a speed-up is the baseline's median over \
-the row's **within one round**, likewise.
-Prefill: that many tokens through an empty cache, to the logits of the last one, after one to warm up. Decode @p: one \
-token behind a cache of p, which grows with each of {steps} steps. Generation: {generate}, greedy, as a whole. \
-Neither loading nor tokenizing is timed. A library that cannot be stepped tells when each token is there.
-Agreement: the logits of the last of {prompt} tokens, and of {check} more through the cache, against those of \
-`{first}`; of a library that gives no logits, the first token that it generates.
-MB: the model's files; × fp32: over 4 bytes for each of the {parameters:,} parameters. Peak MB: the whole process.
-Share of the limit: of a decode, the bytes that a step has to read (the model's files once, and the keys and values \
-of each sequence) over the memory bandwidth; of a prefill, its multiplications and additions (attention as full \
-squares, the head for one position) over the peak of int8 for weights in integers, else of fp32. A table that a file \
-holds beside the head counts as read, and a model that fits the processor's caches is not held to the limit. The \
-limits are measured before every round, and the most counts (in brackets the least): {limits}.
-{machine}; {rounds}{busy}; `{command}`.
-"""
 
 
 def page(result: dict, name: str) -> str:
     """The Markdown page of a result, beside which <name>.svg lies."""
     shape = result["shape"]
-    parts = [
-        f"# {shape['name']}: {shape['parameters'] / 1e6:.0f} million parameters, {shape['layers']} layers of {shape['width']}\n",
-        f"Times in ms: median, [fastest–slowest round]; below them the speed-up over `{result['baseline']}`.\n",
-        f"![decode and prefill of every row]({name}.svg)\n",
+    settings = [
+        (f"{count(setting['threads'], 'thread')}, batch of {setting['batch']}", *speed_table(result, number, _long))
+        for number, setting in enumerate(result["settings"])
     ]
-    for number, setting in enumerate(result["settings"]):
-        title = f"{_count(setting['threads'], 'thread')}, batch of {setting['batch']}"
-        parts.append(f"## {title}\n\n{markdown_table(*speed_table(result, number, _long))}")
-    if lines := _beside(result):
-        columns = ["theirs", "ours", *(title for title, _, _ in _shapes(result["settings"][0]))]
-        parts.append(f"## Their time over ours\n\n{_BESIDE}\n{markdown_table(columns, lines)}")
-    parts.append(f"## Size, memory, agreement\n\n{markdown_table(*_facts(result))}")
-    parts.append(f"## Share of the limit, %\n\n{markdown_table(*_shares(result))}")
-    if skipped := _skipped(result):
-        parts.append("## Skipped\n\n" + "\n".join(f"- **{row}**: {why}" for row, why in skipped) + "\n")
-    return "\n".join([*parts, _how(result)])
+    return filled(
+        TEMPLATE,
+        name=name,
+        shape=shape,
+        million=f"{shape['parameters'] / 1e6:.0f}",
+        parameters=f"{shape['parameters']:,}",
+        baseline=result["baseline"],
+        settings=settings,
+        beside=_beside(result),
+        beside_columns=["theirs", "ours", *(title for title, _, _ in _shapes(result["settings"][0]))],
+        facts=_facts(result),
+        shares=_shares(result),
+        skipped=_skipped(result),
+        **_how(result),
+    )
 
 
 def ratios(ours: dict, theirs: dict) -> dict:
@@ -72,13 +56,13 @@ def ratios(ours: dict, theirs: dict) -> dict:
 def print_table(result: dict) -> None:
     """The main setting on standard output, and what was skipped."""
     setting = result["settings"][0]
-    title = f"{result['shape']['name']}, {_count(setting['threads'], 'thread')}, batch of {setting['batch']}: ms"
+    title = f"{result['shape']['name']}, {count(setting['threads'], 'thread')}, batch of {setting['batch']}: ms"
     columns, lines = speed_table(result, 0, _short)
     caption = f"medians, in brackets the speed-up over {result['baseline']} within a round"
-    table = new_table(title, *columns, caption=caption)
+    grid = new_table(title, *columns, caption=caption)
     for line in lines:
-        table.add_row(*line)
-    show(table)
+        grid.add_row(*line)
+    show(grid)
     for row, why in _skipped(result):
         Console().print(f"skipped {row}: {why}", markup=False, highlight=False)
 
@@ -115,7 +99,7 @@ def _beside(result: dict) -> list[list[str]]:
 
 
 def _facts(result: dict) -> tuple[list[str], list[list[str]]]:
-    columns = ["row", "MB", "× fp32", "load, ms", "peak MB", "max Δ logit", "same top", "with"]
+    columns = ["row", "MB", "bytes / parameter bytes", "load, ms", "peak MB", "max Δ logit", "same top", "with"]
     lines = []
     for row, found in _measured(result, 0):
         close = row["agreement"] or {"max_logit_difference": None, "same_top": 0, "positions": 0}
@@ -138,7 +122,7 @@ def _facts(result: dict) -> tuple[list[str], list[list[str]]]:
 def _shares(result: dict) -> tuple[list[str], list[list[str]]]:
     """Of every setting and shape that has a limit, side by side."""
     places = [
-        (number, phase, index, f"{title}<br>{_count(setting['threads'], 'thread')}, batch {setting['batch']}")
+        (number, phase, index, f"{title}<br>{count(setting['threads'], 'thread')}, batch {setting['batch']}")
         for number, setting in enumerate(result["settings"])
         for title, phase, index in _shapes(setting)
         if phase != "generate"
@@ -158,11 +142,11 @@ def _shares(result: dict) -> tuple[list[str], list[list[str]]]:
 
 def _shapes(setting: dict) -> list[tuple[str, str, int]]:
     """(title, phase, index among the phase's) of the shapes of a setting."""
-    found = [(f"prefill {count}", "prefill", index) for index, count in enumerate(setting["prefill"])]
+    found = [(f"prefill {length}", "prefill", index) for index, length in enumerate(setting["prefill"])]
     found += [(f"decode @{position}", "decode", index) for index, position in enumerate(setting["decode"])]
     if setting["generate"]:
-        prompt, count = setting["generate"]
-        found.append((f"{prompt} → {count} tokens", "generate", 0))
+        prompt, tokens = setting["generate"]
+        found.append((f"{prompt} → {tokens} tokens", "generate", 0))
     return found
 
 
@@ -181,35 +165,33 @@ def _skipped(result: dict) -> list[tuple[str, str]]:
             continue
         for setting in row["settings"]:
             if setting["skipped"]:
-                where = f"{_count(setting['threads'], 'thread')}, batch of {setting['batch']}"
+                where = f"{count(setting['threads'], 'thread')}, batch of {setting['batch']}"
                 found.append((f"{row['name']} ({where})", setting["skipped"]))
     return found
 
 
-def _how(result: dict) -> str:
+def _how(result: dict) -> dict[str, object]:
+    """What the template says of the measurement, by name."""
     machine, check, busy = result["machine"], result["check"], result["others_processors"]
     main = result["settings"][0]
-    prompt, count = main["generate"] or (0, 0)
+    prompt, tokens = main["generate"] or (0, 0)
     limits = []
     for threads in dict.fromkeys(item["threads"] for item in result["limits"]):
         found = [item for item in result["limits"] if item["threads"] == threads]
         figures = [_limit([item[key] / 1e9 for item in found], unit) for key, unit in _LIMITS.items()]
-        limits.append(f"{_count(threads, 'thread')}: {', '.join(figures)}")
-    text = _HOW.format(
-        steps=result["decode_steps"],
-        generate=f"{count} tokens behind a prompt of {prompt}",
-        prompt=check["prompt"],
-        check=check["steps"],
-        first=result["rows"][0]["name"],
-        parameters=result["shape"]["parameters"],
-        limits="; ".join(limits),
-        machine=f"{machine['cpu']}, {machine['processors']} processors, {machine['memory_bytes'] / 2**30:.0f} GiB",
-        rounds=_count(result["rounds"], "round"),
-        busy="" if busy is None else f", during which other processes kept {busy:.1f} processors busy",
-        command=shlex.join(result["command"]),
-    )
-    wrap = partial(textwrap.fill, width=120, initial_indent="- ", subsequent_indent="  ", break_on_hyphens=False)
-    return "## How it was measured\n\n" + "\n".join(map(wrap, text.splitlines())) + "\n"
+        limits.append(f"{count(threads, 'thread')}: {', '.join(figures)}")
+    return {
+        "steps": result["decode_steps"],
+        "generate": f"{tokens} tokens after a prompt of {prompt}",
+        "prompt": check["prompt"],
+        "check": check["steps"],
+        "first": result["rows"][0]["name"],
+        "limits": "; ".join(limits),
+        "machine": f"{machine['cpu']}, {machine['processors']} processors, {machine['memory_bytes'] / 2**30:.0f} GiB",
+        "rounds": count(result["rounds"], "round"),
+        "busy": "" if busy is None else f", during which other processes kept {busy:.1f} processors busy",
+        "command": shlex.join(result["command"]),
+    }
 
 
 def _limit(values: list[float], unit: str) -> str:
@@ -240,16 +222,3 @@ def spread(item: dict, middle: str, low: str, high: str) -> str:
 def three_digits(value: float) -> str:
     """Three digits that matter, and no more than two behind the point."""
     return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f}"
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" + ("" if number == 1 else "s")
-
-
-def markdown_table(columns: list[str], lines: list[list[str]]) -> str:
-    """Of which all columns but the first stand to the right."""
-    align = "|---|" + "---:|" * (len(columns) - 1)
-    return (
-        "\n".join(["| " + " | ".join(columns) + " |", align, *("| " + " | ".join(line) + " |" for line in lines)])
-        + "\n"
-    )

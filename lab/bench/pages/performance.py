@@ -15,9 +15,11 @@ from pathlib import Path
 
 from cuantiza.core.errors import UserError, run
 from cuantiza.core.machine.progress import report as say
+from cuantiza.core.pages import table
 from cuantiza.core.store import folders
 from lab import DOCS
-from lab.bench.pages.markdown import markdown_table, page, ratios, speed_table, spread, three_digits
+from lab.bench.pages.markdown import page, ratios, speed_table, spread, three_digits
+from lab.pages import write
 
 PAGE = "performance.md"
 
@@ -54,12 +56,14 @@ def main() -> int:
 
     for file in sorted((DOCS / "bench").glob("*.json")):
         result = json.loads(file.read_text(encoding="utf-8"))
-        _write(file.with_suffix(".md"), page(result, file.stem))
+        write(file.with_suffix(".md"), page(result, file.stem))
+        say(f"performance {file.with_suffix('.md')}: written")
         with folders.staging(file) as work:
             draw(result, work / "figure.svg")
             (work / "figure.svg").replace(file.with_suffix(".svg"))
     path = DOCS / PAGE
-    _write(path, filled(path.read_text(encoding="utf-8"), DOCS / "bench"))
+    write(path, filled(path.read_text(encoding="utf-8"), DOCS / "bench"))
+    say(f"performance {path}: written")
     return 0
 
 
@@ -69,16 +73,9 @@ def filled(text: str, folder: Path) -> str:
         place = re.compile(rf"(<!-- {re.escape(name)} -->\n).*?(\n<!-- end -->)", re.DOTALL)
         if not place.search(text):
             raise UserError(f"docs/{PAGE}: has no <!-- {name} --> with an <!-- end --> behind it")
-        table = make(folder).strip()
-        text = place.sub(lambda found, table=table: found[1] + table + found[2], text)
+        made = make(folder).strip()
+        text = place.sub(lambda found, made=made: found[1] + made + found[2], text)
     return text
-
-
-def _write(path: Path, text: str) -> None:
-    with folders.staging(path) as work:
-        (work / path.name).write_text(text, encoding="utf-8")
-        (work / path.name).replace(path)
-    say(f"performance {path}: written")
 
 
 def _load(folder: Path, name: str) -> dict:
@@ -90,7 +87,7 @@ def _load(folder: Path, name: str) -> dict:
 
 def _speeds(name: str, setting: int) -> Callable[[Path], str]:
     """Medians of a run's setting by its number."""
-    return lambda folder: markdown_table(
+    return lambda folder: table(
         *speed_table(_load(folder, name), setting, lambda item: three_digits(item["median_ms"]))
     )
 
@@ -102,7 +99,7 @@ def _pairs(folder: Path) -> str:
         [theirs, f"`{ours}`", *(_ratio(rows[ours][phase][at], rows[theirs][phase][at]) for _, phase, at in SHAPES)]
         for theirs, ours in PAIRS
     ]
-    return markdown_table(["theirs", "ours", *(title for title, _, _ in SHAPES)], lines)
+    return table(["theirs", "ours", *(title for title, _, _ in SHAPES)], lines)
 
 
 def _ratio(ours: dict, theirs: dict) -> str:

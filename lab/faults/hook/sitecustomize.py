@@ -1,9 +1,9 @@
-"""Counts what every Python process of a run changes below its output folders, and strikes at one of these changes.
+"""Counts the changes that every Python process of a run makes below its output folders, and strikes at one of them.
 
-Python loads this file at its start where PYTHONPATH names its folder; it does nothing unless TORTURE holds the JSON
-of a `lab.faults.laboratory.Trap`. The processes stay as they are: an audit hook sees a file opened for writing, a folder
-made, a rename, a removal, each before it happens, and sends a real signal, or fills the disk for real, at the change
-that was chosen. That makes a moment between two system calls one that can be met again.
+Python loads this file at its start if PYTHONPATH names its folder. It does nothing unless the variable TORTURE holds a
+`lab.faults.laboratory.Trap` as JSON. The pipeline's code is not changed: an audit hook sees each file opened for
+writing, each new folder, rename and removal before it happens. At the chosen change it sends a real signal, or really
+fills the disk. So a moment between two system calls can be repeated.
 """
 
 import fcntl
@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 
-RECORD = 256  # bytes of a line of the log; its size over this is the number of changes so far
+RECORD = 256  # bytes per line of the log, so the log's size divided by this is the number of changes so far
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 # Audit event -> positions of (path, directory descriptor) among its arguments.
 _CHANGES = {
@@ -61,7 +61,7 @@ def _absolute(path: str, directory: object) -> str:
 
 
 def _log(log: str, event: str, place: str) -> int:
-    """Add a line, and give the number of the change, counted over all processes from 0."""
+    """Add a line to the log and return the number of this change, counted from 0 over all processes."""
     handle = os.open(log, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)
@@ -83,12 +83,12 @@ def _strike(trap: dict) -> None:
 
 
 def _signal(trap: dict) -> None:
-    # The run is the leader of its process group.
+    # The run's first process leads the group, so the group's id is that process's id.
     (os.killpg if trap["group"] else os.kill)(os.getpgrp(), trap["signal"])
 
 
 def _fill(disk: str, slack: int) -> None:
-    """Take all that is free on `disk`, and give back `slack` bytes."""
+    """Use up all free bytes of `disk`, then give back `slack` of them."""
     handle = os.open(f"{disk}/filler", os.O_WRONLY | os.O_CREAT)
     try:
         for block in (1 << 20, 1 << 12):
@@ -103,7 +103,7 @@ def _fill(disk: str, slack: int) -> None:
 
 
 def _fill_inodes(disk: str, slack: int) -> None:
-    """Take all inodes of `disk`, and give back `slack` of them."""
+    """Use up all inodes of `disk`, then give back `slack` of them."""
     folder = f"{disk}/inodes"
     made = []
     try:

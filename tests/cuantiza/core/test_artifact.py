@@ -78,7 +78,7 @@ def test_round_trip(tmp_path: Path) -> None:
 
 
 def test_digest_is_of_the_content(tmp_path: Path) -> None:
-    """Not of the place, the time or the inputs; and of every byte and name."""
+    """The digest depends on every byte and file name, but not on the place, the time or the inputs."""
     first = build(tmp_path / "a" / "fp32")
     assert build(tmp_path / "b" / "other", dict(reversed(CONTENT.items())), {"x": 1}).digest == first.digest
     renamed = {name.replace("model", "other"): data for name, data in CONTENT.items()}
@@ -163,7 +163,7 @@ def test_manifest_is_no_manifest(built: Path, content: bytes) -> None:
 
 @pytest.mark.parametrize("part", ["name", "parity", "checkpoint", "sha256"])
 def test_every_flipped_bit_of_the_manifest_is_noticed(built: Path, part: str) -> None:
-    """Also where it is JSON still, and of what no file depends on; its last line end included."""
+    """That includes flips that leave valid JSON, flips in fields that no file depends on, and the last line end."""
     path = built / "manifest.json"
     data = path.read_bytes()
     start = data.index(f'"{part}": '.encode())
@@ -179,7 +179,7 @@ def test_every_flipped_bit_of_the_manifest_is_noticed(built: Path, part: str) ->
 
 
 def test_a_manifest_without_a_sum_of_its_own(built: Path) -> None:
-    """As they were published before."""
+    """Older versions published such manifests."""
     path = built / "manifest.json"
     fields = json.loads(path.read_text(encoding="utf-8"))
     del fields["sha256"]
@@ -204,7 +204,7 @@ def test_rebuild_reason(built: Path) -> None:
 
 
 def test_code_is_an_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the modules that are named and of what they import, in a function too; not of their neighbours."""
+    """The code digest covers the named modules and everything that they import, also in functions, but nothing else."""
     for name, source in {
         "__init__.py": "",
         "core/__init__.py": "",
@@ -236,7 +236,7 @@ NEW = CONTENT | {"model.onnx": b"new"}
 
 @pytest.mark.parametrize("rename", [1, 2])
 def test_an_error_while_replacing_leaves_the_old_one(built: Path, monkeypatch: pytest.MonkeyPatch, rename: int) -> None:
-    """Interrupted at the first or the second rename: the old one is there, whole, and nothing else."""
+    """If the first or the second rename is interrupted, the old artifact is whole and there are no leftovers."""
     calls, real = [], Path.rename
 
     def dying(self: Path, target: Path) -> Path:
@@ -274,7 +274,7 @@ while True:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_killed_while_replacing(tmp_path: Path) -> None:
-    """A real process that publishes without end, stopped and killed at 25 moments: never a mixture."""
+    """A real process that publishes all the time is killed at 25 moments; the artifact is never a mixture."""
     target = tmp_path / "modelo" / "fp32"
     target.parent.mkdir()
     (target.parent / ".cuantiza.lock").touch()
@@ -351,7 +351,7 @@ def start_export(folder: Path, output: Path) -> subprocess.Popen:
 
 
 def test_two_exports_at_once(tiny_folder: Path, tmp_path: Path) -> None:
-    """One builds, the other waits and finds it done."""
+    """One process builds the artifact; the other waits and then finds it up to date."""
     output = tmp_path / "artifacts"
     with start_export(tiny_folder, output) as first, start_export(tiny_folder, output) as second:
         said = sorted((run.communicate(timeout=120)[1] for run in (first, second)), key=lambda text: "parity" in text)
@@ -364,19 +364,19 @@ def test_two_exports_at_once(tiny_folder: Path, tmp_path: Path) -> None:
     ("sign", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)], ids=["INT", "TERM", "KILL"]
 )
 def test_interrupted_export(tiny_folder: Path, tmp_path: Path, sign: signal.Signals, status: int) -> None:
-    """Ended in the middle of its work: no artifact, nothing left behind (by a kill, until the next run), no traceback."""
+    """An export that is ended midway leaves no artifact, no traceback and (after SIGKILL: until the next run) no files."""
     output = tmp_path / "artifacts"
     with start_export(tiny_folder, output) as run:
         deadline = time.monotonic() + 60
         while not list(output.glob("tiny/.tmp-*/config.json")) and time.monotonic() < deadline and run.poll() is None:
             time.sleep(0.01)
-        time.sleep(0.3)  # into parity, which works in a process of its own
+        time.sleep(0.3)  # until the parity check, which runs in a child process
         run.send_signal(sign)
         said = run.communicate(timeout=60)[1]
     assert run.returncode == status, said
     if sign == signal.SIGKILL:
         assert list(output.glob("tiny/.tmp-*"))
-        # The next run sweeps before it does anything else, also where it then fails.
+        # The next run removes leftovers before it does anything else, even if it fails later.
         (tmp_path / "tiny").mkdir()
         assert stage("export", "--model", tmp_path / "tiny", "--output", output).status == 2
     else:

@@ -1,4 +1,4 @@
-"""`MODEL=owner/name[@revision]` against a hub on localhost: what is downloaded, resumed, cached, and said when it fails."""
+"""`MODEL=owner/name[@revision]` with a stub hub on localhost: downloads, resuming, caching, and error messages."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def hub() -> Iterator[Hub]:
 
 @pytest.fixture(scope="session")
 def in_bin(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Files:
-    """The files of a repository like the course's: no safetensors, no tokenizer.json, and weights of other frameworks."""
+    """A repository like the course's: no safetensors, no tokenizer.json, but weights for other frameworks."""
     folder = tmp_path_factory.mktemp("repository")
     for name in ("config.json", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json"):
         shutil.copy(tiny_folder / name, folder)
@@ -61,7 +61,7 @@ def environment(hub: Hub, tmp_path: Path) -> dict[str, str]:
 
 @pytest.fixture
 def export(environment: dict[str, str], tmp_path: Path) -> Callable[..., Result]:
-    """`export(spec, **environment)`: `python -m export --model spec` against the stub."""
+    """`export(spec, **environment)` runs `python -m export --model spec` with the stub hub."""
 
     def call(spec: str, **changes: str) -> Result:
         return stage("export", "--model", spec, "--output", tmp_path / "artifacts", env=environment | changes)
@@ -71,7 +71,7 @@ def export(environment: dict[str, str], tmp_path: Path) -> Callable[..., Result]
 
 @pytest.fixture
 def resolve(environment: dict[str, str]) -> Callable[..., Result]:
-    """`resolve(spec, **environment)`: only the download, in a process of its own; prints the folder."""
+    """`resolve(spec, **environment)` only downloads, in a child process, and prints the folder."""
     code = "from cuantiza.core.errors import run; from cuantiza.core.inputs.checkpoints import resolve_model; import sys; run(lambda: print(resolve_model(sys.argv[1]).folder) or 0)"
 
     def call(spec: str, **changes: str) -> Result:
@@ -89,7 +89,7 @@ def resolve(environment: dict[str, str]) -> Callable[..., Result]:
 
 
 def test_whole_pipeline(hub: Hub, in_bin: Files, export: Callable[..., Result], tmp_path: Path) -> None:
-    """From the hub; then from the cache: told to be offline, with the server in trouble, and with nobody listening."""
+    """The first run downloads. Later runs use the cache: offline, with a failing server, and without any server."""
     hub.add(REPOSITORY, in_bin)
     first = export(REPOSITORY)
     assert first.status == 0, first.stderr
@@ -117,7 +117,7 @@ def test_whole_pipeline(hub: Hub, in_bin: Files, export: Callable[..., Result], 
 
 
 def test_revision(hub: Hub, in_bin: Files, tiny_folder: Path, resolve: Callable[..., Result]) -> None:
-    """The hub's own conversion to safetensors waits in a pull request; it and `main` do not mix in the cache."""
+    """The hub's own conversion to safetensors is a pull request; its files and `main`'s do not mix in the cache."""
     hub.add(REPOSITORY, in_bin)
     converted = files_of(tiny_folder)["model.safetensors"]
     hub.add(REPOSITORY, in_bin | {"model.safetensors": converted}, revision="refs/pr/1")
@@ -128,7 +128,7 @@ def test_revision(hub: Hub, in_bin: Files, tiny_folder: Path, resolve: Callable[
     assert (folder / "model.safetensors").read_bytes() == converted
     main = Path(resolve(REPOSITORY).stdout.strip())
     assert weight_files({file.name for file in main.iterdir()}) == ["pytorch_model.bin"]
-    # By commit as well, and again without a network.
+    # A commit works as a revision too, and the second time without a network.
     by_commit = resolve(f"{REPOSITORY}@{folder.name}")
     assert Path(by_commit.stdout.strip()) == folder, by_commit.stderr
     offline = resolve(f"{REPOSITORY}@refs/pr/1", HF_HUB_OFFLINE="1")
@@ -152,7 +152,7 @@ def test_name_without_owner(hub: Hub, in_bin: Files, resolve: Callable[..., Resu
 
 
 def test_newer_revision_is_fetched(hub: Hub, in_bin: Files, resolve: Callable[..., Result]) -> None:
-    """`main` moves: the next run takes what it points to, and transfers only what changed."""
+    """If `main` moves, the next run uses its new commit and downloads only the changed files."""
     hub.add(REPOSITORY, in_bin)
     old = resolve(REPOSITORY).stdout.strip()
     config = json.dumps(json.loads(in_bin["config.json"]) | {"note": "newer"}).encode()
@@ -164,7 +164,7 @@ def test_newer_revision_is_fetched(hub: Hub, in_bin: Files, resolve: Callable[..
 
 
 def test_cut_transfer_goes_on(hub: Hub, in_bin: Files, resolve: Callable[..., Result]) -> None:
-    """A connection that breaks in the middle of the weights: the rest is asked for, not the whole."""
+    """If the connection breaks within the weights, the next request asks only for the rest."""
     weights = os.urandom(24_000_000)
     hub.add(REPOSITORY, in_bin | {"pytorch_model.bin": weights})
     hub.cuts["pytorch_model.bin"] = 1
@@ -182,7 +182,7 @@ def test_cut_transfer_goes_on(hub: Hub, in_bin: Files, resolve: Callable[..., Re
 def test_interrupted_run_is_taken_up(
     hub: Hub, in_bin: Files, resolve: Callable[..., Result], export: Callable[..., Result], tmp_path: Path
 ) -> None:
-    """The hub goes away for good in the middle: one line, nothing published; half a checkpoint is never exported; later it works."""
+    """If the hub disappears midway, there is one error line and no artifact from half a checkpoint; later it works."""
     hub.add(REPOSITORY, in_bin)
     hub.cuts["pytorch_model.bin"] = -1
     result = export(REPOSITORY)
@@ -200,7 +200,7 @@ def test_interrupted_run_is_taken_up(
 def test_killed_run_is_taken_up(
     hub: Hub, in_bin: Files, environment: dict[str, str], resolve: Callable[..., Result]
 ) -> None:
-    """A download that dies without a word leaves nothing that a later run, online or offline, takes for the whole."""
+    """A killed download leaves no file that a later run, online or offline, mistakes for a complete one."""
     hub.add(REPOSITORY, in_bin)
     hub.cuts["pytorch_model.bin"] = -1
     code = "import sys; from cuantiza.core.inputs.checkpoints import resolve_model; resolve_model(sys.argv[1])"
@@ -249,14 +249,14 @@ def test_hub_in_trouble(hub: Hub, in_bin: Files, resolve: Callable[..., Result],
 
 
 def test_only_other_frameworks(hub: Hub, in_bin: Files, resolve: Callable[..., Result]) -> None:
-    """Refused before anything is downloaded."""
+    """The repository is refused before anything is downloaded."""
     hub.add("owner/tf", {name: data for name, data in in_bin.items() if name != "pytorch_model.bin"})
     assert_user_error(resolve("owner/tf"), "MODEL=owner/tf", "TensorFlow", "save_pretrained")
     assert not hub.transferred()
 
 
 def test_full_disk(hub: Hub, in_bin: Files, resolve: Callable[..., Result], tmp_path: Path) -> None:
-    """The cache lies on a disk that the weights do not fit on."""
+    """The cache is on a disk that is too small for the weights."""
     disk = tmp_path / "small"
     disk.mkdir()
     if (
@@ -272,7 +272,7 @@ def test_full_disk(hub: Hub, in_bin: Files, resolve: Callable[..., Result], tmp_
 
 
 def test_local_folders_need_no_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A folder wins over a hub id of the same spelling."""
+    """If a folder has the same name as a hub id, the folder is used."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "owner" / "name").mkdir(parents=True)
     assert resolve_model("owner/name").folder == Path("owner/name")

@@ -1,4 +1,4 @@
-"""Corpora: what a document is, which side it falls on, and what is said about files that are none."""
+"""Corpora: what counts as a document, which split it belongs to, and the error messages for bad files."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_embedded_corpus() -> None:
 
 
 def test_embedded_corpus_is_spanish_prose() -> None:
-    """Of many kinds (no kind is half of it), in clean UTF-8, and on both sides of the split."""
+    """The corpus has at least eight kinds of text in both splits, in clean UTF-8."""
     entries = json.loads((CORPUS / INDEX).read_text(encoding="utf-8"))["documents"]
     kinds: dict[str, set[str]] = {}
     for entry in entries:
@@ -95,7 +95,7 @@ def test_every_format_gives_the_same_split(tmp_path: Path, suffix: str) -> None:
 
 @pytest.mark.parametrize("suffix", WRITERS)
 def test_duplicates_never_meet(tmp_path: Path, suffix: str) -> None:
-    """A text that stands in the corpus again, also with other white space around it, does not reach both sides, and counts once."""
+    """A repeated text counts once and is in one split only, also if the white space around it differs."""
     many = [*DOCUMENTS, *(f"\n  {text}\t\n" for text in DOCUMENTS), *reversed(DOCUMENTS)]
     once = sides(WRITERS[suffix](tmp_path / f"once{suffix}", DOCUMENTS))
     assert sides(WRITERS[suffix](tmp_path / f"many{suffix}", many)) == once
@@ -117,7 +117,7 @@ def test_sizes_of_the_split(tmp_path: Path, count: int) -> None:
 
 
 def test_identity_of_a_split() -> None:
-    """sha256 tells documents from one another, their order, and where one ends."""
+    """The sha256 of a split depends on its documents, their order, and where each of them ends."""
     splits = [Split("test", texts) for texts in (("a", "b"), ("b", "a"), ("ab",), ("a", "b", ""), ("a", "c"))]
     assert len({split.sha256 for split in splits}) == len(splits)
     assert Split("test", ("a", "b")).sha256 == Split("calibration", ("a", "b")).sha256
@@ -127,7 +127,7 @@ def test_identity_of_a_split() -> None:
 
 
 def test_folder_of_mixed_files(tmp_path: Path) -> None:
-    """All three formats, in folders below as well; other files are passed over."""
+    """All three formats are read, in subfolders as well; other files are ignored."""
     (tmp_path / "below").mkdir()
     write_txt(tmp_path / "a.txt", DOCUMENTS[:4])
     write_jsonl(tmp_path / "below" / "b.jsonl", DOCUMENTS[4:8])
@@ -147,14 +147,14 @@ def test_separator_has_a_line_of_its_own(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("suffix", WRITERS)
 def test_text_comes_through_unchanged(tmp_path: Path, suffix: str) -> None:
-    """Line and paragraph separators of Unicode, control characters and emoji are text, not ends of lines."""
+    """Unicode's line and paragraph separators, control characters and emoji are text; they do not end a line."""
     odd = [*SPANISH, "a\u2028b\u2029c", "d\x85e\x0bf\x0cg\x1ch", "🦎\u200d🦎", "i\x00j"]
     calibration, test = sides(WRITERS[suffix](tmp_path / f"c{suffix}", odd))
     assert {*calibration, *test} == set(odd)
 
 
 def test_windows_files(tmp_path: Path) -> None:
-    """A byte order mark and CRLF, as Windows editors write them, are no part of the text."""
+    """A byte order mark and CRLF, which Windows editors write, are not part of the text."""
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfuno\r\ndos\r\n<|endoftext|>\r\ntres\r\n")
     assert {text for side in sides(tmp_path / "a.txt") for text in side} == {"uno\ndos", "tres"}
     (tmp_path / "b.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "uno"}\r\n\r\n{"text": "dos"}\r\n')
@@ -221,7 +221,7 @@ def test_truncated_parquet(tmp_path: Path) -> None:
         path.write_bytes(whole[:kept])
         with pytest.raises(UserError, match="Parquet"):
             sides(path)
-    # The footer is whole, the pages are not.
+    # The file's footer is intact, but its data pages are not.
     path.write_bytes(whole[:100] + bytes(len(whole) // 2) + whole[100 + len(whole) // 2 :])
     with pytest.raises(UserError, match="Parquet"):
         sides(path)
@@ -243,7 +243,7 @@ def test_folder_without_documents(tmp_path: Path) -> None:
 
 @pytest.fixture
 def indexed(tmp_path: Path) -> Path:
-    """A folder of seven documents with its index."""
+    """A folder with seven documents and their index."""
     folder = tmp_path / "corpus"
     folder.mkdir()
     for number in range(7):
@@ -287,7 +287,7 @@ def test_missing_document(indexed: Path) -> None:
 
 
 def test_unlisted_document(indexed: Path) -> None:
-    """A text that somebody adds is not passed over in silence."""
+    """A text that is not in the index is an error; it is not silently ignored."""
     (indexed / "7.txt").write_text("Nuevo.", encoding="utf-8")
     with pytest.raises(UserError, match=r"7\.txt.*index\.json.*python -m cuantiza\.index"):
         sides(indexed)
@@ -357,7 +357,7 @@ def hub() -> Iterator[Hub]:
 
 @pytest.fixture
 def load(hub: Hub, tmp_path: Path) -> Callable[..., Result]:
-    """`load(spec, config=..., ...)` in a process of its own against the stub: prints the two sides as JSON."""
+    """`load(spec, config=..., ...)` loads with the stub hub in a child process, and prints the two splits as JSON."""
     code = (
         "import json, sys; from cuantiza.core.errors import run; from cuantiza.core.inputs.corpus import Source, load_splits\n"
         "run(lambda: print(json.dumps([split.documents for split in load_splits(Source(**json.loads(sys.argv[1])))])) or 0)"
@@ -381,7 +381,7 @@ def load(hub: Hub, tmp_path: Path) -> Callable[..., Result]:
 
 
 def test_hub_dataset(hub: Hub, load: Callable[..., Result], tmp_path: Path) -> None:
-    """Downloaded, split as a file of the same documents is, and there again without a network."""
+    """A data set is downloaded, split like a file with the same documents, and later read without a network."""
     hub.add(
         "owner/corpus",
         {"train.jsonl": write_jsonl(tmp_path / "c.jsonl", DOCUMENTS).read_bytes(), "README.md": b"# corpus"},
@@ -445,5 +445,5 @@ def test_broken_file_in_a_dataset(hub: Hub, load: Callable[..., Result]) -> None
     "spec", ["missing.txt", "./corpus/missing", "/no/such/folder", "", "owner/name/more", "corpus/es/*.txt"]
 )
 def test_path_that_is_not_there(load: Callable[..., Result], spec: str) -> None:
-    """A misspelt path is no dataset; the message says what was looked for."""
+    """A misspelt path is not taken for a data set; the message says what was looked for."""
     assert_user_error(load(spec, env={"HF_HUB_OFFLINE": "1"}), f"CORPUS={spec}")

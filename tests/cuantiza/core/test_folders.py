@@ -1,4 +1,4 @@
-"""The folders of results: one process at a time holds one, and folders of other people's files are refused."""
+"""Output folders: one process at a time holds one, and a folder with foreign files is refused."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ HOLD = (
 
 
 def hold(folder: Path) -> subprocess.Popen:
-    """A process of its own that takes the lock, says so, and keeps it until it is given a line."""
+    """Start a process that takes the lock, prints that it has it, and keeps it until it gets a line on standard input."""
     return subprocess.Popen(
         [sys.executable, "-c", HOLD, folder],
         cwd=ROOT,
@@ -47,7 +47,7 @@ def test_lock_waits_for_another_process(tmp_path: Path, end: str) -> None:
         assert "waiting for another run" in second.stderr.readline()
         (folder / ".tmp-mine").mkdir()
         time.sleep(0.2)
-        assert second.poll() is None and (folder / ".tmp-mine").is_dir()  # the waiting one sweeps nothing
+        assert second.poll() is None and (folder / ".tmp-mine").is_dir()  # the waiting process removes nothing
         if end == "killed":
             first.kill()
         else:
@@ -83,7 +83,7 @@ def test_foreign_folder(tmp_path: Path) -> None:
     assert names(folder) == {"capítulos", ".tmp-notes"}
     shutil.rmtree(folder / "capítulos")
     shutil.rmtree(folder / ".tmp-notes")
-    with locked(folder):  # empty folders are nobody's
+    with locked(folder):  # an empty folder may be used
         assert names(folder) == {".cuantiza.lock"}
 
 

@@ -1,4 +1,4 @@
-"""Large pages: what fills them moves there, and nothing but time depends on it."""
+"""Large pages: memory that can fill them moves there, and nothing but speed depends on it."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /
 
 
 def in_large_pages() -> int:
-    """Bytes of this process."""
+    """Bytes of this process that are in large pages."""
     return 1024 * int(re.search(r"AnonHugePages:\s+(\d+)", Path("/proc/self/smaps_rollup").read_text())[1])
 
 
 def filled(size: int) -> tuple[int, int, int, bytes]:
-    """In a process of its own: the bytes in large pages before and after, those said to have moved, and the content."""
+    """(bytes in large pages before, after, bytes reported as moved, content), measured in a process of its own."""
     block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     block.write(bytes(range(256)) * (size // 256))
     before = in_large_pages()

@@ -1,4 +1,4 @@
-"""Our writer of ONNX files against the library's own, and files that are not what they say."""
+"""Our writer of ONNX files agrees with the library's, and files with false contents are refused."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from cuantiza.core.store.artifact import Artifact
 
 
 def weights_of(proto: onnx.ModelProto) -> dict[str, tuple[int, list[int], bytes]]:
-    """name -> (type, dims, bytes as raw data); every name once."""
+    """{name: (type, dims, raw bytes)} of all weights. Asserts that no name is repeated."""
     found = {}
     for tensor in proto.graph.initializer:
         assert tensor.name not in found
@@ -30,7 +30,10 @@ def weights_of(proto: onnx.ModelProto) -> dict[str, tuple[int, list[int], bytes]
 
 
 def assert_same_model(ours: Path, theirs: Path) -> None:
-    """Both files parse to the same message, but for the order and encoding of initializers, and for saying their types twice."""
+    """Assert that both files parse to the same message.
+
+    The order and encoding of initializers may differ, and their types may be stated twice.
+    """
     first, second = onnx.load(ours), onnx.load(theirs)
     weights = weights_of(first)
     assert weights == weights_of(second)
@@ -43,7 +46,7 @@ def assert_same_model(ours: Path, theirs: Path) -> None:
 
 
 def save_both(model: ir.Model, tmp_path: Path) -> Path:
-    """Save with ours and with the library's; compare; give our file."""
+    """Save the model with our writer and the library's, compare the files, and return ours."""
     for name in ("ours", "theirs"):
         (tmp_path / name).mkdir(exist_ok=True)
     onnx_file.save(model, tmp_path / "ours")
@@ -54,7 +57,7 @@ def save_both(model: ir.Model, tmp_path: Path) -> Path:
 
 
 def model_with(tensors: dict[str, ir.TensorProtocol]) -> ir.Model:
-    """Identity of x, beside any initializers."""
+    """A model that returns x, with the given initializers."""
     x = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(["N", 3]))
     node = ir.node("Identity", [x], name="same")
     node.outputs[0].name, node.outputs[0].type, node.outputs[0].shape = (
@@ -106,7 +109,7 @@ DTYPES = [
 
 
 def test_every_type(tmp_path: Path) -> None:
-    """Also odd counts of 4-bit numbers, of which two share a byte."""
+    """4-bit types are tested with an odd number of elements, because two share a byte."""
     values = np.arange(15) % 7
     tensors = {
         f"{np.dtype(dtype).name}.{shape}": ir.tensor(
@@ -123,7 +126,7 @@ def test_every_type(tmp_path: Path) -> None:
 
 
 def test_shapes(tmp_path: Path) -> None:
-    """Scalars, nothing at all, and sizes on both sides of where a length takes another byte."""
+    """Scalars, empty tensors, and sizes on both sides of the point where the encoded length takes one more byte."""
     sizes = [0, 1, 31, 32, 33, 4095, 4096, 4097, 2**19 - 1, 2**19, 2**19 + 1]
     tensors = {f"w{size}": ir.tensor(np.arange(size, dtype=np.float32), name=f"w{size}") for size in sizes}
     bytes_near = [*range(100, 140), *range(16_330, 16_390)]
@@ -141,7 +144,7 @@ def test_no_weights(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["lazy", "strided", "typed-fields", "external"])
 def test_kinds_of_tensors(tmp_path: Path, kind: str) -> None:
-    """However the library holds a tensor, its bytes are those of the array, row by row and little-endian."""
+    """The bytes written are the array's, row-major and little-endian, for every class of tensor in the library."""
     array = np.arange(12, dtype=np.float32).reshape(3, 4)
     if kind == "lazy":
         tensor = ir.LazyTensor(lambda: ir.tensor(array), ir.DataType.FLOAT, ir.Shape((3, 4)), name="w")
@@ -156,7 +159,7 @@ def test_kinds_of_tensors(tmp_path: Path, kind: str) -> None:
             "w.bin", 4, array.nbytes, ir.DataType.FLOAT, shape=ir.Shape((3, 4)), name="w", base_dir=tmp_path
         )
     model = model_with({"w": tensor})
-    if kind == "external":  # the library's own writer would leave it outside
+    if kind == "external":  # the library's own writer would keep it external
         onnx_file.save(model, tmp_path)
         path = tmp_path / "model.onnx"
     else:
@@ -167,7 +170,7 @@ def test_kinds_of_tensors(tmp_path: Path, kind: str) -> None:
 
 
 def test_saving_changes_nothing(es_mini_fp32: Artifact, tmp_path: Path) -> None:
-    """The model in memory is the same after it as before, and the file too when saved again."""
+    """Saving does not change the model in memory, and saving again gives the same file."""
     model = onnx_file.load(es_mini_fp32.model)
     names, nodes = list(model.graph.initializers), len(model.graph)
     first = save_both(model, tmp_path).read_bytes()
@@ -176,7 +179,7 @@ def test_saving_changes_nothing(es_mini_fp32: Artifact, tmp_path: Path) -> None:
 
 
 def test_weights_of_subgraphs_and_functions(tmp_path: Path) -> None:
-    """Only the main graph's are written apart; those of an If's branches stay where they are."""
+    """Only the main graph's weights are written separately; those in an If's branches stay where they are."""
     parsed = onnx.parser.parse_model("""
         <ir_version: 10, opset_import: ["" : 21, "local" : 1], producer_name: "prueba">
         g (float[N] x, bool c) => (float[N] y) <float[1] w = {2.0}>
@@ -197,7 +200,7 @@ def test_weights_of_subgraphs_and_functions(tmp_path: Path) -> None:
 
 
 def test_weight_that_is_an_input(tmp_path: Path) -> None:
-    """A default value of an input, as old exporters wrote every weight."""
+    """The weight is the default value of an input. Old exporters wrote every weight like this."""
     parsed = onnx.parser.parse_model("""
         <ir_version: 10, opset_import: ["" : 21]>
         g (float[2] x, float[2] w = {1.0, 2.0}) => (float[2] y) { y = Add (x, w) }
@@ -220,7 +223,7 @@ def test_mislabelled_tensor_is_not_written(tmp_path: Path) -> None:
 
 @pytest.fixture
 def large(es_mini_fp32: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The embedded model, saved as one that exceeds protobuf's limit is."""
+    """The embedded model, saved like a model that exceeds protobuf's limit."""
     monkeypatch.setattr(onnx_file, "INLINE_LIMIT_BYTES", 1_000_000)
     folder = tmp_path / "large"
     folder.mkdir()
@@ -239,7 +242,7 @@ def test_external_data(large: Path, es_mini_fp32: Artifact) -> None:
 
 
 def test_external_data_moves_with_its_folder(large: Path, es_mini_fp32: Artifact, tmp_path: Path) -> None:
-    """And runs: the same logits, to the bit, as with the weights inside."""
+    """The moved model runs and gives bit-equal logits to the model with its weights inside."""
     from cuantiza.core.run.runtime import Runtime
 
     moved = large.parent.rename(tmp_path / "moved elsewhere") / "model.onnx"
@@ -335,14 +338,14 @@ def test_external_data_not_whole(large: Path, change: str) -> None:
     ],
 )
 def test_external_data_entries_lie(large: Path, key: str, value: str) -> None:
-    """Ranges outside the file, or of another size than the tensor: refused when loaded, not a crash when read."""
+    """A range outside of the file, or of a wrong size, is refused when loading and does not crash later."""
     relocate(large, lambda tensor: set_entry(tensor, key, value))
     with pytest.raises(UserError, match=str(large.parent)):
         onnx_file.load(large)
 
 
 def test_external_data_without_a_length(tmp_path: Path) -> None:
-    """The length is optional: what the type and shape need has to be there."""
+    """The length is optional. Without it, the file must hold as many bytes as type and shape need."""
     tensor = TensorProto(name="w", data_type=TensorProto.FLOAT, dims=[5], data_location=TensorProto.EXTERNAL)
     tensor.external_data.add(key="location", value="w.bin")
     parsed = onnx.parser.parse_model(
@@ -391,7 +394,7 @@ def test_no_model(tmp_path: Path, content: bytes) -> None:
 
 
 def test_truncated_model(es_mini_fp32: Artifact, tmp_path: Path) -> None:
-    """Cut anywhere: in the header, in the graph, in the weights, before the last byte."""
+    """The file is cut in the header, in the graph, in the weights, or before the last byte."""
     whole = es_mini_fp32.model.read_bytes()
     for kept in (1, 7, 20, 1000, 20_000, len(whole) // 2, len(whole) - 1):
         (tmp_path / "model.onnx").write_bytes(whole[:kept])
@@ -401,7 +404,7 @@ def test_truncated_model(es_mini_fp32: Artifact, tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:Ignoring unknown external data key")
 def test_spoilt_bytes_never_crash(large: Path) -> None:
-    """Random damage to the graph: a model or one clear error, nothing else."""
+    """Random damage to the graph gives either a model or one clear error."""
     rng, whole = np.random.default_rng(0), large.read_bytes()
     refused = 0
     for _ in range(150):

@@ -1,4 +1,4 @@
-"""A message without its weights is the library's message, but for where the weights are."""
+"""A model read without its weights equals the library's message, except for where the weights are."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from cuantiza.core.store.artifact import Artifact
 
 
 def put_back(proto: onnx.ModelProto, path: Path) -> onnx.ModelProto:
-    """`proto` with the data that it says is in `path`."""
+    """`proto` with the data that it refers to in the file `path`."""
     data = path.read_bytes()
     for tensor in proto.graph.initializer:
         if tensor.external_data:
@@ -50,7 +50,7 @@ def test_data_of_every_kind(tmp_path: Path) -> None:
     second.graph.initializer.append(small)
     second.graph.initializer.append(onnx.numpy_helper.from_array(array[::-1].copy(), "second"))
     path = tmp_path / "model.onnx"
-    # Messages behind one another are merged, by protobuf's own rule.
+    # protobuf merges messages that are written one after the other into one.
     path.write_bytes(first.SerializeToString() + second.SerializeToString())
     proto = read_without_weights(path)
     assert [bool(tensor.external_data) for tensor in proto.graph.initializer] == [False, True, False, True]
@@ -61,7 +61,7 @@ def test_data_of_every_kind(tmp_path: Path) -> None:
 
 
 def test_a_link_is_read_where_it_leads(tmp_path: Path) -> None:
-    """As in the hub's cache: what lies beside the link is not beside the file."""
+    """The model may be a link, as in the hub's cache; its weights are read from the file that the link points to."""
     array = np.arange(5000, dtype=np.float32)
     (tmp_path / "blobs").mkdir()
     onnx.save(model(w=onnx.numpy_helper.from_array(array, "w")), tmp_path / "blobs/abc")

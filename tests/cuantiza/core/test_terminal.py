@@ -1,4 +1,4 @@
-"""Tables on a terminal: whole where it is wide enough, else a row after the other; nothing is cut."""
+"""Tables on a terminal: one line per row if it is wide enough, otherwise one block per row. Nothing is cut off."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def table() -> Table:
 @pytest.fixture
 def printed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
     def at(width: int | None) -> list[str]:
-        """The lines on a terminal of that width; None: on none."""
+        """The printed lines on a terminal of that width; None means that the output is not a terminal."""
         for name in ("COLUMNS", "TTY_COMPATIBLE", "FORCE_COLOR"):
             monkeypatch.delenv(name, raising=False)
         if width is not None:

@@ -1,0 +1,117 @@
+"""The columns of every table of results, each defined once: title in English and Spanish, and how a row shows.
+
+The terminal, report.md, report.html, the sweep's pages and the model card choose from COLUMNS by key.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from cuantiza.core.pages import number, percent, plus_minus
+from cuantiza.eval.report.schema import Measured, Row
+
+NO_VALUE = "—"
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of figures. `show(row, first, language)` is a row's cell in a table whose baseline is `first`.
+
+    Titles may hold {first}, the baseline's name, and {at}, the length that prefill or decode is shown for.
+    """
+
+    en: str
+    es: str
+    show: Callable[[Measured, Measured, str], str]
+
+    def title(self, first: Measured | None, language: str) -> str:
+        """The title; without `first`, one that fits tables with several baselines."""
+        prefill, decode = (f" {first.usual('prefill').at}", f" @{first.usual('decode').at}") if first else ("", "")
+        return getattr(self, language).format(first=first.name if first else "fp32", prefill=prefill, decode=decode)
+
+
+def _megabytes(key: Literal["bytes", "model_bytes"]) -> Callable:
+    return lambda row, first, language: number(getattr(row, key) / 1e6, 1, language)
+
+
+def _ratio(key: Literal["bytes", "model_bytes"]) -> Callable:
+    return lambda row, first, language: number(getattr(row, key) / getattr(first, key), 3, language)
+
+
+def _delta(row: Measured, first: Measured, language: str) -> str:
+    if row is first:
+        return {"en": "baseline", "es": "referencia"}[language]
+    return plus_minus(row.delta_ln_ppl, row.delta_ln_ppl_stderr, 4, language)
+
+
+def _against(show: Callable[[Measured, str], str]) -> Callable:
+    """A figure that compares with the baseline: its own row shows nothing."""
+    return lambda row, first, language: "" if row is first else show(row, language)
+
+
+def _timed(phase: Literal["prefill", "decode"]) -> Callable:
+    """`5.21 (3.42 ×)`: median in ms, and in brackets the speed-up."""
+
+    def show(row: Measured, first: Measured, language: str) -> str:
+        timing = row.usual(phase)
+        return f"{number(timing.p50_ms, 2, language)} ({number(timing.speedup, 2, language)} ×)"
+
+    return show
+
+
+def _llama_cpp(row: Row, first: Measured, language: str) -> str:
+    llama = row.llama_cpp
+    return NO_VALUE if llama is None else plus_minus(llama.perplexity, llama.perplexity_stderr, 2, language)
+
+
+COLUMNS = {
+    "name": Column("artifact", "artefacto", lambda row, first, language: row.name),
+    "size": Column("MB", "MB", _megabytes("bytes")),
+    # All files that inference needs, over those of the baseline: the one meaning of "× fp32" on every page.
+    "ratio": Column("× {first}", "× {first}", _ratio("bytes")),
+    "graph_size": Column("graph, MB", "grafo, MB", _megabytes("model_bytes")),
+    "graph_ratio": Column("graph × {first}", "grafo × {first}", _ratio("model_bytes")),
+    "perplexity": Column(
+        "perplexity",
+        "perplejidad",
+        lambda row, first, language: plus_minus(row.perplexity, row.perplexity_stderr, 2, language),
+    ),
+    "delta": Column("Δ ln ppl", "Δ ln ppl", _delta),
+    "kl": Column("KL, nats", "KL, nats", _against(lambda row, language: number(row.kl_divergence, 5, language))),
+    "same_top": Column(
+        "same top", "mismo token", _against(lambda row, language: percent(row.top1_agreement, 1, language))
+    ),
+    "bits": Column("bits/byte", "bits/byte", lambda row, first, language: number(row.bits_per_byte, 4, language)),
+    "prefill": Column("prefill{prefill}, ms", "prefill{prefill}, ms", _timed("prefill")),
+    "decode": Column("decode{decode}, ms", "decode{decode}, ms", _timed("decode")),
+    "load": Column("load, ms", "carga, ms", lambda row, first, language: number(row.load_ms, 0, language)),
+    "peak": Column("peak, MB", "pico, MB", lambda row, first, language: number(row.peak_rss_bytes / 1e6, 0, language)),
+    "llama_cpp": Column("llama.cpp perplexity", "perplejidad de llama.cpp", _llama_cpp),
+    "word": Column(
+        "word perplexity",
+        "perplejidad por palabra",
+        lambda row, first, language: number(row.word_perplexity, 2, language),
+    ),
+    "byte": Column(
+        "byte perplexity",
+        "perplejidad por byte",
+        lambda row, first, language: number(row.byte_perplexity, 4, language),
+    ),
+}
+MAIN = (
+    *("name", "size", "ratio", "perplexity", "delta", "kl", "same_top", "bits"),
+    *("prefill", "decode", "load", "peak"),
+)
+PROTOCOLS = ("name", "llama_cpp", "word", "byte")
+
+
+def titles(keys: Sequence[str], first: Measured | None, language: str) -> list[str]:
+    """The titles of the columns `keys`, as `Column.title` has them."""
+    return [COLUMNS[key].title(first, language) for key in keys]
+
+
+def cells(keys: Sequence[str], row: Measured, first: Measured, language: str) -> list[str]:
+    """The cells of `row` in the columns `keys`, in a table whose baseline is `first`."""
+    return [COLUMNS[key].show(row, first, language) for key in keys]

@@ -1,0 +1,62 @@
+# Targets for maintainers: how docs/ gets its figures, and how the toolchain is attacked. The Makefile includes this file.
+
+PEERS_VENV    ?= .venv-peers## environment of the libraries that `bench` compares with
+RUNTIMES_VENV ?= .venv-runtimes## environment of the runtimes that `runtimes` tries
+RELEASE_VENV  ?= .venv-release## environment of `sbom` and `audit`
+BENCH         ?=## full adds gpt2-medium
+BENCH_ARGS    ?=## more options of `python -m lab.bench`: --without-peers --rounds 5
+
+# The recipes of one precision each, which the chapters explain and every runtime is given.
+MATRIX = int8-dynamic int8-static int8-weight int4-weight fp16 bf16
+
+.PHONY: accuracy bench chapters runtimes emulation sweep-speedup torture fuzz peers runtimes-env sbom audit
+
+accuracy: $(ready) ## docs/accuracy.md; MODELS="FOLDER …" and TEXT=file add to it
+	@OPTIMUM_PYTHON="$(OPTIMUM_VENV)/bin/python" $(VENV)/bin/python -m lab.accuracy $(if $(MODELS),--models $(MODELS)) $(if $(TEXT),--text "$(TEXT)")
+
+bench: $(ready) ## speed, size and memory beside other libraries, in REPORTS=/bench
+	@OPTIMUM_PYTHON="$(OPTIMUM_VENV)/bin/python" PEERS_PYTHON="$(PEERS_VENV)/bin/python" $(run) lab.bench \
+	  --shapes es-mini gpt2 $(if $(filter full,$(BENCH)),gpt2-medium) --work "$(OUT)/bench" --output "$(REPORTS)/bench" $(BENCH_ARGS)
+
+chapters: $(ready) ## the course's chapters in docs/es and docs/en, with their figures
+	@$(MAKE) eval MODEL=models/es-mini CORPUS=corpus/es EXPORTER=graph QUANTIZE= EVAL= OUT="$(OUT)/chapters" REPORTS="$(REPORTS)/chapters" \
+	  RECIPES="$(MATRIX)"
+	@$(VENV)/bin/python -m lab.chapters --artifacts "$(OUT)/chapters/es-mini" --report "$(REPORTS)/chapters/es-mini/report.json"
+
+runtimes: $(ready) runtimes-env optimum js ## docs/runtimes.md: every artifact in every runtime that pip and npm install
+	@$(MAKE) quantize RECIPES="$(MATRIX) fp32-ort $(MATRIX:=-ort)" OUT="$(OUT)"
+	@OPTIMUM_PYTHON="$(OPTIMUM_VENV)/bin/python" RUNTIMES_PYTHON="$(RUNTIMES_VENV)/bin/python" $(run) lab.matrix --model "$(MODEL)" --artifacts "$(OUT)"
+
+emulation: $(ready) ## the same on other processors by qemu-user: docs/runtimes-emulation.json; EMULATION= are more options
+	@$(run) lab.matrix.emulation --artifacts "$(OUT)/$(NAME)" $(EMULATION)
+
+sweep-speedup: ray ## what a second machine is worth to `sweep`; SPEEDUP= are more options
+	@$(RAY_VENV)/bin/python -m lab.speedup $(SPEEDUP)
+
+torture: $(ready) ## kills, full disks and flipped bits at many moments; TORTURE="--moments 20 --kinds kill"
+	@$(VENV)/bin/python -m lab.faults $(TORTURE)
+
+fuzz: $(ready) ## 10,000 broken files of every format; FUZZ="--cases 500 --formats ONNX"
+	@$(run) lab.fuzz $(FUZZ)
+
+$(PEERS_VENV)/.stamp: setup/peers.txt
+$(PEERS_VENV)/.stamp: export CMAKE_ARGS := -DGGML_NATIVE=on
+$(RUNTIMES_VENV)/.stamp: setup/runtimes.txt
+$(RELEASE_VENV)/.stamp: setup/release.txt
+
+peers: optimum $(PEERS_VENV)/.stamp ## the environments of the libraries that `bench` compares with
+runtimes-env: $(RUNTIMES_VENV)/.stamp ## the environment of the runtimes that `runtimes` tries
+
+# Each file of pins is an environment, so each gets its own list.
+sbom: $(RELEASE_VENV)/.stamp ## what is installed, as CycloneDX, in DIST=
+	@mkdir -p "$(DIST)"
+	@for pins in setup/*.txt; do \
+	  $(RELEASE_VENV)/bin/cyclonedx-py requirements --pyproject pyproject.toml --output-reproducible \
+	    -o "$(DIST)/sbom-$$(basename $$pins .txt).cdx.json" $$pins || exit; done
+	@cd js && npm sbom --sbom-format cyclonedx --package-lock-only > "$(abspath $(DIST))/sbom-javascript.cdx.json"
+
+# `--strict` fails on a package that the database does not answer for.
+audit: $(RELEASE_VENV)/.stamp ## known vulnerabilities of what is installed
+	@for pins in setup/*.txt; do \
+	  $(RELEASE_VENV)/bin/pip-audit --strict --require-hashes --disable-pip --requirement $$pins || exit; done
+	@cd js && npm audit --package-lock-only

@@ -1,6 +1,6 @@
-"""Run our own functions in a process of their own: its memory goes back to the system, its death is one clear line here.
+"""Run our functions in a process of their own: it returns its memory to the system, and its death is one clear line.
 
-The counterpart for programs in other interpreters is cuantiza/core/machine/child.py.
+For programs in other interpreters there is cuantiza/core/machine/child.py.
 """
 
 from __future__ import annotations
@@ -131,8 +131,11 @@ class _Call:
 
 
 def isolated(function: Callable[..., Any], *args: Any, label: str | None = None) -> Any:
-    """Run `function(*args)` in a process that ends with it. Raises UserError as `Remote` does; `label` names it there."""
-    label = label or function.__name__
+    """Run `function(*args)` in a process of its own and return its result.
+
+    `label` says in messages what it does (default: the function's name). Raises UserError as `Remote` does.
+    """
+    label = label or function.__name__.strip("_")
     with Remote(_Call, function, label, label=label) as remote:
         return remote.call("run", *args)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
+from cuantiza.core import contract
 from cuantiza.core.inputs.model_config import max_positions, read_config
 from cuantiza.core.onnx import file as onnx_file
 from cuantiza.core.onnx.genai_config import GENAI_CONFIG, genai_config
@@ -36,7 +37,7 @@ def write_graph(parent: Path, work: Path, target: Target, rewrite: Callable[[ir.
 
 def _write_genai_config(graph: ir.Graph, parent: Path, work: Path) -> None:
     """Write genai_config.json, by which onnxruntime-genai loads a graph that updates its KV cache in place."""
-    keys = [value for value in graph.inputs if value.name.startswith("past_") and value.name.endswith(".key")]
+    keys = [value for value in graph.inputs if contract.is_past(value.name) and value.name.endswith(".key")]
     config = read_config(parent)
     fields = genai_config(
         config,

@@ -12,9 +12,9 @@ reads the names here; this module imports nothing but NumPy, so that it also run
 
 from __future__ import annotations
 
-from typing import Any
 import re
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 

@@ -5,13 +5,13 @@ The counterpart for our own functions is cuantiza/core/machine/process.py. This 
 
 from __future__ import annotations
 
-from typing import Any
 import os
 import signal
 import subprocess
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 _GRACE_S = 10  # for a child that is told to end, to remove its temporary files
 

@@ -5,11 +5,11 @@ Importing this module loads only the standard library, so that it also runs in o
 
 from __future__ import annotations
 
-from typing import Any
 import os
 import platform
 import resource
 from pathlib import Path
+from typing import Any
 
 from cuantiza.core.errors import UserError
 

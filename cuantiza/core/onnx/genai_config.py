@@ -6,6 +6,7 @@ Its tokenizer is made of tokenizer.json and tokenizer_config.json, which lie in 
 from __future__ import annotations
 
 from typing import Any
+
 from cuantiza.core import contract
 
 GENAI_CONFIG = "genai_config.json"

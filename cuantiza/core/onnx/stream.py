@@ -35,7 +35,9 @@ def read_without_weights(path: Path) -> onnx.ModelProto:
             raise DecodeError("an empty file")
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             model = onnx.ModelProto()
-            model.ParseFromString(b"".join(_rewritten(data, (0, len(data)), [MODEL_GRAPH, GRAPH_INITIALIZER], path.name)))
+            model.ParseFromString(
+                b"".join(_rewritten(data, (0, len(data)), [MODEL_GRAPH, GRAPH_INITIALIZER], path.name))
+            )
             return model
 
 

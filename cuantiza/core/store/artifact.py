@@ -5,11 +5,11 @@ artifacts/<model>/<recipe>/manifest.json and the files that it lists
 
 from __future__ import annotations
 
-from typing import Any
 import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from cuantiza.core.errors import UserError
 from cuantiza.core.store.digests import digest, sha256_file

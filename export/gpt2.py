@@ -1,8 +1,8 @@
-"""GPT-2 as an ONNX graph, in standard operators, written as one reads the model.
+"""GPT-2 as an ONNX graph of standard operators. The code reads from top to bottom like the model.
 
-Its inputs and outputs are those of cuantiza/core/contract.py.
+The inputs and outputs are those of cuantiza/core/contract.py.
 
-B batch, T new tokens, P tokens in the cache, D width of the model, H heads, d = D/H, V vocabulary.
+B batch, T new tokens, P tokens in the KV cache, D width of the model, H heads, d = D/H, V vocabulary.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from cuantiza.core.errors import UserError
 from cuantiza.export.gpt2_config import GPT2Config
 from cuantiza.export.weights import Weight, check_finite
 
-_END = 2**63 - 1  # Slice's end: however long
+_END = 2**63 - 1  # as the end of a Slice: the end of the axis, however long it is
 _BLOCK = re.compile(r"h\.(\d+)\.")
 
 
@@ -143,7 +143,10 @@ def _is_tied(config: GPT2Config, weights: dict[str, Weight]) -> bool:
 
 
 def _visible(op: onnxscript.OpBuilder, input_ids: ir.Value, attention_mask: ir.Value) -> ir.Value:
-    """0 where query t of T may see key s of P+T, else -1e30: s ≤ P + t, and s is no padding. [B, 1, T, P+T]"""
+    """Make the attention mask [B, 1, T, P+T]: 0 where the new token t may see position s, else contract.MASKED.
+
+    It may see s if s ≤ P + t and s is not padding.
+    """
     total = op.Shape(attention_mask, start=1, end=2)
     count = op.Shape(input_ids, start=1, end=2)
     keys = op.Range(0, op.Squeeze(total, [0]), 1)  # [P+T]

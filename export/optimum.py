@@ -1,6 +1,7 @@
-"""Causal language models other than GPT-2 through optimum's exporter, brought to the contract of cuantiza/core/contract.py.
+"""Export causal language models other than GPT-2 with optimum's exporter.
 
-optimum-onnx stops at transformers 4.57, so it runs in an interpreter of its own (`make optimum`, OPTIMUM_PYTHON).
+The exported graph is then changed so that its inputs and outputs are those of cuantiza/core/contract.py. optimum-onnx
+needs transformers 4.57 or older, so it runs in an interpreter of its own (`make optimum`, OPTIMUM_PYTHON).
 """
 
 from __future__ import annotations
@@ -115,8 +116,8 @@ def _legacy_config(fields: dict, path: Path) -> dict:
     kind = fields.get("model_type")
     if kind not in MODEL_TYPES:
         raise UserError(
-            f"{path}: model_type {kind!r} is none of those that optimum's exporter brings to the contract of docs/artifact.md: "
-            f"{', '.join(MODEL_TYPES)}; choose a model of these types"
+            f"{path}: model_type {kind!r} is not one of those that optimum's exporter can bring to the contract of docs/artifact.md; "
+            f"choose a model of one of these types: {', '.join(MODEL_TYPES)}"
         )
     # Code from a model's repository is never run, so the field auto_map that names it is dropped.
     config = {key: value for key, value in fields.items() if key not in ("auto_map", "rope_parameters")}
@@ -199,12 +200,12 @@ def _share_weights(graph: ir.Graph) -> None:
         array = weight.const_value.numpy()
         if array.ndim < 2:
             continue
-        twins = kept.setdefault((array.dtype, array.shape), [])
-        twin = next((twin for twin in twins if np.array_equal(twin.const_value.numpy(), array)), None)
-        if twin is None:
-            twins.append(weight)
+        alike = kept.setdefault((array.dtype, array.shape), [])
+        equal = next((other for other in alike if np.array_equal(other.const_value.numpy(), array)), None)
+        if equal is None:
+            alike.append(weight)
         else:
-            weight.replace_all_uses_with(twin)
+            weight.replace_all_uses_with(equal)
             del graph.initializers[weight.name]
     for embedding in list(_embedding_matrices(graph)):
         array = embedding.const_value.numpy()

@@ -4,4 +4,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
+DATA = DOCS / "data"  # the figures that pages in docs/ are made of, as JSON
 ES_MINI, CORPUS = ROOT / "models" / "es-mini", ROOT / "corpus" / "es"
+
+
+def page_folder(data: Path) -> Path:
+    """The folder of the page that is made of the JSON file `data`: docs/ for docs/data/x.json, else the file's own."""
+    return data.parent.parent if data.parent.name == DATA.name else data.parent

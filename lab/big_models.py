@@ -1,4 +1,4 @@
-"""Measures time and memory of every step on GPT-2's four sizes, and writes docs/big-models.json and .md.
+"""Measures time and memory of every step on GPT-2's four sizes, and writes docs/data/big-models.json and docs/big-models.md.
 
 python -m lab.big_models --shapes gpt2 gpt2-medium gpt2-large gpt2-xl    measures these sizes, one after the other
 python -m lab.big_models --steps int8-weight-nearest                     measures only export and this step
@@ -33,11 +33,11 @@ from cuantiza.core.pages import signed
 from cuantiza.core.store import digests
 from cuantiza.quantize.recipes.registry import RECIPES as RECIPES_BY_NAME
 from cuantiza.quantize.recipes.registry import to_json
-from lab import ROOT
+from lab import DATA, ROOT, page_folder
 from lab.checkpoints.random import SHAPES, Shape, checkpoint
 from lab.pages import filled, write
 
-JSON = ROOT / "docs/big-models.json"
+JSON = DATA / "big-models.json"
 ORDER = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 RECIPES = ("int8-dynamic", "int8-static", "int4-weight")
 NEAREST = "int8-weight-nearest"
@@ -211,7 +211,7 @@ def growth(rows: list[dict], steps: list[str]) -> list[tuple[str, ...]]:
 
 
 def write_page(path: Path) -> None:
-    """Write the Markdown page beside the JSON file `path`."""
+    """Write the Markdown page of the JSON file `path` into its folder (`page_folder`)."""
     fields = json.loads(path.read_text(encoding="utf-8"))
     rows = fields["rows"]
     steps = [name for name in ("export", *STEPS) if all(name in row["steps"] for row in rows)]
@@ -250,8 +250,9 @@ def write_page(path: Path) -> None:
         columns=columns,
         files=files,
     )
-    write(path.with_suffix(".md"), text)
-    say(f"big models {path.with_suffix('.md')}: written")
+    target = (page_folder(path) / path.name).with_suffix(".md")
+    write(target, text)
+    say(f"big models {target}: written")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ BENCH         ?=## full adds gpt2-medium
 BENCH_ARGS    ?=## more options of `python -m lab.bench`: --without-peers --rounds 5
 
 # The recipes of one precision each, which the chapters explain and every runtime is given.
-MATRIX = int8-dynamic int8-static int8-weight int4-weight fp16 bf16
+MATRIX = $(shell $(run) cuantiza recipes --names --portable)
 
 .PHONY: accuracy bench chapters runtimes emulation sweep-speedup torture fuzz peers runtimes-env sbom audit
 

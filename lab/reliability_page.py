@@ -1,6 +1,6 @@
-"""docs/reliability.json and docs/fuzz*.json -> docs/reliability.md, one section for each JSON file that is there.
+"""docs/data/reliability.json and docs/data/fuzz*.json -> docs/reliability.md, one section for each JSON file that is there.
 
-python -m lab.reliability_page    prints the page again, from the JSON files in docs/
+python -m lab.reliability_page    prints the page again, from the JSON files in docs/data/
 
 A further section is a function from its JSON to Markdown, and a line in SECTIONS. Prose is in lab/templates/.
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 from cuantiza.core.errors import UserError, run
 from cuantiza.core.machine.progress import report as say
 from cuantiza.core.pages import escape
-from lab import DOCS
+from lab import DATA, DOCS, page_folder
 from lab.pages import filled, write
 
 SCHEMA = "cuantiza/reliability/1"
@@ -23,7 +23,7 @@ TEMPLATES = Path(__file__).resolve().parent / "templates"
 
 
 def fault_section(report: dict) -> str:
-    """The section of a fault campaign (docs/reliability.json)."""
+    """The section of a fault campaign (docs/data/reliability.json)."""
     rows = [
         [f"`{row['kind']}`", row["fault"], f"{row['moments']:,}", f"{row['struck']:,}", str(row["findings"])]
         for row in report["kinds"]
@@ -40,15 +40,19 @@ def fault_section(report: dict) -> str:
         minutes=max(1, round(report["seconds"] / 60)),
         rows=[*rows, ["", "all", *totals]],
         skipped=[(row["kind"], row["skipped"]) for row in report["kinds"] if row["skipped"]],
-        findings=[
-            [escape(item["moment"]), escape(" ".join(item["wrong"][0].split())[:300]), f"`{item['again']}`"]
-            for item in report["findings"]
-        ],
+        findings=[[escape(item["moment"]), _wrong(item), f"`{item['again']}`"] for item in report["findings"]],
     )
 
 
+def _wrong(finding: dict) -> str:
+    """What was wrong at a moment. Once its cause is fixed, "fixed" in the JSON says so, written by hand."""
+    if "fixed" in finding:
+        return f"**Fixed.** {escape(finding['fixed'])}."
+    return escape(" ".join(finding["wrong"][0].split())[:300])
+
+
 def fuzz_section(report: dict) -> str:
-    """The section of one engine's run of `python -m lab.fuzz` (docs/fuzz*.json)."""
+    """The section of one engine's run of `python -m lab.fuzz` (docs/data/fuzz*.json)."""
     formats = report["formats"]
     rows = [
         [
@@ -73,7 +77,7 @@ def fuzz_section(report: dict) -> str:
     )
 
 
-# File in docs/ -> the function that makes a section of it; in the order of the page.
+# File in docs/data/ -> the function that makes a section of it; in the order of the page.
 SECTIONS: dict[str, Callable[[dict], str]] = {
     JSON: fault_section,
     "fuzz.json": fuzz_section,
@@ -81,11 +85,11 @@ SECTIONS: dict[str, Callable[[dict], str]] = {
 }
 
 
-def page(docs: Path) -> str:
-    """The page, with the sections whose JSON file is in folder `docs`. Raises UserError where one of them is broken."""
+def page(data: Path) -> str:
+    """The page, with the sections whose JSON file is in folder `data`. Raises UserError where one of them is broken."""
     sections = []
     for name, section in SECTIONS.items():
-        path = docs / name
+        path = data / name
         if not path.is_file():
             continue
         try:
@@ -96,15 +100,15 @@ def page(docs: Path) -> str:
 
 
 def publish(report: dict, output: Path) -> None:
-    """Write a campaign's JSON as `output`, and, where it is one of SECTIONS, the page beside it."""
+    """Write a campaign's JSON as `output`, and, where it is one of SECTIONS, the page (`page_folder`)."""
     output.parent.mkdir(parents=True, exist_ok=True)
     write(output, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
     if output.name in SECTIONS:
-        write(output.parent / MARKDOWN, page(output.parent))
+        write(page_folder(output) / MARKDOWN, page(output.parent))
 
 
 def main() -> int:
-    write(DOCS / MARKDOWN, page(DOCS))
+    write(DOCS / MARKDOWN, page(DATA))
     say(f"reliability  {DOCS / MARKDOWN}: written")
     return 0
 

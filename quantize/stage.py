@@ -108,7 +108,7 @@ def quantize_one(parent: Artifact, target: Path, name: str, recipe: Recipe, sour
             details=details,
         )
     before, after = parent.model.stat().st_size, made.model.stat().st_size
-    report(f"          {after / 1e6:.1f} MB, {after / before:.3f} × fp32")
+    report(f"          {after / 1e6:.1f} MB, graph × fp32: {after / before:.3f}")
     return made
 
 

@@ -21,9 +21,9 @@ LONGEST = 1024
 
 
 def shapes(longest: int) -> tuple[list[int], list[int]]:
-    """Return (prefill lengths, decode positions) for a model of `longest` positions, of which LONGEST count at most.
+    """Return (prefill lengths, decode positions) for a model of `longest` positions.
 
-    The last of these positions is always one of the decode positions.
+    No length or position is beyond LONGEST. The last possible position is always one of the decode positions.
     """
     longest = min(longest, LONGEST)
     prefill = [length for length in PREFILL if length <= longest] or [longest]

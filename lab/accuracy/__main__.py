@@ -1,9 +1,9 @@
 """Makes docs/accuracy.md: the accuracy lost by every recipe and by common tools' defaults, on easy and hard models.
 
 python -m lab.accuracy [--models FOLDER ...] [--text FILE]
-python -m lab.accuracy --reprint
+python -m lab.accuracy --reprint    writes the page again from the JSON
 
-docs/accuracy.json holds the numbers, and lab/accuracy/page.py makes the page only from it. Artifacts and scores are
+docs/data/accuracy.json holds the numbers, and lab/accuracy/page.py makes the page only from it. Artifacts and scores are
 kept in the folder of --work, so a second run builds and measures only what has changed.
 """
 
@@ -91,13 +91,16 @@ def main() -> int:
     )
     parser.add_argument("--text", type=Path, metavar="FILE", help="another text, of which the test split is scored")
     default = Path("artifacts/accuracy")
-    parser.add_argument("--work", type=Path, default=default, help=f"folder of what is kept (default {default})")
-    parser.add_argument("--output", type=Path, default=Path("docs"), help="folder of the page (default docs)")
-    parser.add_argument("--reprint", action="store_true", help="measure nothing: print the page again from its JSON")
+    parser.add_argument(
+        "--work", type=Path, default=default, help=f"folder where artifacts and scores are kept (default {default})"
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("docs"), help="folder for the page and its JSON (default docs)"
+    )
+    parser.add_argument("--reprint", action="store_true", help="write the page again from its JSON, without measuring")
     args = parser.parse_args()
     if args.reprint:
-        publish(json.loads((args.output / JSON).read_text(encoding="utf-8")), args.output)
-        say(f"accuracy  {args.output / MARKDOWN}: written")
+        _publish(json.loads((args.output / JSON).read_text(encoding="utf-8")), args.output)
         return 0
     if odd := next((folder for folder in args.models if not folder.is_dir()), None):
         raise UserError(f"--models {odd}: is not a folder; give folders of GPT-2 checkpoints")
@@ -114,12 +117,17 @@ def main() -> int:
     with folders.locked(work):
         checkpoints = [MODEL, *(_hard_model(kind, work) for kind in HARD), *given]
         result = measure(checkpoints, texts, calibration, work, ROWS)
-    publish(result, args.output)
-    say(f"accuracy  {args.output / MARKDOWN}: written")
-    if args.output.resolve() == ROOT / "docs":
-        write_costs(args.output / JSON)
-        say(f"accuracy  {COSTS}: written")
+    _publish(result, args.output)
     return 0
+
+
+def _publish(report: dict, output: Path) -> None:
+    """Write the page and its JSON into `output`; for the project's own page also what `cuantiza recipes` prints of it."""
+    publish(report, output)
+    say(f"accuracy  {output / MARKDOWN}: written")
+    if output.resolve() == ROOT / "docs":
+        write_costs(output / JSON)
+        say(f"accuracy  {COSTS}: written")
 
 
 def measure(checkpoints: list[Path], texts: list[Text], calibration: Split, work: Path, recipes: list[str]) -> dict:

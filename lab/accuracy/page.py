@@ -1,4 +1,4 @@
-"""docs/accuracy.json -> docs/accuracy.md: every number on the page is in the JSON, or quoted from who published it."""
+"""docs/data/accuracy.json -> docs/accuracy.md: every number on the page is in the JSON, or quoted from who published it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lab.pages import filled
 
 SCHEMA = "cuantiza/accuracy/1"
 TEMPLATE = Path(__file__).resolve().parent / "accuracy.md.j2"
-JSON, MARKDOWN = "accuracy.json", "accuracy.md"
+JSON, MARKDOWN = "data/accuracy.json", "accuracy.md"
 # Of an artifact, as docs/report.md explains them; beside them stand name, bytes of the ONNX file, and ratio to fp32's.
 FIELDS = (
     "perplexity",
@@ -52,8 +52,9 @@ PUBLISHED = (
 def publish(report: dict, output: Path) -> None:
     """Write accuracy.json, floats to 6 significant digits, and the page made of it into folder `output`, both whole."""
     report = _rounded(report)
-    output.mkdir(parents=True, exist_ok=True)
-    with folders.staging(output / JSON) as work:
+    (output / JSON).parent.mkdir(parents=True, exist_ok=True)
+    with folders.staging(output / MARKDOWN) as work:
+        (work / JSON).parent.mkdir()
         (work / MARKDOWN).write_text(page(report), encoding="utf-8")
         (work / JSON).write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         for name in (MARKDOWN, JSON):

@@ -45,7 +45,7 @@ class Limits:
 
 
 def measure(threads: int) -> Limits:
-    """The limits of this machine now, measured in a process of its own. Raises child.Failed."""
+    """Measure this machine's current limits in a process of its own. Raises child.Failed."""
     alone = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
     answer = run(command(Path(sys.executable), "lab.bench.limits", threads), timeout=300, cwd=ROOT, environment=alone)
     return Limits(**json.loads(answer))

@@ -1,4 +1,4 @@
-"""Our artifacts as rows of the benchmark: the interface is described in lab/bench/worker.py."""
+"""Runs this project's artifacts as rows of the benchmark, with the interface that lab/bench/worker.py describes."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def files(kind: str, folder: Path) -> list[Path]:
 
 
 class Engine:
-    """The artifact in `folder`; `options` are the fields of Options.
+    """The artifact in `folder`. `options` are the fields of Options.
 
-    Threads spin, because a row has the machine to itself while it is timed.
+    Its threads spin while they wait, which is fastest. They disturb nobody, since only one row runs at a time.
     """
 
     def __init__(self, kind: str, folder: Path, threads: int, **options: Any) -> None:

@@ -33,7 +33,7 @@ RECIPES = (
     "int4-weight",
     "int4-weight-ort",
 )
-# (row, recipe, fields of Options): what each choice buys, one after the other.
+# (row, recipe, fields of Options). Each row shows the gain of one design choice.
 ABLATION: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("fp32 portable, all logits", "fp32", {"last_only": False, "chunk": None}),
     ("fp32 portable, last logits only", "fp32", {"chunk": None}),
@@ -59,8 +59,8 @@ PREPARE_TIMEOUT_S = 1800
 class Row:
     """One row: an Engine (lab/bench/worker.py) of `module` that runs in the interpreter `python` on files in `folder`.
 
-    `kind` is a recipe of ours, or one of those that a peer's module knows; `cache_bytes` are those of an element of
-    keys and values; `options` are the fields of cuantiza.core.run.runtime.Options.
+    `kind` is one of our recipes, or a kind that the peer's module knows. `cache_bytes` is the size of one element of
+    keys and values. `options` are the fields of cuantiza.core.run.runtime.Options.
     """
 
     name: str
@@ -191,8 +191,8 @@ def _our_row(name: str, recipe: str, artifacts: Path, options: dict[str, Any]) -
 
 
 def _cheap_recipe(name: str, folder: Path) -> Path:
-    """`folder`/<name>.json: the built-in recipe without the search for what suits a model."""
-    fields = json.loads(run(command(Path(sys.executable), "cuantiza", "recipes", "--json", name), 60))
+    """Write `folder`/<name>.json: the built-in recipe with the fields of CHEAP, and return its path."""
+    fields = json.loads(_run("cuantiza", "recipes", "--json", name))
     folder.mkdir(exist_ok=True)
     path = folder / f"{name}.json"
     path.write_text(json.dumps(fields | {key: CHEAP[key] for key in CHEAP if key in fields}), encoding="utf-8")

@@ -1,8 +1,9 @@
 """Makes the chapters for the course's readers: docs/es/cuantizacion.md, docs/en/quantization.md and their figures.
 
 python -m lab.chapters [--artifacts FOLDER] [--report FILE]
+python -m lab.chapters --reprint    makes pages and figures again from the JSON, without measuring
 
-Every number is measured on the artifacts or copied from the report, and written to docs/figures/quantization.json. The
+Every number is measured on the artifacts or copied from the report, and written to docs/data/quantization.json. The
 pages and figures are made only from that JSON, and the same JSON gives the same bytes.
 """
 
@@ -18,14 +19,15 @@ from cuantiza.core.inputs.corpus import Source
 from cuantiza.core.machine.process import isolated
 from cuantiza.core.machine.progress import report as say
 from cuantiza.core.store import artifact, folders
-from lab import ROOT
+from cuantiza.quantize.recipes.registry import PORTABLE
+from lab import DATA, ROOT
 from lab.chapters.text import PAGES, page
 
 SCHEMA = "cuantiza/chapters/1"
 
 MODEL = ROOT / "models" / "es-mini"
-JSON = "quantization.json"
-RECIPES = ("int8-dynamic", "int8-static", "int8-weight", "int4-weight", "fp16", "bf16")
+JSON = "data/quantization.json"
+RECIPES = tuple(PORTABLE)
 ROWS = ("fp32", *RECIPES, "torch-fp32", "torch-dynamic")
 # Fields copied from each of the report's rows. Its latencies are copied for these two shapes: a prefill of 512 tokens,
 # and a decode step at position 128.
@@ -41,7 +43,7 @@ FIELDS = (
     "continuation",
 )
 PREFILL, DECODE = 512, 128
-# Models and recipes that are copied from docs/accuracy.json. They show what outlier channels do to a scale per tensor,
+# Models and recipes that are copied from docs/data/accuracy.json. They show what outlier channels do to a scale per tensor,
 # and compare GPTQ with rounding to nearest.
 MODELS, ACCURACY = (
     ("es-mini", "es-mini-twin"),
@@ -69,7 +71,12 @@ def main() -> int:
     parser.add_argument(
         "--output", type=Path, default=ROOT / "docs", help="folder for the pages and figures (default docs)"
     )
+    parser.add_argument("--reprint", action="store_true", help="measure nothing: make pages and figures of the JSON")
     args = parser.parse_args()
+    if args.reprint:
+        publish(json.loads((args.output / JSON).read_text(encoding="utf-8")), args.output)
+        say(f"chapters  {args.output}: written")
+        return 0
     report = read_report(args.report)
     if report["model"] != MODEL.name:
         raise UserError(
@@ -99,7 +106,7 @@ def _measure(found: dict[str, artifact.Artifact], report: dict) -> dict:
         "schema": SCHEMA,
         **measured,
         "report": pick_report(report),
-        "accuracy": pick_accuracy(ROOT / "docs" / "accuracy.json"),
+        "accuracy": pick_accuracy(DATA / "accuracy.json"),
         "exercise": [asdict(kind) for kind in modules_by_kind(MODEL)],
     }
 
@@ -146,7 +153,7 @@ def pick_report(report: dict) -> dict:
 
 
 def pick_accuracy(path: Path) -> dict:
-    """Read {model: {recipe: {delta_ln_ppl, delta_ln_ppl_stderr}}} on corpus/es from docs/accuracy.json.
+    """Read {model: {recipe: {delta_ln_ppl, delta_ln_ppl_stderr}}} on corpus/es from docs/data/accuracy.json.
 
     Raises UserError if the file lacks one of MODELS or ACCURACY.
     """
@@ -184,14 +191,14 @@ def publish(data: dict, output: Path) -> None:
     """
     from lab.chapters.figures import draw
 
-    targets = {output / "figures", *(output / Path(name).parent for name in PAGES.values())}
-    for folder in targets:
-        folder.mkdir(parents=True, exist_ok=True)
-    with folders.staging(output / JSON) as work:
-        for folder in targets:
-            (work / folder.name).mkdir()
+    rooms = {"figures", *(str(Path(name).parent) for name in (JSON, *PAGES.values()))}
+    for room in rooms:
+        (output / room).mkdir(parents=True, exist_ok=True)
+    with folders.staging(output / Path(JSON).name) as work:
+        for room in rooms:
+            (work / room).mkdir()
         draw(data, work / "figures")
-        (work / "figures" / JSON).write_text(_compact(data), encoding="utf-8")
+        (work / JSON).write_text(_compact(data), encoding="utf-8")
         for language, name in PAGES.items():
             (work / name).write_text(page(language, data), encoding="utf-8")
         for file in sorted(work.rglob("*.*")):

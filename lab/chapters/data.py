@@ -1,4 +1,4 @@
-"""The measured sections of docs/figures/quantization.json. lab/chapters/measure.py fills them.
+"""The measured sections of docs/data/quantization.json. lab/chapters/measure.py fills them.
 
 Every error is a relative root mean square: ‖restored − exact‖ / ‖exact‖. A row of an activation is one token.
 """

@@ -1,4 +1,4 @@
-"""Draws the chapters' figures from docs/figures/quantization.json: each in both languages, as docs/figures/*.svg.
+"""Draws the chapters' figures from docs/data/quantization.json: each in both languages, as docs/figures/*.svg.
 
 Text stays text in the SVG. The background is white, also on a dark page. A width of 324 points is readable on a phone
 without scaling.

@@ -1,4 +1,4 @@
-"""The chapters' pages: templates in lab/chapters/templates/ filled with docs/figures/quantization.json, a number at a time.
+"""The chapters' pages: templates in lab/chapters/templates/ filled with docs/data/quantization.json, a number at a time.
 
 A template has every number from that JSON, through one of the filters of `Numbers`, so that both languages have the
 same ones: 0.5 in English is 0,5 in Spanish.

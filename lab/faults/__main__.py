@@ -1,8 +1,8 @@
 """The fault campaign kills, interrupts and damages `make export quantize eval`, or fills its disk, at many moments.
 
-python -m lab.faults [--moments 200] [--seed 0] [--output docs/reliability.json] [--kinds KIND ...]
+python -m lab.faults [--moments 200] [--seed 0] [--output docs/data/reliability.json] [--kinds KIND ...]
 python -m lab.faults --seed 0 --only kill/17      repeats one moment
-python -m lab.faults --kinds interrupt --output docs/reliability.json   repeats one kind; the others stay as they were
+python -m lab.faults --kinds interrupt --output docs/data/reliability.json   repeats one kind; the others stay as they were
 
 After each fault, every artifact that exists must be whole, and the next make must end with the bytes of an undisturbed
 run. If that does not hold, it is a finding and the exit status is 1. Each finding names the command that repeats its
@@ -169,7 +169,7 @@ def told(result: Result, verbose: bool = False) -> Iterator[str]:
 
 
 def to_json(results: list[Result], seed: int, counts: dict) -> dict:
-    """The content of docs/reliability.json (lab/reliability_page.py). `counts` are about the whole campaign."""
+    """The content of docs/data/reliability.json (lab/reliability_page.py). `counts` are about the whole campaign."""
     kinds = []
     for kind in dict.fromkeys(result.moment.kind for result in results):
         own = [result for result in results if result.moment.kind == kind]

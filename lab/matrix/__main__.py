@@ -1,4 +1,4 @@
-"""`python -m lab.matrix`: every artifact in every runtime, as docs/runtimes.json and the page docs/runtimes.md."""
+"""`python -m lab.matrix`: every artifact in every runtime, as docs/data/runtimes.json and the page docs/runtimes.md."""
 
 from __future__ import annotations
 
@@ -103,7 +103,9 @@ def main() -> int:
 
 def publish(result: dict, output: Path) -> None:
     """Both files, each renamed into place."""
-    with staging(output / JSON) as work:
+    (output / JSON).parent.mkdir(parents=True, exist_ok=True)
+    with staging(output / MARKDOWN) as work:
+        (work / JSON).parent.mkdir()
         (work / JSON).write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         (work / MARKDOWN).write_text(page(result, read_emulation(output)), encoding="utf-8")
         for name in (MARKDOWN, JSON):
@@ -112,7 +114,7 @@ def publish(result: dict, output: Path) -> None:
 
 
 def reprint(output: Path) -> int:
-    """The page anew, from the JSON beside it. Raises UserError where there is none, or of another schema."""
+    """The page anew, from the JSON below `output`. Raises UserError where there is none, or of another schema."""
     path = output / JSON
     result = _read(path)
     if not isinstance(result, dict) or result.get("schema") != SCHEMA:

@@ -23,6 +23,7 @@ from cuantiza.core.machine.child import Failed
 from cuantiza.core.run.divergence import compare
 from cuantiza.core.run.runtime import Runtime
 from cuantiza.core.store.artifact import MODEL, Artifact, open_artifact
+from cuantiza.quantize.recipes.registry import PORTABLE
 from lab.matrix.programs import Program, run
 from lab.matrix.reasons import BFLOAT16, Reason, explain
 
@@ -30,8 +31,7 @@ TOKENS, PREFILL, PAD, GENERATE = 48, 16, 7, 16
 PROMPT = "Me gusta mucho el futbol"
 LOGITS = ("whole", "cached", "padded")
 FLOATS = 1e-6  # KL in nats a position
-_PORTABLE = ("fp32", "int8-dynamic", "int8-static", "int8-weight", "int4-weight", "fp16", "bf16")
-RECIPES = tuple(name for recipe in _PORTABLE for name in (recipe, f"{recipe}-ort"))
+RECIPES = tuple(name for recipe in ("fp32", *PORTABLE) for name in (recipe, f"{recipe}-ort"))
 
 
 @dataclass(frozen=True)

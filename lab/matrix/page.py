@@ -10,7 +10,7 @@ from lab.pages import filled
 
 SCHEMA = "cuantiza/runtimes/1"
 TEMPLATE = Path(__file__).resolve().parent / "runtimes.md.j2"
-JSON, MARKDOWN, EMULATION = "runtimes.json", "runtimes.md", "runtimes-emulation.json"
+JSON, MARKDOWN, EMULATION = "data/runtimes.json", "runtimes.md", "data/runtimes-emulation.json"
 # Of a message that goes on for pages; the JSON has all of it.
 _LONGEST = 500
 

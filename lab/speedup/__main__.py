@@ -1,4 +1,4 @@
-"""Measures how much faster `make sweep` gets with more machines, and writes docs/sweep-speedup.json and .md.
+"""Measures how much faster `make sweep` gets with more machines, and writes docs/data/sweep-speedup.json and docs/sweep-speedup.md.
 
 make sweep-speedup                measures, in the environment of setup/ray.txt
 python -m lab.speedup --reprint   writes the page again from the JSON
@@ -27,12 +27,12 @@ from cuantiza.core.store import digests
 from cuantiza.sweep.driver import Settings, Sweep
 from cuantiza.sweep.executor import Local
 from cuantiza.sweep.grid import read_grid
-from lab import ROOT
+from lab import DATA, ROOT, page_folder
 from lab.checkpoints.hard import make
 from lab.pages import filled, write
 from lab.speedup.ray_cluster import Cluster
 
-JSON = ROOT / "docs/sweep-speedup.json"
+JSON = DATA / "sweep-speedup.json"
 RECIPES = ("int8-dynamic", "int8-static", "int8-weight", "int4-weight", "fp16")
 SETTINGS = Settings(tokens=12288, window=512, rounds=3, threads=1, shard=2048)
 WORKERS = (0, 1, 2)  # 0: this process alone, without Ray
@@ -64,8 +64,9 @@ def main() -> int:
             raise UserError(f"--rounds {args.rounds}: give 1 or more")
         write(args.output, json.dumps(measure(args.rounds), indent=1) + "\n")
     fields = json.loads(args.output.read_text(encoding="utf-8"))
-    write(args.output.with_suffix(".md"), page(fields))
-    say(f"speed-up  {args.output.with_suffix('.md')}: written")
+    target = (page_folder(args.output) / args.output.name).with_suffix(".md")
+    write(target, page(fields))
+    say(f"speed-up  {target}: written")
     return 0
 
 

@@ -95,8 +95,9 @@ def _calibrate(
         histograms = _histograms(model, block, windows, before, tensors, work) if _is_static(plan) else {}
         inputs = [(projection, tensor) for tensor in tensors for projection in tensor.projections]
         decided = pool.map(
-            lambda both: _decide(both[0], both[1], histograms.get(both[1].name), tables, plan, work), inputs
-        )  # noqa: B023
+            lambda both: _decide(both[0], both[1], histograms.get(both[1].name), tables, plan, work),  # noqa: B023
+            inputs,
+        )
         decisions |= {projection.name: decision for (projection, _), decision in zip(inputs, decided, strict=True)}
         if until in decisions:
             break

@@ -1,4 +1,4 @@
-"""What calibration is asked to decide, and what it decided on one linear layer."""
+"""A Plan says what calibration has to decide; a Decision is the result for one linear layer."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Plan:
-    """What calibration has to decide.
+    """The choices of a recipe that calibration follows.
 
     `grid` says which integers the weights become, and `rounding` how they are rounded ("gptq", else to nearest).
     `alphas` are the exponents that smoothing tries; without any there is no smoothing. `ranges` says how activations

@@ -75,7 +75,7 @@ def recipe_table(models: list[dict]) -> Table:
     table = new_table("cuantiza quantize --recipes RECIPE ...", "recipe")
     table.add_column("what it is")
     columns: list[tuple[dict[str, Any], str, tuple[str, ...]]] = [
-        (model, "\n× fp32", ("ratio",)) for model in models[:1]
+        (model, "graph\n× fp32", ("ratio",)) for model in models[:1]
     ]
     columns += [(model, f"{model['model']}\nΔ ln ppl, top", ("delta_ln_ppl", "top1_agreement")) for model in models]
     for _, title, _ in columns:

@@ -25,7 +25,12 @@ _INCHES_PER_BAR = 0.2
 
 
 def check_path(path: Path) -> None:
-    """Before any work: raises UserError where no figure can be written to `path`."""
+    """Raise UserError where no figure can be written to `path`, and ModuleNotFoundError without matplotlib.
+
+    It is called before any work, so that minutes are not spent on a figure that cannot be written.
+    """
+    import matplotlib  # noqa: F401
+
     if path.suffix not in SUFFIXES:
         raise UserError(f"--plot {path}: ends in none of {', '.join(SUFFIXES)}; choose one, such as {path.stem}.svg")
     if not path.parent.is_dir():

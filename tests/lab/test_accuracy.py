@@ -94,16 +94,16 @@ def test_one_document_has_no_standard_error() -> None:
 def test_publish_rounds_and_writes_both_files(tmp_path: Path) -> None:
     report = REPORT | {"skipped": {}, "more": [1 / 3, 123456789, {"x": 1e-9 / 3, "none": None}]}
     accuracy_page.publish(report, tmp_path / "docs")
-    assert sorted(file.name for file in (tmp_path / "docs").iterdir()) == ["accuracy.json", "accuracy.md"]
-    written = json.loads((tmp_path / "docs" / "accuracy.json").read_text(encoding="utf-8"))
+    assert sorted(file.name for file in (tmp_path / "docs").rglob("*.*")) == ["accuracy.json", "accuracy.md"]
+    written = json.loads((tmp_path / "docs" / "data" / "accuracy.json").read_text(encoding="utf-8"))
     assert written["more"] == [0.333333, 123456789, {"x": 3.33333e-10, "none": None}]
     assert (tmp_path / "docs" / "accuracy.md").read_text(encoding="utf-8") == accuracy_page.page(written)
 
 
 def test_the_committed_page_is_that_of_the_committed_json(tmp_path: Path) -> None:
-    committed = json.loads((ROOT / "docs" / "accuracy.json").read_text(encoding="utf-8"))
+    committed = json.loads((ROOT / "docs" / "data" / "accuracy.json").read_text(encoding="utf-8"))
     accuracy_page.publish(committed, tmp_path)
-    for name in ("accuracy.json", "accuracy.md"):
+    for name in ("data/accuracy.json", "accuracy.md"):
         assert (tmp_path / name).read_bytes() == (ROOT / "docs" / name).read_bytes(), (
             f"docs/{name}: run `make accuracy`"
         )

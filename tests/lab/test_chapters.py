@@ -37,7 +37,7 @@ from lab.chapters.text import PAGES, Numbers, differs, page
 from helpers import ROOT, assert_user_error, stage
 
 DOCS = ROOT / "docs"
-DATA = json.loads((DOCS / "figures" / chapters.JSON).read_text(encoding="utf-8"))
+DATA = json.loads((DOCS / chapters.JSON).read_text(encoding="utf-8"))
 TEXTS = {language: (DOCS / name).read_text(encoding="utf-8") for language, name in PAGES.items()}
 
 

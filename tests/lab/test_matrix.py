@@ -1,4 +1,4 @@
-"""The matrix of runtimes: how cells are judged and printed, and that docs/runtimes.json is true on this machine."""
+"""The matrix of runtimes: how cells are judged and printed, and that docs/data/runtimes.json is true on this machine."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from lab.matrix.reasons import Reason, explain
 from helpers import CORPUS, ROOT, SPANISH, assert_user_error, stage
 
 DOCS = ROOT / "docs"
-MATRIX = json.loads((DOCS / "runtimes.json").read_text(encoding="utf-8"))
+MATRIX = json.loads((DOCS / "data" / "runtimes.json").read_text(encoding="utf-8"))
 CLAIMS = {(cell["recipe"], cell["runtime"]): cell for cell in MATRIX["cells"]}
 MADE = ("fp32-ort", "int8-dynamic")
 # Not openvino-default, whose precision is that of the processor. tests/lab/test_js_runtimes.py runs Node and the browser on more.
@@ -190,7 +190,7 @@ def test_a_cell_for_each_way_to_end():
         "**no**: no such thing[^1]",
     ]
     assert "| `fp32` | portable | 16, 3 |" in text
-    assert r"[^1]: a \| b \<x\> — Do so." in text and r"[^2]: no c: run \`make c\`" in text
+    assert r"[^1]: a \| b &lt;x&gt; — Do so." in text and r"[^2]: no c: run \`make c\`" in text
     assert "[^3]" not in text
 
 
@@ -277,7 +277,8 @@ def test_bad_options_are_one_line(tmp_path):
     )
     assert "make quantize" in line
     assert_user_error(stage("lab.matrix", "--reprint", "--output", tmp_path), "runtimes.json", "make runtimes")
-    (tmp_path / "runtimes.json").write_text('{"schema": "other"}')
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "runtimes.json").write_text('{"schema": "other"}')
     assert_user_error(stage("lab.matrix", "--reprint", "--output", tmp_path), "is no matrix of runtimes")
     assert not (tmp_path / "runtimes.md").exists()
 
@@ -302,7 +303,7 @@ def test_the_page_is_made_by_one_command(folders, tmp_path):
     options = ("--artifacts", folders["fp32"].parent.parent, "--runtimes", "ort", "reference", "--output", tmp_path)
     result = stage("lab.matrix", *options, "--recipes", "fp32-ort")
     assert result.status == 0, result.stderr
-    made = json.loads((tmp_path / "runtimes.json").read_text())
+    made = json.loads((tmp_path / "data" / "runtimes.json").read_text())
     statuses = {(cell["recipe"], cell["runtime"]): cell["status"] for cell in made["cells"]}
     assert statuses == {
         ("fp32", "ort"): "ok",

@@ -84,7 +84,7 @@ def test_costs_stand_beside_the_recipes_where_they_were_measured(tmp_path):
     table = costs.recipe_table(costs.read_costs(path))
     columns = {column.header: list(column.cells)[list(RECIPES).index("int8-static")] for column in table.columns[2:]}
     assert columns == {
-        "\n× fp32": "0.263",
+        "graph\n× fp32": "0.263",
         "es-mini\nΔ ln ppl, top": "0.0020, 94.6 %",
         "twin\nΔ ln ppl, top": "0.0100, 94.6 %",
     }

@@ -150,7 +150,8 @@ def test_the_best_clip_is_found():
 def test_channels_at_a_time_change_nothing(monkeypatch):
     weight, grid, gram = random_weight(), Grid(4, 48, False), correlated()
     nearest, by_gptq = round_to_nearest(weight, grid), gptq(weight, gram, grid)
-    monkeypatch.setattr(rounding, "_COLUMNS", 7)
+    for module in ("rounding", "gptq"):
+        monkeypatch.setattr(f"cuantiza.quantize.decide.{module}.COLUMNS", 7)
     assert same(round_to_nearest(weight, grid), nearest) and same(gptq(weight, gram, grid), by_gptq)
 
 
@@ -188,7 +189,7 @@ def test_lazy_updates_change_nothing(block, monkeypatch):
     weight, gram, grid = random_weight(inputs=300), correlated(inputs=300), Grid(4, block, False)
     before = gptq(weight, gram, grid)
     for rows in (1, 7, 1000):
-        monkeypatch.setattr(rounding, "_LAZY_ROWS", rows)
+        monkeypatch.setattr("cuantiza.quantize.decide.gptq._LAZY_ROWS", rows)
         after = gptq(weight, gram, grid)
         # The sums are the same in another order, which changes the last digits of float32.
         assert np.allclose(after.scale, before.scale, rtol=1e-5, atol=0) and (after.q == before.q).mean() > 0.999

@@ -9,8 +9,9 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -34,7 +35,8 @@ class Remote:
         self._here, there = _context.Pipe()
         self._process = _context.Process(target=_serve, args=(there, factory, args), daemon=True)
         try:
-            _start(self._process)
+            with contextlib.nullcontext() if _in_main(factory, *args) else _hidden_main():
+                _start(self._process)
             there.close()
             self.result()
         except BaseException:
@@ -77,6 +79,27 @@ class Remote:
         self._process.terminate()
         self._process.join()
         self._here.close()
+
+
+def _in_main(*values: object) -> bool:
+    """Whether one of `values` is a function or class of the program that runs, which a child has to import to call it."""
+    return any(getattr(value, "__module__", None) == "__main__" for value in values)
+
+
+@contextlib.contextmanager
+def _hidden_main() -> Iterator[None]:
+    """Keep a child from importing the main module of this process again.
+
+    That import would run a user's script a second time, unless all of it stood under `if __name__ == "__main__":`.
+    """
+    module = sys.modules["__main__"]
+    hidden = {name: vars(module)[name] for name in ("__spec__", "__file__") if name in vars(module)}
+    vars(module).pop("__file__", None)
+    module.__spec__ = None
+    try:
+        yield
+    finally:
+        vars(module).update(hidden)
 
 
 def _start(process: BaseProcess) -> None:
@@ -135,5 +158,9 @@ def _serve(there: Connection, factory: Callable[..., Any], args: tuple[Any, ...]
             while True:
                 method, arguments = there.recv()
                 there.send((getattr(served, method)(*arguments), None))
-        except (UserError, OSError) as error:  # the parent raises it, and cuantiza.core.errors prints it as one line
+        except (
+            UserError,
+            OSError,
+            ModuleNotFoundError,
+        ) as error:  # the parent raises it, and cuantiza.core.errors prints it as one line
             there.send((None, error))

@@ -54,6 +54,7 @@ class Quantize:
     source: Source
 
     def run(self) -> Made:
-        # A folder for each, and so a lock: recipes of one model are made on several machines at once.
+        # Several machines may quantize one model with different recipes at once, so each target has a folder and a lock
+        # of its own.
         quantize(self.parent, self.recipe, self.target, corpus=self.source, name=self.name)
         return Made.of(self.target)

@@ -1,9 +1,9 @@
-"""docs/bench/*.json -> their pages and figures, and the tables of docs/performance.md.
+"""docs/data/bench/*.json -> docs/bench, and the tables of README.md and of the pages about performance.
 
-python -m lab.bench.pages.performance    all of them anew, from what `make bench` wrote to reports/bench
+python -m lab.bench.pages.performance    makes all of them again, from JSON files that were copied from reports/bench
 
-What stands between the tables is written by hand; a table stands between the lines `<!-- NAME -->` and `<!-- end -->`,
-for each NAME of TABLES.
+The text around the tables is written by hand. A table stands between the lines `<!-- NAME -->` and `<!-- end -->`, for
+each NAME of TABLES.
 """
 
 from __future__ import annotations
@@ -15,13 +15,34 @@ from pathlib import Path
 
 from cuantiza.core.errors import UserError, run
 from cuantiza.core.machine.progress import report as say
-from cuantiza.core.pages import table
+from cuantiza.core.pages import plus_minus, table
 from cuantiza.core.store import folders
-from lab import DOCS
+from lab import DATA, DOCS, ROOT
 from lab.bench.pages.markdown import page, ratios, speed_table, spread, three_digits
 from lab.pages import write
 
-PAGE = "performance.md"
+FIGURE = DOCS / "figures" / "performance.svg"
+# The rows of the first table of docs/performance.md and of its figure: what one would take of ours, then of others.
+CHOSEN = (
+    "int8-weight-ort",
+    "int4-weight-ort",
+    "int8-dynamic-ort",
+    "llama.cpp Q8_0",
+    "llama.cpp Q4_0",
+    "OpenVINO int8 weights",
+    "optimum int8",
+    "PyTorch fp32",
+)
+# The rows of the README's table: (name in the benchmark, name in docs/accuracy.md). int8-dynamic-ort holds the same
+# integers as int8-dynamic, so accuracy is measured once for both; fp32 is the
+# baseline.
+BOUGHT = (
+    ("fp32", None),
+    ("int8-dynamic", "int8-dynamic"),
+    ("int8-dynamic-ort", "int8-dynamic"),
+    ("int8-weight-ort", "int8-weight-ort"),
+    ("int4-weight-ort", "int4-weight-ort"),
+)
 
 # (theirs, ours): what one would use instead, and what of ours one would take for it.
 PAIRS = (
@@ -54,46 +75,107 @@ SHAPES = (
 def main() -> int:
     from lab.bench.pages.plot import draw
 
-    for file in sorted((DOCS / "bench").glob("*.json")):
+    for file in sorted((DATA / "bench").glob("*.json")):
         result = json.loads(file.read_text(encoding="utf-8"))
-        write(file.with_suffix(".md"), page(result, file.stem))
-        say(f"performance {file.with_suffix('.md')}: written")
-        with folders.staging(file) as work:
+        target = DOCS / "bench" / file.name
+        write(target.with_suffix(".md"), page(result, file.stem))
+        say(f"performance {target.with_suffix('.md')}: written")
+        with folders.staging(target) as work:
             draw(result, work / "figure.svg")
-            (work / "figure.svg").replace(file.with_suffix(".svg"))
-    path = DOCS / PAGE
-    write(path, filled(path.read_text(encoding="utf-8"), DOCS / "bench"))
-    say(f"performance {path}: written")
+            (work / "figure.svg").replace(target.with_suffix(".svg"))
+    with folders.staging(FIGURE) as work:
+        draw(chosen(DATA), work / FIGURE.name)
+        (work / FIGURE.name).replace(FIGURE)
+    for name in TABLES:
+        write(ROOT / name, filled(name, (ROOT / name).read_text(encoding="utf-8"), DATA))
+        say(f"performance {name}: written")
     return 0
 
 
-def filled(text: str, folder: Path) -> str:
-    """`text` with all tables made of the JSON files in `folder`. Raises UserError where one is missing on either side."""
-    for name, make in TABLES.items():
-        place = re.compile(rf"(<!-- {re.escape(name)} -->\n).*?(\n<!-- end -->)", re.DOTALL)
+def filled(name: str, text: str, data: Path) -> str:
+    """`text` of the page `name` with its tables made of the JSON files in folder `data` (docs/data).
+
+    Raises UserError where the page lacks the place of a table, or `data` lacks a file.
+    """
+    for title, make in TABLES[name].items():
+        place = re.compile(rf"(<!-- {re.escape(title)} -->\n).*?(\n<!-- end -->)", re.DOTALL)
         if not place.search(text):
-            raise UserError(f"docs/{PAGE}: has no <!-- {name} --> with an <!-- end --> behind it")
-        made = make(folder).strip()
+            raise UserError(f"{name}: has no <!-- {title} --> with an <!-- end --> after it; add both lines")
+        made = make(data).strip()
         text = place.sub(lambda found, made=made: found[1] + made + found[2], text)
     return text
 
 
-def _load(folder: Path, name: str) -> dict:
+def chosen(data: Path) -> dict:
+    """The result of GPT-2 small with the rows of CHOSEN alone, in that order."""
+    result = _load(data, "gpt2")
+    rows = {row["name"]: row for row in result["rows"]}
+    return {**result, "rows": [rows[name] for name in CHOSEN]}
+
+
+def _load(data: Path, name: str) -> dict:
     try:
-        return json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+        return json.loads((data / "bench" / f"{name}.json").read_text(encoding="utf-8"))
     except OSError:
-        raise UserError(f"docs/bench/{name}.json: is not there; copy it from reports/bench") from None
+        raise UserError(f"docs/data/bench/{name}.json: is not there; copy it from reports/bench") from None
+
+
+def _median(row: dict, phase: str, at: int) -> str:
+    return three_digits(row["settings"][0][phase][at]["median_ms"])
+
+
+def _rate(row: dict) -> str:
+    return f"{row['settings'][0]['generate'][0]['tokens_per_second']:.0f}"
+
+
+def _chosen(data: Path) -> str:
+    """Size, and three speeds: reading a prompt, one token, and a whole generation."""
+    columns = ["file", "MB", "prompt of 512, ms", "token @128, ms", "tokens/s"]
+    lines = [
+        [
+            f"`{row['name']}`" if row["ours"] else row["name"],
+            f"{row['bytes'] / 1e6:.1f}",
+            _median(row, "prefill", 1),
+            _median(row, "decode", 0),
+            _rate(row),
+        ]
+        for row in chosen(data)["rows"]
+    ]
+    return table(columns, lines)
+
+
+def _bought(data: Path) -> str:
+    """Size and speed from the benchmark of GPT-2 small, Δ ln ppl of es-mini on corpus/es from accuracy.json."""
+    rows = {row["name"]: row for row in _load(data, "gpt2")["rows"]}
+    models = json.loads((data / "accuracy.json").read_text(encoding="utf-8"))["models"]
+    es_mini = next(item for item in models if (item["model"], item["corpus"]) == ("es-mini", "corpus/es"))
+    quality = {row["name"]: row for row in es_mini["artifacts"]}
+    lines = []
+    for name, measured in BOUGHT:
+        row, loss = rows[name], "baseline"
+        if measured:
+            found = quality[measured]
+            loss = plus_minus(found["delta_ln_ppl"], found["delta_ln_ppl_stderr"], 4, "en")
+        lines.append(
+            [
+                f"`{name}`",
+                f"{row['bytes'] / 1e6:.1f}",
+                _median(row, "prefill", 1),
+                _median(row, "decode", 0),
+                _rate(row),
+                loss,
+            ]
+        )
+    return table(["artifact", "MB", "prompt of 512, ms", "token @128, ms", "tokens/s", "Δ ln ppl (es-mini)"], lines)
 
 
 def _speeds(name: str, setting: int) -> Callable[[Path], str]:
-    """Medians of a run's setting by its number."""
-    return lambda folder: table(
-        *speed_table(_load(folder, name), setting, lambda item: three_digits(item["median_ms"]))
-    )
+    """A function that makes the table of medians of the run `name`, in its setting number `setting`."""
+    return lambda data: table(*speed_table(_load(data, name), setting, lambda item: three_digits(item["median_ms"])))
 
 
-def _pairs(folder: Path) -> str:
-    result = _load(folder, "gpt2")
+def _pairs(data: Path) -> str:
+    result = _load(data, "gpt2")
     rows = {row["name"]: row["settings"][0] for row in result["rows"]}
     lines = [
         [theirs, f"`{ours}`", *(_ratio(rows[ours][phase][at], rows[theirs][phase][at]) for _, phase, at in SHAPES)]
@@ -107,13 +189,18 @@ def _ratio(ours: dict, theirs: dict) -> str:
     return spread(found, *found)
 
 
-TABLES: dict[str, Callable[[Path], str]] = {
-    "main": _speeds("gpt2", 0),
-    "pairs": _pairs,
-    "batch of 8": _speeds("gpt2-batch", 1),
-    "one thread": _speeds("gpt2-batch", 2),
-    "ablation": _speeds("gpt2-ablation", 0),
-    "medium": _speeds("gpt2-medium", 0),
+# Page below the root -> the tables in it by name, each a function of docs/data.
+TABLES: dict[str, dict[str, Callable[[Path], str]]] = {
+    "README.md": {"bought": _bought},
+    "docs/performance.md": {"chosen": _chosen},
+    "docs/performance/tables.md": {
+        "main": _speeds("gpt2", 0),
+        "pairs": _pairs,
+        "batch of 8": _speeds("gpt2-batch", 1),
+        "one thread": _speeds("gpt2-batch", 2),
+        "medium": _speeds("gpt2-medium", 0),
+    },
+    "docs/performance/tried.md": {"ablation": _speeds("gpt2-ablation", 0)},
 }
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""`python -m lab.matrix.emulation`: the artifacts on emulated processors, against this one -> docs/runtimes-emulation.json."""
+"""`python -m lab.matrix.emulation`: the artifacts on emulated processors, against this one -> docs/data/runtimes-emulation.json."""
 
 from __future__ import annotations
 
@@ -196,7 +196,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=default_threads(), help="threads (default: all processors)")
     default = Path(".emulation")
     parser.add_argument("--folder", type=Path, default=default, help=f"where systems are kept (default {default})")
-    default = Path("docs/runtimes-emulation.json")
+    default = Path("docs/data/runtimes-emulation.json")
     parser.add_argument("--output", type=Path, default=default, help=f"file of the result (default {default})")
     add_corpus(parser)
     args = parser.parse_args()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import onnx_ir as ir
 
@@ -43,9 +44,9 @@ def _write_genai_config(graph: ir.Graph, parent: Path, work: Path) -> None:
         config,
         json.loads((parent / "generation_config.json").read_text(encoding="utf-8")),
         layers=len(keys),
-        heads=int(keys[0].shape[1]),
-        head_dim=int(keys[0].shape[3]),
-        vocabulary=int(graph.outputs[0].shape[-1]),
+        heads=cast("int", keys[0].shape[1]),
+        head_dim=cast("int", keys[0].shape[3]),
+        vocabulary=cast("int", graph.outputs[0].shape[-1]),
         positions=max_positions(config),
         in_place=True,
     )

@@ -93,7 +93,7 @@ def _hidden_main() -> Iterator[None]:
     That import would run a user's script a second time, unless all of it stood under `if __name__ == "__main__":`.
     """
     module = sys.modules["__main__"]
-    hidden = {name: vars(module)[name] for name in ("__spec__", "__file__") if name in vars(module)}
+    hidden: dict[str, Any] = {name: vars(module)[name] for name in ("__spec__", "__file__") if name in vars(module)}
     vars(module).pop("__file__", None)
     module.__spec__ = None
     try:

@@ -203,8 +203,8 @@ class Runtime:
         logits, *grown = binding.get_outputs()
         if cache.binding is None:
             cache.past = grown
-        array: np.ndarray = logits.numpy()
-        return array
+        computed: np.ndarray = logits.numpy()
+        return computed
 
     def _binding(self) -> ort.IOBinding:
         binding = self.session.io_binding()

@@ -27,7 +27,7 @@ runtimes: $(ready) runtimes-env optimum js ## docs/runtimes.md: every artifact i
 	@$(MAKE) quantize RECIPES="$(portable) fp32-ort $(addsuffix -ort,$(portable))" OUT="$(OUT)"
 	@OPTIMUM_PYTHON="$(OPTIMUM_VENV)/bin/python" RUNTIMES_PYTHON="$(RUNTIMES_VENV)/bin/python" $(run) lab.matrix --model "$(MODEL)" --artifacts "$(OUT)"
 
-emulation: $(ready) ## the same on other processors by qemu-user: docs/runtimes-emulation.json; EMULATION= are more options
+emulation: $(ready) ## the same on other processors by qemu-user: docs/data/runtimes-emulation.json; EMULATION= are more options
 	@$(run) lab.matrix.emulation --artifacts "$(OUT)/$(NAME)" $(EMULATION)
 
 sweep-speedup: ray ## what a second machine is worth to `sweep`; SPEEDUP= are more options

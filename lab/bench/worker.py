@@ -1,20 +1,20 @@
 """`python -m lab.bench.worker REQUEST.json`: prepare or serve one row, in the interpreter that has its library.
 
-Prints lines of JSON: one of what was prepared; or one when the row is loaded, and then one for each question on
-standard input. Imports the standard library, NumPy, what of cuantiza needs no more than these, and the row's module,
+Prints lines of JSON. To "prepare", it is one line about the files that were made. To "serve", it is one line when the
+row has loaded, and then one for each question on standard input. Imports the standard library, NumPy, what of cuantiza needs no more than these, and the row's module,
 which has
 
-    prepare(kind, checkpoint, ours, folder)    makes the files of the row in `folder` (not of our rows)
-    files(kind, folder) -> list[Path]          those whose bytes count as its size
-    class Engine(kind, folder, threads)        loads
-        start(batch, capacity)                 an empty cache
-        feed(ids [B, T]) -> [B, V] | None      adds tokens; the logits of the last one, where the library gives them,
-                                               which the next call may overwrite
-        steps = False                          where it cannot be stepped, and has these instead:
-        generate(ids [B, T], count) -> list    greedy, exactly `count` tokens for each sequence
+    prepare(kind, checkpoint, ours, folder)    makes the row's files in `folder` (our own rows have none to make)
+    files(kind, folder) -> list[Path]          the files whose bytes count as the row's size
+    class Engine(kind, folder, threads)        loads them
+        start(batch, capacity)                 begins with an empty KV cache
+        feed(ids [B, T]) -> [B, V] | None      adds tokens and returns the last one's logits, which the next call may
+                                               overwrite; None if the library gives no logits
+        steps = False                          if it cannot add tokens step by step, and has these instead:
+        generate(ids [B, T], count) -> list    exactly `count` tokens for each sequence, greedy
         times(ids [B, T], count) -> list       ns from the call to each of `count` tokens
-        max_batch                              the largest batch, where there is one
-    version() -> str                           libraries and their versions
+        max_batch                              the largest batch, if there is a limit
+    version() -> str                           the libraries and their versions
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ import numpy as np
 
 from cuantiza.core.machine.hardware import peak_rss_bytes
 
-# Of a decode: steps to warm up, and steps that are timed. The position grows with each, as in generation.
+# The steps of a decode: first the warm-up, then those that are timed. The position grows with each step.
 WARM_UP_STEPS, STEPS = 3, 20
-# A cache is filled in pieces, so that it takes no more memory than the prefills that are measured.
+# A cache is filled in pieces of this size, so that filling takes no more memory than the measured prefills.
 FILL_TOKENS = 512
 _PR_SET_PDEATHSIG = 1
 
@@ -56,7 +56,7 @@ def main(path: Path, out: TextIO) -> int:
         traceback.print_exc()
         print(f"{error.name} is not installed: run `make peers`", file=sys.stderr)
         return 1
-    except Exception as error:  # whatever a library raises: the driver shows the last line
+    except Exception as error:  # a library may raise anything; the driver shows the last line
         traceback.print_exc()
         print(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}", file=sys.stderr)
         return 1
@@ -64,22 +64,22 @@ def main(path: Path, out: TextIO) -> int:
 
 
 def prepare(module: Any, request: dict) -> dict:
-    """Make the row's files in `request["folder"]`, which is there and empty: {files: [path], version}."""
+    """Make the row's files in the empty folder `request["folder"]`; returns {files: [path], version}."""
     folder = Path(request["folder"])
     module.prepare(request["kind"], Path(request["checkpoint"]), Path(request["ours"]), folder)
     return {"files": [str(file) for file in module.files(request["kind"], folder)], "version": module.version()}
 
 
 def serve(module: Any, request: dict, questions: Iterable[str]) -> Iterator[Any]:
-    """{load_ns, version} once the row is loaded, then the answer to each of `questions`, a JSON list in a line:
+    """Yield {load_ns, version} when the row has loaded, then the answer to each of `questions`, lines of JSON lists:
 
         ["prefill", count]            [ns] of one prefill, after one to warm up
         ["decode", position]          [ns] of each of STEPS steps
         ["generate", prompt, count]   [ns] of one generation
-        ["check", prompt, count]      the likeliest tokens, [1 + count] or fewer; the logits of the last prompt token and
-                                      of each token behind it, float32 [1 + count, V], where the library gives any, are
+        ["check", prompt, count]      the likeliest tokens, [1 + count] or fewer. If the library gives logits, those of
+                                      the last prompt token and of each token after it, float32 [1 + count, V], are
                                       saved as `request["logits"]`
-        ["peak"]                      the largest resident set so far, bytes
+        ["peak"]                      the largest resident set so far, in bytes
 
     Tokens are `request["ids"]` [B, N].
     """
@@ -113,7 +113,7 @@ def serve(module: Any, request: dict, questions: Iterable[str]) -> Iterator[Any]
 
 
 class Stepped:
-    """Times of an engine that takes tokens one by one; `ids` int64 [B, N] are fed whatever it predicts."""
+    """Times an engine that takes tokens step by step. It is fed `ids` int64 [B, N], whatever it predicts."""
 
     def __init__(self, engine: Any, ids: np.ndarray) -> None:
         self.engine, self.ids = engine, ids
@@ -135,11 +135,11 @@ class Stepped:
         return _elapsed(lambda: self._continue(prompt, count))
 
     def _continue(self, prompt: int, count: int) -> None:
-        """Greedy, through the cache; the last token is chosen and not fed."""
+        """Continue greedily with the cache; the last token is chosen but not fed."""
         step = self.ids[:, :prompt]
         for number in range(count):
             logits = self.engine.feed(step)
-            # Without logits, any token costs as much.
+            # If the library gives no logits, feed some token; the time does not depend on which.
             step = self.ids[:, number : number + 1] if logits is None else logits.argmax(axis=-1)[:, None]
 
     def check(self, prompt: int, steps: int) -> tuple[list[int] | None, np.ndarray | None]:
@@ -156,7 +156,7 @@ class Stepped:
 
 
 class Whole:
-    """Times of an engine that only generates, with its own loop, and says when each token was there."""
+    """Times an engine that only generates, with a loop of its own, and reports when each token was there."""
 
     def __init__(self, engine: Any, ids: np.ndarray) -> None:
         self.engine, self.ids = engine, ids
@@ -172,15 +172,16 @@ class Whole:
         return _elapsed(lambda: self.engine.generate(self.ids[:, :prompt], count))
 
     def check(self, prompt: int, steps: int) -> tuple[list[int], None]:
-        """The token behind the prompt alone."""
+        """The token after the prompt, and no logits."""
         return [int(self.engine.generate(self.ids[:1, :prompt], 1)[0][0])], None
 
 
 def _end_with_parent() -> None:
-    """Linux kills this process when its parent dies.
+    """Have Linux kill this process when its parent dies.
 
-    A stopped one reads no end of file, a thread that waits for the parent (cuantiza/core/machine/process.py) stands still with it, and
-    what the system sends to those that stand stopped when their parent dies misses one whose stop is still on its way.
+    A process stopped by SIGSTOP cannot notice that its parent died: it reads no EOF, and a thread that waits for the
+    parent (cuantiza/core/machine/process.py) is stopped too. The kernel's SIGHUP to orphaned stopped process groups
+    does not help if our SIGSTOP has not arrived yet.
     """
     if sys.platform.startswith("linux"):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -193,7 +194,7 @@ def _elapsed(run: Callable[[], object]) -> int:
 
 
 if __name__ == "__main__":
-    # Libraries print what they like, and some fail on their way out: neither may spoil the answer.
+    # Libraries may print to standard output, and some fail at exit. Neither may disturb the answers.
     answer = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     status = main(Path(sys.argv[1]), answer)

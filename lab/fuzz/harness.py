@@ -11,7 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from cuantiza.core.errors import MENDS, UserError
-from lab.fuzz.formats import CANARY, Format
+from lab.fuzz.binary import CANARY
+from lab.fuzz.formats import Format
 
 SECONDS, BYTES = 10, 2 * 10**9
 # Python raises an audit event before each of these actions (docs.python.org/3/library/audit_events.html). No reader may

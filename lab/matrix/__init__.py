@@ -1,1 +1,1 @@
-"""The same artifacts in other runtimes, their logits compared with ONNX Runtime's: docs/runtimes.md."""
+"""Run the same artifacts in other runtimes and compare their logits with ONNX Runtime's: docs/runtimes.md."""

@@ -1,8 +1,9 @@
-"""The cells of the matrix: which there are, and how a runtime's logits compare with those of cuantiza/core/run/runtime.py.
+"""The cells of the matrix: each compares a runtime's logits for an artifact with those of cuantiza/core/run/runtime.py.
 
-Every cell is a run of its own, in a process of its own, of the same job. Two runtimes add the same floats in another
-order. Where activations are integers, a float on the edge of a rounding then falls to the other side, and all behind it
-is rounded anew. So a cell is judged in nats, by KL divergence, beside what quantization itself changes: see `tolerance`.
+All cells run the same job, each in a process of its own. Two runtimes add the same floats in different orders. Where
+activations are quantized, a value that lies exactly between two integers can then round to the other one, which changes
+all later values. So a cell is judged by KL divergence in nats, relative to what quantization itself changes
+(`tolerance`).
 """
 
 from __future__ import annotations
@@ -36,8 +37,11 @@ RECIPES = tuple(name for recipe in ("fp32", *PORTABLE) for name in (recipe, f"{r
 
 @dataclass(frozen=True)
 class Reference:
-    """What cuantiza/core/run/runtime.py makes of an artifact: `whole` [T, V], `cached` [T - PREFILL + 1, V], and greedily
-    `generated` tokens with the logits `steps` [GENERATE, V] that each was chosen by."""
+    """The results of cuantiza/core/run/runtime.py for an artifact.
+
+    `whole` [T, V] and `cached` [T - PREFILL + 1, V] are logits; `generated` are the tokens of a greedy continuation,
+    each chosen by one of the logits `steps` [GENERATE, V].
+    """
 
     whole: np.ndarray
     cached: np.ndarray
@@ -46,13 +50,16 @@ class Reference:
     prompt_ids: list[int]
 
     def logits(self, name: str) -> np.ndarray:
-        """What a runtime's `name` should be. Attention looks back alone, so a shorter row is the whole's beginning."""
+        """The expected logits `name` of a runtime. A token only sees earlier ones, so a shorter text has the whole's first."""
         return {"whole": self.whole, "cached": self.cached, "padded": self.whole[: TOKENS - PAD]}[name]
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Of logits at `positions`: the largest, the root of the mean square, KL in nats a position, equal top tokens."""
+    """How logits differ: the largest |Δ|, the root of the mean Δ², KL in nats a position, and equal top tokens.
+
+    `positions` is how many positions were compared.
+    """
 
     maximum: float
     rms: float
@@ -63,8 +70,10 @@ class Difference:
 
 @dataclass(frozen=True)
 class Generated:
-    """How many tokens a runtime's loop has in common with ours until they part, and by how much our logits prefer
-    our token where they do (None where they do not)."""
+    """How many of `tokens` are the same until a runtime's continuation differs from ours.
+
+    `gap` is by how much our logits prefer our token there; None if all are the same.
+    """
 
     same: int
     tokens: int
@@ -92,12 +101,12 @@ class Cell:
 
 
 def target(recipe: str) -> str:
-    """Standard operators, or ONNX Runtime's own."""
+    """The recipe's target: standard operators ("portable"), or ONNX Runtime's own as well ("ort")."""
     return "ort" if recipe.endswith("-ort") else "portable"
 
 
 def artifacts(folder: Path, recipes: tuple[str, ...]) -> dict[str, Artifact]:
-    """The verified artifacts of `recipes` in `folder`. Raises UserError where one is not there or damaged."""
+    """The verified artifacts of `recipes` in `folder`. Raises UserError if one is missing or damaged."""
     if missing := [name for name in recipes if not (folder / name).is_dir()]:
         raise UserError(
             f'{folder}: has no {", ".join(missing)}; run `make quantize RECIPES="{" ".join(missing)}"` first'
@@ -106,9 +115,9 @@ def artifacts(folder: Path, recipes: tuple[str, ...]) -> dict[str, Artifact]:
 
 
 def make_job(folder: Path, test: Split, threads: int) -> dict:
-    """The job of every cell, but for its folder, target and output: a document's first tokens by `folder`'s tokenizer.
+    """The job of all cells, without folder, target and output. Its text is the first long enough document of `test`.
 
-    Raises UserError where no document of `test` has enough.
+    The tokenizer is that of `folder`. Raises UserError if no document has TOKENS tokens.
     """
     tokenizer, start = load_tokenizer(folder), start_token(folder)
     for text in test.documents:
@@ -129,7 +138,7 @@ def make_job(folder: Path, test: Split, threads: int) -> dict:
 
 
 def make_reference(folder: Path, job: dict) -> Reference:
-    """What cuantiza/core/run/runtime.py gives for `job` on the artifact in `folder`."""
+    """The results of cuantiza/core/run/runtime.py for `job` on the artifact in `folder`."""
     runtime = Runtime(folder / MODEL, job["threads"])
     ids = np.array([job["ids"]])
     whole = runtime.forward(ids)[0].copy()
@@ -150,7 +159,7 @@ def make_reference(folder: Path, job: dict) -> Reference:
 def cells(
     found: dict[str, Artifact], runtimes: list[Program], job: dict, original: Reference
 ) -> Iterator[tuple[Cell, Difference]]:
-    """Every artifact in every runtime, each with what the artifact's own logits differ from `original`, fp32's."""
+    """Yield each artifact in each runtime, with the difference of the artifact's own logits from fp32's, `original`."""
     for recipe, artifact in found.items():
         reference = original if recipe == "fp32" else make_reference(artifact.path, job)
         quantization = difference(original.whole, reference.whole)
@@ -219,7 +228,7 @@ def compare_result(
 
 
 def difference(expected: np.ndarray, found: np.ndarray) -> Difference:
-    """Of logits [n, V] from the `expected` ones."""
+    """How the logits `found` [n, V] differ from the `expected` ones."""
     error = found - expected
     (_, kl, same) = compare(expected, [found], np.zeros(len(found), np.int64))[1]
     return Difference(
@@ -228,7 +237,7 @@ def difference(expected: np.ndarray, found: np.ndarray) -> Difference:
 
 
 def parting(reference: Reference, tokens: list[int]) -> Generated:
-    """Where the generated `tokens` leave the reference's."""
+    """Find where the generated `tokens` first differ from the reference's."""
     for at, (ours, theirs) in enumerate(zip(reference.generated, tokens, strict=False)):
         if ours != theirs:
             return Generated(at, GENERATE, float(reference.steps[at][ours] - reference.steps[at][theirs]))
@@ -237,11 +246,11 @@ def parting(reference: Reference, tokens: list[int]) -> Generated:
 
 
 def tolerance(quantization: Difference) -> float:
-    """KL in nats a position up to which a cell is ok, by what the artifact's own logits differ from fp32's.
+    """The KL divergence in nats a position up to which a cell is ok. `quantization` is the artifact's own from fp32.
 
-    Floats alone differ by up to 1e-7 among all runtimes. Two roundings of the same fineness that have nothing to do
-    with each other lie twice as far apart as each lies from the floats. Whatever a runtime gets wrong (a scale, a zero
-    point, a mask, a position) is orders of magnitude above both.
+    Rounding of floats alone gives up to 1e-7 among all runtimes. Two independent quantizations of the same precision
+    differ from each other by twice what each differs from fp32. An error of a runtime (a wrong scale, zero point, mask
+    or position) gives orders of magnitude more.
     """
     return max(FLOATS, 2 * quantization.kl)
 
@@ -253,7 +262,7 @@ def _objection(
     quantization: Difference,
     cure: str | None,
 ) -> Reason | None:
-    """Why the cell is not ok."""
+    """Why the cell is not ok; None if it is."""
     limit = tolerance(quantization)
     for name, item in found.items():
         if item.kl > limit:
@@ -269,5 +278,5 @@ def _objection(
 
 
 def to_json(cell: Cell) -> dict:
-    """A cell as JSON's own types, without what it does not have."""
+    """The cell as JSON's types, without the fields that are None."""
     return {key: value for key, value in json.loads(json.dumps(asdict(cell))).items() if value is not None}

@@ -190,7 +190,7 @@ def test_a_cell_for_each_way_to_end():
         "**no**: no such thing[^1]",
     ]
     assert "| `fp32` | portable | 16, 3 |" in text
-    assert r"[^1]: a \| b \<x\> — Do so." in text and r"[^2]: no c: run \`make c\`" in text
+    assert r"[^1]: a \| b &lt;x&gt; — Do so." in text and r"[^2]: no c: run \`make c\`" in text
     assert "[^3]" not in text
 
 

@@ -13,11 +13,13 @@ import subprocess
 import sys
 import sysconfig
 import zipfile
-from importlib.metadata import PathDistribution, distribution
+from importlib.metadata import PathDistribution
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+
+from lab.installed_size import closure, installed
 
 from helpers import ROOT, Result, assert_user_error, copy_tokenizer, stage, tiny_gpt2
 
@@ -67,21 +69,6 @@ def test_the_wheel_has_every_module_and_every_file_that_is_read(wheel: Path) -> 
     assert len(wanted) > 150 and not wanted - names
 
 
-def closure(requirements: list[str]) -> set[str]:
-    """The distributions that `requirements` bring, by name, as pip would install them on this machine."""
-    found: set[str] = set()
-    waiting = [Requirement(line) for line in requirements]
-    while waiting:
-        wanted = waiting.pop()
-        if wanted.name in found or (wanted.marker and not wanted.marker.evaluate({"extra": ""})):
-            continue
-        found.add(wanted.name)
-        # What an extra of a dependency asks for would be needed too; none of ours has one.
-        assert not wanted.extras, wanted
-        waiting += [Requirement(line) for line in distribution(wanted.name).requires or []]
-    return found
-
-
 def install(wheel: Path, folder: Path, *extras: str) -> Path:
     """An environment with the wheel and what it declares, with `extras`. Gives the folder of its programs."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
@@ -94,8 +81,7 @@ def install(wheel: Path, folder: Path, *extras: str) -> Path:
         if (requirement := Requirement(line)).marker is None
         or any(requirement.marker.evaluate({"extra": extra}) for extra in extras)
     ]
-    for name in closure([str(item).split(";")[0] for item in declared]):
-        found = distribution(name)
+    for found in closure([str(item).split(";")[0] for item in declared], installed()).values():
         for top in {file.parts[0] for file in found.files or []} - {"..", "__pycache__"}:
             if not (site / top).exists():
                 (site / top).symlink_to(str(found.locate_file(top)))

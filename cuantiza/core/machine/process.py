@@ -1,6 +1,6 @@
-"""Run our own functions in a process of their own: its memory goes back to the system, its death is one clear line here.
+"""Run our functions in a process of their own: it returns its memory to the system, and its death is one clear line.
 
-The counterpart for programs in other interpreters is cuantiza/core/machine/child.py.
+For programs in other interpreters there is cuantiza/core/machine/child.py.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -34,7 +35,8 @@ class Remote:
         self._here, there = _context.Pipe()
         self._process = _context.Process(target=_serve, args=(there, factory, args), daemon=True)
         try:
-            _start(self._process)
+            with contextlib.nullcontext() if _in_main(factory, *args) else _hidden_main():
+                _start(self._process)
             there.close()
             self.result()
         except BaseException:
@@ -79,6 +81,27 @@ class Remote:
         self._here.close()
 
 
+def _in_main(*values: object) -> bool:
+    """Whether one of `values` is a function or class of the program that runs, which a child has to import to call it."""
+    return any(getattr(value, "__module__", None) == "__main__" for value in values)
+
+
+@contextlib.contextmanager
+def _hidden_main() -> Iterator[None]:
+    """Keep a child from importing the main module of this process again.
+
+    That import would run a user's script a second time, unless all of it stood under `if __name__ == "__main__":`.
+    """
+    module = sys.modules["__main__"]
+    hidden: dict[str, Any] = {name: vars(module)[name] for name in ("__spec__", "__file__") if name in vars(module)}
+    vars(module).pop("__file__", None)
+    module.__spec__ = None
+    try:
+        yield
+    finally:
+        vars(module).update(hidden)
+
+
 def _start(process: BaseProcess) -> None:
     """Start `process` with SIGINT blocked.
 
@@ -108,8 +131,11 @@ class _Call:
 
 
 def isolated(function: Callable[..., Any], *args: Any, label: str | None = None) -> Any:
-    """Run `function(*args)` in a process that ends with it. Raises UserError as `Remote` does; `label` names it there."""
-    label = label or function.__name__
+    """Run `function(*args)` in a process of its own and return its result.
+
+    `label` says in messages what it does (default: the function's name). Raises UserError as `Remote` does.
+    """
+    label = label or function.__name__.strip("_")
     with Remote(_Call, function, label, label=label) as remote:
         return remote.call("run", *args)
 

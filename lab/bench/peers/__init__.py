@@ -1,6 +1,6 @@
-"""What users would pick instead: the rows of other libraries, each behind the interface of lab/bench/worker.py.
+"""The peers: rows of other libraries, which users would pick instead. Their interface is in lab/bench/worker.py.
 
-Imports the standard library alone: the modules are imported in the interpreters that have their libraries.
+This file imports the standard library only. Each peer's module is imported by the interpreter that has its library.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Peer:
-    """A row: how it is called, and which module makes and runs it as which of its kinds, in which environment.
+    """A row of another library: its name, and the module that makes and runs it, in which environment.
 
-    `precision` is that of the weights; `cache_bytes` are those of an element of the keys and values.
+    `kind` tells the module which of its rows this is. `precision` is that of the weights; `cache_bytes` is the size of
+    one element of the keys and values.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""A GPT-2 checkpoint as a GGUF file in f32, with the names of the gguf package's own tables."""
+"""Write a GPT-2 checkpoint as a GGUF file in f32; the tensors' names come from the gguf package."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ from safetensors.torch import load_file
 
 # transformers' Conv1D holds [in, out]; GGUF wants [out, in].
 CONV1D = (".c_attn.weight", ".c_proj.weight", ".c_fc.weight")
-# What old checkpoints carry among their weights, and the head, which is the table of tokens.
+# Buffers that old checkpoints store with their weights, and the head, which is tied to the embedding.
 SKIPPED = (".attn.bias", ".attn.masked_bias", "lm_head.weight")
 
 
 def write(checkpoint: Path, tokenizer: Path, target: Path) -> None:
-    """`tokenizer` is a tokenizer.json; a vocabulary that has fewer entries than the model is padded."""
+    """Write `checkpoint`, with the tokenizer.json `tokenizer`, to `target`.
+
+    A vocabulary with fewer entries than the model is padded. Raises ValueError for a weight that GGUF's gpt2 lacks.
+    """
     config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
     architecture, layers = gguf.MODEL_ARCH.GPT2, config["n_layer"]
     writer = gguf.GGUFWriter(target, gguf.MODEL_ARCH_NAMES[architecture])
@@ -46,7 +49,7 @@ def write(checkpoint: Path, tokenizer: Path, target: Path) -> None:
 
 
 def _add_tokenizer(writer: gguf.GGUFWriter, fields: dict, config: dict) -> None:
-    """Byte-level BPE: tokens, their types and merges. Token ids go in and out here, so nothing else of it matters."""
+    """Add the byte-level BPE: tokens, their types and merges. The benchmark only uses token ids, so this suffices."""
     tokens = {index: token for token, index in fields["model"]["vocab"].items()}
     special = {entry["id"]: entry["content"] for entry in fields.get("added_tokens", [])}
     tokens |= special

@@ -1,7 +1,8 @@
-"""OpenVINO with int8 weights: our fp32 graph, compressed by NNCF and made stateful as optimum-intel makes its exports.
+"""OpenVINO with int8 weights: our fp32 graph, compressed by NNCF and made stateful as optimum-intel does.
 
-LATENCY hint and the CPU plugin's defaults for the rest: keys and values in u8, activations quantized dynamically by
-groups where the processor allows. beam_idx is there for the plugin, which fuses attention with the state's Gather.
+It uses the LATENCY hint and otherwise the CPU plugin's defaults: keys and values in u8, activations quantized
+dynamically in groups where the processor allows. The input beam_idx exists because the plugin fuses attention with the
+Gather on the state.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""Runtimes of Python, each a program `python -m lab.matrix.python.X job.json` for the interpreter of its environment."""
+"""The Python runtimes: each is a program `python -m lab.matrix.python.X job.json`, run in its own environment."""

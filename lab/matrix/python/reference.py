@@ -1,4 +1,4 @@
-"""The ONNX project's own ReferenceEvaluator: what the standard says, operator by operator, in NumPy."""
+"""The ONNX project's ReferenceEvaluator, which implements the standard operator by operator in NumPy."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ import pyarrow.parquet
 import pytest
 
 from cuantiza.core.errors import UserError
-from cuantiza.core.inputs.corpus import INDEX, Source, Split, full_windows, load_splits, stream, write_index
+from cuantiza.core.inputs.corpus import INDEX, Source, Split, full_windows, load_splits, stream
 
 from helpers import CORPUS, ROOT, SPANISH, Result, assert_user_error
 from hub_stub import Hub, serving
@@ -236,99 +236,6 @@ def test_folder_without_documents(tmp_path: Path) -> None:
     (tmp_path / "notes.md").write_text("nothing")
     with pytest.raises(UserError, match=r"holds no \.txt"):
         sides(tmp_path)
-
-
-# index.json
-
-
-@pytest.fixture
-def indexed(tmp_path: Path) -> Path:
-    """A folder with seven documents and their index."""
-    folder = tmp_path / "corpus"
-    folder.mkdir()
-    for number in range(7):
-        (folder / f"{number}.txt").write_text(f"Texto número {number}.\n", encoding="utf-8")
-    write_index(folder)
-    return folder
-
-
-def test_index_decides(indexed: Path) -> None:
-    assert sides(indexed) == (
-        tuple(f"Texto número {n}." for n in (1, 4)),
-        tuple(f"Texto número {n}." for n in (0, 2, 3, 5, 6)),
-    )
-    entries = json.loads((indexed / INDEX).read_text(encoding="utf-8"))["documents"]
-    assert [entry["words"] for entry in entries] == [3] * 7
-    assert [entry["sha256"] for entry in entries] == [
-        hashlib.sha256((indexed / entry["file"]).read_bytes()).hexdigest() for entry in entries
-    ]
-
-
-def test_index_tool(indexed: Path) -> None:
-    """`python -m cuantiza.index folder` writes the index of the folder as it is, the same again."""
-    (indexed / "7.txt").write_text("Otro.", encoding="utf-8")
-    subprocess.run([sys.executable, "-m", "cuantiza.index", indexed], check=True, cwd=ROOT)
-    first = (indexed / INDEX).read_bytes()
-    assert len(sides(indexed)[1]) == 5 and "Otro." in sides(indexed)[0]
-    write_index(indexed)
-    assert (indexed / INDEX).read_bytes() == first
-
-
-def test_changed_document(indexed: Path) -> None:
-    (indexed / "3.txt").write_text("Texto número 3,\n", encoding="utf-8")
-    with pytest.raises(UserError, match=r"3\.txt.*index\.json.*python -m cuantiza\.index"):
-        sides(indexed)
-
-
-def test_missing_document(indexed: Path) -> None:
-    (indexed / "3.txt").unlink()
-    with pytest.raises(UserError, match=r"3\.txt.*index\.json"):
-        sides(indexed)
-
-
-def test_unlisted_document(indexed: Path) -> None:
-    """A text that is not in the index is an error; it is not silently ignored."""
-    (indexed / "7.txt").write_text("Nuevo.", encoding="utf-8")
-    with pytest.raises(UserError, match=r"7\.txt.*index\.json.*python -m cuantiza\.index"):
-        sides(indexed)
-
-
-def test_same_text_on_both_sides(indexed: Path) -> None:
-    (indexed / "1.txt").write_text("Texto número 0.", encoding="utf-8")
-    write_index(indexed)
-    with pytest.raises(UserError, match="both"):
-        sides(indexed)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda entries: entries[0].update(split="validation"),
-        lambda entries: entries[0].update(split=["test"]),
-        lambda entries: entries[0].pop("sha256"),
-        lambda entries: entries[0].update(file=7),
-        lambda entries: entries[0].update(file="../corpus.txt"),
-        lambda entries: entries.append("8.txt"),
-        lambda entries: entries.clear(),
-        lambda entries: [entry.update(split="test") for entry in entries],
-        lambda entries: [entry.update(split="calibration") for entry in entries],
-        lambda entries: entries.append(entries[0] | {"split": "calibration"}),
-    ],
-    ids=["side", "list", "no-hash", "number", "outside", "text", "none", "all-test", "all-calibration", "both"],
-)
-def test_broken_index(indexed: Path, change: Callable[[list], object]) -> None:
-    index = json.loads((indexed / INDEX).read_text(encoding="utf-8"))
-    change(index["documents"])
-    (indexed / INDEX).write_text(json.dumps(index), encoding="utf-8")
-    with pytest.raises(UserError, match=r"python -m cuantiza\.index"):
-        sides(indexed)
-
-
-@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"documents": 3}', "\udcff"])
-def test_index_is_no_index(indexed: Path, content: str) -> None:
-    (indexed / INDEX).write_bytes(content.encode("utf-8", "surrogateescape"))
-    with pytest.raises(UserError, match=r"python -m cuantiza\.index"):
-        sides(indexed)
 
 
 # Windows

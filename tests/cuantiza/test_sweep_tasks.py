@@ -1,0 +1,94 @@
+"""The tasks of a sweep without running one: parts of a text, groups of artifacts, kept cells, the Pareto front."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from cuantiza.eval.measure.estimates import text_size
+from cuantiza.eval.measure.score import Scores
+from cuantiza.sweep.grid import Cell
+from cuantiza.sweep.result import Cell as Done
+from cuantiza.sweep.result import front
+from cuantiza.sweep.tasks.made import Made
+from cuantiza.sweep.tasks.measure import merge
+from cuantiza.sweep.tasks.parts import groups, shards
+from cuantiza.sweep.tasks.store import Store
+
+from helpers import report_row
+
+
+def scores(rng: np.random.Generator, document: np.ndarray, with_kl: bool) -> Scores:
+    n = len(document)
+    return Scores(document, rng.random(n), *((rng.random(n), rng.random(n) < 0.5) if with_kl else (None, None)))
+
+
+def test_parts_of_a_text_make_the_whole() -> None:
+    rng = np.random.default_rng(0)
+    documents = [[0] * int(n) for n in rng.integers(1, 900, 23)]
+    lengths = [len(ids) for ids in documents]
+    for tokens in (1, 700, 4096, 10**9):
+        runs = shards(documents, tokens)
+        assert [n for first, end in runs for n in range(first, end)] == list(range(23))
+        sums = [sum(lengths[first:end]) for first, end in runs]
+        assert all(size >= tokens for size in sums[:-1])
+        assert all(size - lengths[end - 1] < tokens for size, (_, end) in zip(sums, runs, strict=True))
+        numbers = np.repeat(np.arange(23), lengths)
+        whole = [scores(rng, numbers, with_kl) for with_kl in (False, True)]
+
+        def part(own: Scores, first: int, end: int) -> Scores:
+            at = (own.document >= first) & (own.document < end)
+            fields = (own.document, own.nll, own.kl, own.same_top)
+            return Scores(*(None if value is None else value[at] for value in fields))
+
+        merged = merge([[part(own, *run) for own in whole] for run in runs])
+        for own, again in zip(whole, merged, strict=True):
+            for field in ("document", "nll", "kl", "same_top"):
+                assert np.array_equal(getattr(own, field), getattr(again, field)) or getattr(own, field) is None
+
+
+def test_artifacts_are_scored_together_where_they_are_small(tmp_path: Path) -> None:
+    sizes = {"fp32": 100, "a": 26, "b": 26, "c": 26, "d": 26, "e": 120, "f": 10}
+    made = {Cell("m", name, "t"): Made(tmp_path, name, size, size) for name, size in sizes.items()}
+    base = Cell("m", "fp32", "t")
+    names = [[cell.recipe for cell in group.wanted] for group in groups(base, list(made), made, None)]
+    assert names == [["fp32", "a", "b", "c"], ["d"], ["e"], ["f"]]
+    assert [group.others for group in groups(base, [base], made, None)] == [()]
+    assert groups(base, [], made, None) == []
+    assert text_size(("a b", "c")).words == 3
+
+
+def row(name: str, size: int, delta: float, speedup: float) -> Done:
+    fields = report_row(name, bytes=size, delta_ln_ppl=delta)
+    fields["decode"][0]["speedup"] = speedup
+    machine = {"cpu": "a CPU", "processors": 2, "threads": 1, "memory_bytes": 2**34, "system": "Linux"}
+    named = {"recipe": name, "model": "m", "corpus": "c", "artifact": "0" * 64, "machine": machine}
+    return Done.model_validate(fields | named)
+
+
+def test_the_front_is_what_no_other_beats() -> None:
+    rows = [
+        row("fp32", 100, 0, 1),
+        row("small", 20, 0.01, 3),
+        row("smaller and slower", 19, 0.01, 2),
+        row("beaten", 20, 0.02, 3),
+        row("same", 20, 0.01, 3),
+        row("slow and better", 100, -0.001, 0.5),
+    ]
+    names = {item.name for item in front(rows)}
+    assert names == {"fp32", "small", "smaller and slower", "same", "slow and better"}
+
+
+def test_a_kept_cell_is_read_whole_or_not_at_all(tmp_path: Path) -> None:
+    store, inputs = Store(tmp_path / "cells"), {"kind": "quality", "artifact": "a"}
+    assert store.read(inputs) is None
+    assert store.write(inputs, {"values": [0.1 + 0.2, 1e-300]}) == store.read(inputs) == {"values": [0.1 + 0.2, 1e-300]}
+    assert store.read(inputs | {"artifact": "b"}) is None
+    (file,) = (tmp_path / "cells").iterdir()
+    whole = file.read_bytes()
+    for at in range(0, len(whole), 7):
+        file.write_bytes(whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1 :])
+        assert store.read(inputs) in (None, {"values": [0.1 + 0.2, 1e-300]})
+        file.write_bytes(whole[:at])
+        assert store.read(inputs) is None

@@ -166,6 +166,8 @@ def observe(
 
 def _work(args: argparse.Namespace, function: Callable, recipe: Recipe, *more: Any) -> Any:
     """`function(recipe, fp32 folder, temporary folder, calibration split, *more)`, in a process of its own."""
+    if args.plot is not None:
+        plots.check_path(args.plot)
     with opened(args.output / model_name(args.model) / "fp32") as parent:
         # Imported here: bad input is refused without it.
         from cuantiza.core.machine.process import isolated

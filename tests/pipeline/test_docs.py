@@ -96,7 +96,7 @@ def test_a_command_runs_as_it_is_written(command: str, tmp_path: Path) -> None:
     (programs / "cuantiza").chmod(0o755)
     paths = {"PATH": f"{programs}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        command, shell=True, cwd=work, env={**os.environ, **paths}, capture_output=True, text=True, timeout=900
+        command, shell=True, cwd=work, env={**os.environ, **paths}, capture_output=True, text=True, timeout=1800
     )
     assert done.returncode == 0, done.stderr
     assert list(work.rglob("report.html")), done.stdout

@@ -1,20 +1,20 @@
-"""`python -m lab.bench.worker REQUEST.json`: prepare or serve one row, in the interpreter that has its library.
+"""`python -m lab.bench.worker REQUEST.json` prepares or serves one row, in the interpreter that has its library.
 
-Prints lines of JSON: one of what was prepared; or one when the row is loaded, and then one for each question on
-standard input. Imports the standard library, NumPy, what of cuantiza needs no more than these, and the row's module,
-which has
+It prints lines of JSON: one about the prepared files; or one when the row is loaded, and then one answer per question
+on standard input. It imports the standard library, NumPy, modules of cuantiza that need no more than these, and the
+row's module, which must define
 
-    prepare(kind, checkpoint, ours, folder)    makes the files of the row in `folder` (not of our rows)
-    files(kind, folder) -> list[Path]          those whose bytes count as its size
-    class Engine(kind, folder, threads)        loads
-        start(batch, capacity)                 an empty cache
-        feed(ids [B, T]) -> [B, V] | None      adds tokens; the logits of the last one, where the library gives them,
-                                               which the next call may overwrite
-        steps = False                          where it cannot be stepped, and has these instead:
-        generate(ids [B, T], count) -> list    greedy, exactly `count` tokens for each sequence
-        times(ids [B, T], count) -> list       ns from the call to each of `count` tokens
-        max_batch                              the largest batch, where there is one
-    version() -> str                           libraries and their versions
+    prepare(kind, checkpoint, ours, folder)    make the row's files in `folder` (not called for our own rows)
+    files(kind, folder) -> list[Path]          the files whose bytes count as the row's size
+    class Engine(kind, folder, threads)        load the row's files
+        start(batch, capacity)                 begin with an empty KV cache
+        feed(ids [B, T]) -> [B, V] | None      append tokens and return the logits of the last one, if the library gives
+                                               any; the next call may overwrite them
+        steps = False                          set if the library cannot be fed token by token; then it has instead:
+        generate(ids [B, T], count) -> list    generate exactly `count` tokens per sequence, greedily
+        times(ids [B, T], count) -> list       ns from the call until each of `count` tokens was there
+        max_batch                              the largest batch that is supported, if there is a limit
+    version() -> str                           the libraries and their versions
 """
 
 from __future__ import annotations
@@ -35,9 +35,10 @@ import numpy as np
 
 from cuantiza.core.machine.hardware import peak_rss_bytes
 
-# Of a decode: steps to warm up, and steps that are timed. The position grows with each, as in generation.
+# A decode measurement has some steps to warm up, and then these timed steps. Each step is one position further, as in
+# generation.
 WARM_UP_STEPS, STEPS = 3, 20
-# A cache is filled in pieces, so that it takes no more memory than the prefills that are measured.
+# The KV cache is filled in pieces of this size, so that it needs no more memory than the measured prefills.
 FILL_TOKENS = 512
 _PR_SET_PDEATHSIG = 1
 
@@ -56,7 +57,7 @@ def main(path: Path, out: TextIO) -> int:
         traceback.print_exc()
         print(f"{error.name} is not installed: run `make peers`", file=sys.stderr)
         return 1
-    except Exception as error:  # whatever a library raises: the driver shows the last line
+    except Exception as error:  # a library may raise anything; the driver shows the last line
         traceback.print_exc()
         print(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}", file=sys.stderr)
         return 1
@@ -64,24 +65,26 @@ def main(path: Path, out: TextIO) -> int:
 
 
 def prepare(module: Any, request: dict) -> dict:
-    """Make the row's files in `request["folder"]`, which is there and empty: {files: [path], version}."""
+    """Make the row's files in the empty folder `request["folder"]`, and return {files: [path], version}."""
     folder = Path(request["folder"])
     module.prepare(request["kind"], Path(request["checkpoint"]), Path(request["ours"]), folder)
     return {"files": [str(file) for file in module.files(request["kind"], folder)], "version": module.version()}
 
 
 def serve(module: Any, request: dict, questions: Iterable[str]) -> Iterator[Any]:
-    """{load_ns, version} once the row is loaded, then the answer to each of `questions`, a JSON list in a line:
+    """Load the row and yield {load_ns, version}; then yield the answer to each of `questions`.
 
-        ["prefill", count]            [ns] of one prefill, after one to warm up
-        ["decode", position]          [ns] of each of STEPS steps
-        ["generate", prompt, count]   [ns] of one generation
-        ["check", prompt, count]      the likeliest tokens, [1 + count] or fewer; the logits of the last prompt token and
-                                      of each token behind it, float32 [1 + count, V], where the library gives any, are
-                                      saved as `request["logits"]`
-        ["peak"]                      the largest resident set so far, bytes
+    A question is a JSON list in one line:
 
-    Tokens are `request["ids"]` [B, N].
+        ["prefill", count]            -> [ns] of one prefill, after one to warm up
+        ["decode", position]          -> [ns] of each of STEPS steps
+        ["generate", prompt, count]   -> [ns] of one generation
+        ["check", prompt, count]      -> the likeliest tokens, [1 + count] or fewer. If the library gives logits, those
+                                      of the last prompt token and of each token after it, float32 [1 + count, V], are
+                                      saved to the file `request["logits"]`
+        ["peak"]                      -> the largest resident set size so far, in bytes
+
+    The tokens are `request["ids"]` [B, N].
     """
     ids = np.asarray(request["ids"], np.int64)
     start = time.perf_counter_ns()
@@ -113,7 +116,7 @@ def serve(module: Any, request: dict, questions: Iterable[str]) -> Iterator[Any]
 
 
 class Stepped:
-    """Times of an engine that takes tokens one by one; `ids` int64 [B, N] are fed whatever it predicts."""
+    """Times an engine that can be fed token by token. It is fed `ids` int64 [B, N], whatever it predicts."""
 
     def __init__(self, engine: Any, ids: np.ndarray) -> None:
         self.engine, self.ids = engine, ids
@@ -135,28 +138,28 @@ class Stepped:
         return _elapsed(lambda: self._continue(prompt, count))
 
     def _continue(self, prompt: int, count: int) -> None:
-        """Greedy, through the cache; the last token is chosen and not fed."""
+        """Generate greedily through the KV cache. The last token is chosen but not fed."""
         step = self.ids[:, :prompt]
         for number in range(count):
             logits = self.engine.feed(step)
-            # Without logits, any token costs as much.
+            # If there are no logits, any other token is fed; it costs the same.
             step = self.ids[:, number : number + 1] if logits is None else logits.argmax(axis=-1)[:, None]
 
     def check(self, prompt: int, steps: int) -> tuple[list[int] | None, np.ndarray | None]:
         self.engine.start(1, prompt + steps)
         pieces = [self.ids[:1, :prompt], *(self.ids[:1, at : at + 1] for at in range(prompt, prompt + steps))]
-        rows = []
+        parts = []
         for piece in pieces:
-            row = self.engine.feed(piece)
-            if row is None:
+            part = self.engine.feed(piece)
+            if part is None:
                 return None, None
-            rows.append(np.array(row, np.float32))  # a copy: the next call may overwrite it
-        logits = np.concatenate(rows)
+            parts.append(np.array(part, np.float32))  # a copy, because the next call may overwrite the original
+        logits = np.concatenate(parts)
         return logits.argmax(axis=-1).tolist(), logits
 
 
 class Whole:
-    """Times of an engine that only generates, with its own loop, and says when each token was there."""
+    """Times an engine that only generates with its own loop, and reports when each token was there."""
 
     def __init__(self, engine: Any, ids: np.ndarray) -> None:
         self.engine, self.ids = engine, ids
@@ -172,15 +175,16 @@ class Whole:
         return _elapsed(lambda: self.engine.generate(self.ids[:, :prompt], count))
 
     def check(self, prompt: int, steps: int) -> tuple[list[int], None]:
-        """The token behind the prompt alone."""
+        """Only the first token after the prompt, without logits."""
         return [int(self.engine.generate(self.ids[:1, :prompt], 1)[0][0])], None
 
 
 def _end_with_parent() -> None:
-    """Linux kills this process when its parent dies.
+    """Ask Linux to kill this process when its parent dies (PR_SET_PDEATHSIG).
 
-    A stopped one reads no end of file, a thread that waits for the parent (cuantiza/core/machine/process.py) stands still with it, and
-    what the system sends to those that stand stopped when their parent dies misses one whose stop is still on its way.
+    A process stopped by SIGSTOP cannot notice that its parent died: it reads no EOF, and a thread that watches the
+    parent (cuantiza/core/machine/process.py) is stopped too. The kernel's SIGHUP to orphaned stopped process groups
+    does not help if our SIGSTOP has not arrived yet.
     """
     if sys.platform.startswith("linux"):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -193,7 +197,8 @@ def _elapsed(run: Callable[[], object]) -> int:
 
 
 if __name__ == "__main__":
-    # Libraries print what they like, and some fail on their way out: neither may spoil the answer.
+    # Libraries may print to standard output, and some crash when the process exits. So the answer goes to a copy of
+    # standard output, and the process ends without cleaning up.
     answer = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     status = main(Path(sys.argv[1]), answer)

@@ -1,1 +1,1 @@
-"""The same artifacts in other runtimes, their logits compared with ONNX Runtime's: docs/runtimes.md."""
+"""Runs the artifacts in other runtimes and compares their logits with ONNX Runtime's: docs/runtimes.md."""

@@ -1,8 +1,9 @@
-"""The cells of the matrix: which there are, and how a runtime's logits compare with those of cuantiza/core/run/runtime.py.
+"""The cells of the matrix, and the comparison of a runtime's logits with those of cuantiza/core/run/runtime.py.
 
-Every cell is a run of its own, in a process of its own, of the same job. Two runtimes add the same floats in another
-order. Where activations are integers, a float on the edge of a rounding then falls to the other side, and all behind it
-is rounded anew. So a cell is judged in nats, by KL divergence, beside what quantization itself changes: see `tolerance`.
+All cells run the same job, each in a process of its own. Two runtimes add the same floats in different orders. If
+activations are quantized, a value that lies between two integers may then round the other way, and everything after it
+changes a little. So a cell is judged by KL divergence in nats, relative to the change by quantization itself: see
+`tolerance`.
 """
 
 from __future__ import annotations
@@ -30,14 +31,17 @@ from lab.matrix.reasons import BFLOAT16, Reason, explain
 TOKENS, PREFILL, PAD, GENERATE = 48, 16, 7, 16
 PROMPT = "Me gusta mucho el futbol"
 LOGITS = ("whole", "cached", "padded")
-FLOATS = 1e-6  # KL in nats a position
+FLOATS = 1e-6  # KL in nats per position
 RECIPES = tuple(name for recipe in ("fp32", *PORTABLE) for name in (recipe, f"{recipe}-ort"))
 
 
 @dataclass(frozen=True)
 class Reference:
-    """What cuantiza/core/run/runtime.py makes of an artifact: `whole` [T, V], `cached` [T - PREFILL + 1, V], and greedily
-    `generated` tokens with the logits `steps` [GENERATE, V] that each was chosen by."""
+    """The results of cuantiza/core/run/runtime.py for an artifact.
+
+    `whole` [T, V] and `cached` [T - PREFILL + 1, V] are logits without and with the KV cache. `generated` are greedily
+    chosen tokens, and `steps` [GENERATE, V] the logits from which they were chosen.
+    """
 
     whole: np.ndarray
     cached: np.ndarray
@@ -46,13 +50,16 @@ class Reference:
     prompt_ids: list[int]
 
     def logits(self, name: str) -> np.ndarray:
-        """What a runtime's `name` should be. Attention looks back alone, so a shorter row is the whole's beginning."""
+        """The expected logits `name`. Attention only looks back, so a shorter sequence has the first of `whole`."""
         return {"whole": self.whole, "cached": self.cached, "padded": self.whole[: TOKENS - PAD]}[name]
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Of logits at `positions`: the largest, the root of the mean square, KL in nats a position, equal top tokens."""
+    """The difference of logits at `positions` positions.
+
+    The fields are the largest difference, the root mean square, KL in nats per position, and equal top tokens.
+    """
 
     maximum: float
     rms: float
@@ -63,8 +70,10 @@ class Difference:
 
 @dataclass(frozen=True)
 class Generated:
-    """How many tokens a runtime's loop has in common with ours until they part, and by how much our logits prefer
-    our token where they do (None where they do not)."""
+    """How many tokens a runtime generates like ours before the first difference.
+
+    `gap` is by how much our logits prefer our token there; None if all tokens are equal.
+    """
 
     same: int
     tokens: int
@@ -85,19 +94,19 @@ class Cell:
     generated: Generated | None = None
     generated_padded: Generated | None = None
     same_prompt: bool | None = None
-    skipped: dict[str, str] | None = None  # what the runtime does not have
-    unable: dict[str, Reason] | None = None  # what it has, and failed at
+    skipped: dict[str, str] | None = None  # features that the runtime does not have
+    unable: dict[str, Reason] | None = None  # features that it has but that failed
     note: str | None = None
     reason: Reason | None = None
 
 
 def target(recipe: str) -> str:
-    """Standard operators, or ONNX Runtime's own."""
+    """The target of a recipe: "portable" (standard operators) or "ort" (ONNX Runtime's own)."""
     return "ort" if recipe.endswith("-ort") else "portable"
 
 
 def artifacts(folder: Path, recipes: tuple[str, ...]) -> dict[str, Artifact]:
-    """The verified artifacts of `recipes` in `folder`. Raises UserError where one is not there or damaged."""
+    """The verified artifacts of `recipes` in `folder`. Raises UserError if one is missing or damaged."""
     if missing := [name for name in recipes if not (folder / name).is_dir()]:
         raise UserError(
             f'{folder}: has no {", ".join(missing)}; run `make quantize RECIPES="{" ".join(missing)}"` first'
@@ -106,9 +115,9 @@ def artifacts(folder: Path, recipes: tuple[str, ...]) -> dict[str, Artifact]:
 
 
 def make_job(folder: Path, test: Split, threads: int) -> dict:
-    """The job of every cell, but for its folder, target and output: a document's first tokens by `folder`'s tokenizer.
+    """The job of all cells, without folder, target and output: the first tokens of a document, by `folder`'s tokenizer.
 
-    Raises UserError where no document of `test` has enough.
+    Raises UserError if no document of `test` has enough tokens.
     """
     tokenizer, start = load_tokenizer(folder), start_token(folder)
     for text in test.documents:
@@ -129,7 +138,7 @@ def make_job(folder: Path, test: Split, threads: int) -> dict:
 
 
 def make_reference(folder: Path, job: dict) -> Reference:
-    """What cuantiza/core/run/runtime.py gives for `job` on the artifact in `folder`."""
+    """Run `job` on the artifact in `folder` with cuantiza/core/run/runtime.py."""
     runtime = Runtime(folder / MODEL, job["threads"])
     ids = np.array([job["ids"]])
     whole = runtime.forward(ids)[0].copy()
@@ -150,7 +159,7 @@ def make_reference(folder: Path, job: dict) -> Reference:
 def cells(
     found: dict[str, Artifact], runtimes: list[Program], job: dict, original: Reference
 ) -> Iterator[tuple[Cell, Difference]]:
-    """Every artifact in every runtime, each with what the artifact's own logits differ from `original`, fp32's."""
+    """Run every artifact in every runtime. Each is judged by how far its own logits are from `original`, fp32's."""
     for recipe, artifact in found.items():
         reference = original if recipe == "fp32" else make_reference(artifact.path, job)
         quantization = difference(original.whole, reference.whole)
@@ -166,7 +175,7 @@ def one_cell(
     reference: Reference,
     quantization: Difference,
 ) -> Cell:
-    """Run `program` on the artifact in `folder` and compare what it gives."""
+    """Run `program` on the artifact in `folder` and compare its results with the reference."""
     if (why := program.missing()) is not None:
         return Cell(recipe, program.name, "missing", reason=Reason("not installed", why, None))
     with TemporaryDirectory(prefix="cuantiza-runtimes-") as name:
@@ -183,7 +192,7 @@ def one_cell(
 def compare_result(
     recipe: str, runtime: str, result: dict, output: Path, reference: Reference, quantization: Difference
 ) -> Cell:
-    """The cell of a runtime's `result`, whose logits lie in folder `output`."""
+    """The cell of a runtime's `result`, whose logits are in the folder `output`."""
     found: dict[str, Difference] = {}
     for name in LOGITS:
         if result.get(name) is not None:
@@ -219,7 +228,7 @@ def compare_result(
 
 
 def difference(expected: np.ndarray, found: np.ndarray) -> Difference:
-    """Of logits [n, V] from the `expected` ones."""
+    """The difference of logits [n, V] from the `expected` ones."""
     error = found - expected
     (_, kl, same) = compare(expected, [found], np.zeros(len(found), np.int64))[1]
     return Difference(
@@ -228,7 +237,7 @@ def difference(expected: np.ndarray, found: np.ndarray) -> Difference:
 
 
 def parting(reference: Reference, tokens: list[int]) -> Generated:
-    """Where the generated `tokens` leave the reference's."""
+    """The first place where the generated `tokens` differ from the reference's."""
     for at, (ours, theirs) in enumerate(zip(reference.generated, tokens, strict=False)):
         if ours != theirs:
             return Generated(at, GENERATE, float(reference.steps[at][ours] - reference.steps[at][theirs]))
@@ -237,11 +246,11 @@ def parting(reference: Reference, tokens: list[int]) -> Generated:
 
 
 def tolerance(quantization: Difference) -> float:
-    """KL in nats a position up to which a cell is ok, by what the artifact's own logits differ from fp32's.
+    """The largest KL in nats per position for which a cell is ok, given how far the artifact itself is from fp32.
 
-    Floats alone differ by up to 1e-7 among all runtimes. Two roundings of the same fineness that have nothing to do
-    with each other lie twice as far apart as each lies from the floats. Whatever a runtime gets wrong (a scale, a zero
-    point, a mask, a position) is orders of magnitude above both.
+    Without quantization, all runtimes agree within 1e-7. Two independent roundings of the same precision differ from
+    each other by twice as much as each differs from the floats. A real mistake of a runtime (a scale, a zero point, a
+    mask, a position) is orders of magnitude larger than both.
     """
     return max(FLOATS, 2 * quantization.kl)
 
@@ -261,7 +270,7 @@ def _objection(
     if same_prompt is False:
         return Reason("other tokens", "its tokenizer splits the prompt otherwise than tokenizer.json says", cure)
     for name, loop in loops.items():
-        # The two best tokens of a near tie may change places; anything else is another model's text.
+        # If the two best logits are nearly equal, either token may win. Any other difference is an error.
         near = 2 * max((item.maximum for item in found.values()), default=0.0)
         if loop.gap is not None and loop.gap > near:
             return Reason("other text", f"{name}: leaves ours at token {loop.same}, by {loop.gap:.2g}", cure)
@@ -269,5 +278,5 @@ def _objection(
 
 
 def to_json(cell: Cell) -> dict:
-    """A cell as JSON's own types, without what it does not have."""
+    """A cell as JSON types, without empty fields."""
     return {key: value for key, value in json.loads(json.dumps(asdict(cell))).items() if value is not None}

@@ -1,4 +1,4 @@
-"""What the failures that are known mean, in a few words, and what cures each."""
+"""The known failures of runtimes, each explained in a few words and with its cure."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Reason:
-    """Why a cell is not ok: in a few words, by the runtime's exact message, and what would cure it, where known."""
+    """Why a cell is not ok: a few words, the runtime's exact message, and the cure if it is known."""
 
     short: str
     message: str
     cure: str | None
 
 
-# (what the message says, in a few words, cure), the first that fits.
+# (part of the message, explanation in a few words, cure). The first match counts.
 _KNOWN = (
     (
         r"from domain 'com\.microsoft' is unknown|com\.microsoft\.\w+ with a message",

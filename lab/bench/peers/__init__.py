@@ -1,6 +1,6 @@
-"""What users would pick instead: the rows of other libraries, each behind the interface of lab/bench/worker.py.
+"""The rows of other libraries that users might choose instead. lab/bench/worker.py describes their interface.
 
-Imports the standard library alone: the modules are imported in the interpreters that have their libraries.
+This file imports only the standard library; the modules are imported in the interpreters that have their libraries.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Peer:
-    """A row: how it is called, and which module makes and runs it as which of its kinds, in which environment.
+    """A row of another library: its name, the module and kind that make and run it, and the environment that it needs.
 
-    `precision` is that of the weights; `cache_bytes` are those of an element of the keys and values.
+    `precision` is the weights' precision. `cache_bytes` is the size of one element of keys and values.
     """
 
     name: str

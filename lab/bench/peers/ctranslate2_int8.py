@@ -1,7 +1,7 @@
 """CTranslate2 with int8 weights: the converter's `--quantization int8`, and its own greedy loop.
 
-As its performance guide advises: int8, no beam search, no scores, one generator with all threads. Its public interface
-has no step with a cache, so a row is timed through whole generations, or by its callback for each token.
+It runs as its performance guide advises: int8, no beam search, no scores, one generator with all threads. Its public
+interface has no single decode step, so a row is timed by whole generations, or by the callback for each token.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ def prepare(kind: str, checkpoint: Path, ours: Path, folder: Path) -> None:
             (padded / file.name).symlink_to(file.absolute())
         _pad_tokenizer(padded)
         converter = ctranslate2.converters.TransformersConverter(str(padded), low_cpu_mem_usage=True)
-        # int8 in full: with float32 for the rest, whatever the checkpoint is stored in, as CPUs compute.
+        # This type means int8 weights and float32 for everything else, whatever type the checkpoint has.
         converter.convert(str(folder), quantization="int8_float32", force=True)
 
 
 def _pad_tokenizer(folder: Path) -> None:
-    """The converter asks for a token for each row of the table; a random model's tokenizer has fewer."""
+    """Pad the tokenizer: the converter needs one token per row of the embedding, but a random model's has fewer."""
     size = json.loads((folder / "config.json").read_text(encoding="utf-8"))["vocab_size"]
     tokenizer = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     vocabulary = tokenizer["model"]["vocab"]
@@ -56,13 +56,13 @@ class Engine:
         self._tokens = json.loads((folder / "vocabulary.json").read_text(encoding="utf-8"))
 
     def generate(self, ids: np.ndarray, count: int) -> list[list[int]]:
-        """`count` tokens behind each of ids [B, T], of which all but the last go through at once."""
+        """Generate `count` tokens after each of ids [B, T]. All ids but the last are fed at once."""
         return [result.sequences_ids[0] for result in self._generate(ids, count)]
 
     def times(self, ids: np.ndarray, count: int) -> list[int]:
-        """When each of `count` tokens behind ids [B, T] was there for the whole batch: ns from the call.
+        """ns from the call until each of `count` tokens after ids [B, T] was there for the whole batch.
 
-        The differences between them are steps behind a cache of T and more tokens.
+        Their differences are the times of decode steps after T or more cached tokens.
         """
         found: dict[int, int] = {}
         start = time.perf_counter_ns()
@@ -75,7 +75,7 @@ class Engine:
         return list(found.values())
 
     def logits(self, ids: np.ndarray) -> np.ndarray:
-        """Logits [B, V] of the last of ids [B, T], for checks: without a cache, and with those of all positions."""
+        """Logits [B, V] of the last of ids [B, T], only for checks: no KV cache, and all positions are computed."""
         return np.array(self._generator.forward_batch(ids.tolist()))[:, -1]
 
     def _generate(self, ids: np.ndarray, count: int, **options: Any) -> list[ctranslate2.GenerationResult]:

@@ -1,4 +1,4 @@
-"""A GPT-2 checkpoint as a GGUF file in f32, with the names of the gguf package's own tables."""
+"""Writes a GPT-2 checkpoint as a GGUF file in f32, with the tensor names of the gguf package."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from safetensors.torch import load_file
 
 # transformers' Conv1D holds [in, out]; GGUF wants [out, in].
 CONV1D = (".c_attn.weight", ".c_proj.weight", ".c_fc.weight")
-# What old checkpoints carry among their weights, and the head, which is the table of tokens.
+# These are not written: masks that old checkpoints contain, and the head, because it is tied to the embedding.
 SKIPPED = (".attn.bias", ".attn.masked_bias", "lm_head.weight")
 
 
 def write(checkpoint: Path, tokenizer: Path, target: Path) -> None:
-    """`tokenizer` is a tokenizer.json; a vocabulary that has fewer entries than the model is padded."""
+    """Write the file. `tokenizer` is a tokenizer.json; its vocabulary is padded if it is smaller than the model's."""
     config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
     architecture, layers = gguf.MODEL_ARCH.GPT2, config["n_layer"]
     writer = gguf.GGUFWriter(target, gguf.MODEL_ARCH_NAMES[architecture])
@@ -46,7 +46,7 @@ def write(checkpoint: Path, tokenizer: Path, target: Path) -> None:
 
 
 def _add_tokenizer(writer: gguf.GGUFWriter, fields: dict, config: dict) -> None:
-    """Byte-level BPE: tokens, their types and merges. Token ids go in and out here, so nothing else of it matters."""
+    """Add the byte-level BPE's tokens, their types and merges. The benchmark only uses token ids, so this is enough."""
     tokens = {index: token for token, index in fields["model"]["vocab"].items()}
     special = {entry["id"]: entry["content"] for entry in fields.get("added_tokens", [])}
     tokens |= special

@@ -1,7 +1,8 @@
 """llama.cpp through llama-cpp-python's low-level interface, on GGUF files in f32, Q8_0 and Q4_0 (lab/bench/peers/gguf_file.py).
 
-llama-bench's defaults: 2048 tokens a batch, 512 a micro-batch, keys and values in f16, weights repacked for the
-processor. Flash attention, which `auto` picks too: 1.2 × faster in prefill, and in decode no slower (GPT-2 small).
+The settings are llama-bench's defaults: 2048 tokens per batch, 512 per micro-batch, keys and values in f16, weights
+repacked for the processor. Flash attention is on, as `auto` chooses too: prefill is 1.2 × faster, and decode is not
+slower (GPT-2 small).
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ FLASH = llama.LLAMA_FLASH_ATTN_TYPE_ENABLED
 
 @llama.llama_log_callback
 def _silent(level: int, text: bytes, data: object) -> None:
-    """llama.cpp tells of every tensor."""
+    """Silence llama.cpp, which logs a line for every tensor."""
 
 
 llama.llama_log_set(_silent, ctypes.c_void_p(0))
 
 
 def version() -> str:
-    # Compiled where it is installed, for this processor (GGML_NATIVE, its default): what it found says so.
+    # The library is compiled for this processor during installation (GGML_NATIVE, its default), as its info shows.
     found = [item.split(" = ")[0].strip() for item in llama.llama_print_system_info().decode().split("|")]
     widest = [name for name in ("AVX512_VNNI", "AVX512", "AVX2", "NEON") if name in found]
     return f"llama-cpp-python {version_of('llama-cpp-python')}, GGML_NATIVE" + (f" ({widest[0]})" if widest else "")
@@ -38,7 +39,8 @@ def prepare(kind: str, checkpoint: Path, ours: Path, folder: Path) -> None:
     plain = folder / "f32.gguf"
     gguf_file.write(checkpoint, ours / "fp32" / "tokenizer.json", plain)
     if kind in TYPES:
-        # As llama-quantize does it: the tied table in Q8_0 for Q8_0, in Q6_K for Q4_0; norms, biases and positions in f32.
+        # These are llama-quantize's own choices: the tied embedding in Q8_0 for Q8_0 and in Q6_K for Q4_0; norms,
+        # biases and positions in f32.
         options = llama.llama_model_quantize_default_params()
         options.ftype = TYPES[kind]
         source, target = str(plain).encode(), str(folder / f"{kind}.gguf").encode()
@@ -82,7 +84,7 @@ class Engine:
         self._shape = (batch, capacity)
 
     def feed(self, ids: np.ndarray) -> np.ndarray:
-        """Logits [B, V] of the last of ids [B, T]; no others are computed."""
+        """Append ids [B, T] and return the logits [B, V] of the last token. No other logits are computed."""
         batch, count = ids.shape
         most = self._room // batch
         for start in range(0, count, most):
@@ -92,7 +94,7 @@ class Engine:
         return np.stack([np.ctypeslib.as_array(row, (self._vocabulary,)) for row in rows])
 
     def _decode(self, ids: np.ndarray, wanted: bool) -> None:
-        """Add ids [B, T], sequence by sequence; logits of each sequence's last where `wanted`."""
+        """Append ids [B, T], sequence by sequence. If `wanted`, compute the logits of each sequence's last token."""
         batch, count = ids.shape
         size = self._batch.n_tokens = ids.size
         _view(self._batch.token, size)[:] = ids.reshape(-1)

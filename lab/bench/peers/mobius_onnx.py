@@ -1,8 +1,8 @@
-"""mobius-onnx: Microsoft's direct graph builder, in fp32, run by ONNX Runtime.
+"""mobius-onnx, Microsoft's direct graph builder, in fp32, run by ONNX Runtime.
 
-Built for the execution provider that runs it, `--ep cpu`, as mobius' guide advises: GroupQueryAttention on packed
-q/k/v with a cache that is updated in place (84 nodes for 6 layers, 156 for 12) instead of `default`'s opset-24
-Attention, which concatenates (108 and 204).
+The graph is built for the execution provider that runs it (`--ep cpu`), as mobius' guide advises. It has
+GroupQueryAttention on packed q/k/v with a KV cache that is updated in place (84 nodes for 6 layers, 156 for 12).
+`default` has opset 24's Attention instead, which concatenates the cache (108 and 204 nodes).
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """optimum's export through ONNX Runtime: fp32, and ORTQuantizer's dynamic int8 (avx512_vnni).
 
-Exported as ORTModelForCausalLM.from_pretrained(export=True) does, with accelerate installed, without which the
-tied table is stored twice. Run as ORTModelForCausalLM runs it with use_io_binding, without transformers' own loop.
+The export is that of ORTModelForCausalLM.from_pretrained(export=True), with accelerate installed; without it the tied
+embedding is stored twice. The graph runs as ORTModelForCausalLM runs it with use_io_binding, but without transformers'
+own loop.
 """
 
 from __future__ import annotations

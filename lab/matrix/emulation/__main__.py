@@ -1,4 +1,7 @@
-"""`python -m lab.matrix.emulation`: the artifacts on emulated processors, against this one -> docs/data/runtimes-emulation.json."""
+"""`python -m lab.matrix.emulation` compares the artifacts on emulated processors with this one.
+
+It writes docs/data/runtimes-emulation.json.
+"""
 
 from __future__ import annotations
 
@@ -25,15 +28,15 @@ from lab.matrix.emulation import qemu as emulation
 from lab.matrix.emulation.qemu import PROCESSORS, Difference, Processor
 
 SCHEMA = "cuantiza/emulation/1"
-# Tokens of the first window that go through the cache one by one: one row takes other kernels than many.
+# So many tokens of the first window are fed one by one through the KV cache, because a single token uses other kernels.
 CACHED = 8
-# Logits that differ by less do so in a float's last digits.
+# Smaller differences of logits are only in a float's last digits.
 SAME = 1e-3
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Logits `whole` and `cached` as the driver wrote them, or why there are none."""
+    """The logits `whole` and `cached` that the driver wrote, or the reason why there are none."""
 
     logits: dict[str, np.ndarray] | None
     failure: str | None = None
@@ -41,7 +44,7 @@ class Outcome:
 
 def main() -> int:
     args = _arguments()
-    # All that can be wrong with the options, before anything is made or measured.
+    # Check all options before anything is made or measured.
     chosen = [PROCESSORS[name] for name in dict.fromkeys(args.processors)]
     for processor in chosen:
         emulation.emulator(processor)
@@ -76,12 +79,12 @@ def measure(
     work: Path,
     threads: int,
 ) -> dict:
-    """What the JSON has of the processors and, in `rows`, of every artifact on each of them."""
+    """The JSON's fields about the processors and, in `rows`, about every artifact on each of them."""
     np.save(work / "windows.npy", windows)
     job = {"windows": str(work / "windows.npy"), "cached": CACHED, "threads": threads}
     here = emulation.command(None, work)
     about = {None: _about(here, job, work), **{name: _about(prefix, job, work) for name, prefix in prefixes.items()}}
-    # Where this processor clips as well, the option tells what it ought to compute.
+    # If this processor clips as well, the option makes it compute the exact result.
     options = EXACT if about[None]["saturates"] else {}
     rows = []
     for found in track(artifacts, "emulate", len(artifacts)):
@@ -105,9 +108,9 @@ def measure(
 
 
 def notes(plain: Outcome, exact: Outcome | None) -> list[tuple[str | None, Outcome, str | None]]:
-    """(option, outcome, note) of the rows to write; `exact` is where the option was tried, and may have changed nothing.
+    """(option, outcome, note) for each row to write. `exact` is the outcome with the option; None if it was not tried.
 
-    The option changes integer products and nothing else, so what differs by it on one processor had been clipped.
+    The option only changes int8 matmuls. So if it changes the logits on one processor, sums had been clipped there.
     """
     option = "=".join(*EXACT.items())
     if exact is None:
@@ -123,7 +126,7 @@ def notes(plain: Outcome, exact: Outcome | None) -> list[tuple[str | None, Outco
 def row(
     processor: str, recipe: str, option: str | None, tokens: int, there: Difference | None, note: str | None
 ) -> dict:
-    """One element of `rows`; null differences where the artifact did not run."""
+    """One element of `rows`. The differences are null if the artifact did not run."""
     values = dict.fromkeys(Difference.__dataclass_fields__) if there is None else asdict(there)
     if there is not None:
         same = max(there.max_logit_difference, there.max_logit_difference_cached) < SAME
@@ -134,9 +137,9 @@ def row(
 
 
 def token_windows(folder: Path, documents: tuple[str, ...], count: int, tokens: int) -> np.ndarray:
-    """Token ids int64 [count, tokens]: the start token and the beginning of as many documents that are long enough.
+    """Token ids int64 [count, tokens]: the start token and the beginning of each of `count` long enough documents.
 
-    Raises UserError where there are too few, or the model's positions end before.
+    Raises UserError if there are too few such documents, or the model has too few positions.
     """
     longest = max_positions(read_config(folder))
     if tokens > longest:

@@ -1,1 +1,1 @@
-"""Runtimes of Python, each a program `python -m lab.matrix.python.X job.json` for the interpreter of its environment."""
+"""Python runtimes. Each is a program, `python -m lab.matrix.python.X job.json`, for its own environment."""

@@ -1,6 +1,7 @@
-"""onnxruntime-genai, ONNX Runtime's own generation loop and tokenizer.
+"""Runs a job in onnxruntime-genai, which is ONNX Runtime's own generation loop and tokenizer.
 
-Artifacts of the target ort have a genai_config.json; for the others it is written here, beside links to their files.
+Artifacts of the target ort have a genai_config.json. For the others this program writes one, beside links to their
+files.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def main(job: dict) -> dict:
 
 
 def _config(folder: Path) -> dict:
-    """genai_config.json of a graph that concatenates its cache."""
+    """The content of genai_config.json for a graph that concatenates its KV cache."""
     session = ort.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
     keys = [item.shape for item in session.get_inputs() if item.name.endswith(".key")]
     config = read_config(folder)
@@ -87,7 +88,10 @@ def _run(folder: Path, job: dict) -> dict:
 
 
 def _generator(model: genai.Model, length: int, **options: object) -> genai.Generator:
-    """Of at most `length` tokens, greedy. One more than those fed: a generator that is full gives no logits."""
+    """A greedy generator for at most `length` tokens.
+
+    `length` must be one more than the tokens fed, because a full generator gives no logits.
+    """
     parameters = genai.GeneratorParams(model)
     parameters.set_search_options(batch_size=1, max_length=length, do_sample=False, **options)
     return genai.Generator(model, parameters)

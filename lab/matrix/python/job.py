@@ -1,18 +1,19 @@
-"""What the runtimes share: the job that a runtime is given and the result that it writes.
+"""Shared code of the Python runtimes: reads the job that a runtime gets, and writes its result.
 
-A runtime is a program that takes the path of a job, its last argument. It ends with status 0 having written <output>/result.json, or with
-another and the reason as the last line of standard error.
+A runtime is a program whose last argument is the path of a job. It writes <output>/result.json and ends with status 0,
+or it ends with another status and the reason as the last line on standard error.
 
-Job: `folder` (an artifact), `target` ("portable" or "ort"), `ids` (T tokens behind the start token, that included),
-`prefill` (how many of them the cached run takes at once), `pad` (how many padding tokens the shorter row of a batch
+Job: `folder` (an artifact), `target` ("portable" or "ort"), `ids` (T tokens that begin with the start token), `prefill`
+(how many of them the run with a KV cache feeds at once), `pad` (how many padding tokens the shorter sequence of a batch
 has), `start` (the start token), `prompt` (text), `generate` (how many tokens), `threads`, `output` (a folder).
 
-Result: `version`; `whole` [T, V], the logits of all ids; `cached` [T - prefill + 1, V], those of the last token of the
-prefill and of every further one through the cache; `padded` [T - pad, V], those of the real tokens of
-(padding × pad, ids[: T - pad]) beside ids in one batch; `generated`, what the runtime's own loop continues the start
-token and the prompt with, greedily; `generated_padded`, the same beside a longer prompt in one batch; `prompt_ids`,
-the prompt by the runtime's own tokenizer; `note`, what was done for it. Logits are files of little-endian float32;
-what a runtime does not have is null, or left out, and `skipped` says why; `failed` has the message where it has one.
+Result: `version`; `whole` [T, V], the logits of all ids; `cached` [T - prefill + 1, V], the logits of the last token of
+the prefill and of every further token through the KV cache; `padded` [T - pad, V], the logits of the real tokens of
+(padding × pad, ids[: T - pad]) in one batch with ids; `generated`, the greedy continuation of the start token and the
+prompt by the runtime's own loop; `generated_padded`, the same in one batch with a longer prompt; `prompt_ids`, the
+prompt as the runtime's own tokenizer encodes it; `note`, special steps that were needed. Logits are files of
+little-endian float32. A field that the runtime does not have is null or missing, and `skipped` says why. If a field
+failed, `failed` has its message.
 """
 
 from __future__ import annotations
@@ -29,12 +30,12 @@ NO_LOOP = "runs graphs; it has no generation loop or tokenizer"
 
 
 def run(main: Callable[[dict], dict]) -> None:
-    """Read the job that the command line names, have `main` carry it out, write the result: arrays as files."""
+    """Read the job that the command line names, call `main` with it, and write the result, with arrays as files."""
     job = json.loads(Path(sys.argv[-1]).read_text(encoding="utf-8"))
     output = Path(job["output"])
     try:
         result = {"skipped": {}} | main(job)
-    except Exception as error:  # whatever a library raises is the answer
+    except Exception as error:  # a library may raise anything; the message is the answer
         sys.exit(one_line(error))
     for name in LOGITS:
         if (logits := result.setdefault(name, None)) is not None:
@@ -48,7 +49,7 @@ def one_line(error: Exception) -> str:
 
 
 def padded_batch(job: dict) -> tuple[np.ndarray, np.ndarray]:
-    """(ids, mask) [2, T] of the job's ids, and of all but the last `pad` of them behind as much padding."""
+    """(ids, mask) [2, T] of a batch: the job's ids, and `pad` padding tokens followed by all but the last `pad` ids."""
     ids, pad = job["ids"], job["pad"]
     mask = np.ones((2, len(ids)), np.int64)
     mask[1, :pad] = 0
@@ -56,6 +57,6 @@ def padded_batch(job: dict) -> tuple[np.ndarray, np.ndarray]:
 
 
 def pieces(job: dict) -> list[slice]:
-    """Of the ids: the prefill, then one at a time."""
+    """The ids in pieces: first the prefill, then one at a time."""
     prefill, count = job["prefill"], len(job["ids"])
     return [slice(0, prefill), *(slice(at, at + 1) for at in range(prefill, count))]

@@ -1,4 +1,4 @@
-"""OpenVINO, which reads ONNX files as they are: `python -m lab.matrix.python.openvino PRECISION job.json`.
+"""Runs a job in OpenVINO, which reads ONNX files directly: `python -m lab.matrix.python.openvino PRECISION job.json`.
 
 PRECISION is f32, or "default": the plugin's own choice, bfloat16 on processors that compute in it.
 """

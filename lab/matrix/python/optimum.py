@@ -1,4 +1,4 @@
-"""optimum's ORTModelForCausalLM: the folder as it is, by transformers' own calls."""
+"""Runs a job in optimum's ORTModelForCausalLM, which loads the folder as it is, with transformers' usual calls."""
 
 from __future__ import annotations
 
@@ -37,20 +37,21 @@ def _logits(model: ORTModelForCausalLM, job: dict) -> dict[str, np.ndarray]:
         past = found.past_key_values
         rows.append(found.logits[0, -1].numpy().copy())
     batch, mask = map(torch.from_numpy, padded_batch(job))
-    # As transformers' generate() counts them: without, a forward pass counts padding as tokens, PyTorch's as well.
+    # These are the positions that transformers' generate() computes. Without them a forward pass counts padding as
+    # tokens, also in PyTorch.
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     padded = model(input_ids=batch, attention_mask=mask, position_ids=positions).logits[1, job["pad"] :].numpy()
     return {"whole": whole, "cached": np.stack(rows), "padded": padded}
 
 
 def _generated(model: ORTModelForCausalLM, tokenizer: AutoTokenizer, prompt: list[int], job: dict) -> dict:
-    """Alone, and as the shorter row of a batch, which the tokenizer pads on the left."""
+    """Generate alone, and as the shorter sequence of a batch, which the tokenizer pads on the left."""
     alone = [[job["start"], *prompt]]
     both = [*alone, [job["start"], *prompt, *prompt]]
     found = []
     for rows in (alone, both):
         inputs = tokenizer.pad({"input_ids": rows}, return_tensors="pt")
-        # As many tokens as asked for: an end of the text does not stop the row.
+        # An end token does not stop the sequence, so the number of tokens is fixed.
         tokens = model.generate(**inputs, do_sample=False, max_new_tokens=job["generate"], eos_token_id=None)
         found.append(tokens[0, inputs["input_ids"].shape[1] :].tolist())
     return dict(zip(("generated", "generated_padded"), found, strict=True))

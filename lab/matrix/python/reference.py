@@ -1,4 +1,4 @@
-"""The ONNX project's own ReferenceEvaluator: what the standard says, operator by operator, in NumPy."""
+"""Runs a job in the ONNX project's own ReferenceEvaluator, which computes each operator of the standard in NumPy."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from cuantiza.core.machine.progress import working
 from cuantiza.core.store import artifact, digests, folders
 from cuantiza.core.store.artifact import Artifact
 from cuantiza.eval.measure.engines import Subject
-from cuantiza.eval.report.schema import Inputs, Report
+from cuantiza.eval.report.schema import Inputs, Machine, Report
 
 JSON, MARKDOWN, HTML = "report.json", "report.md", "report.html"
 LANGUAGES = ("en", "es")
@@ -69,8 +69,8 @@ def evaluate(
     """
     settings = Settings(tokens, window, rounds, default_threads() if threads is None else threads)
     corpus = corpus if isinstance(corpus, Source) else Source(str(corpus))
-    artifacts = [path.path if isinstance(path, Artifact) else Path(path) for path in artifacts]
-    published = [artifact.open_artifact(path) for path in dict.fromkeys(artifacts)]
+    paths = [path.path if isinstance(path, Artifact) else Path(path) for path in artifacts]
+    published = [artifact.open_artifact(path) for path in dict.fromkeys(paths)]
     if not published:
         raise UserError("--recipes: names no artifact; the first one is the baseline of the others")
     with ExitStack() as held:
@@ -162,7 +162,7 @@ def _inputs(published: list[Artifact], test: Split, settings: Settings, onnx: li
         tokens=settings.tokens,
         window=settings.window,
         rounds=settings.rounds,
-        machine=machine(settings.threads),
+        machine=Machine(**machine(settings.threads)),
         code=digests.code_digest("cuantiza.eval.measure.report"),
         versions=software(),
     )

@@ -75,7 +75,7 @@ def build(config: GPT2Config, weights: dict[str, Weight], opset: int, folder: Pa
     input_ids = builder.input(contract.INPUT_IDS, DataType.INT64, tokens)
     attention_mask = builder.input(contract.ATTENTION_MASK, DataType.INT64, [contract.BATCH, contract.TOTAL])
     position_ids = builder.input(contract.POSITION_IDS, DataType.INT64, tokens)
-    cache = [contract.BATCH, config.n_head, contract.PAST, config.head_dim]
+    cache: list[str | int] = [contract.BATCH, config.n_head, contract.PAST, config.head_dim]
     past = [builder.input(name, DataType.FLOAT, cache) for name in contract.past_names(config.n_layer)]
     present: list[ir.Value] = []
 

@@ -251,7 +251,7 @@ def _set_interface(graph: ir.Graph, checkpoint: Path) -> None:
             f"{checkpoint}: optimum's export does not keep the contract of docs/artifact.md ({', '.join(odd) if layers else 'no cache'}); "
             f"choose a model of another type: {', '.join(MODEL_TYPES)}"
         )
-    axes = {
+    axes: dict[str, list[str | int | ir.SymbolicDim]] = {
         contract.INPUT_IDS: [contract.BATCH, contract.TOKENS],
         contract.ATTENTION_MASK: [contract.BATCH, contract.TOTAL],
         contract.POSITION_IDS: [contract.BATCH, contract.TOKENS],

@@ -52,8 +52,10 @@ def check_parity(checkpoint: Path, work: Path, positions: int) -> Parity:
     batch = np.stack([np.concatenate([np.zeros(row.shape[1] - n, np.int64), row[0, :n]]) for n in lengths]) * mask
 
     # Each model runs in a process of its own, so that the two are never in memory together.
-    whole, padded = isolated(_pytorch_logits, checkpoint, row, batch, mask)
-    our_whole, our_cached, our_padded, our_padded_cached = isolated(_onnx_logits, work / "model.onnx", row, batch, mask)
+    whole, padded = isolated(_pytorch_logits, checkpoint, row, batch, mask, label="parity, PyTorch")
+    our_whole, our_cached, our_padded, our_padded_cached = isolated(
+        _onnx_logits, work / "model.onnx", row, batch, mask, label="parity, ONNX Runtime"
+    )
     real = mask.astype(bool)
     cases = {
         "whole": (our_whole, whole),

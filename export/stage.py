@@ -6,6 +6,7 @@ import dataclasses
 import gc
 import os
 from pathlib import Path
+from typing import Any
 
 from cuantiza.core.errors import UserError
 from cuantiza.core.inputs.checkpoints import Model, checkpoint_digest, resolve_model
@@ -52,7 +53,7 @@ def export(
         return _export(found, target, exporter, opset, inputs)
 
 
-def _inputs(checkpoint: Path, exporter: str, opset: int) -> dict:
+def _inputs(checkpoint: Path, exporter: str, opset: int) -> dict[str, Any]:
     """Collect everything that the bytes of the artifact depend on."""
     return {
         "checkpoint": checkpoint_digest(checkpoint),
@@ -68,7 +69,7 @@ def _optimum_environment() -> str:
     return digests.sha256_file(_PINS) if _PINS.is_file() else os.environ.get("OPTIMUM_PYTHON", "none")
 
 
-def _export(model: Model, target: Path, exporter: str, opset: int, inputs: dict) -> Artifact:
+def _export(model: Model, target: Path, exporter: str, opset: int, inputs: dict[str, Any]) -> Artifact:
     # These imports are slow, and a run that finds everything up to date does not need them.
     from cuantiza.core.inputs.model_config import max_positions, read_config
     from cuantiza.core.onnx import file as onnx_file

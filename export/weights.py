@@ -97,7 +97,8 @@ def _read_safetensors(path: Path) -> dict[str, Weight]:
     for name, entry in header.items():
         if name != "__metadata__" and entry["dtype"] in _DTYPES:
             shape = tuple(entry["shape"])
-            weights[name] = Weight(shape, reader(*entry["data_offsets"], _DTYPES[entry["dtype"]], shape))
+            begin, end = entry["data_offsets"]
+            weights[name] = Weight(shape, reader(begin, end, _DTYPES[entry["dtype"]], shape))
     return weights
 
 

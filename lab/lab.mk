@@ -6,8 +6,8 @@ RELEASE_VENV  ?= .venv-release## environment of `sbom` and `audit`
 BENCH         ?=## full adds gpt2-medium
 BENCH_ARGS    ?=## more options of `python -m lab.bench`: --without-peers --rounds 5
 
-# The recipes of one precision each, which the chapters explain and every runtime is given.
-MATRIX = $(shell $(run) cuantiza recipes --names --portable)
+# The recipes in standard operators: the chapters explain them, and every runtime is given them.
+portable = $(shell $(run) cuantiza recipes --names --portable)
 
 .PHONY: accuracy bench chapters runtimes emulation sweep-speedup torture fuzz peers runtimes-env sbom audit
 
@@ -20,14 +20,14 @@ bench: $(ready) ## speed, size and memory beside other libraries, in REPORTS=/be
 
 chapters: $(ready) ## the course's chapters in docs/es and docs/en, with their figures
 	@$(MAKE) eval MODEL=models/es-mini CORPUS=corpus/es EXPORTER=graph QUANTIZE= EVAL= OUT="$(OUT)/chapters" REPORTS="$(REPORTS)/chapters" \
-	  RECIPES="$(MATRIX)"
+	  RECIPES="$(portable)"
 	@$(VENV)/bin/python -m lab.chapters --artifacts "$(OUT)/chapters/es-mini" --report "$(REPORTS)/chapters/es-mini/report.json"
 
 runtimes: $(ready) runtimes-env optimum js ## docs/runtimes.md: every artifact in every runtime that pip and npm install
-	@$(MAKE) quantize RECIPES="$(MATRIX) fp32-ort $(MATRIX:=-ort)" OUT="$(OUT)"
+	@$(MAKE) quantize RECIPES="$(portable) fp32-ort $(addsuffix -ort,$(portable))" OUT="$(OUT)"
 	@OPTIMUM_PYTHON="$(OPTIMUM_VENV)/bin/python" RUNTIMES_PYTHON="$(RUNTIMES_VENV)/bin/python" $(run) lab.matrix --model "$(MODEL)" --artifacts "$(OUT)"
 
-emulation: $(ready) ## the same on other processors by qemu-user: docs/runtimes-emulation.json; EMULATION= are more options
+emulation: $(ready) ## the same on other processors by qemu-user: docs/data/runtimes-emulation.json; EMULATION= are more options
 	@$(run) lab.matrix.emulation --artifacts "$(OUT)/$(NAME)" $(EMULATION)
 
 sweep-speedup: ray ## what a second machine is worth to `sweep`; SPEEDUP= are more options

@@ -25,7 +25,7 @@ _TABLES = (
     ("The file:", "", Report),
     ("Each row:", "artifacts[].", Row),
     ("Each element of `prefill`:", "artifacts[].prefill[].", Prefill),
-    ("Each element of `decode` has the same fields, but for its length:", "artifacts[].decode[].", Decode),
+    ("Each element of `decode` has the same fields, except for its length:", "artifacts[].decode[].", Decode),
     ("llama.cpp's protocol:", "artifacts[].llama_cpp.", LlamaCpp),
     ("The text that was scored:", "corpus.", Corpus),
     ("The machine:", "machine.", Machine),

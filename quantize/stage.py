@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from cuantiza.core.errors import UserError
 from cuantiza.core.inputs.corpus import Source, Split, load_splits
@@ -111,7 +112,7 @@ def quantize_one(parent: Artifact, target: Path, name: str, recipe: Recipe, sour
     return made
 
 
-def inputs_of(parent: Artifact, recipe: Recipe, calibration: Split | None) -> dict:
+def inputs_of(parent: Artifact, recipe: Recipe, calibration: Split | None) -> dict[str, Any]:
     """All that the bytes of an artifact depend on; "code" is the file that defines the recipe and all that it imports."""
     return {
         "parent": parent.digest,

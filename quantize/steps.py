@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import onnx_ir as ir
 
+from cuantiza.core import contract
 from cuantiza.core.inputs.model_config import max_positions, read_config
 from cuantiza.core.onnx import file as onnx_file
 from cuantiza.core.onnx.genai_config import GENAI_CONFIG, genai_config
@@ -36,15 +38,15 @@ def write_graph(parent: Path, work: Path, target: Target, rewrite: Callable[[ir.
 
 def _write_genai_config(graph: ir.Graph, parent: Path, work: Path) -> None:
     """Write genai_config.json, by which onnxruntime-genai loads a graph that updates its KV cache in place."""
-    keys = [value for value in graph.inputs if value.name.startswith("past_") and value.name.endswith(".key")]
+    keys = [value for value in graph.inputs if contract.is_past(value.name) and value.name.endswith(".key")]
     config = read_config(parent)
     fields = genai_config(
         config,
         json.loads((parent / "generation_config.json").read_text(encoding="utf-8")),
         layers=len(keys),
-        heads=int(keys[0].shape[1]),
-        head_dim=int(keys[0].shape[3]),
-        vocabulary=int(graph.outputs[0].shape[-1]),
+        heads=cast("int", keys[0].shape[1]),
+        head_dim=cast("int", keys[0].shape[3]),
+        vocabulary=cast("int", graph.outputs[0].shape[-1]),
         positions=max_positions(config),
         in_place=True,
     )

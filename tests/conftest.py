@@ -56,7 +56,7 @@ def export_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) 
     import cuantiza.export.parity
     from cuantiza.core.errors import run
 
-    monkeypatch.setattr(cuantiza.export.parity, "isolated", lambda function, *args: function(*args))
+    monkeypatch.setattr(cuantiza.export.parity, "isolated", lambda function, *args, label: function(*args))
 
     def call(*args: object) -> Result:
         monkeypatch.setattr(sys, "argv", ["export", *map(str, args)])

@@ -1,1 +1,1 @@
-"""What export, quantize and eval share. Imports none of them, and never torch."""
+"""The code that export, quantize and eval share. It imports none of these stages, and never torch."""

@@ -68,7 +68,7 @@ def source_of(args: argparse.Namespace) -> Source:
 
 
 def check_numbers(args: argparse.Namespace, **least: int) -> None:
-    """Raises UserError where an option is below its least value, or `--threads` is more than the machine can use."""
+    """Raises UserError if an option is below its least value, or `--threads` is more than the machine can use."""
     if hasattr(args, "threads"):
         check_threads(args.threads)
     for name, smallest in least.items():

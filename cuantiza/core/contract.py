@@ -1,7 +1,7 @@
 """The interface of an artifact's graph: its inputs, outputs, axes and metadata by name, and how inputs are fed.
 
-Inputs    input_ids [B, T], attention_mask [B, P+T], position_ids [B, T] (where only distances matter, a graph has none),
-          past_key_values.{l}.key|value [B, H, P, d]
+Inputs    input_ids [B, T], attention_mask [B, P+T], past_key_values.{l}.key|value [B, H, P, d], and
+          position_ids [B, T], unless only distances matter to the model
 Outputs   logits [B, T, V], present.{l}.key|value [B, H, P+T, d]
 Optional  num_logits_to_keep []: which positions get logits
 
@@ -23,7 +23,7 @@ INPUT_IDS, ATTENTION_MASK, POSITION_IDS, LOGITS = "input_ids", "attention_mask",
 BATCH, TOKENS, PAST = "batch_size", "sequence_length", "past_sequence_length"
 TOTAL = f"{PAST} + {TOKENS}"
 # An input with a default of 0, so that loaders that do not know it need not feed it. 0 computes the logits of all
-# positions; n > 0 those of the last n, [B, n, V]; n < 0 those of all but the first -n (none for -T: fill the cache only).
+# positions; n > 0 those of the last n, [B, n, V]; n < 0 those of all but the first -n, so that -T only fills the cache.
 KEEP = "num_logits_to_keep"
 # A key in the file's metadata: a layer's past and present may be one buffer [B, H, capacity, d].
 IN_PLACE = "kv_cache_in_place"

@@ -1,4 +1,4 @@
-"""`cuantiza.export` and `cuantiza.quantize` are a package and a function of one name: a package that can be called."""
+"""Packages that can be called: `cuantiza.export` and `cuantiza.quantize` are each a package and a function."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 class _Stage(ModuleType):
-    """A package whose call is that of the function of its own name in its module `stage`, imported at the call."""
+    """A package that is called through the function of its own name in its module `stage`, imported at the call."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return getattr(import_module(f"{self.__name__}.stage"), self.__name__.rpartition(".")[2])(*args, **kwargs)

@@ -10,7 +10,9 @@ from contextlib import suppress
 from functools import partial
 from http import HTTPStatus
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from io import BytesIO
 from pathlib import Path
+from typing import Any, BinaryIO
 
 from cuantiza.core.cli import Parser, add_folder
 from cuantiza.core.errors import UserError, run
@@ -32,7 +34,7 @@ class Handler(SimpleHTTPRequestHandler):
             self.send_header(name, value)
         super().end_headers()
 
-    def send_head(self) -> object:
+    def send_head(self) -> BytesIO | BinaryIO | None:
         try:
             return super().send_head()
         except ValueError:  # a name with a zero byte
@@ -48,7 +50,7 @@ class Server(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def handle_error(self, request: object, client_address: object) -> None:
+    def handle_error(self, request: Any, client_address: Any) -> None:
         if not isinstance(sys.exception(), ConnectionError):
             super().handle_error(request, client_address)
 
@@ -91,7 +93,7 @@ def serve(folder: Path, port: int) -> None:
         server = Server(("127.0.0.1", port), partial(Handler, directory=str(folder)))
     except OSError as error:
         raise UserError(
-            f"--port {port}: {error.strerror.lower()}; give another one, or --port 0 for any that is free"
+            f"--port {port}: {(error.strerror or str(error)).lower()}; give another one, or --port 0 for any that is free"
         ) from None
     with server:
         print(f"demo      http://127.0.0.1:{server.server_address[1]}/ (Ctrl-C ends it)", flush=True)

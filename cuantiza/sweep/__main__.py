@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -69,7 +69,8 @@ def _publish(sweep: Sweep, output: Path, seconds: float) -> None:
     found = result(sweep)
     written = write(found, output)
     print_table(found)
-    counts, times = Counter(cost.kind for cost in sweep.costs), Counter()
+    counts = Counter(cost.kind for cost in sweep.costs)
+    times: dict[str, float] = defaultdict(float)
     for cost in sweep.costs:
         times[cost.kind] += cost.seconds
     spent = ", ".join(f"{kind} {count} in {times[kind]:.0f} s" for kind, count in counts.items())

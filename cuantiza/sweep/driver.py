@@ -5,10 +5,10 @@ All computing happens in tasks. Measurements that an earlier run stored are not 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from cuantiza.core.machine.hardware import software
 from cuantiza.core.machine.progress import report as say
@@ -20,9 +20,11 @@ from cuantiza.sweep.executor import Done, Executor, Task
 from cuantiza.sweep.grid import BASELINE, Cell, Grid
 from cuantiza.sweep.tasks.build import Export, Quantize
 from cuantiza.sweep.tasks.made import Made
-from cuantiza.sweep.tasks.measure import Latency
+from cuantiza.sweep.tasks.measure import Latency, Quality
 from cuantiza.sweep.tasks.parts import Group, groups
 from cuantiza.sweep.tasks.store import Store
+
+_Task = TypeVar("_Task", bound=Task)
 
 
 @dataclass(frozen=True)
@@ -80,14 +82,14 @@ class Sweep:
             cell: reason for cell, reason in self.failed.items() if cell not in self.quality or cell not in self.latency
         }
 
-    def _done(self, jobs: list[tuple[Task, list[Cell]]]) -> Iterator[tuple[Task, list[Cell], Any]]:
+    def _done(self, jobs: Sequence[tuple[_Task, list[Cell]]]) -> Iterator[tuple[_Task, list[Cell], Any]]:
         """Run the tasks of `jobs`, and yield each as it ends with its cells and its return value.
 
         A task that failed is not yielded; its cells go to `failed`.
         """
         cells = {id(task): own for task, own in jobs}
         for number, done in enumerate(self._working([task for task, _ in jobs]), 1):
-            task = done.task
+            task = cast("_Task", done.task)  # the executor returns the tasks that it was given
             self.costs.append(Cost(task.kind, task.label, done.seconds, done.where))
             if done.error is None:
                 say(f"{task.kind:9} {task.label}: {done.seconds:.1f} s, {number} of {len(jobs)}")
@@ -126,7 +128,7 @@ class Sweep:
 
     def _score(self) -> None:
         jobs: dict[int, tuple[Group, int]] = {}
-        tasks: list[tuple[Task, list[Cell]]] = []
+        tasks: list[tuple[Quality, list[Cell]]] = []
         for (model, corpus), text in self.texts.items():
             cells = [
                 cell for cell in self.grid.cells if (cell.model, cell.corpus) == (model, corpus) and cell in self.made

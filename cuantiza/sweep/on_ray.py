@@ -15,10 +15,11 @@ import sys
 import time
 import uuid
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, redirect_stdout, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from cuantiza.core.errors import UserError
@@ -72,7 +73,9 @@ class _Held:
     def __enter__(self) -> _Held:
         self._kept: int | None = None
         handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-        self._before = {number: handler for number, handler in handlers.items() if callable(handler)}
+        self._before: dict[int, Callable[[int, FrameType | None], Any]] = {
+            number: handler for number, handler in handlers.items() if callable(handler)
+        }
         for number in self._before:
             signal.signal(number, self._keep)
         return self

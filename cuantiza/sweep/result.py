@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Final, Literal
 
 from pydantic import Field
 
@@ -14,7 +14,7 @@ from cuantiza.eval.report.schema import Machine, Measured, Part
 from cuantiza.sweep.driver import Sweep
 from cuantiza.sweep.grid import BASELINE
 
-SCHEMA = "cuantiza/sweep/1"
+SCHEMA: Final = "cuantiza/sweep/1"
 
 
 class Cell(Measured):
@@ -78,8 +78,8 @@ def result(sweep: Sweep) -> Result:
     cells = []
     for cell in (cell for cell in sweep.grid.cells if cell in sweep.quality and cell in sweep.latency):
         made = sweep.made[cell]
-        names = {"model": cell.model, "recipe": cell.recipe, "corpus": cell.corpus}
-        size = {"artifact": made.digest, "bytes": made.bytes, "model_bytes": made.model_bytes}
+        names: dict[str, Any] = {"model": cell.model, "recipe": cell.recipe, "corpus": cell.corpus}
+        size: dict[str, Any] = {"artifact": made.digest, "bytes": made.bytes, "model_bytes": made.model_bytes}
         cells.append(Cell(**names, **size, **sweep.quality[cell], **sweep.latency[cell]))
     best = {id(cell) for group in grouped(cells) for cell in front(group)}
     found = Result(

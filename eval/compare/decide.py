@@ -164,7 +164,9 @@ def compare_reports(
         if name in timed:
             checks += _report_latency(base, head, name, FALSE_ALARMS / figures, budget.latency)
         elif latency:
-            checks.append(Check(name, "latency", "ms", None, None, None, budget.latency, _untimed(base, head, name)))
+            checks.append(
+                Check(name, "latency", "ms", None, None, None, budget.latency, _untimed(base, head, name) or "")
+            )
     return checks, new
 
 
@@ -180,7 +182,7 @@ def _report_latency(base: Side, head: Side, name: str, level: float, budget: flo
             )
         ms = (median(rounds(theirs)) / 1e6, median(rounds(own[figure])) / 1e6)
         ratios = [_ln_ratios(side, name, figure) for side in (base, head)]
-        change = rank_sum(*ratios, level)
+        change = rank_sum(ratios[0], ratios[1], level)
         if math.isinf(change.low):
             note = f"{min(map(len, ratios))} rounds; {needed} in each report are needed"
             checks.append(Check(name, figure, "ms", *ms, None, budget, note))

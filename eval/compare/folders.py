@@ -122,11 +122,12 @@ def _quality_and_size(name: str, both: tuple[Artifact, Artifact], task, budgets:
         ]
         theirs, ours = score(track(task.rolling, f"quality   {name}", len(task.rolling)), remotes)
     delta = mean_per_token(ours.nll - theirs.nll, ours.document)
+    assert ours.kl is not None and ours.same_top is not None  # HEAD is scored against BASE
     note = f"KL {np.mean(ours.kl):.5f} nats, same top token {100 * np.mean(ours.same_top):.1f} %"
-    size = [onnx_bytes(item.model)["bytes"] for item in both]
+    before, after = (onnx_bytes(item.model)["bytes"] for item in both)
     return [
         check_quality(name, float(theirs.nll.mean()), float(ours.nll.mean()), delta, budget.quality, note),
-        check_size(name, *size, budget.size),
+        check_size(name, before, after, budget.size),
     ]
 
 

@@ -50,6 +50,7 @@ class Stepper(Engine):
     """A loaded model that takes one sample at a time."""
 
     _cache: Any = None
+    _capacity = 0
 
     def place(self, ids: np.ndarray, start: int, end: int, capacity: int) -> None:
         """Get ready to time ids [N] from `start` to `end` behind a cache of `start` tokens, in room for `capacity`."""

@@ -87,6 +87,7 @@ def quality(scores: Scores, size: TextSize, baseline: Scores | None) -> dict:
         "nll_by_document": np.bincount(scores.document, weights=scores.nll).tolist(),
     }
     if baseline is not None:
+        assert scores.kl is not None and scores.same_top is not None  # all but the baseline have them
         delta = mean_per_token(scores.nll - baseline.nll, scores.document)
         kl = mean_per_token(scores.kl, scores.document)
         top = mean_per_token(scores.same_top.astype(float), scores.document)

@@ -42,7 +42,9 @@ def score(windows: Iterable[Window], models: Sequence[Deferred]) -> list[Scores]
     """
     documents: list[np.ndarray] = []
     columns: list[list[tuple[np.ndarray, ...]]] = [[] for _ in models]
-    for window, following in pairwise(chain(windows, [None])):
+    ends: list[Window | None] = [None]
+    for window, following in pairwise(chain(windows, ends)):
+        assert window is not None  # only the last of all is None
         if not documents:
             _start(models, window)
         n = len(window.targets)

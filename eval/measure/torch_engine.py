@@ -7,6 +7,7 @@ import io
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, Any, cast
 
 import numpy as np
 import torch
@@ -75,7 +76,7 @@ class TorchRuntime:
         modules = [module for module in self._model.modules() if getattr(module, "weight", None) is not None]
         quantized = [module for module in modules if type(module).__module__.startswith("torch.ao.nn.quantized")]
         with _Counter() as file:
-            torch.save(self._model.state_dict(), file)
+            torch.save(self._model.state_dict(), cast("IO[bytes]", file))
             size = file.count
         return {"weight_bytes": size, "modules_with_weights": len(modules), "modules_quantized": len(quantized)}
 
@@ -88,6 +89,6 @@ class _Counter(io.RawIOBase):
     def writable(self) -> bool:
         return True
 
-    def write(self, data: bytes) -> int:
+    def write(self, data: Any, /) -> int:
         self.count += len(memoryview(data).cast("B"))
         return len(memoryview(data).cast("B"))

@@ -30,7 +30,7 @@ class Axis:
 
     title: str
     place: Callable[[float], float]
-    ticks: list[tuple[float, str]]
+    ticks: Sequence[tuple[float, str]]
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,8 @@ class Line:
 
     name: str
     colour: int
-    points: list[tuple[float, float]]
-    band: list[tuple[float, float, float]]
+    points: Sequence[tuple[float, float]]
+    band: Sequence[tuple[float, float, float]]
     dashed: bool = False
 
 
@@ -277,7 +277,7 @@ def _apart(wanted: list[float]) -> list[float]:
     for index in order:
         last = placed[index] = max(wanted[index], last + gap)
     over = last - (HEIGHT - _BOTTOM)
-    limit = HEIGHT - _BOTTOM
+    limit: float = HEIGHT - _BOTTOM
     for index in reversed(order):
         if over > 0:
             placed[index] = min(placed[index], limit)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from cuantiza.core.pages import number, percent, plus_minus
 from cuantiza.eval.report.schema import Measured, Row
@@ -24,7 +24,7 @@ class Column:
 
     en: str
     es: str
-    show: Callable[[Measured, Measured, str], str]
+    show: Callable[[Any, Measured, str], str]
 
     def title(self, first: Measured | None, language: str) -> str:
         """The title; without `first`, one that fits tables with several baselines."""

@@ -72,8 +72,8 @@ def conclusion(report: Report, language: str) -> list[str]:
         lines.append(
             say["course"].format(
                 name=row.name,
-                some=number(row.modules_quantized, 0, language),
-                all=number(row.modules_with_weights, 0, language),
+                some=number(row.modules_quantized or 0, 0, language),
+                all=number(row.modules_with_weights or 0, 0, language),
                 size=percent(row.bytes / first.bytes, 0, language),
                 speed=number(row.usual("decode").speedup, 2, language),
                 first=first.name,

@@ -7,13 +7,13 @@ readers needs another SCHEMA. A new field with a default does not: reports writt
 from __future__ import annotations
 
 import json
-from typing import Annotated, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, FailFast, Field
 
 from cuantiza.core.store import digests
 
-SCHEMA = "cuantiza/report/1"
+SCHEMA: Final = "cuantiza/report/1"
 PREFILL, DECODE = 512, 128  # tokens: the lengths that tables and conclusions show
 # The upper bound is far above any real figure, and small enough that sums and squares of floats do not overflow.
 Count = Annotated[int, Field(gt=0, le=10**15)]
@@ -127,7 +127,7 @@ class Measured(Part):
         return next((shape for shape in shapes if shape.at == wanted), shapes[-1])
 
 
-def _kind(fields: dict) -> str:
+def _kind(fields: dict[str, Any]) -> Literal["onnx", "torch"]:
     """The kind of a row in a report written before rows had one: only PyTorch's rows count modules."""
     return "onnx" if fields.get("modules_with_weights") is None else "torch"
 

@@ -50,7 +50,7 @@ class Resident:
         arguments = _worker(python, request, work)
         self._timeout = timeout
         self._errors = tempfile.TemporaryFile("w+", dir=work, errors="replace")  # noqa: SIM115 (closed by close)
-        # A process group of its own, which can be stopped as a whole. The worker itself makes sure that it ends with us.
+        # A process group of its own, which can be stopped as a whole. The worker sees to it that it ends with us.
         self._process = subprocess.Popen(
             arguments,
             cwd=ROOT,

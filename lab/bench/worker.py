@@ -1,19 +1,19 @@
-"""`python -m lab.bench.worker REQUEST.json` prepares or serves one row, in the interpreter that has its library.
+"""`python -m lab.bench.worker REQUEST.json`: prepare or serve one row, in the interpreter that has its library.
 
-It prints lines of JSON: one about the prepared files; or one when the row is loaded, and then one answer per question
-on standard input. It imports the standard library, NumPy, modules of cuantiza that need no more than these, and the
-row's module, which must define
+Prints lines of JSON. To "prepare", it is one line about the files that were made. To "serve", it is one line when the
+row has loaded, and then one for each question on standard input. Imports the standard library, NumPy, modules of
+cuantiza that need no more than these, and the row's module, which has
 
-    prepare(kind, checkpoint, ours, folder)    make the row's files in `folder` (not called for our own rows)
+    prepare(kind, checkpoint, ours, folder)    makes the row's files in `folder` (our own rows have none to make)
     files(kind, folder) -> list[Path]          the files whose bytes count as the row's size
-    class Engine(kind, folder, threads)        load the row's files
-        start(batch, capacity)                 begin with an empty KV cache
-        feed(ids [B, T]) -> [B, V] | None      append tokens and return the logits of the last one, if the library gives
-                                               any; the next call may overwrite them
-        steps = False                          set if the library cannot be fed token by token; then it has instead:
-        generate(ids [B, T], count) -> list    generate exactly `count` tokens per sequence, greedily
-        times(ids [B, T], count) -> list       ns from the call until each of `count` tokens was there
-        max_batch                              the largest batch that is supported, if there is a limit
+    class Engine(kind, folder, threads)        loads them
+        start(batch, capacity)                 begins with an empty KV cache
+        feed(ids [B, T]) -> [B, V] | None      adds tokens and returns the last one's logits, which the next call may
+                                               overwrite; None if the library gives no logits
+        steps = False                          if it cannot add tokens step by step, and has these instead:
+        generate(ids [B, T], count) -> list    exactly `count` tokens for each sequence, greedy
+        times(ids [B, T], count) -> list       ns from the call to each of `count` tokens
+        max_batch                              the largest batch, if there is a limit
     version() -> str                           the libraries and their versions
 """
 
@@ -35,10 +35,9 @@ import numpy as np
 
 from cuantiza.core.machine.hardware import peak_rss_bytes
 
-# A decode measurement has some steps to warm up, and then these timed steps. Each step is one position further, as in
-# generation.
+# The steps of a decode: first the warm-up, then those that are timed. The position grows with each step.
 WARM_UP_STEPS, STEPS = 3, 20
-# The KV cache is filled in pieces of this size, so that it needs no more memory than the measured prefills.
+# A cache is filled in pieces of this size, so that filling takes no more memory than the measured prefills.
 FILL_TOKENS = 512
 _PR_SET_PDEATHSIG = 1
 
@@ -65,26 +64,24 @@ def main(path: Path, out: TextIO) -> int:
 
 
 def prepare(module: Any, request: dict) -> dict:
-    """Make the row's files in the empty folder `request["folder"]`, and return {files: [path], version}."""
+    """Make the row's files in the empty folder `request["folder"]`; returns {files: [path], version}."""
     folder = Path(request["folder"])
     module.prepare(request["kind"], Path(request["checkpoint"]), Path(request["ours"]), folder)
     return {"files": [str(file) for file in module.files(request["kind"], folder)], "version": module.version()}
 
 
 def serve(module: Any, request: dict, questions: Iterable[str]) -> Iterator[Any]:
-    """Load the row and yield {load_ns, version}; then yield the answer to each of `questions`.
+    """Yield {load_ns, version} when the row has loaded, then the answer to each of `questions`, lines of JSON lists:
 
-    A question is a JSON list in one line:
+        ["prefill", count]            [ns] of one prefill, after one to warm up
+        ["decode", position]          [ns] of each of STEPS steps
+        ["generate", prompt, count]   [ns] of one generation
+        ["check", prompt, count]      the likeliest tokens, [1 + count] or fewer. If the library gives logits, those of
+                                      the last prompt token and of each token after it, float32 [1 + count, V], are
+                                      saved as `request["logits"]`
+        ["peak"]                      the largest resident set so far, in bytes
 
-        ["prefill", count]            -> [ns] of one prefill, after one to warm up
-        ["decode", position]          -> [ns] of each of STEPS steps
-        ["generate", prompt, count]   -> [ns] of one generation
-        ["check", prompt, count]      -> the likeliest tokens, [1 + count] or fewer. If the library gives logits, those
-                                      of the last prompt token and of each token after it, float32 [1 + count, V], are
-                                      saved to the file `request["logits"]`
-        ["peak"]                      -> the largest resident set size so far, in bytes
-
-    The tokens are `request["ids"]` [B, N].
+    Tokens are `request["ids"]` [B, N].
     """
     ids = np.asarray(request["ids"], np.int64)
     start = time.perf_counter_ns()
@@ -116,7 +113,7 @@ def serve(module: Any, request: dict, questions: Iterable[str]) -> Iterator[Any]
 
 
 class Stepped:
-    """Times an engine that can be fed token by token. It is fed `ids` int64 [B, N], whatever it predicts."""
+    """Times an engine that takes tokens step by step. It is fed `ids` int64 [B, N], whatever it predicts."""
 
     def __init__(self, engine: Any, ids: np.ndarray) -> None:
         self.engine, self.ids = engine, ids
@@ -138,28 +135,28 @@ class Stepped:
         return _elapsed(lambda: self._continue(prompt, count))
 
     def _continue(self, prompt: int, count: int) -> None:
-        """Generate greedily through the KV cache. The last token is chosen but not fed."""
+        """Continue greedily with the cache; the last token is chosen but not fed."""
         step = self.ids[:, :prompt]
         for number in range(count):
             logits = self.engine.feed(step)
-            # If there are no logits, any other token is fed; it costs the same.
+            # If the library gives no logits, feed some token; the time does not depend on which.
             step = self.ids[:, number : number + 1] if logits is None else logits.argmax(axis=-1)[:, None]
 
     def check(self, prompt: int, steps: int) -> tuple[list[int] | None, np.ndarray | None]:
         self.engine.start(1, prompt + steps)
         pieces = [self.ids[:1, :prompt], *(self.ids[:1, at : at + 1] for at in range(prompt, prompt + steps))]
-        parts = []
+        rows = []
         for piece in pieces:
-            part = self.engine.feed(piece)
-            if part is None:
+            row = self.engine.feed(piece)
+            if row is None:
                 return None, None
-            parts.append(np.array(part, np.float32))  # a copy, because the next call may overwrite the original
-        logits = np.concatenate(parts)
+            rows.append(np.array(row, np.float32))  # a copy: the next call may overwrite it
+        logits = np.concatenate(rows)
         return logits.argmax(axis=-1).tolist(), logits
 
 
 class Whole:
-    """Times an engine that only generates with its own loop, and reports when each token was there."""
+    """Times an engine that only generates, with a loop of its own, and reports when each token was there."""
 
     def __init__(self, engine: Any, ids: np.ndarray) -> None:
         self.engine, self.ids = engine, ids
@@ -175,14 +172,14 @@ class Whole:
         return _elapsed(lambda: self.engine.generate(self.ids[:, :prompt], count))
 
     def check(self, prompt: int, steps: int) -> tuple[list[int], None]:
-        """Only the first token after the prompt, without logits."""
+        """The token after the prompt, and no logits."""
         return [int(self.engine.generate(self.ids[:1, :prompt], 1)[0][0])], None
 
 
 def _end_with_parent() -> None:
-    """Ask Linux to kill this process when its parent dies (PR_SET_PDEATHSIG).
+    """Have Linux kill this process when its parent dies.
 
-    A process stopped by SIGSTOP cannot notice that its parent died: it reads no EOF, and a thread that watches the
+    A process stopped by SIGSTOP cannot notice that its parent died: it reads no EOF, and a thread that waits for the
     parent (cuantiza/core/machine/process.py) is stopped too. The kernel's SIGHUP to orphaned stopped process groups
     does not help if our SIGSTOP has not arrived yet.
     """
@@ -197,8 +194,7 @@ def _elapsed(run: Callable[[], object]) -> int:
 
 
 if __name__ == "__main__":
-    # Libraries may print to standard output, and some crash when the process exits. So the answer goes to a copy of
-    # standard output, and the process ends without cleaning up.
+    # Libraries may print to standard output, and some fail at exit. Neither may disturb the answers.
     answer = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     status = main(Path(sys.argv[1]), answer)

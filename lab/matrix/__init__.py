@@ -1,1 +1,1 @@
-"""Runs the artifacts in other runtimes and compares their logits with ONNX Runtime's: docs/runtimes.md."""
+"""Run the same artifacts in other runtimes and compare their logits with ONNX Runtime's: docs/runtimes.md."""

@@ -1,9 +1,9 @@
-"""The cells of the matrix, and the comparison of a runtime's logits with those of cuantiza/core/run/runtime.py.
+"""The cells of the matrix: each compares a runtime's logits for an artifact with those of cuantiza/core/run/runtime.py.
 
-All cells run the same job, each in a process of its own. Two runtimes add the same floats in different orders. If
-activations are quantized, a value that lies between two integers may then round the other way, and everything after it
-changes a little. So a cell is judged by KL divergence in nats, relative to the change by quantization itself: see
-`tolerance`.
+All cells run the same job, each in a process of its own. Two runtimes add the same floats in different orders. Where
+activations are quantized, a value that lies exactly between two integers can then round to the other one, which changes
+all later values. So a cell is judged by KL divergence in nats, relative to what quantization itself changes
+(`tolerance`).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from lab.matrix.reasons import BFLOAT16, Reason, explain
 TOKENS, PREFILL, PAD, GENERATE = 48, 16, 7, 16
 PROMPT = "Me gusta mucho el futbol"
 LOGITS = ("whole", "cached", "padded")
-FLOATS = 1e-6  # KL in nats per position
+FLOATS = 1e-6  # KL in nats a position
 RECIPES = tuple(name for recipe in ("fp32", *PORTABLE) for name in (recipe, f"{recipe}-ort"))
 
 
@@ -39,8 +39,8 @@ RECIPES = tuple(name for recipe in ("fp32", *PORTABLE) for name in (recipe, f"{r
 class Reference:
     """The results of cuantiza/core/run/runtime.py for an artifact.
 
-    `whole` [T, V] and `cached` [T - PREFILL + 1, V] are logits without and with the KV cache. `generated` are greedily
-    chosen tokens, and `steps` [GENERATE, V] the logits from which they were chosen.
+    `whole` [T, V] and `cached` [T - PREFILL + 1, V] are logits; `generated` are the tokens of a greedy continuation,
+    each chosen by one of the logits `steps` [GENERATE, V].
     """
 
     whole: np.ndarray
@@ -50,15 +50,15 @@ class Reference:
     prompt_ids: list[int]
 
     def logits(self, name: str) -> np.ndarray:
-        """The expected logits `name`. Attention only looks back, so a shorter sequence has the first of `whole`."""
+        """The expected logits `name` of a runtime. A token only sees earlier ones, so a shorter text has the whole's first."""
         return {"whole": self.whole, "cached": self.cached, "padded": self.whole[: TOKENS - PAD]}[name]
 
 
 @dataclass(frozen=True)
 class Difference:
-    """The difference of logits at `positions` positions.
+    """How logits differ: the largest |Δ|, the root of the mean Δ², KL in nats a position, and equal top tokens.
 
-    The fields are the largest difference, the root mean square, KL in nats per position, and equal top tokens.
+    `positions` is how many positions were compared.
     """
 
     maximum: float
@@ -70,9 +70,9 @@ class Difference:
 
 @dataclass(frozen=True)
 class Generated:
-    """How many tokens a runtime generates like ours before the first difference.
+    """How many of `tokens` are the same until a runtime's continuation differs from ours.
 
-    `gap` is by how much our logits prefer our token there; None if all tokens are equal.
+    `gap` is by how much our logits prefer our token there; None if all are the same.
     """
 
     same: int
@@ -94,14 +94,14 @@ class Cell:
     generated: Generated | None = None
     generated_padded: Generated | None = None
     same_prompt: bool | None = None
-    skipped: dict[str, str] | None = None  # features that the runtime does not have
-    unable: dict[str, Reason] | None = None  # features that it has but that failed
+    skipped: dict[str, str] | None = None  # what the runtime does not have
+    unable: dict[str, Reason] | None = None  # what it has, and failed at
     note: str | None = None
     reason: Reason | None = None
 
 
 def target(recipe: str) -> str:
-    """The target of a recipe: "portable" (standard operators) or "ort" (ONNX Runtime's own)."""
+    """The recipe's target: standard operators ("portable"), or ONNX Runtime's own as well ("ort")."""
     return "ort" if recipe.endswith("-ort") else "portable"
 
 
@@ -115,9 +115,9 @@ def artifacts(folder: Path, recipes: tuple[str, ...]) -> dict[str, Artifact]:
 
 
 def make_job(folder: Path, test: Split, threads: int) -> dict:
-    """The job of all cells, without folder, target and output: the first tokens of a document, by `folder`'s tokenizer.
+    """The job of all cells, without folder, target and output. Its text is the first long enough document of `test`.
 
-    Raises UserError if no document of `test` has enough tokens.
+    The tokenizer is that of `folder`. Raises UserError if no document has TOKENS tokens.
     """
     tokenizer, start = load_tokenizer(folder), start_token(folder)
     for text in test.documents:
@@ -138,7 +138,7 @@ def make_job(folder: Path, test: Split, threads: int) -> dict:
 
 
 def make_reference(folder: Path, job: dict) -> Reference:
-    """Run `job` on the artifact in `folder` with cuantiza/core/run/runtime.py."""
+    """The results of cuantiza/core/run/runtime.py for `job` on the artifact in `folder`."""
     runtime = Runtime(folder / MODEL, job["threads"])
     ids = np.array([job["ids"]])
     whole = runtime.forward(ids)[0].copy()
@@ -159,7 +159,7 @@ def make_reference(folder: Path, job: dict) -> Reference:
 def cells(
     found: dict[str, Artifact], runtimes: list[Program], job: dict, original: Reference
 ) -> Iterator[tuple[Cell, Difference]]:
-    """Run every artifact in every runtime. Each is judged by how far its own logits are from `original`, fp32's."""
+    """Yield each artifact in each runtime, with the difference of the artifact's own logits from fp32's, `original`."""
     for recipe, artifact in found.items():
         reference = original if recipe == "fp32" else make_reference(artifact.path, job)
         quantization = difference(original.whole, reference.whole)
@@ -175,7 +175,7 @@ def one_cell(
     reference: Reference,
     quantization: Difference,
 ) -> Cell:
-    """Run `program` on the artifact in `folder` and compare its results with the reference."""
+    """Run `program` on the artifact in `folder` and compare what it gives."""
     if (why := program.missing()) is not None:
         return Cell(recipe, program.name, "missing", reason=Reason("not installed", why, None))
     with TemporaryDirectory(prefix="cuantiza-runtimes-") as name:
@@ -192,7 +192,7 @@ def one_cell(
 def compare_result(
     recipe: str, runtime: str, result: dict, output: Path, reference: Reference, quantization: Difference
 ) -> Cell:
-    """The cell of a runtime's `result`, whose logits are in the folder `output`."""
+    """The cell of a runtime's `result`, whose logits lie in folder `output`."""
     found: dict[str, Difference] = {}
     for name in LOGITS:
         if result.get(name) is not None:
@@ -228,7 +228,7 @@ def compare_result(
 
 
 def difference(expected: np.ndarray, found: np.ndarray) -> Difference:
-    """The difference of logits [n, V] from the `expected` ones."""
+    """How the logits `found` [n, V] differ from the `expected` ones."""
     error = found - expected
     (_, kl, same) = compare(expected, [found], np.zeros(len(found), np.int64))[1]
     return Difference(
@@ -237,7 +237,7 @@ def difference(expected: np.ndarray, found: np.ndarray) -> Difference:
 
 
 def parting(reference: Reference, tokens: list[int]) -> Generated:
-    """The first place where the generated `tokens` differ from the reference's."""
+    """Find where the generated `tokens` first differ from the reference's."""
     for at, (ours, theirs) in enumerate(zip(reference.generated, tokens, strict=False)):
         if ours != theirs:
             return Generated(at, GENERATE, float(reference.steps[at][ours] - reference.steps[at][theirs]))
@@ -246,11 +246,11 @@ def parting(reference: Reference, tokens: list[int]) -> Generated:
 
 
 def tolerance(quantization: Difference) -> float:
-    """The largest KL in nats per position for which a cell is ok, given how far the artifact itself is from fp32.
+    """The KL divergence in nats a position up to which a cell is ok. `quantization` is the artifact's own from fp32.
 
-    Without quantization, all runtimes agree within 1e-7. Two independent roundings of the same precision differ from
-    each other by twice as much as each differs from the floats. A real mistake of a runtime (a scale, a zero point, a
-    mask, a position) is orders of magnitude larger than both.
+    Rounding of floats alone gives up to 1e-7 among all runtimes. Two independent quantizations of the same precision
+    differ from each other by twice what each differs from fp32. An error of a runtime (a wrong scale, zero point, mask
+    or position) gives orders of magnitude more.
     """
     return max(FLOATS, 2 * quantization.kl)
 
@@ -262,7 +262,7 @@ def _objection(
     quantization: Difference,
     cure: str | None,
 ) -> Reason | None:
-    """Why the cell is not ok."""
+    """Why the cell is not ok; None if it is."""
     limit = tolerance(quantization)
     for name, item in found.items():
         if item.kl > limit:
@@ -270,7 +270,7 @@ def _objection(
     if same_prompt is False:
         return Reason("other tokens", "its tokenizer splits the prompt otherwise than tokenizer.json says", cure)
     for name, loop in loops.items():
-        # If the two best logits are nearly equal, either token may win. Any other difference is an error.
+        # The two best tokens of a near tie may change places; anything else is another model's text.
         near = 2 * max((item.maximum for item in found.values()), default=0.0)
         if loop.gap is not None and loop.gap > near:
             return Reason("other text", f"{name}: leaves ours at token {loop.same}, by {loop.gap:.2g}", cure)
@@ -278,5 +278,5 @@ def _objection(
 
 
 def to_json(cell: Cell) -> dict:
-    """A cell as JSON types, without empty fields."""
+    """The cell as JSON's types, without the fields that are None."""
     return {key: value for key, value in json.loads(json.dumps(asdict(cell))).items() if value is not None}

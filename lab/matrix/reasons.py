@@ -1,4 +1,4 @@
-"""The known failures of runtimes, each explained in a few words and with its cure."""
+"""Known failures of runtimes: what each means in a few words, and what cures it."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Reason:
-    """Why a cell is not ok: a few words, the runtime's exact message, and the cure if it is known."""
+    """Why a cell is not ok: in a few words, the runtime's exact message, and a cure if one is known."""
 
     short: str
     message: str
     cure: str | None
 
 
-# (part of the message, explanation in a few words, cure). The first match counts.
+# (pattern of the message, in a few words, cure); the first match counts.
 _KNOWN = (
     (
         r"from domain 'com\.microsoft' is unknown|com\.microsoft\.\w+ with a message",
@@ -32,7 +32,7 @@ BFLOAT16 = "This processor computes in bfloat16, and the library does so unless 
 
 
 def explain(message: str) -> Reason:
-    """The reason behind a runtime's `message`."""
+    """The reason for a runtime's `message`."""
     for pattern, short, cure in _KNOWN:
         if re.search(pattern, message):
             return Reason(short, message, cure)

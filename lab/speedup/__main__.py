@@ -135,7 +135,7 @@ def _done(sweep: Sweep) -> Run:
 
 
 def page(fields: dict) -> str:
-    """The text of docs/sweep-speedup.md, from the content of docs/sweep-speedup.json."""
+    """The text of docs/sweep-speedup.md, from the content of docs/data/sweep-speedup.json."""
     runs = {int(workers): own for workers, own in fields["runs"].items()}
     wall = {workers: statistics.median(item["seconds"] for item in own) for workers, own in runs.items()}
     lines = []

@@ -50,8 +50,8 @@ class PerTensor:
     def restore(self, x: np.ndarray) -> np.ndarray:
         """Quantize `x` [R, K] to uint8 and dequantize it again."""
         scale, zero = self.parameters
-        zero = float(zero)
-        return np.rint(x / scale).clip(-zero, 255 - zero) * scale
+        below = float(zero)
+        return np.rint(x / scale).clip(-below, 255 - below) * scale
 
 
 Activation = PerRow | PerTensor

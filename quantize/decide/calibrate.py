@@ -15,6 +15,7 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -93,7 +94,10 @@ def _calibrate(
                 smooth.apply(model.graph, tensor.group, tensor.smoothing)
         histograms = _histograms(model, block, windows, before, tensors, work) if _is_static(plan) else {}
         inputs = [(projection, tensor) for tensor in tensors for projection in tensor.projections]
-        decided = pool.map(lambda pair: _decide(*pair, histograms.get(pair[1].name), tables, plan, work), inputs)  # noqa: B023
+        decided = pool.map(
+            lambda both: _decide(both[0], both[1], histograms.get(both[1].name), tables, plan, work),  # noqa: B023
+            inputs,
+        )
         decisions |= {projection.name: decision for (projection, _), decision in zip(inputs, decided, strict=True)}
         if until in decisions:
             break
@@ -155,8 +159,8 @@ def _observe(
     moments: dict[str, Moments] = {}
     after = []
     for window, start in zip(windows, before, strict=True):
-        *values, end = [*run(window, start), *([] if block.end else [None])]
-        after.append(end)
+        values = run(window, start)
+        after.append(values.pop() if block.end else None)
         rows = [x.reshape(-1, x.shape[-1]) for x in values]
         for name, seen in zip(names, pool.map(lambda x: Moments.of(x, with_gram), rows), strict=True):
             moments[name] = moments[name].merge(seen) if name in moments else seen
@@ -190,7 +194,7 @@ def _search_smoothing(
     weight_max = np.max([np.abs(weight).max(axis=1) for weight in weights], axis=0)
     low, high = moments.low - shift, moments.high - shift
     output = _expected_output(moments.rows, energy)
-    options = [(None, np.ones(len(energy), np.float32))]
+    options: list[tuple[float | None, np.ndarray]] = [(None, np.ones(len(energy), np.float32))]
     options += [(alpha, smooth.candidate(low, high, weight_max, alpha)) for alpha in plan.alphas]
 
     def cost(scale: np.ndarray) -> float:
@@ -257,7 +261,8 @@ def _decide(
     projection: Projection, tensor: _Tensor, histogram: Histogram | None, tables: set[ir.Value], plan: Plan, work: Path
 ) -> Decision:
     """Decide on one linear layer: choose the range of its input, and round its weight."""
-    keep, activation = tensor.keep, None
+    keep = tensor.keep
+    activation: Activation | None = None
     rows, output = tensor.moments.rows[:, keep], tensor.output(tensor.moments.rows)
 
     def error(candidate: Activation) -> float:
@@ -273,7 +278,7 @@ def _decide(
     if projection.weight not in tables:
         rounded = _round(weight, tensor.moments.gram, keep, plan)
         rounded = replace(rounded, q=_on_disk(rounded.q, work))
-    details = {"alpha": tensor.smoothing.alpha} if plan.alphas else {}
+    details: dict[str, Any] = {"alpha": tensor.smoothing.alpha} if plan.alphas else {}
     if activation is not None:
         details |= asdict(activation) | {"relative_error": error(activation)}
     if len(in_float):

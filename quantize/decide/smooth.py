@@ -70,7 +70,7 @@ def bias_of(projection: Projection) -> ir.Value | None:
     """Return the constant vector [N] that is added to the matmul of `projection` and to nothing else, or None."""
     bias = projection.bias
     if bias is None:
-        uses = projection.node.outputs[0].uses()
+        uses = list(projection.node.outputs[0].uses())
         if len(uses) != 1 or uses[0].node.op_type != "Add":
             return None
         bias = next(value for value in uses[0].node.inputs if value is not projection.node.outputs[0])
@@ -173,7 +173,9 @@ def _find_values(x: ir.Value, projections: list[Projection]) -> tuple | None:
         return None
     source, first = values.producer(), 0
     if source is not None and source.op_type == "Split":
-        first = list(source.outputs).index(values) * projections[0].weight.shape[1 - projections[0].channel_axis]
+        first = (
+            list(source.outputs).index(values) * projections[0].weight.shape.numpy()[1 - projections[0].channel_axis]
+        )
         source = source.inputs[0].producer()
     if source is None:
         return None
@@ -214,7 +216,7 @@ def _is_own_vector(value: ir.Value | None) -> bool:
 
 
 def _set(value: ir.Value, compute: Callable[[], np.ndarray]) -> None:
-    def tensor() -> ir.Tensor:
+    def tensor() -> ir.TensorProtocol:
         return ir.tensor(np.ascontiguousarray(compute(), np.float32))
 
     # Matrices are computed lazily, because a second copy of all of them would be most of the memory that a run needs.

@@ -29,6 +29,7 @@ from cuantiza.quantize.stage import opened
 
 if TYPE_CHECKING:
     from cuantiza.quantize.inspect.sensitivity import Sensitivity
+    from cuantiza.quantize.layers import QuantizesLayers
 
 
 def recipes(arguments: Sequence[str] | None = None) -> int:
@@ -120,7 +121,7 @@ def _add_inputs(parser: Parser, recipe: str, plot: str) -> None:
     add_corpus(parser)
 
 
-def measure_sensitivity(recipe: Recipe, parent: Path, work: Path, split: Split) -> Sensitivity:
+def measure_sensitivity(recipe: QuantizesLayers, parent: Path, work: Path, split: Split) -> Sensitivity:
     """The cost of every linear layer of the fp32 artifact `parent`, calibrated on `split`. Runs in a process of its own."""
     from cuantiza.core.onnx import file as onnx_file
     from cuantiza.quantize.decide.calibrate import calibration_windows
@@ -138,10 +139,12 @@ def measure_sensitivity(recipe: Recipe, parent: Path, work: Path, split: Split) 
         gauge = Gauge(parent / artifact.MODEL, windows[::EVERY], folder)
         effects = rank(model, decisions, rewrite, gauge)
         ends = [gauge.effect(model, some, rewrite) for some in ({}, decisions)]
-    return Sensitivity(effects, *ends, len(windows[::EVERY]), windows.shape[1])
+    return Sensitivity(effects, ends[0], ends[1], len(windows[::EVERY]), windows.shape[1])
 
 
-def observe(recipe: Recipe, parent: Path, work: Path, split: Split, tensor: str) -> tuple[Histogram, dict]:
+def observe(
+    recipe: QuantizesLayers, parent: Path, work: Path, split: Split, tensor: str
+) -> tuple[Histogram | None, dict]:
     """(histogram, account) of the input of the linear layer `tensor` of the fp32 artifact `parent`, calibrated on `split`.
 
     Runs in a process of its own. Raises UserError where there is no such layer.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cuantiza.core.errors import UserError
 from cuantiza.core.machine.terminal import new_table
@@ -74,7 +74,9 @@ def recipe_table(models: list[dict]) -> Table:
     """A line for every recipe, with what it costs on each of `models` (as `read_costs` gives them)."""
     table = new_table("cuantiza quantize --recipes RECIPE ...", "recipe")
     table.add_column("what it is")
-    columns = [(model, "graph\n× fp32", ("ratio",)) for model in models[:1]]
+    columns: list[tuple[dict[str, Any], str, tuple[str, ...]]] = [
+        (model, "graph\n× fp32", ("ratio",)) for model in models[:1]
+    ]
     columns += [(model, f"{model['model']}\nΔ ln ppl, top", ("delta_ln_ppl", "top1_agreement")) for model in models]
     for _, title, _ in columns:
         table.add_column(title, justify="right", no_wrap=True)
@@ -83,7 +85,7 @@ def recipe_table(models: list[dict]) -> Table:
     for name, recipe in RECIPES.items():
         cells = []
         for model, _, figures in columns:
-            row = next((row for row in model["artifacts"] if row["name"] == name), {})
+            row: dict[str, Any] = next((row for row in model["artifacts"] if row["name"] == name), {})
             cells.append(", ".join(FIGURES[figure](row[figure]) for figure in figures if row.get(figure) is not None))
         table.add_row(name, recipe.describe(), *cells)
     return table

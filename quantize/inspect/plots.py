@@ -90,7 +90,7 @@ def plot_histogram(
     for method, found in ranges.items():
         style = {"linewidth": 2.0} if method == chosen else {"linewidth": 1.2, "linestyle": "--"}
         note = f"{method}: {found.low:.4g} to {found.high:.4g}, step {found.step:.3g}, clips {percent(found.clipped)}"
-        label = f"{note} (chosen)" if method == chosen else note
+        label: str | None = f"{note} (chosen)" if method == chosen else note
         for end in (found.low, found.high):
             axes.axvline(end, color=_COLOURS.get(method, "black"), label=label, **style)
             label = None  # one entry of the legend for both ends

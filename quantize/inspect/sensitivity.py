@@ -66,6 +66,7 @@ class Gauge:
         del copy
         session = Runtime(self._work / "model.onnx")
         divergence, rise = [], []
+        assert self._logits is not None  # there is a window at least
         for window, reference in zip(self._windows, self._logits, strict=True):
             candidate = session.forward(window[None])[0, :-1]
             (before,), (after, kl, _) = compare(np.asarray(reference[:-1]), [candidate], window[1:])

@@ -14,6 +14,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from cuantiza.quantize.decide.activation import PerRow
 from cuantiza.quantize.decide.decision import Decision
 from cuantiza.quantize.rewrite.edit import clean, constant, replace_node
 from cuantiza.quantize.rewrite.find import Embedding, Projection
@@ -42,7 +43,9 @@ def quantize_dynamic(
     for projection in projections:
         tape = ir.tape.Tape()
         x = projection.node.inputs[0]  # not projection.x, which an earlier rewrite may have replaced
-        zero = decisions[projection.name].activation.zero_point
+        activation = decisions[projection.name].activation
+        assert isinstance(activation, PerRow), f"{projection.name} has no scale per token"
+        zero = activation.zero_point
         zero_point = constant(graph, f"zero_point_{zero}", np.uint8(zero))
         row_scale = _row_scale(graph, tape, x, zero)
         weight, weight_scale = weights.get_columns(tape, projection)

@@ -9,12 +9,14 @@ import onnx_ir as ir
 from onnx_ir.passes.common import NameFixPass, RemoveUnusedNodesPass
 
 
-def constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
+def constant(graph: ir.Graph, name: str, array: np.ndarray | np.generic) -> ir.Value:
     """Return the initializer `name` of `graph`. It is created from `array` if it does not exist yet."""
     if name not in graph.initializers:
         tensor = ir.tensor(array, name=name)
         graph.register_initializer(
-            ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+            ir.Value(
+                name=name, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(tensor.dtype), const_value=tensor
+            )
         )
     return graph.initializers[name]
 
@@ -27,7 +29,7 @@ def lazy_constant(
     The arrays are not kept, because those of a whole model would take as much memory as its file.
     """
 
-    def tensor() -> ir.Tensor:
+    def tensor() -> ir.TensorProtocol:
         return ir.tensor(np.ascontiguousarray(make()), name=name)
 
     sizes = ir.Shape(shape)

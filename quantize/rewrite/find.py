@@ -105,7 +105,7 @@ def left_in_float(graph: ir.Graph) -> list[dict]:
     or a matrix that no linear layer or embedding reads, with its shape.
     """
     projections, embeddings = find_projections(graph), find_embeddings(graph)
-    nodes = {found.node for found in (*projections, *embeddings)}
+    nodes = {projection.node for projection in projections} | {embedding.node for embedding in embeddings}
     counts = Counter(
         node.op_type for node in graph if node not in nodes and node.op_type not in _MOVES and _computes_in_float(node)
     )
@@ -131,7 +131,7 @@ def _projection(node: ir.Node) -> Projection | None:
         if (
             node.attributes.get_float("alpha", 1.0) != 1.0
             or node.attributes.get_float("beta", 1.0) != 1.0
-            or node.attributes.get_int("transA", 0)
+            or node.attributes.get_int("transA", 0) != 0
         ):
             return None
         channel_axis -= node.attributes.get_int("transB", 0)

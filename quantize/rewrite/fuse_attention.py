@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import onnx_ir as ir
@@ -135,7 +136,7 @@ def _lengths(graph: ir.Graph, input_ids: ir.Value, attention_mask: ir.Value) -> 
 
 def _replace(graph: ir.Graph, attention: _Attention, lengths: tuple[ir.Value, ir.Value, ir.Value], name: str) -> None:
     last, total, bias = lengths
-    heads = int(attention.past[0].shape[1])
+    heads = cast("int", attention.past[0].shape[1])
     node = ir.node(
         "GroupQueryAttention",
         [attention.qkv, None, None, *attention.past, last, total, None, None, None, bias],

@@ -62,5 +62,5 @@ def _half(graph: ir.Graph, matrix: ir.Value, dtype: str) -> ir.Value:
     return half
 
 
-def _convert(tensor: ir.TensorProtocol, to: ir.DataType) -> ir.Tensor:
+def _convert(tensor: ir.TensorProtocol, to: ir.DataType) -> ir.TensorProtocol:
     return ir.tensor(tensor.numpy().astype(to.numpy()))  # fp16 keeps its subnormals; smaller values become 0

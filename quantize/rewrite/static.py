@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from cuantiza.quantize.decide.activation import PerTensor
 from cuantiza.quantize.decide.decision import Decision
 from cuantiza.quantize.rewrite.edit import clean, constant, replace_node
 from cuantiza.quantize.rewrite.find import Embedding, Projection
@@ -32,7 +33,9 @@ def quantize_static(
     for projection in projections:
         decision, tape = decisions[projection.name], ir.tape.Tape()
         x = projection.node.inputs[0]  # not projection.x, which an earlier rewrite may have replaced
-        scale, zero_point = decision.activation.parameters
+        activation = decision.activation
+        assert isinstance(activation, PerTensor), f"{projection.name} has no fixed range"
+        scale, zero_point = activation.parameters
         parameters = [constant(graph, f"{x.name}_scale", scale), constant(graph, f"{x.name}_zero_point", zero_point)]
         quantized = tape.op("QuantizeLinear", [x, *parameters])
         weight, weight_scale = weights.get_columns(tape, projection)

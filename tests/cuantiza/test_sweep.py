@@ -136,6 +136,7 @@ def test_a_cell_is_what_the_stages_give_one_by_one(place: Path, here: Result) ->
             assert own["artifact"] == open_artifact(output / "one" / row["name"]).digest
             assert own["prefill"][0].keys() == row["prefill"][0].keys() and own.keys() > row.keys() - {
                 "name",
+                "kind",
                 "llama_cpp",
                 "continuation",
                 "key_error",

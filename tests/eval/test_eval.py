@@ -259,8 +259,8 @@ def test_sessions_do_not_spin(artifacts):
 @pytest.mark.parametrize(
     "damage, fragments",
     [
-        (lambda path: path.write_bytes(b"garbage" * 100), ("no readable ONNX file",)),
-        (lambda path: path.write_bytes(path.read_bytes()[:100_000]), ("no readable ONNX file",)),
+        (lambda path: path.write_bytes(b"garbage" * 100), ("not a readable ONNX file",)),
+        (lambda path: path.write_bytes(path.read_bytes()[:100_000]), ("not a readable ONNX file",)),
         (lambda path: path.unlink(), ("neither an ONNX file nor a folder",)),
     ],
 )

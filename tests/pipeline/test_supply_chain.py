@@ -138,7 +138,8 @@ def test_workflows_run_what_exists_by_actions_that_cannot_change(path):
     targets = set(re.findall(r"^([a-z-]+):", makefiles, re.MULTILINE))
     steps = [step for job in fields["jobs"].values() for step in job["steps"]]
     for step in steps:
-        assert re.fullmatch(r"[a-z-]+/[a-z-]+@[0-9a-f]{40}", step.get("uses", f"a/b@{'0' * 40}")), step
+        # "./" is this repository's own action.
+        assert "uses" not in step or step["uses"] == "./" or re.fullmatch(r"[a-z-]+/[a-z-]+@[0-9a-f]{40}", step["uses"])
         for target in re.findall(r"\bmake ([a-z-]+)", step.get("run", "")):
             assert target in targets
         for script in re.findall(r"\bbash (\S+)", step.get("run", "")):

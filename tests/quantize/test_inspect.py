@@ -23,7 +23,7 @@ PROJECTIONS = [f"h.{n}.{part}" for n in range(6) for part in ("attn.c_attn", "at
 PROJECTIONS.append("lm_head")
 # With eight short windows and no GPTQ, a recipe takes seconds instead of a minute.
 QUICK = {"rounding": "nearest", "calibration": {"windows": 8, "tokens": 128}}
-ACCURACY = ROOT / "docs/accuracy.json"
+ACCURACY = ROOT / "docs/data/accuracy.json"
 SVG = "{http://www.w3.org/2000/svg}"
 
 

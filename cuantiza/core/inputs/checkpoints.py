@@ -1,4 +1,4 @@
-"""`MODEL=`: a local folder, or a Hugging Face hub id with an optional `@revision`, to a folder on disk."""
+"""Find the checkpoint that `MODEL=` names: a folder, or a Hugging Face hub id with an optional `@revision`."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from cuantiza.core.errors import MENDS, UserError
 from cuantiza.core.inputs.defaults import place
 from cuantiza.core.store.digests import digest, sha256_file
 
-# In order of preference: the first group that a repository has is the one that is read. Nothing else is
-# downloaded; beside these, GPT-2 repositories carry another gigabyte of TensorFlow and Flax weights.
+# In order of preference: the first group that a repository has is read, and only its files are downloaded. GPT-2
+# repositories hold another gigabyte of TensorFlow and Flax weights.
 WEIGHTS = (
     ("model.safetensors",),
     ("model.safetensors.index.json", "model-*-of-*.safetensors"),
@@ -33,14 +33,14 @@ _HUB_ID = re.compile(r"(?P<repo>[\w.-]+(/[\w.-]+)?)(@(?P<revision>[\w./-]+))?")
 
 @dataclass(frozen=True)
 class Model:
-    """`name` is safe as a folder name; `folder` holds the checkpoint."""
+    """A checkpoint in `folder`; `name` is safe as the name of a folder."""
 
     name: str
     folder: Path
 
 
 def weight_files(names: set[str]) -> list[str]:
-    """The weight files of the most preferred kind among `names`; empty where there are none."""
+    """The weight files among `names`, of the most preferred kind; empty if there are none."""
     for group in WEIGHTS:
         if group[0] in names:
             return sorted(name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in group))
@@ -48,9 +48,9 @@ def weight_files(names: set[str]) -> list[str]:
 
 
 def model_name(spec: str) -> str:
-    """Folder name of the outputs for `spec`: without any access to disk beyond `spec` or to a network.
+    """The name of the folder for the outputs of model `spec`, found without a network.
 
-    Raises UserError where `spec` gives none.
+    Raises UserError if `spec` gives no name.
     """
     name = place(spec).resolve().name if place(spec).is_dir() else spec.replace("/", "--")
     if not spec or not name:
@@ -59,15 +59,16 @@ def model_name(spec: str) -> str:
 
 
 def checkpoint_digest(folder: Path) -> str:
-    """sha256 over the files of `folder` that an export reads."""
+    """sha256 over the files in `folder` that an export reads."""
     names = [*CONFIGS, *TOKENIZER, *weight_files({file.name for file in folder.iterdir()})]
     return digest({name: sha256_file(folder / name) for name in names if (folder / name).is_file()})
 
 
 def resolve_model(spec: str) -> Model:
-    """Find `spec` on disk, or on the hub (resumed where interrupted; from the cache where offline).
+    """Find model `spec` on disk, or download it from the hub (an interrupted download is resumed).
 
-    Raises UserError where `spec` is neither a folder nor a hub id, or cannot be had.
+    Offline, the hub's local cache is used. Raises UserError if `spec` is neither a folder nor a hub id, or cannot be
+    downloaded.
     """
     path = place(spec)
     if path.is_dir():
@@ -85,7 +86,7 @@ def _no_model(spec: str) -> UserError:
 
 
 def _download(spec: str, repo: str, revision: str | None) -> Path:
-    """Folder in the hub's cache with the files of `repo` that an export reads."""
+    """Download the files of `repo` that an export reads; returns their folder in the hub's cache."""
     import httpx2 as http
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import (
@@ -119,7 +120,7 @@ def _download(spec: str, repo: str, revision: str | None) -> Path:
             f"MODEL={spec}: is neither a folder here nor a repository on the hub; check its spelling"
         ) from None
     except (OfflineModeIsEnabled, LocalEntryNotFoundError, HfHubHTTPError, http.HTTPError, OSError) as error:
-        if getattr(error, "errno", None) in MENDS:  # the disk's fault, not the network's
+        if getattr(error, "errno", None) in MENDS:  # an error of the disk, not of the network
             raise
         cause = type(error.__cause__ or error).__name__
         reason = (
@@ -135,13 +136,13 @@ def _download(spec: str, repo: str, revision: str | None) -> Path:
 
 
 def _cached(repo: str, revision: str | None) -> Path | None:
-    """Folder in the hub's cache where an earlier run downloaded all that it wanted of `repo`; None where there is none."""
+    """The folder in the hub's cache with all that an earlier run needed of `repo`; None if there is none."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
         for group in WEIGHTS:
-            # Fails where the repository is known to have a file of these that is not here.
+            # Raises if the cached listing names one of these files but the file itself is not cached.
             folder = Path(
                 snapshot_download(
                     repo, revision=revision, allow_patterns=[*group, *CONFIGS, *TOKENIZER], local_files_only=True

@@ -1,4 +1,4 @@
-"""Text -> documents -> a calibration and a test split that share no document -> windows of tokens."""
+"""Read a text as documents, split them into calibration and test without overlap, and cut tokens into windows."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _SUFFIXES = (".txt", ".jsonl", ".parquet")
 
 @dataclass(frozen=True)
 class Source:
-    """`CORPUS=`: a file or folder, or a hub dataset with its configuration, split and text column."""
+    """The text that `CORPUS=` names: a file or folder, or a hub dataset with configuration, split and text column."""
 
     spec: str = CORPUS
     config: str | None = None
@@ -32,7 +32,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Split:
-    """Documents of one side. `sha256` identifies their content and order."""
+    """The documents of one side, calibration or test. `sha256` identifies their content and order."""
 
     name: str
     documents: tuple[str, ...]
@@ -44,12 +44,11 @@ class Split:
 
 @functools.cache
 def load_splits(source: Source) -> tuple[Split, Split]:
-    """(calibration, test) of `source`: a third of the documents calibrate, the rest test.
+    """(calibration, test) of `source`: a third of its documents is for calibration, the rest for the test.
 
-    A folder with an index.json is split as that index says, and its documents must match their sha256.
-    Otherwise the third with the lowest sha256 calibrates, so the same text is always on the same side of
-    the same corpus; documents that stand in it twice count once. Raises UserError where there are fewer
-    than two documents, or where a file cannot be read.
+    A folder with an index.json is split as that file says, and its documents must match their sha256. Otherwise the
+    third with the lowest sha256 calibrates, so that a document of a corpus is always on the same side; a document that
+    occurs twice counts once. Raises UserError if there are fewer than two documents, or if a file cannot be read.
     """
     folder = place(source.spec)
     if (folder / INDEX).is_file():
@@ -69,7 +68,7 @@ def load_splits(source: Source) -> tuple[Split, Split]:
 
 
 def write_index(folder: Path) -> None:
-    """Fix the split of the `.txt` documents in `folder`: every third one, in the order of names, calibrates."""
+    """Write the index.json that fixes the split of the `.txt` documents in `folder`: every third name calibrates."""
     files = sorted(folder.glob("*.txt"))
     documents = [
         {
@@ -84,12 +83,12 @@ def write_index(folder: Path) -> None:
 
 
 def stream(documents: list[list[int]], separator: int) -> np.ndarray:
-    """One stream of token ids [N]: every document behind a `separator`, as GPT-2 was trained."""
+    """All documents as one stream of token ids [N], each after a `separator` token, as in GPT-2's training."""
     return np.concatenate([np.asarray([separator, *tokens], np.int64) for tokens in documents])
 
 
 def full_windows(tokens: np.ndarray, length: int) -> np.ndarray:
-    """Disjoint full windows [n, length] of a stream; the rest at its end is left out (no padding)."""
+    """The windows [n, length] of a stream, without overlap; tokens at its end that fill no window are left out."""
     count = len(tokens) // length
     return tokens[: count * length].reshape(count, length)
 
@@ -99,24 +98,24 @@ def _sha256(text: str) -> str:
 
 
 def _indexed(folder: Path) -> tuple[list[str], list[str]]:
-    anew = f"write it anew with `cuantiza index {folder}`"
+    again = f"write it again with `cuantiza index {folder}`"
     try:
         entries = json.loads((folder / INDEX).read_text(encoding="utf-8"))["documents"]
         wanted = [(Path(entry["file"]).name, str(entry["split"]), entry["sha256"]) for entry in entries]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{folder / INDEX}: broken index ({error}); {anew}") from None
+        raise UserError(f"{folder / INDEX}: broken index ({error}); {again}") from None
     sides: dict[str, list[str]] = {"calibration": [], "test": []}
     for name, side, sha256 in wanted:
         file = folder / name
         if not file.is_file() or hashlib.sha256(file.read_bytes()).hexdigest() != sha256 or side not in sides:
-            raise UserError(f"{file}: is not what {INDEX} says; {anew}")
+            raise UserError(f"{file}: is not what {INDEX} says; {again}")
         sides[side].append(_read_text(file).strip())
     if unlisted := sorted({file.name for file in folder.glob("*.txt")} - {name for name, *_ in wanted}):
-        raise UserError(f"{folder / unlisted[0]}: is not in {INDEX}; {anew}")
+        raise UserError(f"{folder / unlisted[0]}: is not in {INDEX}; {again}")
     if not all(sides.values()):
-        raise UserError(f"{folder / INDEX}: names no documents for calibration or none for test; {anew}")
+        raise UserError(f"{folder / INDEX}: names no documents for calibration or none for test; {again}")
     if set(sides["calibration"]) & set(sides["test"]):
-        raise UserError(f"{folder / INDEX}: has the same text on both sides; delete one copy and {anew}")
+        raise UserError(f"{folder / INDEX}: has the same text on both sides; delete one copy and {again}")
     return sides["calibration"], sides["test"]
 
 
@@ -161,18 +160,18 @@ def _read_txt(file: Path, _column: str) -> Iterator[str]:
 
 
 def _read_jsonl(file: Path, column: str) -> Iterator[str]:
-    # Not splitlines(): JSON may hold Unicode's other line ends as they are.
+    # Not splitlines(), which also breaks at Unicode's other line ends; JSON may contain these.
     for number, line in enumerate(_read_text(file).split("\n"), 1):
         if not line.strip():
             continue
         try:
             text = json.loads(line)[column]
-            text.encode()  # half a surrogate pair is no text
+            text.encode()  # fails on half a surrogate pair
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             text = None
         if not isinstance(text, str):
             raise UserError(
-                f"{file}: line {number} is no JSON object with a text in {column!r}; name its column with CORPUS_COLUMN="
+                f"{file}: line {number} is not a JSON object with a text in {column!r}; name its column with CORPUS_COLUMN="
             )
         yield text
 

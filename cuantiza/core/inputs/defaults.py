@@ -19,7 +19,7 @@ COMPARE_ROUNDS, LEAST_COMPARE_ROUNDS = 8, 4
 def place(spec: str) -> Path:
     """The path that `spec` names. The embedded model and text are found from any working directory.
 
-    They lie beside the package in a checkout and inside it in a wheel; a file of that name in the working directory
+    They are next to the package in a checkout, and inside it in a wheel; a path of that name in the working directory
     comes first.
     """
     path = Path(spec)

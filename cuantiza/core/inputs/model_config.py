@@ -1,4 +1,4 @@
-"""What the stages read of a model's config.json, whatever its type."""
+"""Read what the stages need of a model's config.json, whatever the model's type."""
 
 from __future__ import annotations
 
@@ -12,21 +12,24 @@ _POSITIONS = ("n_positions", "max_position_embeddings", "n_ctx", "seq_length", "
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a checkpoint or artifact. Raises UserError where it is missing or no JSON object."""
+    """The fields of config.json in a checkpoint or artifact. Raises UserError if it is missing or not a JSON object."""
     path = folder / "config.json"
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{folder}: has no config.json; take the one of the original checkpoint") from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: is no JSON ({error}); take the file of the original checkpoint") from None
+        raise UserError(f"{path}: is not JSON ({error}); take the file of the original checkpoint") from None
     if not isinstance(fields, dict):
-        raise UserError(f"{path}: is no JSON object; take the file of the original checkpoint")
+        raise UserError(f"{path}: is not a JSON object; take the file of the original checkpoint")
     return fields
 
 
 def start_token(folder: Path) -> int:
-    """The id that stands before a text: the configuration's bos, else its eos (GPT-2 has one for both)."""
+    """The id of the token before a text: bos_token_id, else eos_token_id (GPT-2 has one token for both).
+
+    Raises UserError if config.json has neither.
+    """
     config = read_config(folder)
     for key in ("bos_token_id", "eos_token_id"):
         if isinstance(found := config.get(key), int):
@@ -37,7 +40,7 @@ def start_token(folder: Path) -> int:
 
 
 def end_tokens(folder: Path) -> frozenset[int]:
-    """The ids that end a text: generation_config.json's eos_token_id, else config.json's; each one id or a list."""
+    """The ids of tokens that end a text: eos_token_id, one or a list, of generation_config.json, else config.json."""
     try:
         generation = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -51,9 +54,9 @@ def end_tokens(folder: Path) -> frozenset[int]:
 
 
 def max_positions(config: dict[str, Any]) -> int:
-    """The longest sequence in tokens that the model of config.json's fields takes; 1024 where it names none.
+    """The longest sequence, in tokens, that the model takes by the fields `config` of its config.json.
 
-    1024 is the smallest default of the model types that can leave it out.
+    1024 if no field tells: the smallest default of the model types that may leave it out.
     """
     given = (config[key] for key in _POSITIONS if isinstance(config.get(key), int) and config[key] > 0)
     return next(given, 1024)

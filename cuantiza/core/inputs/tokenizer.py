@@ -1,4 +1,4 @@
-"""The tokenizer of a checkpoint or artifact: its tokenizer.json."""
+"""Load the tokenizer of a checkpoint or artifact, and encode documents with it."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ _RARE = "\0 a ñ 中 \U0010ffff"
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """Read `folder`/tokenizer.json. Raises UserError where it is missing or broken."""
+    """Read `folder`/tokenizer.json. Raises UserError if it is missing or broken."""
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise UserError(f"{folder}: has no tokenizer.json; put the model's own beside it")
     try:
         tokenizer = Tokenizer.from_file(str(path))
-        # An unknown token that is in no vocabulary, say, shows at the first character that nothing else stands for.
+        # Some faults only show at a rare character, such as an unknown token that is missing from the vocabulary.
         tokenizer.encode(_RARE)
         return tokenizer
-    except BaseException as error:  # the Rust library raises bare Exception, and panics as something beside it
+    except BaseException as error:  # the Rust library raises bare Exception; its panics are not even an Exception
         if isinstance(error, KeyboardInterrupt | SystemExit):
             raise
-        raise UserError(f"{path}: is no tokenizer ({error})") from None
+        raise UserError(f"{path}: is not a tokenizer ({error})") from None
 
 
 def encode(tokenizer: Tokenizer, documents: tuple[str, ...], enough: int | None = None) -> list[list[int]]:
-    """Token ids of every document, without special tokens; of no more documents than give `enough` tokens."""
+    """Token ids of each document, without special tokens; stops after the document that reaches `enough` tokens."""
     encoded: list[list[int]] = []
     count = 0
     for text in documents:

@@ -1,6 +1,6 @@
 """Run a program in another interpreter or environment to its end, and say in one line why it failed.
 
-The counterpart for our own functions is cuantiza/core/machine/process.py. This module imports the standard library only.
+For our own functions there is cuantiza/core/machine/process.py. This module imports the standard library only.
 """
 
 from __future__ import annotations

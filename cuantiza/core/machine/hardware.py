@@ -15,7 +15,7 @@ from cuantiza.core.errors import UserError
 
 
 def machine(threads: int) -> dict[str, Any]:
-    """What a report says of the machine: processor, logical processors, `threads` used, memory in bytes, system."""
+    """The machine as a report describes it: processor, logical processors, `threads` used, memory in bytes, system."""
     return {
         "cpu": cpu_name(),
         "processors": os.cpu_count(),

@@ -1,6 +1,6 @@
-"""Run our own functions in a process of their own: its memory goes back to the system, its death is one clear line here.
+"""Run our functions in a process of their own: it returns its memory to the system, and its death is one clear line.
 
-The counterpart for programs in other interpreters is cuantiza/core/machine/child.py.
+For programs in other interpreters there is cuantiza/core/machine/child.py.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def _hidden_main() -> Iterator[None]:
     That import would run a user's script a second time, unless all of it stood under `if __name__ == "__main__":`.
     """
     module = sys.modules["__main__"]
-    hidden = {name: vars(module)[name] for name in ("__spec__", "__file__") if name in vars(module)}
+    hidden: dict[str, Any] = {name: vars(module)[name] for name in ("__spec__", "__file__") if name in vars(module)}
     vars(module).pop("__file__", None)
     module.__spec__ = None
     try:
@@ -131,8 +131,11 @@ class _Call:
 
 
 def isolated(function: Callable[..., Any], *args: Any, label: str | None = None) -> Any:
-    """Run `function(*args)` in a process that ends with it. Raises UserError as `Remote` does; `label` names it there."""
-    label = label or function.__name__
+    """Run `function(*args)` in a process of its own and return its result.
+
+    `label` says in messages what it does (default: the function's name). Raises UserError as `Remote` does.
+    """
+    label = label or function.__name__.strip("_")
     with Remote(_Call, function, label, label=label) as remote:
         return remote.call("run", *args)
 

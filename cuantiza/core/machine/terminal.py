@@ -1,4 +1,4 @@
-"""Tables on the terminal: whole where it is wide enough, else a row after the other."""
+"""Tables on the terminal: as a whole if the terminal is wide enough, else one row after the other."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-_WIDE = 400  # columns of what is no terminal: no table of ours is wider
+_WIDE = 400  # width, in columns, of output that is not a terminal; none of our tables is wider
 
 
 def new_table(title: str | Text, *columns: str, words: int = 1, caption: str = "") -> Table:
-    """An empty table whose first `words` columns hold words; in the others, figures, a heading breaks behind a comma."""
+    """An empty table. Its first `words` columns hold words, the others numbers; headings break after a comma."""
     table = Table(title=title, title_justify="left", caption=caption or None, caption_justify="left")
     for index, column in enumerate(columns):
         table.add_column(column.replace(", ", ",\n"), justify="left" if index < words else "right", no_wrap=True)
@@ -18,10 +18,10 @@ def new_table(title: str | Text, *columns: str, words: int = 1, caption: str = "
 
 
 def show(table: Table, words: int = 1) -> None:
-    """`table` on standard output.
+    """Print `table` to standard output.
 
-    A terminal that is narrower than it gets a block of lines for each row: its first `words` cells, and below them
-    the others with their headings.
+    On a terminal that is narrower than the table, each row becomes a block of lines: its first `words` cells, and below
+    them the other cells with their headings.
     """
     console = Console() if Console().is_terminal else Console(width=_WIDE)
     if _least_width(console, table) <= console.width:
@@ -43,7 +43,7 @@ def show(table: Table, words: int = 1) -> None:
 
 
 def _least_width(console: Console, table: Table) -> int:
-    """Of `table`, with every column that may not wrap in full."""
+    """The least width of `table` in characters, if columns that may not wrap are shown in full."""
     width = 1
     for column in table.columns:
         sizes = [console.measure(cell) for cell in (column.header, *column.cells)]

@@ -1,4 +1,4 @@
-"""ONNX files: read with checks, written without holding the model twice."""
+"""Read ONNX files with checks, and write them without holding the weights in memory twice."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from cuantiza.core.errors import UserError
 from cuantiza.core.onnx.stream import GRAPH_INITIALIZER, MODEL_GRAPH, TENSOR_RAW_DATA, frame, read_without_weights
 
 DATA = "model.onnx.data"
-# A protobuf message is limited to 2 GiB; the graph itself and the framing need a little of it.
+# A protobuf message is limited to 2 GiB, of which the graph and the framing need a little.
 INLINE_LIMIT_BYTES = 2**31 - 2**24
 
 
 def load(path: Path) -> ir.Model:
-    """Read an ONNX file; its weights stay where they are, and are mapped when somebody reads them.
+    """Read an ONNX file. Its weights stay in the file and are memory-mapped when they are used.
 
-    Raises UserError where the file is corrupt or no valid model, or its external data is missing, too short, or
-    outside its folder.
+    Raises UserError if the file is corrupt or not a valid model, or if its external data is missing, too short, or
+    outside the file's folder.
     """
     try:
         proto = read_without_weights(path)
@@ -33,22 +33,22 @@ def load(path: Path) -> ir.Model:
     except FileNotFoundError:
         raise UserError(f"{path}: does not exist") from None
     except onnx.checker.ValidationError as error:
-        raise UserError(f"{path}: is no valid ONNX model ({str(error).splitlines()[0]}); export it anew") from None
+        raise UserError(f"{path}: is not a valid ONNX model ({str(error).splitlines()[0]}); export it again") from None
     except (DecodeError, ir.serde.SerdeError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path}: is no readable ONNX file ({type(error).__name__}); export it anew") from None
+        raise UserError(f"{path}: is not a readable ONNX file ({type(error).__name__}); export it again") from None
     if not model.graph.outputs:
-        raise UserError(f"{path}: is no readable ONNX file (it has no outputs); export it anew")
+        raise UserError(f"{path}: is not a readable ONNX file (it has no outputs); export it again")
     ir.external_data.set_base_dir(model.graph, path.parent)
     return model
 
 
 def check(path: Path) -> None:
-    """Refuse a corrupt file and external data outside its folder. Raises UserError as `load` does."""
+    """Raise UserError where `load` would, and load nothing."""
     load(path)
 
 
 def _without_data(proto: onnx.ModelProto) -> onnx.ModelProto:
-    """The graph alone, for the checker: its initializers are inputs instead, so that no weight is copied."""
+    """The graph for the checker, with inputs in place of its initializers, so that no weight is copied."""
     bare = onnx.ModelProto(ir_version=proto.ir_version, opset_import=proto.opset_import, functions=proto.functions)
     bare.graph.name = proto.graph.name
     for field in ("node", "input", "output", "value_info"):
@@ -63,7 +63,7 @@ def _without_data(proto: onnx.ModelProto) -> onnx.ModelProto:
 def external_data(
     proto: onnx.ModelProto,
 ) -> Iterator[tuple[onnx.TensorProto, onnx.external_data_helper.ExternalDataInfo]]:
-    """Every tensor that has its data in another file, and where."""
+    """Every tensor with external data, and where that data is."""
     for tensor in onnx.external_data_helper._get_all_tensors(proto):
         if onnx.external_data_helper.uses_external_data(tensor):
             yield tensor, onnx.external_data_helper.ExternalDataInfo(tensor)
@@ -80,7 +80,7 @@ def _check_external_data(proto: onnx.ModelProto, path: Path) -> None:
         needed = math.ceil(math.prod(tensor.dims) * ir.DataType(tensor.data_type).bitwidth / 8)
         if info.length not in (None, needed):
             raise UserError(
-                f"{path}: {tensor.name!r} names {info.length} bytes of data where its type and shape need {needed}; export it anew"
+                f"{path}: {tensor.name!r} names {info.length} bytes of data where its type and shape need {needed}; export it again"
             )
         if not file.is_file() or file.stat().st_size < (info.offset or 0) + needed:
             raise UserError(
@@ -91,9 +91,9 @@ def _check_external_data(proto: onnx.ModelProto, path: Path) -> None:
 def save(model: ir.Model, folder: Path) -> None:
     """Write `model` as folder/model.onnx, with its weights in model.onnx.data where they exceed 2 GB.
 
-    Weights are evaluated and written one at a time: serializing through one protobuf message would hold
-    every weight twice (GPT-2 small peaks at 2.3 GB so, and at 0.8 GB here). Only the framing of the three enclosing messages
-    is written here (cuantiza/core/onnx/stream.py); every message inside is the library's.
+    Weights are computed and written one at a time. One protobuf message of the whole model would hold every weight
+    twice: GPT-2 small peaks at 2.3 GB that way, and at 0.8 GB here. Only the framing of the three enclosing messages is
+    our own (cuantiza/core/onnx/stream.py); every message inside them is serialized by the library.
     """
     weights = {
         name: value.const_value
@@ -115,7 +115,7 @@ def save(model: ir.Model, folder: Path) -> None:
         for name, tensor in weights.items()
     }
     total = len(graph) + sum(len(frame(GRAPH_INITIALIZER, length)) + length for length in lengths.values())
-    # Under another name, since weights may be mapped from the file that is there.
+    # Under another name first, because the weights may be memory-mapped from the file that is replaced.
     new = folder / ".tmp-model.onnx"
     with new.open("wb") as file:
         file.write(skeleton.SerializeToString(deterministic=True))
@@ -127,7 +127,7 @@ def save(model: ir.Model, folder: Path) -> None:
 
 
 def _without_weights(model: ir.Model, weights: dict[str, ir.TensorProtocol]) -> ir.Model:
-    """A copy of the graph that shares no initializer with `model`."""
+    """A copy of `model` without its initializers."""
     copy = model.clone()
     for name in weights:
         copy.graph.initializers.pop(name)

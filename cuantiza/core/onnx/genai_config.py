@@ -1,6 +1,6 @@
-"""genai_config.json: what onnxruntime-genai, ONNX Runtime's own generation loop, needs to know of an artifact.
+"""genai_config.json, by which onnxruntime-genai, ONNX Runtime's own generation loop, loads an artifact.
 
-Its tokenizer is made of tokenizer.json and tokenizer_config.json, which lie in the folder already.
+Its tokenizer comes from tokenizer.json and tokenizer_config.json, which every artifact has.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 from cuantiza.core import contract
 
 GENAI_CONFIG = "genai_config.json"
-# Any decoder with a pair of tensors, keys and values, a layer; "gpt2" stands for graphs that have one joint tensor.
+# "decoder" is any graph with two cache tensors (keys, values) per layer; "gpt2" means one joint tensor per layer.
 _TYPE = "decoder"
 
 
@@ -27,12 +27,12 @@ def genai_config(
 ) -> dict[str, Any]:
     """The fields of genai_config.json for a graph with the inputs and outputs of cuantiza/core/contract.py.
 
-    `config` and `generation` are config.json and generation_config.json, of which the special tokens are taken, the
-    second's first. `heads` is the count of keys and values, which is that of queries too; `positions` the longest
-    sequence in tokens. `in_place`: past and present may be one buffer of [B, heads, capacity, head_dim].
+    The special tokens come from `generation` (generation_config.json), else from `config` (config.json). `heads` is
+    the number of key and value heads, which must be that of query heads too; `positions` is the longest sequence in
+    tokens. `in_place`: past and present may be one buffer [B, heads, capacity, head_dim].
     """
     tokens = {key: value for key, value in (config | generation).items() if value is not None}
-    end = tokens.get("eos_token_id", tokens.get("bos_token_id"))  # one number, or a list of them
+    end = tokens.get("eos_token_id", tokens.get("bos_token_id"))  # one token id, or a list of them
     first_end = end[0] if isinstance(end, list) else end
     return {
         "model": {

@@ -1,7 +1,8 @@
-"""An ONNX file's message without its weights: they stay in the file, and the message says where.
+"""Read an ONNX file's protobuf message without its weights: they stay in the file, and the message says where.
 
-Protobuf's parser would hold the file and every weight of it in memory. Here the framing of the three enclosing
-messages is walked by the protobuf encoding (protobuf.dev/programming-guides/encoding), and what is left is the library's.
+Protobuf's own parser would hold the whole file and every weight in memory. Here the framing of the three enclosing
+messages (model, graph, tensor) is read by the rules of the encoding (protobuf.dev/programming-guides/encoding). The
+shortened message is then parsed by the library.
 """
 
 from __future__ import annotations
@@ -17,18 +18,18 @@ from google.protobuf.message import DecodeError
 MODEL_GRAPH, GRAPH_INITIALIZER, TENSOR_RAW_DATA = 7, 5, 9
 _TENSOR_EXTERNAL_DATA = 13
 _VARINT, _FIXED64, _DELIMITED, _FIXED32 = 0, 1, 2, 5
-# Smaller ones are read: shapes and axes, which the library wants to look at.
+# Smaller tensors are read: shapes and axes, whose values the library needs.
 _LEAST_BYTES = 4096
 
 Span = tuple[int, int]
 
 
 def read_without_weights(path: Path) -> onnx.ModelProto:
-    """The message of `path`, its initializers' large raw data replaced by external data in `path` itself.
+    """The message in `path`, in which large raw data of initializers is replaced by external data in `path` itself.
 
-    Raises DecodeError where it is no protobuf message.
+    Raises DecodeError if the file is not a protobuf message.
     """
-    if path.is_symlink():  # what lies beside it is not beside the file
+    if path.is_symlink():  # external data is beside the file that the link points to
         return onnx.load(path, load_external_data=False)
     with path.open("rb") as file:
         if not path.stat().st_size:
@@ -42,7 +43,7 @@ def read_without_weights(path: Path) -> onnx.ModelProto:
 
 
 def _rewritten(data: mmap.mmap, span: Span, descend: list[int], file: str) -> Iterator[bytes]:
-    """The message in `span`, down the fields `descend`: the last of these are tensors, which lose their raw data."""
+    """The message in `span`, rewritten along the fields `descend`; the last ones are tensors, which lose their data."""
     if not descend:
         yield from _without_raw_data(data, span, file)
         return
@@ -70,9 +71,9 @@ def _without_raw_data(data: mmap.mmap, span: Span, file: str) -> Iterator[bytes]
 
 
 def _fields(data: mmap.mmap, span: Span) -> Iterator[tuple[int, Span, Span]]:
-    """(number, where it is with its tag, where its content is) of every field of the message in `span`.
+    """Every field of the message in `span`: (number, its span with the tag, the span of its content).
 
-    The number is 0 of those that are not delimited by a length.
+    Fields that are not delimited by a length have the number 0 here.
     """
     at, end = span
     while at < end:
@@ -90,12 +91,12 @@ def _fields(data: mmap.mmap, span: Span) -> Iterator[tuple[int, Span, Span]]:
             raise DecodeError(f"wire type {kind}")
         if at > end:
             raise DecodeError("a field that is cut short")
-        # Of no other kind is what is looked for here; what else goes by its number is for the library to judge.
+        # Only length-delimited fields are looked for; fields of other kinds are left to the library.
         yield tag >> 3 if kind == _DELIMITED else 0, (begin, at), (start, at)
 
 
 def _varint(data: mmap.mmap, at: int, end: int) -> tuple[int, int]:
-    """(value, where it ends) of the varint at `at`."""
+    """The varint at `at`: (value, the position after it)."""
     value = shift = 0
     while at < end and shift < 70:
         byte = data[at]
@@ -107,7 +108,7 @@ def _varint(data: mmap.mmap, at: int, end: int) -> tuple[int, int]:
 
 
 def frame(field: int, length: int) -> bytes:
-    """Tag of a length-delimited field, and the length as a varint."""
+    """The bytes before a length-delimited field's content: its tag, and its length as a varint."""
     out = bytearray([field << 3 | 2])
     while length > 0x7F:
         out.append(length & 0x7F | 0x80)

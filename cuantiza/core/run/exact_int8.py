@@ -1,8 +1,8 @@
-"""Whether ONNX Runtime's products of u8 and s8 are exact on this processor, and the session option that makes them so.
+"""Whether ONNX Runtime's u8·s8 matmuls are exact on this processor, and the session option that makes them exact.
 
-x86-64 without VNNI multiplies them with vpmaddubsw, which clips the sum of two neighbouring products to 16 bits. The
-option makes those weights u8, which takes kernels that widen first. They are up to twice as slow where VNNI is, so that
-it is set by what a product comes to, and not everywhere. Its name and rule: ONNX Runtime's
+x86-64 without VNNI multiplies with the instruction vpmaddubsw, which clips the sum of two neighbouring products to 16
+bits. The option converts the weights to u8, for kernels that widen to more bits first. With VNNI these are up to twice
+as slow, so the option is set only where a test matmul comes out wrong. Its name and rule are in ONNX Runtime's
 onnxruntime_session_options_config_keys.h, kOrtSessionOptionsAvx2PrecisionMode.
 """
 
@@ -15,26 +15,29 @@ import numpy as np
 import onnxruntime as ort
 
 EXACT = {"session.x64quantprecision": "1"}
-# The manifest's note on this for whoever opens an integer artifact elsewhere; cuantiza/core/run/runtime.py needs none.
+# A manifest's note for programs that open an artifact with integer matmuls; cuantiza/core/run/runtime.py needs none.
 SESSION_OPTIONS = {"session_options": {"x86-64 without VNNI": EXACT}}
-# Enough inputs and channels for the main loop of every kernel.
+# Sizes that reach the main loop of every kernel.
 _INPUTS, _CHANNELS = 32, 16
 
 
 @functools.cache
 def exact_products() -> dict[str, str]:
-    """Session options, by name, that integer products need to be exact here: none where they are."""
+    """The session options, by name, that make integer matmuls exact on this processor; empty if they are anyway."""
     if platform.machine() not in ("x86_64", "AMD64"):
-        return {}  # the option is for x86-64 alone
+        return {}  # the option exists for x86-64 only
     return EXACT if saturates(probe(), {}) else {}
 
 
 def probe() -> bytes:
-    """An ONNX file with the one product that shows it: `rows` u8 [M, 32] by columns of 127, s8 [32, 16].
+    """The bytes of an ONNX file with one matmul that shows the clipping: input `rows` u8 [M, 32], weights s8 [32, 16].
 
-    255 · 127 + 255 · 127 = 64,770 is clipped to 32,767.
+    All weights are 127. For inputs of 255, 255 · 127 + 255 · 127 = 64,770 is clipped to 32,767.
     """
-    from onnx import TensorProto, helper  # here, as emulated processors have no such package
+    from onnx import (  # imported here, because emulated processors (lab/matrix/emulation) have no onnx
+        TensorProto,
+        helper,
+    )
 
     weights = np.full((_INPUTS, _CHANNELS), 127, np.int8)
     tensor = helper.make_tensor("columns", TensorProto.INT8, weights.shape, weights.tobytes(), raw=True)
@@ -50,9 +53,9 @@ def probe() -> bytes:
 
 
 def saturates(model: bytes, options: dict[str, str]) -> bool:
-    """Whether sums of `model` (from `probe`) come out wrong here in a session with `options`.
+    """Whether `model` (from `probe`) gives wrong sums on this processor, in a session with `options`.
 
-    For one row and for several, which take different kernels.
+    It is run with one input row and with five, because they take different kernels.
     """
     settings = ort.SessionOptions()
     settings.intra_op_num_threads = 1

@@ -1,7 +1,7 @@
-"""A process's memory in large pages: a product that reads every weight once misses the page table at every 4 KiB.
+"""Move a process's memory into large pages, so that reading all weights once causes fewer TLB misses.
 
-GPT-2 small's int8 weights are 30,000 pages of 4 KiB, ten times what a processor's second table of translations holds.
-ONNX Runtime asks for no large pages, and the kernel's usual setting (madvise) gives none unasked.
+GPT-2 small's int8 weights take 30,000 pages of 4 KiB, ten times what a processor's second-level TLB holds. ONNX Runtime
+does not ask for large pages, and by its usual setting (madvise) the kernel only gives them on request.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 _PAGE = 2**21
-_MADV_COLLAPSE = 25  # since Linux 6.1: now, whatever the system's setting
+_MADV_COLLAPSE = 25  # since Linux 6.1: collapse at once, whatever the system's setting
 
 
 def use_large_pages() -> int:
-    """Move this process's anonymous memory into pages of 2 MiB where it fills them; returns the bytes that moved.
+    """Move this process's anonymous memory into pages of 2 MiB where it fills them; returns how many bytes moved.
 
-    0 where the system knows no such request: nothing depends on it but time. Copies what it moves, once.
+    Returns 0 where the kernel does not support it. This only affects speed. Moved memory is copied once.
     """
     if not sys.platform.startswith("linux"):
         return 0
@@ -32,7 +32,7 @@ def use_large_pages() -> int:
 
 
 def _anonymous() -> Iterator[tuple[int, int]]:
-    """The ranges of addresses that are writable, private and of no file."""
+    """The address ranges of writable, private memory that belongs to no file."""
     for line in Path("/proc/self/maps").read_text().splitlines():
         addresses, access, _, _, inode, *name = line.split(maxsplit=5)
         if access.startswith("rw") and access.endswith("p") and inode == "0" and name in ([], ["[heap]"]):

@@ -1,4 +1,4 @@
-"""An artifact in one ONNX Runtime session: whole sequences, or step by step with a KV cache, on a given number of threads."""
+"""Run an artifact in ONNX Runtime: whole sequences, or step by step with a KV cache, on some number of threads."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Cache:
 
 @dataclass(frozen=True)
 class Options:
-    """What makes `Runtime.step` fast. The defaults are best; lab/bench switches them off to measure what each is worth.
+    """The choices that make `Runtime.step` fast. lab/bench changes the defaults to measure what each choice is worth.
 
     in_place: write new keys and values into one buffer, where the file allows it.
     last_only: compute the logits of the last position only, where the file allows it.
@@ -203,8 +203,8 @@ class Runtime:
         logits, *grown = binding.get_outputs()
         if cache.binding is None:
             cache.past = grown
-        array: np.ndarray = logits.numpy()
-        return array
+        computed: np.ndarray = logits.numpy()
+        return computed
 
     def _binding(self) -> ort.IOBinding:
         binding = self.session.io_binding()

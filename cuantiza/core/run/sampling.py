@@ -1,6 +1,7 @@
-"""Text token by token: how the next one is drawn, and how tokens become text as they come.
+"""Generate text token by token: draw each next token from the logits, and decode tokens to text as they come.
 
-The order is transformers' own: no-repeat n-grams, temperature, top-k, top-p (its LogitsProcessorList).
+The logits are processed in the order of transformers: no-repeat n-grams, temperature, top-k, top-p (its
+LogitsProcessorList).
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ from cuantiza.core.run.runtime import Runtime
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is drawn from logits. Raises UserError where a value is out of range.
+    """How a token is drawn from logits. Raises UserError if a value is out of range.
 
-    temperature: 0 takes the likeliest token; top_k: of so many likeliest (0: all); top_p: of the likeliest that
-    together have this probability; no_repeat_ngram: no sequence of so many tokens comes twice (0: any may).
+    temperature: divides the logits; 0 takes the likeliest token. top_k: draw from this many likeliest tokens (0: all).
+    top_p: draw from the likeliest tokens that together have this probability. no_repeat_ngram: never repeat a sequence
+    of this many tokens (0: allowed).
     """
 
     temperature: float = 1.0
@@ -31,7 +33,7 @@ class Sampling:
     no_repeat_ngram: int = 0
 
     def __post_init__(self) -> None:
-        # Logits over less than this are beyond what a softmax can tell apart from the likeliest alone.
+        # Below 0.001, the softmax hardly differs from taking the likeliest token.
         if not (self.temperature == 0 or 1e-3 <= self.temperature < math.inf):
             raise UserError(
                 f"--temperature {self.temperature}: give 0 (the likeliest token), or a number from 0.001 on"
@@ -45,9 +47,10 @@ class Sampling:
 
 
 def scores(logits: np.ndarray, before: list[int], sampling: Sampling) -> np.ndarray:
-    """Logits float64 [V] behind the token ids `before` as `sampling` leaves them: −inf is never drawn.
+    """Process logits float32 [V], which follow the token ids `before`, by `sampling`; returns float64 [V].
 
-    logits float32 [V]. With a temperature of 0 they are not scaled, since the likeliest is the same.
+    A token with −inf is never drawn. A temperature of 0 does not scale, as the likeliest token stays the same.
+    Raises UserError if a logit is NaN.
     """
     left = logits.astype(np.float64)
     if np.isnan(left).any():
@@ -58,7 +61,7 @@ def scores(logits: np.ndarray, before: list[int], sampling: Sampling) -> np.ndar
     if 0 < sampling.top_k < len(left):
         left[left < np.partition(left, -sampling.top_k)[-sampling.top_k]] = -np.inf
     if sampling.top_p < 1:
-        order = np.argsort(left, kind="stable")  # the least likely first, as transformers sums them
+        order = np.argsort(left, kind="stable")  # the least likely first, so that sums round as in transformers
         below = np.cumsum(_softmax(left[order]))
         dropped = below <= 1 - sampling.top_p
         dropped[-1] = False
@@ -67,11 +70,11 @@ def scores(logits: np.ndarray, before: list[int], sampling: Sampling) -> np.ndar
 
 
 def draw(logits: np.ndarray, before: list[int], sampling: Sampling, generator: np.random.Generator) -> int:
-    """The next token id behind `before`, by logits float32 [V]."""
+    """Draw the token id that follows `before`, from logits float32 [V]."""
     left = scores(logits, before, sampling)
     if sampling.temperature == 0 or not np.isfinite(left).any():
         return int(left.argmax())
-    # One uniform number a token, whatever is left to choose from: the same seed goes on alike.
+    # Exactly one random number per token, however many can be chosen, so that a seed gives comparable texts.
     sums = np.cumsum(_softmax(left))
     return int(np.searchsorted(sums, generator.random() * sums[-1], side="right").clip(0, len(sums) - 1))
 
@@ -79,7 +82,7 @@ def draw(logits: np.ndarray, before: list[int], sampling: Sampling, generator: n
 def generate(
     runtime: Runtime, ids: list[int], count: int, sampling: Sampling, seed: int = 0, stop: Collection[int] = ()
 ) -> Iterator[int]:
-    """Up to `count` token ids that follow `ids`, through the cache; ends before a token of `stop`."""
+    """Yield up to `count` token ids that follow `ids`, with a KV cache; ends before a token of `stop`."""
     generator = np.random.default_rng(seed)
     cache, before = runtime.cache(1, len(ids) + count), list(ids)
     step = np.asarray([ids], np.int64)
@@ -93,9 +96,9 @@ def generate(
 
 
 def text_of(tokenizer: Tokenizer, ids: Iterable[int], before: Sequence[int] = ()) -> Iterator[str]:
-    """The text of token ids as they come behind `before`, a piece for each that completes one: never half a character.
+    """Yield the text of token ids as they come: a piece whenever a token completes one, never half a character.
 
-    What a piece looks like depends on what stands before it: some decoders drop the space at a text's beginning.
+    `before` are the token ids before them. They matter, because some decoders drop the space at the start of a text.
     """
     stream, held = DecodeStream(list(before)), []
     for token in ids:
@@ -103,12 +106,12 @@ def text_of(tokenizer: Tokenizer, ids: Iterable[int], before: Sequence[int] = ()
         if (piece := stream.step(tokenizer, token)) is not None:
             yield piece
             held = []
-    if held:  # a character that was cut off
+    if held:  # the last character is incomplete
         yield tokenizer.decode(held, skip_special_tokens=False)
 
 
 def _repeating(before: list[int], size: int) -> list[int]:
-    """Tokens that would end a sequence of `size` tokens which `before` has already."""
+    """The tokens that would complete a sequence of `size` tokens that `before` already contains."""
     if not 0 < size <= len(before):
         return []
     last = before[len(before) - size + 1 :]

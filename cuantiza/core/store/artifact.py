@@ -1,6 +1,6 @@
 """Artifacts: folders that are published whole or not at all, and verified by their manifest.
 
-artifacts/<model>/<recipe>/manifest.json and the files that it lists
+An artifact is artifacts/<model>/<recipe>/ with manifest.json and the files that it lists.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from cuantiza.core.store.folders import replace
 SCHEMA = "cuantiza/artifact/1"
 MODEL = "model.onnx"
 MANIFEST = "manifest.json"
-# What an artifact holds beside its graph, manifest and external data.
+# The files of every artifact besides its graph, external data and manifest.
 COMPANIONS = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
 
 
 @dataclass(frozen=True)
 class File:
-    """A file of an artifact: its size in bytes and the sha256 of its content, in hex."""
+    """A file of an artifact: its size in bytes, and the sha256 of its content in hex."""
 
     bytes: int
     sha256: str
@@ -32,10 +32,10 @@ class File:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What an artifact is and what it was made from. Holds no measurement that a rerun could change.
+    """Describes an artifact and its origin. It has no measurement that another run could change.
 
-    `inputs` names everything that the bytes depend on; equal inputs mean that nothing has to be rebuilt.
-    `details` is the stage's own account (parity, what was quantized, what stays in floating point).
+    `inputs` names everything that the bytes depend on: with equal inputs, nothing has to be rebuilt. `details` is what
+    the stage did: parity, which layers are quantized, what stays in floating point.
     """
 
     name: str
@@ -63,14 +63,14 @@ class Artifact:
 
     @property
     def digest(self) -> str:
-        """sha256 over the names and hashes of the files: the identity of the content."""
+        """sha256 over the names and hashes of the files, which identifies the content."""
         return digest({name: file.sha256 for name, file in self.manifest.files.items()})
 
 
 def open_artifact(path: Path) -> Artifact:
     """Read and verify a published artifact.
 
-    Raises UserError where the manifest is missing or broken, or a file's size or sha256 differs.
+    Raises UserError if the manifest is missing or broken, or if a file's size or sha256 differs.
     """
     manifest_path = path / MANIFEST
     try:
@@ -78,7 +78,7 @@ def open_artifact(path: Path) -> Artifact:
         fields = json.loads(text)
         if fields["schema"] != SCHEMA:
             raise ValueError(f"schema {fields['schema']!r} is not {SCHEMA!r}")
-        # Those of before have no sum of their own.
+        # Manifests written before this field existed have no `sha256`.
         if "sha256" in fields and (fields.pop("sha256") != digest(fields) or _manifest_text(fields) != text):
             raise ValueError("changed since it was published")
         files = {name: File(**file) for name, file in fields.pop("files").items()}
@@ -101,7 +101,7 @@ def open_artifact(path: Path) -> Artifact:
 
 
 def rebuild_reason(path: Path, inputs: dict[str, Any]) -> str | None:
-    """Why the artifact at `path` has to be built, in a few words; None where it is whole and up to date."""
+    """Why the artifact at `path` must be built, in a few words; None if it is whole and up to date."""
     if not path.exists():
         return "new"
     try:
@@ -128,7 +128,9 @@ def publish(
     """Write the manifest of the files in `work` and publish them as `target`."""
     files = {file.name: File(file.stat().st_size, sha256_file(file)) for file in sorted(work.iterdir())}
     manifest = Manifest(name, model, recipe, inputs, parent, calibration, files, versions, details)
-    fields = json.loads(json.dumps(dataclasses.asdict(manifest)))  # keys as whoever reads it sorts them
+    fields = json.loads(
+        json.dumps(dataclasses.asdict(manifest))
+    )  # numbers as keys become strings before they are sorted, as in the file
     (work / MANIFEST).write_bytes(_manifest_text(fields).encode())
     work.chmod(0o755)
     replace(work, target)
@@ -136,5 +138,5 @@ def publish(
 
 
 def _manifest_text(fields: dict[str, Any]) -> str:
-    """manifest.json of `fields`, with their digest as `sha256`."""
+    """The text of manifest.json: `fields`, and their digest as `sha256`."""
     return json.dumps(fields | {"sha256": digest(fields)}, indent=1, ensure_ascii=False, sort_keys=True) + "\n"

@@ -1,4 +1,4 @@
-"""What a result depends on, as sha256 in hex: values, files, our own code; and the versions of libraries."""
+"""sha256, in hex, of what a result depends on (values, files, our own code), and the versions of libraries."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def sha256_file(path: Path) -> str:
 
 @functools.cache
 def code_digest(*modules: str) -> str:
-    """sha256 of the source of `modules` and of all that they import of this repository, such as "cuantiza.export.gpt2"."""
+    """sha256 of the source of `modules` (such as "cuantiza.export.gpt2") and of all modules of ours that they import."""
     return digest({name: sha256_file(path) for name, path in code_files(*modules).items()})
 
 
@@ -71,7 +71,7 @@ def _run(node: ast.AST) -> Iterator[ast.AST]:
 
 
 def _source(name: str) -> Path | None:
-    """The file of module or package `name` of cuantiza; None where there is no such module."""
+    """The file of the module or package `name` of cuantiza; None if there is no such module."""
     package, *parts = name.split(".")
     if package != "cuantiza":
         return None

@@ -1,7 +1,7 @@
-"""Folders of results: one stage at a time holds one, and what is in it is replaced whole or not at all.
+"""Folders of results: one stage at a time holds a folder, and results in it are replaced whole or not at all.
 
-FOLDER/.cuantiza.lock   marks the folder as ours; the kernel's lock on it dies with its process
-FOLDER/.tmp-*           work in progress; swept by the next holder of the lock
+FOLDER/.cuantiza.lock   marks the folder as ours; the kernel releases the lock on it when the process ends
+FOLDER/.tmp-*           work in progress; the next holder of the lock removes what a killed stage left
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ LOCK = ".cuantiza.lock"
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold `folder` (created where missing) for one stage, and sweep what a killed stage left there.
+    """Hold `folder` for one stage: create it if needed, and remove what a killed stage left in it.
 
-    The lock is the kernel's and dies with its process. Raises UserError where `folder` holds files
-    that no stage of ours has put there.
+    The kernel releases the lock when the process ends, however it ends. Raises UserError if `folder` holds files that
+    are not ours.
     """
     from filelock import FileLock, Timeout
 
@@ -47,7 +47,7 @@ def locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         with suppress(OSError):
-            _sweep(folder)  # a signal may have broken off a removal
+            _sweep(folder)  # a signal may have interrupted a removal
         lock.release()
 
 
@@ -57,7 +57,10 @@ def _sweep(folder: Path) -> None:
 
 
 def publish_texts(folder: Path, texts: dict[str, str]) -> bool:
-    """Write {name: text} as files of `folder`, each renamed into place, where one differs from what is there; whether so."""
+    """Write {name: text} as files of `folder`, each renamed into place, unless all are there already.
+
+    Returns whether anything was written.
+    """
     if all(_holds(folder / name, text) for name, text in texts.items()):
         return False
     with staging(folder / "texts") as work:
@@ -77,12 +80,12 @@ def _holds(file: Path, text: str) -> bool:
 
 @contextmanager
 def staging(target: Path) -> Iterator[Path]:
-    """A temporary folder beside `target`: whatever is left in it at the end goes."""
+    """A temporary folder beside `target`. What is left in it at the end of the block is removed."""
     folder = Path(tempfile.mkdtemp(prefix=".tmp-", dir=target.parent))
     try:
         yield folder
     except OSError as error:
-        if error.filename is None:  # of a write: say at least which disk it was
+        if error.filename is None:  # a failed write names no file; `target` at least tells the disk
             error.filename = str(target)
         raise
     finally:
@@ -92,7 +95,8 @@ def staging(target: Path) -> Iterator[Path]:
 def replace(source: Path, target: Path) -> None:
     """Put folder `source` in the place of `target` by renaming, after everything in it has reached the disk.
 
-    A kill between the two renames leaves no `target`, an error there the old one; no moment shows a mixture.
+    A kill between the two renames leaves no `target`, and an error there leaves the old one. At no moment is there a
+    mixture of old and new files.
     """
     for path in source.rglob("*"):
         _fsync(path)

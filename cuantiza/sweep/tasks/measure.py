@@ -66,7 +66,7 @@ def merge(parts: Sequence[list[Scores]]) -> list[Scores]:
     each token, 25 bytes per token.
     """
 
-    def joined(scores: Sequence[Scores], field: str) -> np.ndarray | None:
+    def joined(scores: Sequence[Scores], field: str) -> Any:
         values = [getattr(item, field) for item in scores]
         return None if values[0] is None else np.concatenate(values)
 

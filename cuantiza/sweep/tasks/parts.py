@@ -46,7 +46,7 @@ class Group:
     def fields(self) -> dict[Cell, dict]:
         """The quality fields (docs/report.md) of the wanted cells, computed from the scores of all parts."""
         baseline, *others = merge([self.parts[first] for first in sorted(self.parts)])
-        against = {self.base: (baseline, None)}
+        against: dict[Cell, tuple[Scores, Scores | None]] = {self.base: (baseline, None)}
         against |= {cell: (own, baseline) for cell, own in zip(self.others, others, strict=True)}
         return {
             cell: quality(own, self.text.size, base) for cell, (own, base) in against.items() if cell in self.wanted

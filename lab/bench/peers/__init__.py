@@ -1,6 +1,6 @@
-"""The rows of other libraries that users might choose instead. lab/bench/worker.py describes their interface.
+"""The peers: rows of other libraries, which users would pick instead. Their interface is in lab/bench/worker.py.
 
-This file imports only the standard library; the modules are imported in the interpreters that have their libraries.
+This file imports the standard library only. Each peer's module is imported by the interpreter that has its library.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Peer:
-    """A row of another library: its name, the module and kind that make and run it, and the environment that it needs.
+    """A row of another library: its name, and the module that makes and runs it, in which environment.
 
-    `precision` is the weights' precision. `cache_bytes` is the size of one element of keys and values.
+    `kind` tells the module which of its rows this is. `precision` is that of the weights; `cache_bytes` is the size of
+    one element of the keys and values.
     """
 
     name: str

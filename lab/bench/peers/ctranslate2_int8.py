@@ -1,7 +1,7 @@
 """CTranslate2 with int8 weights: the converter's `--quantization int8`, and its own greedy loop.
 
-It runs as its performance guide advises: int8, no beam search, no scores, one generator with all threads. Its public
-interface has no single decode step, so a row is timed by whole generations, or by the callback for each token.
+It is set up as its performance guide advises: int8, no beam search, no scores, one generator with all threads. Its
+public interface has no single step with a cache, so a row is timed over whole generations, or by the callback per token.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ def prepare(kind: str, checkpoint: Path, ours: Path, folder: Path) -> None:
             (padded / file.name).symlink_to(file.absolute())
         _pad_tokenizer(padded)
         converter = ctranslate2.converters.TransformersConverter(str(padded), low_cpu_mem_usage=True)
-        # This type means int8 weights and float32 for everything else, whatever type the checkpoint has.
+        # int8 weights; the rest in float32, which CPUs compute in, whatever the checkpoint is stored in.
         converter.convert(str(folder), quantization="int8_float32", force=True)
 
 
 def _pad_tokenizer(folder: Path) -> None:
-    """Pad the tokenizer: the converter needs one token per row of the embedding, but a random model's has fewer."""
+    """Add tokens up to the size of the embedding, as the converter demands; a random model's tokenizer has fewer."""
     size = json.loads((folder / "config.json").read_text(encoding="utf-8"))["vocab_size"]
     tokenizer = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     vocabulary = tokenizer["model"]["vocab"]
@@ -56,26 +56,26 @@ class Engine:
         self._tokens = json.loads((folder / "vocabulary.json").read_text(encoding="utf-8"))
 
     def generate(self, ids: np.ndarray, count: int) -> list[list[int]]:
-        """Generate `count` tokens after each of ids [B, T]. All ids but the last are fed at once."""
+        """`count` tokens after each of ids [B, T], of which all but the last are processed at once."""
         return [result.sequences_ids[0] for result in self._generate(ids, count)]
 
     def times(self, ids: np.ndarray, count: int) -> list[int]:
-        """ns from the call until each of `count` tokens after ids [B, T] was there for the whole batch.
+        """When each of `count` tokens after ids [B, T] was there for the whole batch, in ns from the call.
 
-        Their differences are the times of decode steps after T or more cached tokens.
+        The differences are the times of decode steps with a cache of T and more tokens.
         """
         found: dict[int, int] = {}
         start = time.perf_counter_ns()
 
         def note(result: ctranslate2.GenerationStepResult) -> bool:
             found[result.step] = time.perf_counter_ns() - start
-            return False  # which goes on
+            return False  # continue
 
         self._generate(ids, count, callback=note)
         return list(found.values())
 
     def logits(self, ids: np.ndarray) -> np.ndarray:
-        """Logits [B, V] of the last of ids [B, T], only for checks: no KV cache, and all positions are computed."""
+        """Logits [B, V] of the last of ids [B, T], for checks only: without a cache, and computed for all positions."""
         return np.array(self._generator.forward_batch(ids.tolist()))[:, -1]
 
     def _generate(self, ids: np.ndarray, count: int, **options: Any) -> list[ctranslate2.GenerationResult]:

@@ -1,4 +1,4 @@
-"""Writes a GPT-2 checkpoint as a GGUF file in f32, with the tensor names of the gguf package."""
+"""Write a GPT-2 checkpoint as a GGUF file in f32; the tensors' names come from the gguf package."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ from safetensors.torch import load_file
 
 # transformers' Conv1D holds [in, out]; GGUF wants [out, in].
 CONV1D = (".c_attn.weight", ".c_proj.weight", ".c_fc.weight")
-# These are not written: masks that old checkpoints contain, and the head, because it is tied to the embedding.
+# Buffers that old checkpoints store with their weights, and the head, which is tied to the embedding.
 SKIPPED = (".attn.bias", ".attn.masked_bias", "lm_head.weight")
 
 
 def write(checkpoint: Path, tokenizer: Path, target: Path) -> None:
-    """Write the file. `tokenizer` is a tokenizer.json; its vocabulary is padded if it is smaller than the model's."""
+    """Write `checkpoint`, with the tokenizer.json `tokenizer`, to `target`.
+
+    A vocabulary with fewer entries than the model is padded. Raises ValueError for a weight that GGUF's gpt2 lacks.
+    """
     config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
     architecture, layers = gguf.MODEL_ARCH.GPT2, config["n_layer"]
     writer = gguf.GGUFWriter(target, gguf.MODEL_ARCH_NAMES[architecture])
@@ -46,7 +49,7 @@ def write(checkpoint: Path, tokenizer: Path, target: Path) -> None:
 
 
 def _add_tokenizer(writer: gguf.GGUFWriter, fields: dict, config: dict) -> None:
-    """Add the byte-level BPE's tokens, their types and merges. The benchmark only uses token ids, so this is enough."""
+    """Add the byte-level BPE: tokens, their types and merges. The benchmark only uses token ids, so this suffices."""
     tokens = {index: token for token, index in fields["model"]["vocab"].items()}
     special = {entry["id"]: entry["content"] for entry in fields.get("added_tokens", [])}
     tokens |= special

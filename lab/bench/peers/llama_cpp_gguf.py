@@ -1,8 +1,8 @@
-"""llama.cpp through llama-cpp-python's low-level interface, on GGUF files in f32, Q8_0 and Q4_0 (lab/bench/peers/gguf_file.py).
+"""llama.cpp through llama-cpp-python's low-level interface, on GGUF files in f32, Q8_0 and Q4_0 (gguf_file.py).
 
-The settings are llama-bench's defaults: 2048 tokens per batch, 512 per micro-batch, keys and values in f16, weights
-repacked for the processor. Flash attention is on, as `auto` chooses too: prefill is 1.2 × faster, and decode is not
-slower (GPT-2 small).
+The settings are llama-bench's defaults: 2048 tokens a batch, 512 a micro-batch, keys and values in f16, weights
+repacked for the processor. Flash attention is on, as `auto` would choose: prefill is 1.2 × faster, decode not slower
+(GPT-2 small).
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ FLASH = llama.LLAMA_FLASH_ATTN_TYPE_ENABLED
 
 @llama.llama_log_callback
 def _silent(level: int, text: bytes, data: object) -> None:
-    """Silence llama.cpp, which logs a line for every tensor."""
+    """Discard the log, in which llama.cpp has a line for every tensor."""
 
 
 llama.llama_log_set(_silent, ctypes.c_void_p(0))
 
 
 def version() -> str:
-    # The library is compiled for this processor during installation (GGML_NATIVE, its default), as its info shows.
+    # It is compiled at installation for this processor (GGML_NATIVE, its default); the system info shows for which.
     found = [item.split(" = ")[0].strip() for item in llama.llama_print_system_info().decode().split("|")]
     widest = [name for name in ("AVX512_VNNI", "AVX512", "AVX2", "NEON") if name in found]
     return f"llama-cpp-python {version_of('llama-cpp-python')}, GGML_NATIVE" + (f" ({widest[0]})" if widest else "")
@@ -39,8 +39,8 @@ def prepare(kind: str, checkpoint: Path, ours: Path, folder: Path) -> None:
     plain = folder / "f32.gguf"
     gguf_file.write(checkpoint, ours / "fp32" / "tokenizer.json", plain)
     if kind in TYPES:
-        # These are llama-quantize's own choices: the tied embedding in Q8_0 for Q8_0 and in Q6_K for Q4_0; norms,
-        # biases and positions in f32.
+        # As llama-quantize does it: the tied embedding in Q8_0 for Q8_0 and in Q6_K for Q4_0; norms, biases and the
+        # position embedding in f32.
         options = llama.llama_model_quantize_default_params()
         options.ftype = TYPES[kind]
         source, target = str(plain).encode(), str(folder / f"{kind}.gguf").encode()
@@ -84,7 +84,7 @@ class Engine:
         self._shape = (batch, capacity)
 
     def feed(self, ids: np.ndarray) -> np.ndarray:
-        """Append ids [B, T] and return the logits [B, V] of the last token. No other logits are computed."""
+        """Logits [B, V] of the last of ids [B, T]; no others are computed."""
         batch, count = ids.shape
         most = self._room // batch
         for start in range(0, count, most):
@@ -94,7 +94,7 @@ class Engine:
         return np.stack([np.ctypeslib.as_array(row, (self._vocabulary,)) for row in rows])
 
     def _decode(self, ids: np.ndarray, wanted: bool) -> None:
-        """Append ids [B, T], sequence by sequence. If `wanted`, compute the logits of each sequence's last token."""
+        """Add ids [B, T], one sequence after the other; if `wanted`, compute the logits of each one's last token."""
         batch, count = ids.shape
         size = self._batch.n_tokens = ids.size
         _view(self._batch.token, size)[:] = ids.reshape(-1)
@@ -106,7 +106,7 @@ class Engine:
         outputs[:] = 0
         outputs[count - 1 :: count] = wanted
         if status := llama.llama_decode(self._context, self._batch):
-            raise RuntimeError(f"llama_decode gave {status} for {batch} × {count} tokens behind {self._length}")
+            raise RuntimeError(f"llama_decode gave {status} for {batch} × {count} tokens after {self._length}")
         self._length += count
 
 

@@ -1,8 +1,8 @@
-"""mobius-onnx, Microsoft's direct graph builder, in fp32, run by ONNX Runtime.
+"""mobius-onnx: Microsoft's direct graph builder, in fp32, run by ONNX Runtime.
 
-The graph is built for the execution provider that runs it (`--ep cpu`), as mobius' guide advises. It has
-GroupQueryAttention on packed q/k/v with a KV cache that is updated in place (84 nodes for 6 layers, 156 for 12).
-`default` has opset 24's Attention instead, which concatenates the cache (108 and 204 nodes).
+The graph is built for the CPU execution provider (`--ep cpu`), as mobius' guide advises. It has GroupQueryAttention on
+packed q/k/v, with a cache that is updated in place (84 nodes for 6 layers, 156 for 12). `default` would use opset 24's
+Attention, which concatenates (108 and 204 nodes).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def version() -> str:
 def prepare(kind: str, checkpoint: Path, ours: Path, folder: Path) -> None:
     from mobius import build
 
-    # A folder is read as it is, from its safetensors; nothing is downloaded.
+    # Given a folder, it reads the safetensors there and downloads nothing.
     package = build(str(checkpoint.resolve()), dtype="f32", execution_provider="cpu")
     package.save(str(folder), progress_bar=False)
 

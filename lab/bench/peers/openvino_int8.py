@@ -1,8 +1,8 @@
-"""OpenVINO with int8 weights: our fp32 graph, compressed by NNCF and made stateful as optimum-intel makes its exports.
+"""OpenVINO with int8 weights: our fp32 graph, compressed by NNCF and made stateful as optimum-intel does.
 
-The performance hint is LATENCY. Everything else is the CPU plugin's default: keys and values in u8, and activations
-quantized dynamically by groups if the processor supports it. The input beam_idx exists for the plugin, which fuses
-attention with the state's Gather.
+It uses the LATENCY hint and otherwise the CPU plugin's defaults: keys and values in u8, activations quantized
+dynamically in groups where the processor allows. The input beam_idx exists because the plugin fuses attention with the
+Gather on the state.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def prepare(kind: str, checkpoint: Path, ours: Path, folder: Path) -> None:
     model = ov.convert_model(ours / "fp32" / "model.onnx")
     _last_logits(model)
     _hide_cache(model)
-    model = nncf.compress_weights(model)  # the default is int8, asymmetric, with a scale per output channel
+    model = nncf.compress_weights(model)  # int8, asymmetric, a scale per output channel: its default
     ov.save_model(model, folder / MODEL, compress_to_fp16=False)
 
 

@@ -1,8 +1,7 @@
 """optimum's export through ONNX Runtime: fp32, and ORTQuantizer's dynamic int8 (avx512_vnni).
 
-The export is that of ORTModelForCausalLM.from_pretrained(export=True), with accelerate installed; without it the tied
-embedding is stored twice. The graph runs as ORTModelForCausalLM runs it with use_io_binding, but without transformers'
-own loop.
+The export is that of ORTModelForCausalLM.from_pretrained(export=True) with accelerate installed; without accelerate the
+tied embedding would be stored twice. It runs as in ORTModelForCausalLM with use_io_binding, without transformers' loop.
 """
 
 from __future__ import annotations
@@ -50,5 +49,5 @@ def files(kind: str, folder: Path) -> list[Path]:
 
 class Engine(CachedSession):
     def __init__(self, kind: str, folder: Path, threads: int) -> None:
-        # Its attention concatenates past and present.
+        # Its attention concatenates the past and the new keys and values.
         super().__init__(files(kind, folder)[0], threads, in_place=False)

@@ -70,7 +70,7 @@ class Engine:
         return self._generator.get_logits()[:, -1]
 
     def _choose(self, tokens: np.ndarray) -> None:
-        """Add tokens [B] to a batch. It accepts only tokens that it chose itself, so the logits leave no other choice."""
+        """Add tokens [B] to a batch. It only accepts tokens that it chose itself, so the logits allow no other."""
         rows = np.arange(len(tokens))
         self._next[rows, 0, tokens] = 0
         self._generator.set_logits(self._next)

@@ -1,7 +1,4 @@
-"""`python -m lab.matrix.emulation` compares the artifacts on emulated processors with this one.
-
-It writes docs/data/runtimes-emulation.json.
-"""
+"""`python -m lab.matrix.emulation`: run artifacts on emulated processors and here: docs/data/runtimes-emulation.json."""
 
 from __future__ import annotations
 
@@ -28,15 +25,15 @@ from lab.matrix.emulation import qemu as emulation
 from lab.matrix.emulation.qemu import PROCESSORS, Difference, Processor
 
 SCHEMA = "cuantiza/emulation/1"
-# So many tokens of the first window are fed one by one through the KV cache, because a single token uses other kernels.
+# So many tokens of the first window are fed one by one with the cache: one token takes other kernels than many.
 CACHED = 8
-# Smaller differences of logits are only in a float's last digits.
+# Logits that differ by less differ only by rounding of floats.
 SAME = 1e-3
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """The logits `whole` and `cached` that the driver wrote, or the reason why there are none."""
+    """The logits `whole` and `cached` that the driver wrote, or why there are none."""
 
     logits: dict[str, np.ndarray] | None
     failure: str | None = None
@@ -44,7 +41,7 @@ class Outcome:
 
 def main() -> int:
     args = _arguments()
-    # Check all options before anything is made or measured.
+    # Errors in the options come first, before anything is made or measured.
     chosen = [PROCESSORS[name] for name in dict.fromkeys(args.processors)]
     for processor in chosen:
         emulation.emulator(processor)
@@ -79,12 +76,12 @@ def measure(
     work: Path,
     threads: int,
 ) -> dict:
-    """The JSON's fields about the processors and, in `rows`, about every artifact on each of them."""
+    """The part of the JSON that describes the processors, and has in `rows` each artifact on each of them."""
     np.save(work / "windows.npy", windows)
     job = {"windows": str(work / "windows.npy"), "cached": CACHED, "threads": threads}
     here = emulation.command(None, work)
     about = {None: _about(here, job, work), **{name: _about(prefix, job, work) for name, prefix in prefixes.items()}}
-    # If this processor clips as well, the option makes it compute the exact result.
+    # If this processor clips sums, too, the option gives the correct reference.
     options = EXACT if about[None]["saturates"] else {}
     rows = []
     for found in track(artifacts, "emulate", len(artifacts)):
@@ -108,9 +105,9 @@ def measure(
 
 
 def notes(plain: Outcome, exact: Outcome | None) -> list[tuple[str | None, Outcome, str | None]]:
-    """(option, outcome, note) for each row to write. `exact` is the outcome with the option; None if it was not tried.
+    """The rows to write, each (option, outcome, note). `exact` is the outcome with the option, if that was tried.
 
-    The option only changes int8 matmuls. So if it changes the logits on one processor, sums had been clipped there.
+    The option changes nothing but integer matmuls. So if it changes logits on a processor, sums were clipped without it.
     """
     option = "=".join(*EXACT.items())
     if exact is None:
@@ -126,7 +123,7 @@ def notes(plain: Outcome, exact: Outcome | None) -> list[tuple[str | None, Outco
 def row(
     processor: str, recipe: str, option: str | None, tokens: int, there: Difference | None, note: str | None
 ) -> dict:
-    """One element of `rows`. The differences are null if the artifact did not run."""
+    """One element of `rows`; its differences are null if the artifact did not run."""
     values = dict.fromkeys(Difference.__dataclass_fields__) if there is None else asdict(there)
     if there is not None:
         same = max(there.max_logit_difference, there.max_logit_difference_cached) < SAME
@@ -137,9 +134,9 @@ def row(
 
 
 def token_windows(folder: Path, documents: tuple[str, ...], count: int, tokens: int) -> np.ndarray:
-    """Token ids int64 [count, tokens]: the start token and the beginning of each of `count` long enough documents.
+    """Token ids int64 [count, tokens]: each window is the start token and the first tokens of a long enough document.
 
-    Raises UserError if there are too few such documents, or the model has too few positions.
+    Raises UserError if there are too few such documents, or if the model has fewer positions than `tokens`.
     """
     longest = max_positions(read_config(folder))
     if tokens > longest:
@@ -166,7 +163,7 @@ def _about(prefix: list[str], job: dict, work: Path) -> dict:
 
 def _outcome(prefix: list[str], job: dict, model: Path, options: dict[str, str], work: Path) -> Outcome:
     output = work / "logits.npz"
-    output.unlink(missing_ok=True)  # or a run that wrote nothing would be taken for the one before
+    output.unlink(missing_ok=True)  # otherwise a run that wrote nothing would return the previous one's
     request = {**job, "runs": [{"model": str(model.absolute()), "options": options, "output": str(output)}]}
     try:
         emulation.run(prefix, request, work)

@@ -193,7 +193,7 @@ def _install(wheels: list[str], packages: Path) -> None:
 
 
 def _view(folder: Path, system: Path, processor: Processor) -> Path:
-    """The system with a /proc/cpuinfo of `processor`. QEMU would show this machine's, and ONNX Runtime's import dies of it."""
+    """The system with a /proc/cpuinfo of `processor`. QEMU would show this machine's, and importing ONNX Runtime fails."""
     root = folder / f"{system.name}-{processor.name}"
     if not root.is_dir():
         with folders.staging(root) as work:

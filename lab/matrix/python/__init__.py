@@ -1,1 +1,1 @@
-"""Python runtimes. Each is a program, `python -m lab.matrix.python.X job.json`, for its own environment."""
+"""The Python runtimes: each is a program `python -m lab.matrix.python.X job.json`, run in its own environment."""

@@ -1,6 +1,6 @@
-"""Runs a job in onnxruntime-genai, which is ONNX Runtime's own generation loop and tokenizer.
+"""onnxruntime-genai, ONNX Runtime's own generation loop and tokenizer.
 
-Artifacts of the target ort have a genai_config.json. For the others this program writes one, beside links to their
+Artifacts of the target ort have a genai_config.json. For other artifacts it is written here, next to links to their
 files.
 """
 
@@ -38,7 +38,7 @@ def main(job: dict) -> dict:
 
 
 def _config(folder: Path) -> dict:
-    """The content of genai_config.json for a graph that concatenates its KV cache."""
+    """The fields of genai_config.json for a graph that concatenates its cache."""
     session = ort.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
     keys = [item.shape for item in session.get_inputs() if item.name.endswith(".key")]
     config = read_config(folder)
@@ -88,10 +88,7 @@ def _run(folder: Path, job: dict) -> dict:
 
 
 def _generator(model: genai.Model, length: int, **options: object) -> genai.Generator:
-    """A greedy generator for at most `length` tokens.
-
-    `length` must be one more than the tokens fed, because a full generator gives no logits.
-    """
+    """A greedy generator for `length` tokens, one more than are fed, because a full generator gives no logits."""
     parameters = genai.GeneratorParams(model)
     parameters.set_search_options(batch_size=1, max_length=length, do_sample=False, **options)
     return genai.Generator(model, parameters)

@@ -1,19 +1,22 @@
-"""Shared code of the Python runtimes: reads the job that a runtime gets, and writes its result.
+"""The job that a runtime is given, and the result that it writes.
 
-A runtime is a program whose last argument is the path of a job. It writes <output>/result.json and ends with status 0,
-or it ends with another status and the reason as the last line on standard error.
+A runtime is a program whose last argument is the path of a job. It writes <output>/result.json and ends with status 0;
+or it ends with another status, and the last line of standard error is the reason.
 
-Job: `folder` (an artifact), `target` ("portable" or "ort"), `ids` (T tokens that begin with the start token), `prefill`
-(how many of them the run with a KV cache feeds at once), `pad` (how many padding tokens the shorter sequence of a batch
-has), `start` (the start token), `prompt` (text), `generate` (how many tokens), `threads`, `output` (a folder).
+Job: `folder` (an artifact), `target` ("portable" or "ort"), `ids` (T token ids, the first is the start token),
+`prefill` (how many of them the cached run takes at once), `pad` (how many padding tokens the shorter sequence of a
+batch has), `start` (the start token), `prompt` (text), `generate` (how many tokens), `threads`, `output` (a folder).
 
-Result: `version`; `whole` [T, V], the logits of all ids; `cached` [T - prefill + 1, V], the logits of the last token of
-the prefill and of every further token through the KV cache; `padded` [T - pad, V], the logits of the real tokens of
-(padding × pad, ids[: T - pad]) in one batch with ids; `generated`, the greedy continuation of the start token and the
-prompt by the runtime's own loop; `generated_padded`, the same in one batch with a longer prompt; `prompt_ids`, the
-prompt as the runtime's own tokenizer encodes it; `note`, special steps that were needed. Logits are files of
-little-endian float32. A field that the runtime does not have is null or missing, and `skipped` says why. If a field
-failed, `failed` has its message.
+Result: `version`
+  `whole` [T, V]                the logits of all ids
+  `cached` [T - prefill + 1, V] the logits of the last prefill token, and of each later token with the cache
+  `padded` [T - pad, V]         the logits of the real tokens of (padding × pad, ids[: T - pad]) in a batch with ids
+  `generated`                   the greedy continuation of start token and prompt by the runtime's own loop
+  `generated_padded`            the same in a batch with a longer prompt
+  `prompt_ids`                  the prompt's ids by the runtime's own tokenizer
+  `note`                        what was done to make the artifact run
+Logits are files of little-endian float32. A part that the runtime does not have is null or left out, and `skipped` says
+why; a part that it failed at has its message in `failed`.
 """
 
 from __future__ import annotations
@@ -30,12 +33,12 @@ NO_LOOP = "runs graphs; it has no generation loop or tokenizer"
 
 
 def run(main: Callable[[dict], dict]) -> None:
-    """Read the job that the command line names, call `main` with it, and write the result, with arrays as files."""
+    """Read the job that the command line names, let `main` do it, and write the result; arrays become files."""
     job = json.loads(Path(sys.argv[-1]).read_text(encoding="utf-8"))
     output = Path(job["output"])
     try:
         result = {"skipped": {}} | main(job)
-    except Exception as error:  # a library may raise anything; the message is the answer
+    except Exception as error:  # a library may raise anything; its message is the answer
         sys.exit(one_line(error))
     for name in LOGITS:
         if (logits := result.setdefault(name, None)) is not None:
@@ -49,7 +52,7 @@ def one_line(error: Exception) -> str:
 
 
 def padded_batch(job: dict) -> tuple[np.ndarray, np.ndarray]:
-    """(ids, mask) [2, T] of a batch: the job's ids, and `pad` padding tokens followed by all but the last `pad` ids."""
+    """(ids, mask), each [2, T]: the job's ids; and `pad` padding tokens, followed by all but the last `pad` ids."""
     ids, pad = job["ids"], job["pad"]
     mask = np.ones((2, len(ids)), np.int64)
     mask[1, :pad] = 0
@@ -57,6 +60,6 @@ def padded_batch(job: dict) -> tuple[np.ndarray, np.ndarray]:
 
 
 def pieces(job: dict) -> list[slice]:
-    """The ids in pieces: first the prefill, then one at a time."""
+    """The slices of the ids in which the cached run takes them: the prefill, then one token at a time."""
     prefill, count = job["prefill"], len(job["ids"])
     return [slice(0, prefill), *(slice(at, at + 1) for at in range(prefill, count))]

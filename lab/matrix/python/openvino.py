@@ -1,6 +1,6 @@
-"""Runs a job in OpenVINO, which reads ONNX files directly: `python -m lab.matrix.python.openvino PRECISION job.json`.
+"""OpenVINO on the ONNX file itself: `python -m lab.matrix.python.openvino PRECISION job.json`.
 
-PRECISION is f32, or "default": the plugin's own choice, bfloat16 on processors that compute in it.
+PRECISION is "f32", or "default": the plugin's own choice, which is bfloat16 on processors that compute in it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Runs a job in optimum's ORTModelForCausalLM, which loads the folder as it is, with transformers' usual calls."""
+"""optimum's ORTModelForCausalLM on the artifact's folder, used as transformers documents it."""
 
 from __future__ import annotations
 
@@ -37,21 +37,21 @@ def _logits(model: ORTModelForCausalLM, job: dict) -> dict[str, np.ndarray]:
         past = found.past_key_values
         rows.append(found.logits[0, -1].numpy().copy())
     batch, mask = map(torch.from_numpy, padded_batch(job))
-    # These are the positions that transformers' generate() computes. Without them a forward pass counts padding as
-    # tokens, also in PyTorch.
+    # Positions as transformers' generate() counts them. Without these, a forward pass (PyTorch's, too) would count
+    # padding as tokens.
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     padded = model(input_ids=batch, attention_mask=mask, position_ids=positions).logits[1, job["pad"] :].numpy()
     return {"whole": whole, "cached": np.stack(rows), "padded": padded}
 
 
 def _generated(model: ORTModelForCausalLM, tokenizer: AutoTokenizer, prompt: list[int], job: dict) -> dict:
-    """Generate alone, and as the shorter sequence of a batch, which the tokenizer pads on the left."""
+    """Generate from the prompt alone, and from it as the shorter sequence of a batch, padded on the left."""
     alone = [[job["start"], *prompt]]
     both = [*alone, [job["start"], *prompt, *prompt]]
     found = []
     for rows in (alone, both):
         inputs = tokenizer.pad({"input_ids": rows}, return_tensors="pt")
-        # An end token does not stop the sequence, so the number of tokens is fixed.
+        # No end token, so that every sequence gets as many tokens as asked for.
         tokens = model.generate(**inputs, do_sample=False, max_new_tokens=job["generate"], eos_token_id=None)
         found.append(tokens[0, inputs["input_ids"].shape[1] :].tolist())
     return dict(zip(("generated", "generated_padded"), found, strict=True))

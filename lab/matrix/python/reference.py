@@ -1,4 +1,4 @@
-"""Runs a job in the ONNX project's own ReferenceEvaluator, which computes each operator of the standard in NumPy."""
+"""The ONNX project's ReferenceEvaluator, which implements the standard operator by operator in NumPy."""
 
 from __future__ import annotations
 

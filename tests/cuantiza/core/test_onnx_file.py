@@ -251,7 +251,7 @@ def test_missing_file(tmp_path: Path) -> None:
 def test_no_model(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "model.onnx").write_bytes(content)
     for read in (onnx_file.load, onnx_file.check):
-        with pytest.raises(UserError, match=r"model\.onnx: is no (readable|valid) ONNX"):
+        with pytest.raises(UserError, match=r"model\.onnx: is not a (readable|valid) ONNX"):
             read(tmp_path / "model.onnx")
 
 
@@ -260,5 +260,5 @@ def test_truncated_model(es_mini_fp32: Artifact, tmp_path: Path) -> None:
     whole = es_mini_fp32.model.read_bytes()
     for kept in (1, 7, 20, 1000, 20_000, len(whole) // 2, len(whole) - 1):
         (tmp_path / "model.onnx").write_bytes(whole[:kept])
-        with pytest.raises(UserError, match=r"model\.onnx: is no (readable|valid) ONNX"):
+        with pytest.raises(UserError, match=r"model\.onnx: is not a (readable|valid) ONNX"):
             onnx_file.load(tmp_path / "model.onnx")

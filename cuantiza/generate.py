@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _prompt(given: str) -> str:
-    """`given`, or what stands on standard input for "-". Raises UserError where that is no UTF-8."""
+    """The prompt: `given`, or standard input if it is "-". Raises UserError if that is not UTF-8."""
     try:
         text = sys.stdin.buffer.read().decode().rstrip("\n") if given == "-" else given
         text.encode()
@@ -52,7 +52,7 @@ def _prompt(given: str) -> str:
 
 
 def _print_speed(times: list[float], prompt: int, args: argparse.Namespace, room: int) -> None:
-    """Say on standard error how many tokens were made and how fast; the first one includes the prompt's prefill."""
+    """Print to standard error how many tokens were generated and how fast. The first one includes the prefill."""
     count = len(times) - 1
     speed = f", {(count - 1) / (times[-1] - times[1]):.1f} tokens/s" if count > 1 else ""
     first = f", the first after {1000 * (times[1] - times[0]):.0f} ms" if count else ""

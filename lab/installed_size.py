@@ -19,9 +19,9 @@ ENVIRONMENTS = (".venv", ".venv-ray")
 
 
 def closure(requirements: Sequence[str], found: dict[str, Distribution]) -> dict[str, Distribution]:
-    """The distributions that `requirements` bring on this machine, by name, out of those that are `found`.
+    """The distributions that `requirements` install on this machine, by name, chosen from `found`.
 
-    Raises KeyError, naming it, where one is not there.
+    Raises KeyError with its name if one of them is missing.
     """
     needed: dict[str, Distribution] = {}
     waiting = [Requirement(line) for line in requirements]

@@ -1,8 +1,8 @@
-"""docs/data/reliability.json and docs/data/fuzz*.json -> docs/reliability.md, one section for each JSON file that is there.
+"""Makes docs/reliability.md from docs/data/reliability.json and docs/data/fuzz*.json, one section per existing file.
 
-python -m lab.reliability_page    prints the page again, from the JSON files in docs/data/
+python -m lab.reliability_page    writes the page again from the JSON files in docs/data/
 
-A further section is a function from its JSON to Markdown, and a line in SECTIONS. Prose is in lab/templates/.
+To add a section, write a function from its JSON to Markdown, and add a line to SECTIONS. Prose is in lab/templates/.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def fault_section(report: dict) -> str:
 
 
 def _wrong(finding: dict) -> str:
-    """What was wrong at a moment. Once its cause is fixed, "fixed" in the JSON says so, written by hand."""
+    """The text about what was wrong at a moment. After the cause was fixed, "fixed" is added to the JSON by hand."""
     if "fixed" in finding:
         return f"**Fixed.** {escape(finding['fixed'])}."
     return escape(" ".join(finding["wrong"][0].split())[:300])
@@ -86,7 +86,7 @@ SECTIONS: dict[str, Callable[[dict], str]] = {
 
 
 def page(data: Path) -> str:
-    """The page, with the sections whose JSON file is in folder `data`. Raises UserError where one of them is broken."""
+    """The page with a section for each JSON file in the folder `data`. Raises UserError if a file is broken."""
     sections = []
     for name, section in SECTIONS.items():
         path = data / name
@@ -100,7 +100,7 @@ def page(data: Path) -> str:
 
 
 def publish(report: dict, output: Path) -> None:
-    """Write a campaign's JSON as `output`, and, where it is one of SECTIONS, the page (`page_folder`)."""
+    """Write a campaign's JSON to `output`. If that is one of SECTIONS, write the page as well (`page_folder`)."""
     output.parent.mkdir(parents=True, exist_ok=True)
     write(output, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
     if output.name in SECTIONS:

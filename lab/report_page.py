@@ -41,7 +41,7 @@ def main() -> int:
 
 
 def filled(text: str) -> str:
-    """`text` with its tables made again. Raises UserError where it has no place for them."""
+    """`text` with its tables made again. Raises UserError if it has no place for them."""
     if not _PLACE.search(text):
         raise UserError(f"docs/{PAGE}: has no line <!-- fields --> with a line <!-- end --> after it")
     made = "\n".join(f"{title}\n\n{_table(prefix, model)}" for title, prefix, model in _TABLES)
@@ -49,7 +49,7 @@ def filled(text: str) -> str:
 
 
 def _table(prefix: str, model: type[BaseModel]) -> str:
-    """The fields of `model` under their names in JSON. Of Decode, only the one that Prefill lacks."""
+    """The table of the fields of `model` by their JSON names. For Decode it lists only the field that Prefill lacks."""
     fields = model.model_json_schema()["properties"]
     if model is Decode:
         fields = {"position": fields["position"]}

@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_folder(parser, "--artifacts", ARTIFACTS, "folder of the artifacts")
     add_folder(parser, "--reports", REPORTS, "folder of the reports")
     parser.add_argument(
-        "--recipes", nargs="+", default=BUNDLED, metavar="NAME", help=f"artifacts beside fp32 ({' '.join(BUNDLED)})"
+        "--recipes", nargs="+", default=BUNDLED, metavar="NAME", help=f"artifacts besides fp32 ({' '.join(BUNDLED)})"
     )
     add_folder(parser, "--output", DIST, "folder of the bundles")
     args = parser.parse_args(arguments)
@@ -38,7 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     source, path = args.artifacts / name, args.reports / name / "report.json"
     if not source.is_dir():
         raise UserError(f"{source}: is not there; run `make export quantize eval` first")
-    # What is copied must not be replaced meanwhile; a folder that came from elsewhere has no lock, and no stage at work.
+    # The artifacts must not be replaced while they are copied. If there is no lock, the folder came from elsewhere, and
+    # no stage writes to it.
     with folders.locked(source) if (source / folders.LOCK).exists() else nullcontext():
         _bundle(args, name, source, path)
     return 0

@@ -1,4 +1,4 @@
-"""The model card: what the Hub reads at its head, what was measured, and how to load it."""
+"""Makes the model card: the metadata that the Hub reads, the measured figures, and code to load the files."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ for past in session.get_inputs():
     if past.name.startswith("past_key_values."):
         feeds[past.name] = np.zeros((1, past.shape[1], 0, past.shape[3]), np.float32)
 logits = session.run(["logits"], feeds)[0]  # [1, tokens, vocabulary]"""
-# Of cards with integer products.
+# This note goes into cards of artifacts with int8 matmuls.
 _WITHOUT_VNNI = """On x86-64 without VNNI (AMD before Zen 4, most of Intel before 2019), ONNX Runtime multiplies int8 exactly only with the \
 session option `session.x64quantprecision` at `1`: `options.add_session_config_entry("session.x64quantprecision", "1")`."""
 
 
 def rows_of(report: Report, artifacts: list[Artifact], path: Path) -> list[Row]:
-    """The report's row of each artifact. Raises UserError where `report` (read from `path`) is not about these files."""
+    """The report's row of each artifact. Raises UserError if `report` (read from `path`) is not about these files."""
     digests, rows = dict(report.inputs.artifacts), {row.name: row for row in report.artifacts}
     for item in artifacts:
         if digests.get(item.manifest.name) != item.digest or item.manifest.name not in rows:
@@ -54,7 +54,7 @@ def rows_of(report: Report, artifacts: list[Artifact], path: Path) -> list[Row]:
 
 
 def front_matter(checkpoint: Path) -> dict:
-    """The YAML at the head of the checkpoint's own card; empty where it has none."""
+    """The YAML front matter of the checkpoint's own card; empty if there is none."""
     try:
         text = (checkpoint / "README.md").read_text(encoding="utf-8")
         found = yaml.safe_load(text[4 : text.index("\n---\n", 3)]) if text.startswith("---\n") else {}
@@ -64,7 +64,10 @@ def front_matter(checkpoint: Path) -> dict:
 
 
 def card(report: Report, rows: list[Row], model: str, checkpoint: Path, config: dict, hub_id: str | None) -> str:
-    """README.md of a bundle. `config`: the fields of config.json; `hub_id`: where the checkpoint came from, None for a folder."""
+    """The text of a bundle's README.md.
+
+    `config` has the fields of config.json. `hub_id` is the checkpoint's id on the Hub; None if it was a folder.
+    """
     own = front_matter(checkpoint)
     head = {key: own[key] for key in ("language", "license", "license_name", "license_link") if key in own}
     head |= {"library_name": "onnx", "pipeline_tag": "text-generation"}

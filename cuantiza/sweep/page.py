@@ -1,4 +1,4 @@
-"""sweep.json -> sweep.md, sweep.html and the table on the terminal, from the figures alone."""
+"""Makes sweep.md, sweep.html and the terminal's table from the content of sweep.json."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def columns() -> list[str]:
 
 
 def write(result: Result, output: Path) -> bool:
-    """Write the three files, renamed into place, where they differ from what is there; whether they did."""
+    """Write the three files, renamed into place, unless the same are there already. Returns whether it wrote them."""
     return folders.publish_texts(output, {MARKDOWN: markdown(result), HTML: html(result), JSON: result.to_json()})
 
 
@@ -43,7 +43,7 @@ def rows(result: Result) -> list[list[str]]:
 
 
 def print_table(result: Result) -> None:
-    """On standard output."""
+    """Print the table on standard output."""
     grid = new_table(headline(result), *columns(), words=_TEXT)
     for line in rows(result):
         grid.add_row(*line)
@@ -57,7 +57,7 @@ def headline(result: Result) -> str:
 
 
 def method(result: Result) -> list[str]:
-    """What the columns are, in sentences."""
+    """The sentences that explain the columns."""
     places = {(cell.machine.cpu, cell.machine.threads) for cell in result.cells}
     times = ""
     if result.cells:
@@ -78,7 +78,7 @@ def method(result: Result) -> list[str]:
 
 
 def markdown(result: Result) -> str:
-    """sweep.md."""
+    """The text of sweep.md."""
     lines = [
         f"# {headline(result)}",
         "",
@@ -92,7 +92,7 @@ def markdown(result: Result) -> str:
 
 
 def html(result: Result) -> str:
-    """sweep.html: one file, no network; whatever the result says is escaped."""
+    """The text of sweep.html. The page loads nothing from the network, and every value is escaped."""
     labels = LABELS["en"]
     plots = []
     for group in result.groups():

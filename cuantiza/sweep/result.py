@@ -18,7 +18,7 @@ SCHEMA: Final = "cuantiza/sweep/1"
 
 
 class Cell(Measured):
-    """A model, quantized by a recipe and scored on a corpus: the fields of a report's row, and where it was measured."""
+    """A model quantized with a recipe and scored on a corpus: the fields of a report's row, and the machine."""
 
     name: str = Field(alias="recipe", description="the recipe")
     model: str = Field(description="name of the model")
@@ -62,19 +62,19 @@ class Result(Part):
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Result:
-        """The result in `text`. Raises pydantic's ValidationError, a ValueError, where it has another schema."""
+        """The result in `text`. Raises pydantic's ValidationError, a ValueError, if it has another schema."""
         return cls.model_validate_json(text, strict=True)
 
     def to_json(self) -> str:
         return json.dumps(self.model_dump(mode="json", by_alias=True), indent=1, ensure_ascii=False) + "\n"
 
     def groups(self) -> list[list[Cell]]:
-        """The cells of each model and corpus. They have their baseline in common."""
+        """The cells grouped by model and corpus. The cells of a group have the same baseline."""
         return grouped(self.cells)
 
 
 def result(sweep: Sweep) -> Result:
-    """What `sweep` measured. A cell that lacks quality or latency is in `failed`, with the reason."""
+    """The results of `sweep`. A cell without quality or latency is in `failed`, with the reason."""
     cells = []
     for cell in (cell for cell in sweep.grid.cells if cell in sweep.quality and cell in sweep.latency):
         made = sweep.made[cell]
@@ -109,10 +109,11 @@ def grouped(cells: Sequence[Cell]) -> list[list[Cell]]:
 
 
 def front(cells: Sequence[Cell]) -> list[Cell]:
-    """Those of `cells` that no other beats: smaller, closer and faster, or as good in two of these and better in one.
+    """The Pareto front: the cells that no other cell beats.
 
-    Size in bytes; Δ ln perplexity against the model's fp32; speed as the time of a decoded token over fp32's, both
-    measured in turns on one machine.
+    A cell beats another if it is at least as good in size, Δ ln perplexity and speed, and better in one of them. Size
+    is in bytes. Δ ln perplexity is relative to the model's fp32. Speed is the time of a decode step relative to fp32's;
+    both are measured in turns on one machine.
     """
 
     def costs(cell: Cell) -> tuple[float, float, float]:

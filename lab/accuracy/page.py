@@ -1,4 +1,4 @@
-"""docs/data/accuracy.json -> docs/accuracy.md: every number on the page is in the JSON, or quoted from who published it."""
+"""Makes docs/accuracy.md from docs/data/accuracy.json. Only the published losses of others are not in the JSON."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from lab.pages import filled
 SCHEMA = "cuantiza/accuracy/1"
 TEMPLATE = Path(__file__).resolve().parent / "accuracy.md.j2"
 JSON, MARKDOWN = "data/accuracy.json", "accuracy.md"
-# Of an artifact, as docs/report.md explains them; beside them stand name, bytes of the ONNX file, and ratio to fp32's.
+# Quality fields of each artifact (docs/report.md explains them). It also has a name, the bytes of its ONNX file, and
+# their ratio to fp32's.
 FIELDS = (
     "perplexity",
     "delta_ln_ppl",
@@ -31,7 +32,10 @@ EMBEDDED = ("es-mini", "es-mini-twin", "es-mini-sink")
 
 @dataclass(frozen=True)
 class Published:
-    """A loss that others report, and the recipe of ours to put beside it. `divergence`: KL and same top, not perplexity."""
+    """A loss that others published, and our recipe to compare with it.
+
+    With `divergence`, the loss is a KL divergence and a share of equal top tokens, otherwise a rise of perplexity.
+    """
 
     source: str
     loss: str
@@ -50,7 +54,10 @@ PUBLISHED = (
 
 
 def publish(report: dict, output: Path) -> None:
-    """Write accuracy.json, floats to 6 significant digits, and the page made of it into folder `output`, both whole."""
+    """Write accuracy.json (floats to 6 significant digits) and its page to the folder `output`.
+
+    Both files are made first and moved into place last.
+    """
     report = _rounded(report)
     (output / JSON).parent.mkdir(parents=True, exist_ok=True)
     with folders.staging(output / MARKDOWN) as work:
@@ -62,7 +69,7 @@ def publish(report: dict, output: Path) -> None:
 
 
 def page(report: dict) -> str:
-    """The page of a report as accuracy.json has it."""
+    """The text of the page for `report`, the content of accuracy.json."""
     models = report["models"]
     first = [item for item in models if item["corpus"] == models[0]["corpus"]]
     return filled(
@@ -82,7 +89,7 @@ def page(report: dict) -> str:
 
 
 def _rows(item: dict) -> list[tuple[str, ...]]:
-    """The table of one model on one text."""
+    """The lines of the table of one model on one text."""
     rows = [("fp32", "1.000", f"{item['fp32_perplexity']:.2f}", "baseline", "", "", "")]
     rows += [
         (
@@ -100,7 +107,7 @@ def _rows(item: dict) -> list[tuple[str, ...]]:
 
 
 def _published(models: list[dict]) -> list[tuple[str, ...]]:
-    """A line for each of PUBLISHED, with ours on each of `models` beside it."""
+    """One line per entry of PUBLISHED, with our loss on each of `models`."""
     rows = []
     for entry in PUBLISHED:
         found = [next((row for row in item["artifacts"] if row["name"] == entry.recipe), None) for item in models]
@@ -110,7 +117,7 @@ def _published(models: list[dict]) -> list[tuple[str, ...]]:
 
 
 def _rise(row: dict) -> str:
-    """exp(Δ ln ppl) − 1 in percent, its standard error by the delta method."""
+    """The rise of perplexity, exp(Δ ln ppl) − 1, in percent. Its standard error comes from the delta method."""
     factor = math.exp(row["delta_ln_ppl"])
     rise = plus_minus(100 * (factor - 1), _scaled(row["delta_ln_ppl_stderr"], 100 * factor), 2, "en")
     return f"{'+' if factor >= 1 else ''}{rise} %"

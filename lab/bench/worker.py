@@ -1,8 +1,8 @@
 """`python -m lab.bench.worker REQUEST.json`: prepare or serve one row, in the interpreter that has its library.
 
 Prints lines of JSON. To "prepare", it is one line about the files that were made. To "serve", it is one line when the
-row has loaded, and then one for each question on standard input. Imports the standard library, NumPy, what of cuantiza needs no more than these, and the row's module,
-which has
+row has loaded, and then one for each question on standard input. Imports the standard library, NumPy, modules of
+cuantiza that need no more than these, and the row's module, which has
 
     prepare(kind, checkpoint, ours, folder)    makes the row's files in `folder` (our own rows have none to make)
     files(kind, folder) -> list[Path]          the files whose bytes count as the row's size

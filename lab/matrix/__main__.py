@@ -1,4 +1,4 @@
-"""`python -m lab.matrix`: every artifact in every runtime, as docs/data/runtimes.json and the page docs/runtimes.md."""
+"""`python -m lab.matrix` runs each artifact in each runtime, and writes docs/data/runtimes.json and docs/runtimes.md."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def main() -> int:
     if args.threads < 1:
         raise UserError(f"--threads {args.threads}: give a number from 1")
     args.output.mkdir(parents=True, exist_ok=True)
-    recipes = tuple(dict.fromkeys(("fp32", *args.recipes)))  # the measure of what quantization changes
+    recipes = tuple(dict.fromkeys(("fp32", *args.recipes)))  # fp32 shows how much quantization changes
     found = artifacts(args.artifacts / model_name(args.model), recipes)
     job = make_job(found["fp32"].path, load_splits(source_of(args))[1], args.threads)
     chosen = [known[name] for name in dict.fromkeys(args.runtimes)]
@@ -102,7 +102,7 @@ def main() -> int:
 
 
 def publish(result: dict, output: Path) -> None:
-    """Both files, each renamed into place."""
+    """Write both files; each is renamed into place."""
     (output / JSON).parent.mkdir(parents=True, exist_ok=True)
     with staging(output / MARKDOWN) as work:
         (work / JSON).parent.mkdir()
@@ -114,7 +114,7 @@ def publish(result: dict, output: Path) -> None:
 
 
 def reprint(output: Path) -> int:
-    """The page anew, from the JSON below `output`. Raises UserError where there is none, or of another schema."""
+    """Write the page again from the JSON below `output`. Raises UserError if that is missing or has another schema."""
     path = output / JSON
     result = _read(path)
     if not isinstance(result, dict) or result.get("schema") != SCHEMA:
@@ -124,7 +124,7 @@ def reprint(output: Path) -> int:
 
 
 def read_emulation(output: Path) -> dict | None:
-    """What `python -m lab.matrix.emulation` measured; None where it has not run."""
+    """The results of `python -m lab.matrix.emulation`; None if it has not run."""
     return _read(output / EMULATION) if (output / EMULATION).is_file() else None
 
 

@@ -1,4 +1,4 @@
-"""docs/runtimes.md: the matrix as Markdown. Every number is in the JSON."""
+"""Makes docs/runtimes.md, the matrix as Markdown. Every number comes from the JSON."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from lab.pages import filled
 SCHEMA = "cuantiza/runtimes/1"
 TEMPLATE = Path(__file__).resolve().parent / "runtimes.md.j2"
 JSON, MARKDOWN, EMULATION = "data/runtimes.json", "runtimes.md", "data/runtimes-emulation.json"
-# Of a message that goes on for pages; the JSON has all of it.
+# A longer message is cut off on the page; the JSON has all of it.
 _LONGEST = 500
 
 
 def page(result: dict, emulation: dict | None = None) -> str:
-    """The Markdown page of a matrix, and of what was measured on emulated processors."""
+    """The Markdown page of a matrix and of the results on emulated processors."""
     notes = Footnotes()
     loops = [item for item in result["runtimes"] if _any(result, item, "generated")]
     batches = [item for item in result["runtimes"] if _any(result, item, "padded") or _skips(result, item, "padded")]
@@ -79,12 +79,12 @@ def processors(emulation: dict) -> str:
 
 
 def number(value: float) -> str:
-    """Two digits that matter."""
+    """`value` with two significant digits."""
     return "0" if value == 0 else f"{value:.2g}" if value >= 0.001 else f"{value:.0e}".replace("e-0", "e-")
 
 
 def _table(result: dict, runtimes: list[dict], notes: Footnotes, show: Callable[[dict, Footnotes], str]) -> str:
-    """A line for every recipe, a column for every one of `runtimes`."""
+    """The table with a line per recipe and a column per runtime of `runtimes`."""
     found = {(cell["recipe"], cell["runtime"]): cell for cell in result["cells"]}
     lines = [
         [f"`{row['recipe']}`", row["target"], *(show(found[row["recipe"], item["name"]], notes) for item in runtimes)]

@@ -1,4 +1,4 @@
-"""A result as a Markdown page and as a table on the terminal. Every number is in the JSON."""
+"""Shows a result as a Markdown page and as a table on the terminal. Every number comes from the JSON."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _LIMITS = {
 
 
 def page(result: dict, name: str) -> str:
-    """The Markdown page of a result, beside which <name>.svg lies."""
+    """The Markdown page of a result. It shows <name>.svg from its own folder."""
     shape = result["shape"]
     settings = [
         (f"{count(setting['threads'], 'thread')}, batch of {setting['batch']}", *speed_table(result, number, _long))
@@ -47,14 +47,16 @@ def page(result: dict, name: str) -> str:
 
 
 def ratios(ours: dict, theirs: dict) -> dict:
-    """Of one shape: how many times as long theirs takes, {ratio, ratio_min, ratio_max}: the median and the range of
-    the rounds. Taken over the baseline, so that it holds for rows measured in different groups, too."""
+    """How many times as long theirs takes on one shape: median and range of the rounds, {ratio, ratio_min, ratio_max}.
+
+    The ratio is that of the two speed-ups over the baseline, so it is also valid for rows of different groups.
+    """
     found = [own / other for own, other in zip(ours["speedups"], theirs["speedups"], strict=True)]
     return {"ratio": median(found), "ratio_min": min(found), "ratio_max": max(found)}
 
 
 def print_table(result: dict) -> None:
-    """The main setting on standard output, and what was skipped."""
+    """Print the main setting's table and the skipped rows on standard output."""
     setting = result["settings"][0]
     title = f"{result['shape']['name']}, {count(setting['threads'], 'thread')}, batch of {setting['batch']}: ms"
     columns, lines = speed_table(result, 0, _short)
@@ -68,7 +70,7 @@ def print_table(result: dict) -> None:
 
 
 def speed_table(result: dict, number: int, show: Callable[[dict], str]) -> tuple[list[str], list[list[str]]]:
-    """Columns and lines of the setting `number`: MB, and times of every shape as `show` writes them."""
+    """(columns, lines) of the table of setting `number`: MB, and each shape's time as `show` formats it."""
     setting = result["settings"][number]
     shapes = _shapes(setting)
     columns = ["row", "MB", *(title for title, _, _ in shapes)]
@@ -84,7 +86,7 @@ def speed_table(result: dict, number: int, show: Callable[[dict], str]) -> tuple
 
 
 def _beside(result: dict) -> list[list[str]]:
-    """Of the main setting, a line for each peer and each `ort` artifact of its precision."""
+    """One line per peer and `-ort` artifact of the same precision, with their ratios in the main setting."""
     shapes = _shapes(result["settings"][0])
     rows = [(row, found) for row, found in _measured(result, 0) if found[shapes[0][1]][0]["speedups"]]
     ours = [(row, found) for row, found in rows if row["ours"] and row["engine"]["kind"].endswith("-ort")]
@@ -120,7 +122,7 @@ def _facts(result: dict) -> tuple[list[str], list[list[str]]]:
 
 
 def _shares(result: dict) -> tuple[list[str], list[list[str]]]:
-    """Of every setting and shape that has a limit, side by side."""
+    """(columns, lines) of the table of shares of the machine's limits, for every setting and shape that has a limit."""
     places = [
         (number, phase, index, f"{title}<br>{count(setting['threads'], 'thread')}, batch {setting['batch']}")
         for number, setting in enumerate(result["settings"])
@@ -141,7 +143,7 @@ def _shares(result: dict) -> tuple[list[str], list[list[str]]]:
 
 
 def _shapes(setting: dict) -> list[tuple[str, str, int]]:
-    """(title, phase, index among the phase's) of the shapes of a setting."""
+    """(title, phase, index within the phase) of a setting's shapes."""
     found = [(f"prefill {length}", "prefill", index) for index, length in enumerate(setting["prefill"])]
     found += [(f"decode @{position}", "decode", index) for index, position in enumerate(setting["decode"])]
     if setting["generate"]:
@@ -151,13 +153,13 @@ def _shapes(setting: dict) -> list[tuple[str, str, int]]:
 
 
 def _measured(result: dict, number: int) -> list[tuple[dict, dict]]:
-    """(row, its setting `number`) of those that have times there."""
+    """(row, its setting `number`) for each row that has times in this setting."""
     rows = [row for row in result["rows"] if not row["skipped"]]
     return [(row, row["settings"][number]) for row in rows if not row["settings"][number]["skipped"]]
 
 
 def _skipped(result: dict) -> list[tuple[str, str]]:
-    """(row, why) of rows without any times, and of those that have none in some setting."""
+    """(row, reason) for each row without any times, and (row and setting, reason) for each setting without times."""
     found = []
     for row in result["rows"]:
         if row["skipped"]:
@@ -171,7 +173,7 @@ def _skipped(result: dict) -> list[tuple[str, str]]:
 
 
 def _how(result: dict) -> dict[str, object]:
-    """What the template says of the measurement, by name."""
+    """The template's variables that describe the measurement."""
     machine, check, busy = result["machine"], result["check"], result["others_processors"]
     main = result["settings"][0]
     prompt, tokens = main["generate"] or (0, 0)
@@ -199,26 +201,26 @@ def _limit(values: list[float], unit: str) -> str:
 
 
 def _long(item: dict) -> str:
-    """`5.21 [5.10–5.62]` in ms, and in a line below, where there is one, the speed-up `3.42 [3.40–3.47] ×`."""
+    """The time as `5.21 [5.10–5.62]` in ms, and below it the speed-up as `3.42 [3.40–3.47] ×`, unless it is missing."""
     time = spread(item, "median_ms", "min_ms", "max_ms")
     return time if _is_baseline(item) else f"{time}<br>{spread(item, 'speedup', 'speedup_min', 'speedup_max')} ×"
 
 
 def _short(item: dict) -> str:
-    """`5.21 (3.42 ×)`."""
+    """The time in ms and the speed-up as `5.21 (3.42 ×)`."""
     return three_digits(item["median_ms"]) + ("" if _is_baseline(item) else f" ({three_digits(item['speedup'])} ×)")
 
 
 def _is_baseline(item: dict) -> bool:
-    """Whether there is no speed-up to show: of the baseline itself, or where it was skipped."""
+    """Whether there is no speed-up to show, because the row is the baseline or the baseline was skipped."""
     return item["speedup"] is None or item["speedup_min"] == item["speedup_max"] == 1
 
 
 def spread(item: dict, middle: str, low: str, high: str) -> str:
-    """`5.21 [5.10–5.62]`."""
+    """Three values of `item` as `5.21 [5.10–5.62]`."""
     return f"{three_digits(item[middle])} [{three_digits(item[low])}–{three_digits(item[high])}]"
 
 
 def three_digits(value: float) -> str:
-    """Three digits that matter, and no more than two behind the point."""
+    """`value` with three significant digits and at most two decimals."""
     return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f}"

@@ -1,9 +1,9 @@
-"""docs/data/bench/*.json -> docs/bench, and the tables of README.md and of the pages about performance.
+"""Makes docs/bench and the tables in README.md and the performance pages from docs/data/bench/*.json.
 
-python -m lab.bench.pages.performance    makes all of them again, from JSON files that were copied from reports/bench
+python -m lab.bench.pages.performance    makes all of them again, after JSON files were copied from reports/bench
 
-The text around the tables is written by hand. A table stands between the lines `<!-- NAME -->` and `<!-- end -->`, for
-each NAME of TABLES.
+The text around the tables is written by hand. The table NAME (one of TABLES) is between the lines `<!-- NAME -->` and
+`<!-- end -->`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from lab.bench.pages.markdown import page, ratios, speed_table, spread, three_di
 from lab.pages import write
 
 FIGURE = DOCS / "figures" / "performance.svg"
-# The rows of the first table of docs/performance.md and of its figure: what one would take of ours, then of others.
+# The rows of the first table in docs/performance.md and of its figure: the best choices of ours, then those of others.
 CHOSEN = (
     "int8-weight-ort",
     "int4-weight-ort",
@@ -44,7 +44,7 @@ BOUGHT = (
     ("int4-weight-ort", "int4-weight-ort"),
 )
 
-# (theirs, ours): what one would use instead, and what of ours one would take for it.
+# (theirs, ours): a choice from another library, and our artifact for the same purpose.
 PAIRS = (
     ("llama.cpp Q8_0", "int8-weight-ort"),
     ("llama.cpp Q8_0", "int8-dynamic-ort"),
@@ -93,9 +93,9 @@ def main() -> int:
 
 
 def filled(name: str, text: str, data: Path) -> str:
-    """`text` of the page `name` with its tables made of the JSON files in folder `data` (docs/data).
+    """`text` of the page `name` with its tables made from the JSON files in the folder `data` (docs/data).
 
-    Raises UserError where the page lacks the place of a table, or `data` lacks a file.
+    Raises UserError if the page has no place for a table, or `data` lacks a file.
     """
     for title, make in TABLES[name].items():
         place = re.compile(rf"(<!-- {re.escape(title)} -->\n).*?(\n<!-- end -->)", re.DOTALL)
@@ -107,7 +107,7 @@ def filled(name: str, text: str, data: Path) -> str:
 
 
 def chosen(data: Path) -> dict:
-    """The result of GPT-2 small with the rows of CHOSEN alone, in that order."""
+    """The result of GPT-2 small with only the rows of CHOSEN, in that order."""
     result = _load(data, "gpt2")
     rows = {row["name"]: row for row in result["rows"]}
     return {**result, "rows": [rows[name] for name in CHOSEN]}
@@ -129,7 +129,7 @@ def _rate(row: dict) -> str:
 
 
 def _chosen(data: Path) -> str:
-    """Size, and three speeds: reading a prompt, one token, and a whole generation."""
+    """The table of size and three speeds: reading a prompt, one decode step, and a whole generation."""
     columns = ["file", "MB", "prompt of 512, ms", "token @128, ms", "tokens/s"]
     lines = [
         [
@@ -145,7 +145,7 @@ def _chosen(data: Path) -> str:
 
 
 def _bought(data: Path) -> str:
-    """Size and speed from the benchmark of GPT-2 small, Δ ln ppl of es-mini on corpus/es from accuracy.json."""
+    """The table of size and speed of GPT-2 small (benchmark) and Δ ln ppl of es-mini on corpus/es (accuracy.json)."""
     rows = {row["name"]: row for row in _load(data, "gpt2")["rows"]}
     models = json.loads((data / "accuracy.json").read_text(encoding="utf-8"))["models"]
     es_mini = next(item for item in models if (item["model"], item["corpus"]) == ("es-mini", "corpus/es"))
@@ -170,7 +170,7 @@ def _bought(data: Path) -> str:
 
 
 def _speeds(name: str, setting: int) -> Callable[[Path], str]:
-    """A function that makes the table of medians of the run `name`, in its setting number `setting`."""
+    """Return a function that makes the table of medians for the run `name` in its setting number `setting`."""
     return lambda data: table(*speed_table(_load(data, name), setting, lambda item: three_digits(item["median_ms"])))
 
 
@@ -189,7 +189,7 @@ def _ratio(ours: dict, theirs: dict) -> str:
     return spread(found, *found)
 
 
-# Page below the root -> the tables in it by name, each a function of docs/data.
+# The tables of each page, by page and name. Each is a function of the folder docs/data.
 TABLES: dict[str, dict[str, Callable[[Path], str]]] = {
     "README.md": {"bought": _bought},
     "docs/performance.md": {"chosen": _chosen},

@@ -1,4 +1,4 @@
-"""A result as a figure: size, decode and prefill of every row, ours and the peers'."""
+"""Draws a result: size, decode and prefill of every row, ours and the peers'."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ _OURS, _PEERS, _SPREAD = "#2f6db3", "#b9b9b9", "#444444"
 
 
 def draw(result: dict, path: Path) -> None:
-    """Bars with their values, one panel a measure, of the main setting; lines are the range of the rounds' medians."""
+    """Draw the main setting as bars with their values, one panel per measure. Lines show the range of round medians."""
     import matplotlib
     from matplotlib.figure import Figure
 
     rows = [row for row in result["rows"] if not row["skipped"] and not row["settings"][0]["skipped"]]
     panels = _panels(result)
-    # Names stand left of the first panel alone.
+    # The extra width is for the rows' names, left of the first panel.
     size = (2.5 + _INCHES_PER_PANEL * len(panels), 1.3 + _INCHES_PER_ROW * len(rows))
     with matplotlib.rc_context({"svg.hashsalt": "cuantiza", "svg.fonttype": "none"}):
         figure = Figure(size, layout="constrained", facecolor="white")
@@ -32,7 +32,7 @@ def draw(result: dict, path: Path) -> None:
 
 
 def _panels(result: dict) -> list:
-    """(title, row -> (value, least, largest)) of size, the first and last decode, and the last prefill."""
+    """(title, function from a row to (value, least, largest)) for size, first and last decode, and last prefill."""
     main = result["settings"][0]
 
     def times(phase: str, index: int):

@@ -1,6 +1,6 @@
-"""onnxruntime-genai, Microsoft's own generation loop, on our `-ort` artifact: the difference is what its loop costs.
+"""onnxruntime-genai, Microsoft's own generation loop, on our `-ort` artifact. The row shows the cost of that loop.
 
-past_present_share_buffer: keys and values in one buffer of max_length, which the artifact's GroupQueryAttention
+past_present_share_buffer keeps keys and values in one buffer of max_length, which the artifact's GroupQueryAttention
 updates in place.
 """
 
@@ -47,7 +47,7 @@ class Engine:
 
     def start(self, batch: int, capacity: int) -> None:
         parameters = genai.GeneratorParams(self._model)
-        # One more than the tokens fed: a generator that is full gives no logits.
+        # The length is one more than the tokens fed, because a full generator gives no logits.
         parameters.set_search_options(batch_size=batch, max_length=capacity + 1, do_sample=False)
         self._generator = genai.Generator(self._model, parameters)
         self._length = 0

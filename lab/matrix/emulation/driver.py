@@ -2,8 +2,8 @@
 
 JOB is a JSON file: {"windows": .npy of token ids int64 [W, T], "cached": C, "threads": n, "runs": [{"model": .onnx,
 "options": {session option: value}, "output": .npz to write}]}. The output has `whole` float32 [W, T, V], the logits
-without a past, and `cached` [C, V], those of the first window's last C tokens, fed one by one with the cache: a single token
-is computed by other kernels than many. Prints one line of JSON about this processor.
+without a past, and `cached` [C, V], those of the first window's last C tokens, which are fed one by one through the KV
+cache, because a single token uses other kernels. Prints one line of JSON about this processor.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 from cuantiza.core import contract
 from cuantiza.core.run.exact_int8 import EXACT, saturates
 
-# Bits of the auxiliary vector that ONNX Runtime chooses its aarch64 kernels by, each (entry, bit); Linux's asm/hwcap.h.
+# ONNX Runtime chooses its aarch64 kernels by these bits of the auxiliary vector: (entry, bit), Linux's asm/hwcap.h.
 _AARCH64 = {"asimddp": (16, 20), "sve": (16, 22), "i8mm": (26, 13), "bf16": (26, 14)}
 
 

@@ -1,4 +1,4 @@
-"""ONNX Runtime as its documentation uses it: `session.run` on arrays, without cuantiza/core/run/runtime.py."""
+"""Runs a job in ONNX Runtime as its documentation shows: `session.run` on arrays, without our Runtime."""
 
 from __future__ import annotations
 

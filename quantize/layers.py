@@ -1,4 +1,4 @@
-"""The steps that recipes share which quantize linear layers: calibrate, decide on each layer, rewrite the graph."""
+"""The steps that all recipes for linear layers share: calibrate, decide for each layer, rewrite the graph."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from cuantiza.quantize.rewrite.find import left_in_float
 from cuantiza.quantize.settings import Calibration, Target
 from cuantiza.quantize.steps import write_graph
 
-# A model, the decisions on its layers and the calibration windows int64 [n, T] -> the decisions that stay, and what the
-# manifest says of the layers that are left in floating point.
+# This function gets a model, the decisions on its linear layers and the calibration windows int64 [n, T]. It returns the
+# decisions to apply, and `details` for the manifest about the layers that stay in floating point.
 LeaveInFloat = Callable[[ir.Model, dict[str, Decision], np.ndarray], tuple[dict[str, Decision], dict]]
 
 
 class QuantizesLayers(Protocol):
-    """A recipe that quantizes linear layers: its settings, what it has decided, and how the decisions become a graph."""
+    """A recipe that quantizes linear layers: its settings, what to decide, and how the decisions become a graph."""
 
     @property
     def calibration(self) -> Calibration: ...
@@ -33,18 +33,18 @@ class QuantizesLayers(Protocol):
     def target(self) -> Target: ...
 
     def plan(self) -> Plan:
-        """What calibration decides on each linear layer."""
+        """Return what calibration has to decide for each linear layer."""
 
     def rewrite(self) -> Rewrite:
-        """The pass that writes the decisions into a graph."""
+        """Return the pass that writes the decisions into a graph."""
 
 
 def write_quantized(
     recipe: QuantizesLayers, parent: Path, work: Path, split: Split, leave_in_float: LeaveInFloat | None = None
 ) -> dict:
-    """Write work/model.onnx: the fp32 artifact `parent`, quantized by `recipe`, which is calibrated on `split`.
+    """Write work/model.onnx: the graph of the fp32 artifact `parent`, quantized by `recipe`, calibrated on `split`.
 
-    Returns what the manifest says of it. Raises UserError where the graph has no linear layer, or `split` is too short.
+    Returns `details` for the manifest. Raises UserError if the graph has no linear layer, or if `split` is too short.
     """
     windows = calibration_windows(parent, split, recipe.calibration)
 
@@ -67,16 +67,17 @@ def write_quantized(
 
 
 def calibrated_on(windows: np.ndarray) -> dict:
-    """What the manifest says of calibration windows int64 [n, T]."""
+    """Return the entry of the manifest about calibration windows int64 [n, T]."""
     return {"calibration": {"windows": len(windows), "tokens_per_window": windows.shape[1]}}
 
 
 def decide(
     model: ir.Model, windows: np.ndarray, plan: Plan, work: Path, until: str | None = None
 ) -> dict[str, Decision]:
-    """The decision on every linear layer of `model` by its name, or up to the layer `until`; smooths `model` in place.
+    """Decide how to quantize every linear layer of `model`; return the decisions by layer name.
 
-    `windows` are token ids int64 [n, T]; `work` is a folder for temporary files.
+    `model` is smoothed in place. `windows` are token ids int64 [n, T]; `work` is a folder for temporary files. If
+    `until` names a linear layer, the layers after its transformer block are left out.
     """
     with folders.staging(work / "calibration") as folder:
         return calibrate(model, windows, plan, folder, until)

@@ -1,4 +1,4 @@
-"""The settings that recipes of several kinds have, and their values. Everything in quantize/ may import this file."""
+"""The settings that several kinds of recipes share, and their values. Everything in quantize/ may import this file."""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ from typing import Literal
 Rounding = Literal["gptq", "nearest"]
 # How the range of an activation is chosen from its histogram: quantize/decide/ranges.py.
 Ranges = Literal["min-max", "percentile", "entropy", "mse"]
-# Standard operators for any runtime, or the fewest and fastest ones for ONNX Runtime on a CPU (quantize/rewrite/fuse_attention.py).
+# Which operators the graph uses: standard ones for any runtime, or the fewest and fastest ones for ONNX Runtime on a CPU
+# (quantize/rewrite/fuse_attention.py).
 Target = Literal["portable", "ort"]
-# SmoothQuant's exponents, each of which calibration tries for each tensor. A recipe without exponents does not smooth.
+# The exponents of SmoothQuant that calibration tries for each tensor. A recipe without exponents does not smooth.
 ALPHAS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Full windows of real text: `windows` of at most `tokens` tokens each; fewer than `minimum` are refused.
+    """How much text calibrates: `windows` full windows of at most `tokens` tokens each; at least `minimum` are needed.
 
-    16 and 32 windows measure alike for 8 bits; at 4 bits, 32 lower KL by 2 % (es-mini and es-sink).
+    At 8 bits, 16 and 32 windows give the same quality; at 4 bits, 32 lower KL by 2 % (es-mini and es-sink).
     """
 
     windows: int = 16
@@ -31,16 +32,16 @@ class Calibration:
             raise ValueError(f"calibration has {self}; give whole numbers from 1")
 
 
-# For weights and activations of 8 bits.
+# The calibration of recipes with 8-bit weights and activations.
 CALIBRATION = Calibration()
 
 
 def check_exponents(smoothing: tuple[float, ...]) -> None:
-    """Raises ValueError where an exponent of SmoothQuant is not from 0 to 1."""
+    """Raise ValueError if an exponent of SmoothQuant is not from 0 to 1."""
     if not all(0 <= alpha <= 1 for alpha in smoothing):
         raise ValueError(f"smoothing has {', '.join(map(str, smoothing))}; give exponents from 0 to 1")
 
 
 def for_target(line: str, target: Target) -> str:
-    """A recipe's line of description, which says so where the graph runs in ONNX Runtime alone."""
+    """Add to a recipe's description `line` that its graph runs in ONNX Runtime alone, if `target` is "ort"."""
     return f"{line}; for ONNX Runtime alone" if target == "ort" else line

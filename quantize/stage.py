@@ -1,4 +1,4 @@
-"""The stage: an fp32 artifact and a recipe become a published artifact, unless it is there and up to date."""
+"""The quantize stage: make an artifact from an fp32 artifact and a recipe, and publish it, unless it is up to date."""
 
 from __future__ import annotations
 
@@ -32,9 +32,11 @@ def quantize(
 ) -> Artifact:
     """Quantize the artifact `fp32`, which `export` made, unless the result is there and up to date.
 
-    `recipe` is a name of RECIPES, the path of a .json file, or a recipe. The result lies in the folder `output` (beside
-    `fp32`, by its name) and is called `name` (as the recipe or its file is called). `corpus` is the text whose
-    calibration split calibrates. Raises UserError where the recipe, the artifact or the text cannot be used.
+    `recipe` is a name in RECIPES, the path of a .json file, or a recipe object. `output` is the folder of the result
+    (default: the folder `name` beside `fp32`). `name` is the artifact's name (default: the name of the recipe or its
+    file). Calibration uses the calibration split of the text `corpus`.
+
+    Raises UserError if the recipe, the artifact or the text cannot be used.
     """
     path = fp32.path if isinstance(fp32, Artifact) else Path(fp32)
     label, recipe = get_recipe(recipe) if isinstance(recipe, str) else (_name_of(recipe), recipe)
@@ -48,15 +50,15 @@ def quantize(
 
 
 def _name_of(recipe: Recipe) -> str | None:
-    """The name of `recipe` in RECIPES; None where it has other values than each of those."""
+    """Find the name of `recipe` in RECIPES; None if no recipe there has the same settings."""
     return next((name for name, known in RECIPES.items() if known == recipe), None)
 
 
 @contextmanager
 def opened(fp32: Path, held: Path | None = None) -> Iterator[Artifact]:
-    """The verified artifact in the folder `fp32`; the folder `held` (default: that around it) is locked meanwhile.
+    """Open and verify the artifact in the folder `fp32`; the folder `held` (default: its parent) is locked meanwhile.
 
-    Raises UserError where the artifact is not there or damaged.
+    Raises UserError if the artifact does not exist or is damaged.
     """
     if not fp32.is_dir():
         raise UserError(f"{fp32}: is not there; run `make export` first")
@@ -65,9 +67,9 @@ def opened(fp32: Path, held: Path | None = None) -> Iterator[Artifact]:
 
 
 def with_budget(recipes: dict[str, Recipe], nats: float) -> dict[str, Recipe]:
-    """`recipes` with `nats` a token as the budget of every MixedStaticInt8.
+    """Return `recipes` with `nats` per token as the budget of every MixedStaticInt8.
 
-    Raises UserError where there is none, or `nats` is no finite number from 0.
+    Raises UserError if `recipes` has no such recipe, or if `nats` is negative or not finite.
     """
     if not 0 <= nats < math.inf:
         raise UserError(f"--max-delta-ln-ppl {nats}: give a number of nats from 0, such as 0.002")
@@ -80,7 +82,7 @@ def with_budget(recipes: dict[str, Recipe], nats: float) -> dict[str, Recipe]:
 
 
 def quantize_one(parent: Artifact, target: Path, name: str, recipe: Recipe, source: Source) -> Artifact:
-    """Make the artifact `target` of `parent` by `recipe`, unless it is there and up to date; the caller holds its folder."""
+    """Make the artifact `target` from `parent` by `recipe`, unless it is up to date. The caller has locked its folder."""
     calibration = load_splits(source)[0] if calibration_of(recipe) else None
     inputs = inputs_of(parent, recipe, calibration)
     reason = artifact.rebuild_reason(target, inputs)
@@ -88,7 +90,7 @@ def quantize_one(parent: Artifact, target: Path, name: str, recipe: Recipe, sour
         report(f"quantize  {target}: up to date")
         return artifact.open_artifact(target)
     report(f"quantize  {target}: {reason}")
-    # Imported here: a run that finds everything up to date does not need it.
+    # This import is here because a run that finds everything up to date does not need it.
     from cuantiza.core.machine.process import isolated
 
     with folders.staging(target) as work:
@@ -113,7 +115,10 @@ def quantize_one(parent: Artifact, target: Path, name: str, recipe: Recipe, sour
 
 
 def inputs_of(parent: Artifact, recipe: Recipe, calibration: Split | None) -> dict[str, Any]:
-    """All that the bytes of an artifact depend on; "code" is the file that defines the recipe and all that it imports."""
+    """Collect everything that the bytes of an artifact depend on.
+
+    "code" is the digest of the file that defines the recipe and of all that it imports.
+    """
     return {
         "parent": parent.digest,
         "recipe": to_json(recipe),

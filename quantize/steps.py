@@ -1,4 +1,4 @@
-"""The steps that every recipe of ours shares: load the fp32 graph, rewrite it, fuse its attention, save it."""
+"""The steps of all recipes but ONNX Runtime's own tools: load the fp32 graph, rewrite it, fuse its attention, save it."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ from cuantiza.quantize.settings import Target
 
 
 def write_graph(parent: Path, work: Path, target: Target, rewrite: Callable[[ir.Model], dict]) -> dict:
-    """Write work/model.onnx: the fp32 graph of artifact `parent`, as `rewrite` changes it in place, for `target`.
+    """Write work/model.onnx: the fp32 graph of the artifact `parent`, after `rewrite` changed it in place, for `target`.
 
-    Returns what the manifest says of the graph: what `rewrite` returned, and how many layers got fused attention.
-    Raises UserError where the target is "ort" and the graph's attention is not the one that export/gpt2.py writes.
+    Attention is fused for the target "ort" only. Returns `details` for the manifest: those that `rewrite` returned, and
+    the number of layers with fused attention. Raises UserError if the target is "ort" and the graph's attention is not
+    the one that export/gpt2.py writes.
     """
     path = parent / artifact.MODEL
     model = onnx_file.load(path)
@@ -37,7 +38,7 @@ def write_graph(parent: Path, work: Path, target: Target, rewrite: Callable[[ir.
 
 
 def _write_genai_config(graph: ir.Graph, parent: Path, work: Path) -> None:
-    """Write genai_config.json, by which onnxruntime-genai loads a graph that updates its KV cache in place."""
+    """Write genai_config.json, so that onnxruntime-genai can load the graph, which updates its KV cache in place."""
     keys = [value for value in graph.inputs if contract.is_past(value.name) and value.name.endswith(".key")]
     config = read_config(parent)
     fields = genai_config(

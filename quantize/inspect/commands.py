@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 def recipes(arguments: Sequence[str] | None = None) -> int:
-    """`cuantiza recipes`. Raises UserError where `--json` names no recipe."""
+    """Run `cuantiza recipes`. Raises UserError if `--json` does not name a recipe."""
     parser = Parser(
         "recipes",
         "Lists the recipes, with what each costs where that was measured.",
@@ -62,7 +62,7 @@ def recipes(arguments: Sequence[str] | None = None) -> int:
 
 
 def sensitivity(arguments: Sequence[str] | None = None) -> int:
-    """`cuantiza sensitivity`. Raises UserError where the recipe quantizes no linear layer on its own."""
+    """Run `cuantiza sensitivity`. Raises UserError if the recipe does not quantize linear layers one by one."""
     parser = Parser(
         "sensitivity",
         "Ranks the linear layers by the KL divergence that each causes, quantized alone.",
@@ -85,7 +85,7 @@ def sensitivity(arguments: Sequence[str] | None = None) -> int:
 
 
 def histogram(arguments: Sequence[str] | None = None) -> int:
-    """`cuantiza histogram`. Raises UserError where the recipe has no fixed ranges, or `--tensor` is no linear layer."""
+    """Run `cuantiza histogram`. Raises UserError if the recipe has no fixed ranges or `--tensor` is not a linear layer."""
     parser = Parser(
         "histogram",
         "Shows the input of a linear layer and the range that each method gives it.",
@@ -122,7 +122,10 @@ def _add_inputs(parser: Parser, recipe: str, plot: str) -> None:
 
 
 def measure_sensitivity(recipe: QuantizesLayers, parent: Path, work: Path, split: Split) -> Sensitivity:
-    """The cost of every linear layer of the fp32 artifact `parent`, calibrated on `split`. Runs in a process of its own."""
+    """Measure what quantizing each linear layer of the fp32 artifact `parent` alone costs, calibrated on `split`.
+
+    This runs in a process of its own. Raises UserError if the graph has no linear layer.
+    """
     from cuantiza.core.onnx import file as onnx_file
     from cuantiza.quantize.decide.calibrate import calibration_windows
     from cuantiza.quantize.inspect.sensitivity import EVERY, Gauge, Sensitivity, rank
@@ -145,9 +148,10 @@ def measure_sensitivity(recipe: QuantizesLayers, parent: Path, work: Path, split
 def observe(
     recipe: QuantizesLayers, parent: Path, work: Path, split: Split, tensor: str
 ) -> tuple[Histogram | None, dict]:
-    """(histogram, account) of the input of the linear layer `tensor` of the fp32 artifact `parent`, calibrated on `split`.
+    """Return (histogram, details) of the input of the linear layer `tensor` of the fp32 artifact `parent`.
 
-    Runs in a process of its own. Raises UserError where there is no such layer.
+    Calibration uses `split`; `details` is what a manifest says of the layer. This runs in a process of its own. Raises
+    UserError if there is no such layer.
     """
     from cuantiza.core.onnx import file as onnx_file
     from cuantiza.quantize.decide.calibrate import calibration_windows
@@ -165,11 +169,11 @@ def observe(
 
 
 def _work(args: argparse.Namespace, function: Callable, recipe: Recipe, *more: Any) -> Any:
-    """`function(recipe, fp32 folder, temporary folder, calibration split, *more)`, in a process of its own."""
+    """Call `function(recipe, fp32 folder, temporary folder, calibration split, *more)` in a process of its own."""
     if args.plot is not None:
         plots.check_path(args.plot)
     with opened(args.output / model_name(args.model) / "fp32") as parent:
-        # Imported here: bad input is refused without it.
+        # This import is here because bad input is refused without it.
         from cuantiza.core.machine.process import isolated
 
         split = load_splits(source_of(args))[0]

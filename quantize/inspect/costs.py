@@ -1,4 +1,4 @@
-"""What each recipe costs, as the accuracy page measured it: costs.json, which lab/accuracy writes, and the table of it."""
+"""The costs of each recipe, as measured for the accuracy page: costs.json, which lab/accuracy writes, and its table."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 COSTS = Path(__file__).parent / "costs.json"
 SCHEMA = "cuantiza/costs/1"
-# The figures of an artifact that are shown, and how: bytes of the graph over those of fp32's graph; rise of ln perplexity
-# in nats a token; share of positions whose likeliest token is fp32's.
+# The figures of an artifact that are shown, and their format. ratio: bytes of the graph over those of fp32's graph.
+# delta_ln_ppl: rise of ln perplexity, nats per token. top1_agreement: share of positions with fp32's likeliest token.
 FIGURES: dict[str, Callable[[float], str]] = {
     "ratio": lambda value: f"{value:.3f}",
     "delta_ln_ppl": lambda value: f"{round(value, 4) + 0.0:.4f}",  # no -0.0000
@@ -27,9 +27,9 @@ FIGURES: dict[str, Callable[[float], str]] = {
 
 
 def costs_of(accuracy: dict) -> dict:
-    """The content of costs.json: the FIGURES of every recipe in `accuracy`, the content of the accuracy page's JSON.
+    """Return the content of costs.json: the FIGURES of every recipe in `accuracy`, the JSON of the accuracy page.
 
-    A model stands in `accuracy` once for each text; the first text is the project's own, and the one that is kept.
+    `accuracy` has a model once for each text. Only the first text is kept, which is the project's own.
     """
     models = [model for model in accuracy["models"] if model["corpus"] == accuracy["models"][0]["corpus"]]
     kept = [
@@ -47,15 +47,15 @@ def costs_of(accuracy: dict) -> dict:
 
 
 def write_costs(accuracy: Path) -> None:
-    """Write costs.json anew from `accuracy`, the JSON file of the accuracy page."""
+    """Write costs.json from `accuracy`, the JSON file of the accuracy page."""
     text = json.dumps(costs_of(json.loads(accuracy.read_text(encoding="utf-8"))), indent=1, ensure_ascii=False) + "\n"
     folders.publish_texts(COSTS.parent, {COSTS.name: text})
 
 
 def read_costs(path: Path = COSTS) -> list[dict]:
-    """The models of a costs.json, each with what its artifacts cost; none where there is no file.
+    """Read the models of a costs.json, each with the costs of its artifacts; empty if there is no file.
 
-    Raises UserError where the file is broken or of another schema.
+    Raises UserError if the file is broken or has another schema.
     """
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
@@ -71,7 +71,7 @@ def read_costs(path: Path = COSTS) -> list[dict]:
 
 
 def recipe_table(models: list[dict]) -> Table:
-    """A line for every recipe, with what it costs on each of `models` (as `read_costs` gives them)."""
+    """Build the table with a line for every recipe and its costs on each of `models`, which `read_costs` returned."""
     table = new_table("cuantiza quantize --recipes RECIPE ...", "recipe")
     table.add_column("what it is")
     columns: list[tuple[dict[str, Any], str, tuple[str, ...]]] = [

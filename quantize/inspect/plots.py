@@ -17,15 +17,15 @@ if TYPE_CHECKING:
     from cuantiza.quantize.decide.observations import Histogram
     from cuantiza.quantize.inspect.sensitivity import Sensitivity
 
-# By suffix, the metadata that would make two files of the same figure differ.
+# The suffixes of a figure. None leaves out a date, which would make two files of the same figure differ.
 SUFFIXES: dict[str, dict] = {".svg": {"Date": None}, ".png": {}, ".pdf": {"CreationDate": None}}
 _COLOURS = {"min-max": "tab:gray", "percentile": "tab:orange", "entropy": "tab:green", "mse": "tab:red"}
-# A bar and its name stay readable however many there are.
+# The figure grows with the number of bars, so that every bar and its name stay readable.
 _INCHES_PER_BAR = 0.2
 
 
 def check_path(path: Path) -> None:
-    """Raise UserError where no figure can be written to `path`, and ModuleNotFoundError without matplotlib.
+    """Raise UserError if no figure can be written to `path`, and ModuleNotFoundError without matplotlib.
 
     It is called before any work, so that minutes are not spent on a figure that cannot be written.
     """
@@ -40,7 +40,7 @@ def check_path(path: Path) -> None:
 
 
 def plot_sensitivity(found: Sensitivity, title: str, path: Path) -> None:
-    """A bar for each linear layer, the largest KL on top, and beside it the rise of ln perplexity with its standard error."""
+    """Draw the KL of each linear layer as a bar, the largest on top, and beside it the rise of ln perplexity."""
     figure = _figure(9, 1.6 + _INCHES_PER_BAR * len(found.effects))
     divergence, rise = figure.subplots(1, 2, sharey=True, width_ratios=[3, 2])
     figure.suptitle(f"{title}\n({found.text})")
@@ -68,16 +68,17 @@ def plot_sensitivity(found: Sensitivity, title: str, path: Path) -> None:
     for axes, ticks in ((divergence, 6), (rise, 4)):
         axes.grid(axis="x", alpha=0.3)
         axes.locator_params(axis="x", nbins=ticks)
-        axes.xaxis.set_major_formatter("{x:g}")  # no factor aside, which would lie on the label
+        axes.xaxis.set_major_formatter("{x:g}")  # no common factor beside the axis, where it would cover the label
     _write(figure, path)
 
 
 def plot_histogram(
     histogram: Histogram, ranges: dict[str, Range], chosen: str, account: dict, title: str, path: Path
 ) -> None:
-    """Elements per 1/256 of the full range on a logarithmic axis, the weight of their errors, both ends of every range.
+    """Draw the elements of a histogram, the weight of their errors, and both ends of every range.
 
-    `ranges` are by the name of their method; that of `chosen` stands out. `account` is the manifest's.
+    Each bin is 1/256 of the full range, and the counts are on a logarithmic axis. `ranges` has the range of each method
+    by its name; that of the method `chosen` stands out. `account` is what a manifest says of the layer.
     """
     figure = _figure(9, 5)
     axes = figure.subplots()
@@ -105,14 +106,17 @@ def plot_histogram(
 
 
 def _figure(width: float, height: float) -> Figure:
-    """Without pyplot: no window, whatever backend the user has set; the file's suffix chooses the canvas."""
+    """Make a figure without pyplot, so that no window opens, whatever backend the user has set.
+
+    The suffix of the file chooses the canvas when the figure is saved.
+    """
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
 
 
 def _write(figure: Figure, path: Path) -> None:
-    """The whole file or none: it is written under another name, then renamed."""
+    """Write the figure to `path`, whole or not at all: into a temporary folder first, then renamed."""
     import matplotlib
 
     with matplotlib.rc_context({"svg.hashsalt": "cuantiza"}), folders.staging(path) as work:

@@ -1,4 +1,4 @@
-"""Which tensor costs what: each one quantized alone, measured on calibration windows; and which to keep in float."""
+"""Measure the effect of each linear layer quantized alone, on calibration windows, and choose layers to keep in float."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from cuantiza.core.run.divergence import compare
 from cuantiza.core.run.runtime import Runtime
 from cuantiza.quantize.decide.decision import Decision, Rewrite
 
-# Every other calibration window is measured on: 4,096 tokens of int8's 16 windows.
+# Only every other calibration window is measured: 8 of int8's 16 windows, which is 4,096 tokens.
 EVERY = 2
 
 
 @dataclass(frozen=True)
 class Effect:
-    """Mean KL(fp32 ‖ quantized) and rise of ln perplexity in nats a token; standard error over windows."""
+    """Mean KL(fp32 ‖ quantized) and rise of ln perplexity, in nats per token. The standard error is over windows."""
 
     kl_divergence: float
     delta_ln_ppl: float
@@ -30,8 +30,11 @@ class Effect:
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """The `effects` of every linear layer alone, the largest KL first; of the embeddings alone, which every other effect
-    contains (`tables`); and of all `together`. They are measured on `windows` calibration windows of `tokens` tokens."""
+    """The effects of quantizing each part of a model, on `windows` calibration windows of `tokens` tokens.
+
+    `effects` has every linear layer quantized alone, the largest KL first. `tables` is the effect of the embeddings
+    alone, which every other effect contains. `together` is the effect of all linear layers at once.
+    """
 
     effects: dict[str, Effect]
     tables: Effect
@@ -45,7 +48,10 @@ class Sensitivity:
 
 
 class Gauge:
-    """Measures rewritten graphs against `baseline`, whose logits for `windows` [n, T] wait in a file in `work`."""
+    """Measures rewritten graphs against the graph `baseline`, on `windows` [n, T].
+
+    The baseline's logits are computed once and kept in a memory-mapped file in the folder `work`.
+    """
 
     def __init__(self, baseline: Path, windows: np.ndarray, work: Path) -> None:
         self._windows, self._work = windows, work
@@ -59,14 +65,14 @@ class Gauge:
             self._logits[index] = logits
 
     def effect(self, model: ir.Model, decisions: dict[str, Decision], rewrite: Rewrite) -> Effect:
-        """Of `model` with `decisions` quantized and the rest in floating point."""
+        """Measure `model` with the linear layers of `decisions` quantized and the others in floating point."""
         copy = model.clone()
         rewrite(copy, decisions)
         onnx_file.save(copy, self._work)
         del copy
         session = Runtime(self._work / "model.onnx")
         divergence, rise = [], []
-        assert self._logits is not None  # there is a window at least
+        assert self._logits is not None  # there is at least one window
         for window, reference in zip(self._windows, self._logits, strict=True):
             candidate = session.forward(window[None])[0, :-1]
             (before,), (after, kl, _) = compare(np.asarray(reference[:-1]), [candidate], window[1:])
@@ -77,7 +83,7 @@ class Gauge:
 
 
 def rank(model: ir.Model, decisions: dict[str, Decision], rewrite: Rewrite, gauge: Gauge) -> dict[str, Effect]:
-    """The effect of every decision alone, by name, the largest KL first."""
+    """Measure the effect of each decision alone; return the effects by layer name, the largest KL first."""
     names = track(decisions, "sensitivity", len(decisions))
     effects = {name: gauge.effect(model, {name: decisions[name]}, rewrite) for name in names}
     return dict(sorted(effects.items(), key=lambda item: -item[1].kl_divergence))
@@ -86,10 +92,11 @@ def rank(model: ir.Model, decisions: dict[str, Decision], rewrite: Rewrite, gaug
 def within_budget(
     model: ir.Model, decisions: dict[str, Decision], rewrite: Rewrite, gauge: Gauge, budget: float
 ) -> tuple[dict[str, Effect], Effect]:
-    """(what stays in float and the effect that each had alone, the effect of the rest).
+    """Choose the linear layers that stay in float, so that ln perplexity rises by at most `budget` nats per token.
 
-    The fewest tensors, taken in the order of their own KL, that bring the rise of ln perplexity under `budget`
-    (nats a token). Nothing is ranked where the budget is met without.
+    Layers are taken in the order of their KL, the largest first, until the budget is met or none is left. If it is met
+    with all layers quantized, nothing is ranked. Returns (the chosen layers with the effect that each had alone, the
+    effect of quantizing the others).
     """
     effect = gauge.effect(model, decisions, rewrite)
     kept: dict[str, Effect] = {}

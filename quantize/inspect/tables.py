@@ -1,4 +1,4 @@
-"""What `sensitivity` and `histogram` print: the cost of each linear layer, and how a range fits its histogram."""
+"""The tables that `sensitivity` and `histogram` print: the cost of each linear layer, and how ranges fit a histogram."""
 
 from __future__ import annotations
 
@@ -24,8 +24,11 @@ _BAR_WIDTH, _BARS = 24, 32
 
 @dataclass(frozen=True)
 class Range:
-    """Values from `low` to `high` in steps of `step` around `zero_point`; shares 0 to 1 of the elements, and of the
-    weight of their errors, that it clips."""
+    """The range of an activation: values from `low` to `high` in steps of `step`, where `zero_point` stands for 0.
+
+    `clipped` is the share (0 to 1) of the elements that it clips, and `clipped_weight` that of the weight of their
+    errors.
+    """
 
     low: float
     high: float
@@ -36,7 +39,7 @@ class Range:
 
 
 def ranges_of(histogram: Histogram) -> dict[str, Range]:
-    """The range that every method would choose for `histogram`, by the method's name."""
+    """Compute the range that each method would choose for `histogram`, by the method's name."""
     x, found = histogram.centers, {}
     for method, choose in RANGES.items():
         low, high = choose(histogram)
@@ -48,7 +51,7 @@ def ranges_of(histogram: Histogram) -> dict[str, Range]:
 
 
 def sensitivity_table(found: Sensitivity, title: str) -> Table:
-    """A line with a bar for every linear layer, in the order of `found`."""
+    """Build the table with a line and a bar for every linear layer, in the order of `found`."""
     table = new_table(f"{title}\n{found.text}")
     table.add_column("linear layer")
     for column in ("KL, nats", "", "Δ ln ppl"):
@@ -73,7 +76,7 @@ def sensitivity_table(found: Sensitivity, title: str) -> Table:
 
 
 def histogram_table(histogram: Histogram, chosen: Range, title: str) -> Table:
-    """A line for every 64 bins: how many elements, as a bar of log(1 + count), hollow where `chosen` clips them."""
+    """Build the table with a line for every 64 bins, and a bar of log(1 + count), hollow where `chosen` clips."""
     table = new_table(title)
     for column in ("from", "to", "elements", "weight"):
         table.add_column(column, justify="right")
@@ -91,7 +94,10 @@ def histogram_table(histogram: Histogram, chosen: Range, title: str) -> Table:
 
 
 def ranges_table(ranges: dict[str, Range], chosen: str, account: dict) -> Table:
-    """A line for every method of `ranges`, the `chosen` one marked; `account` is the manifest's of the linear layer."""
+    """Build the table with a line for every method of `ranges`, the `chosen` one marked.
+
+    `account` is what a manifest says of the linear layer.
+    """
     table = new_table("ranges (→ chosen by the recipe)")
     table.add_column("method")
     for column in ("low", "high", "step", "zero\npoint", "elements\nclipped", "weight\nclipped"):
@@ -110,11 +116,11 @@ def ranges_table(ranges: dict[str, Range], chosen: str, account: dict) -> Table:
 
 
 def percent(share: float) -> str:
-    """`share` in percent, with a digit that counts where it is small: "0 %", "0.00312 %", "12.5 %"."""
+    """Format `share` in percent with at most three significant digits: "0 %", "0.00312 %", "12.5 %"."""
     return f"{100 * share:.3g} %"
 
 
 def _bar(share: float) -> str:
-    """As long as `share` (0 to 1) of the longest bar, to an eighth of a character."""
+    """Draw a bar whose length is `share` (0 to 1) of the longest bar, to an eighth of a character."""
     full, eighths = divmod(round(share * _BAR_WIDTH * 8), 8)
     return "█" * full + ("", *"▏▎▍▌▋▊▉")[eighths]

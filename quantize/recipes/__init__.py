@@ -1,4 +1,4 @@
-"""Recipes: a file for each kind, with its fields, its line of description and what it runs; registry.py names them.
+"""The recipes. Each kind has a file with its settings, its description and its steps; registry.py gives them names.
 
-This file imports nothing: it belongs to the rebuild digest of every recipe, and so would all that it imports.
+This file imports nothing, because it belongs to the rebuild digest of every recipe, and so would all that it imports.
 """

@@ -1,4 +1,4 @@
-"""fp32-ort: the fp32 weights as they are, in the operators that are fastest in ONNX Runtime."""
+"""The recipe fp32-ort: unchanged fp32 weights, in the operators that are fastest in ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -14,18 +14,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Float:
-    """The fp32 weights as they are, for another target."""
+    """Keeps the fp32 weights, and rewrites the graph for `target`."""
 
     target: Target
 
     def describe(self) -> str:
-        """One line for `cuantiza recipes`."""
+        """Describe the recipe in one line, for `cuantiza recipes`."""
         return for_target("the fp32 weights as they are", self.target)
 
     def make(self, parent: Path, work: Path, split: Split | None) -> dict:
-        """Write the fp32 artifact `parent` for the target into the folder `work`; no calibration, so no `split`.
+        """Write the graph of the fp32 artifact `parent`, rewritten for the target, into the folder `work`.
 
-        Returns what the manifest says of it. The work is done in a process of its own.
+        Nothing is calibrated, so `split` is not read.
+
+        Returns `details` for the manifest. The stage calls this in a process of its own.
         """
         from cuantiza.quantize.steps import write_graph
 

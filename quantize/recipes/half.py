@@ -1,4 +1,4 @@
-"""fp16 and bf16: weights stored in 16 bits, computed in fp32."""
+"""The recipes fp16 and bf16: weights are stored in 16 bits, and computed with in fp32."""
 
 from __future__ import annotations
 
@@ -14,19 +14,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Half:
-    """Weights in half the bytes, computed in fp32."""
+    """Stores weights in half the bytes. The graph converts them to fp32 and computes in fp32."""
 
     dtype: Literal["fp16", "bf16"]
     target: Target = "portable"
 
     def describe(self) -> str:
-        """One line for `cuantiza recipes`."""
+        """Describe the recipe in one line, for `cuantiza recipes`."""
         return for_target(f"weights in {self.dtype}, computed in fp32", self.target)
 
     def make(self, parent: Path, work: Path, split: Split | None) -> dict:
-        """Write the fp32 artifact `parent` with 16-bit weights into the folder `work`; no calibration, so no `split`.
+        """Write the graph of the fp32 artifact `parent`, with 16-bit weights, into the folder `work`.
 
-        Returns what the manifest says of it. The work is done in a process of its own.
+        Nothing is calibrated, so `split` is not read.
+
+        Returns `details` for the manifest. The stage calls this in a process of its own.
         """
         from cuantiza.quantize.rewrite.half import store_half
         from cuantiza.quantize.steps import write_graph

@@ -1,4 +1,4 @@
-"""int8-dynamic: weights and activations in 8 bits; each token's activations get a scale when they are computed."""
+"""The recipe int8-dynamic: weights and activations in 8 bits, with a scale per token that is computed at run time."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DynamicInt8:
-    """Weights s8 per channel; activations u8 with a scale for every token, computed as the token comes."""
+    """Quantizes weights to int8 per channel, and activations to uint8 with a scale per token, computed at run time."""
 
     rounding: Rounding = "gptq"
     smoothing: tuple[float, ...] = ALPHAS
@@ -26,18 +26,18 @@ class DynamicInt8:
         check_exponents(self.smoothing)
 
     def describe(self) -> str:
-        """One line for `cuantiza recipes`."""
+        """Describe the recipe in one line, for `cuantiza recipes`."""
         return for_target("weights s8 per channel; activations u8, a scale per token as it comes", self.target)
 
     def plan(self) -> Plan:
-        """What calibration decides on each linear layer."""
+        """Return what calibration has to decide for each linear layer."""
         from cuantiza.quantize.decide.decision import Plan
         from cuantiza.quantize.decide.rounding import Grid
 
         return Plan(Grid(8), self.rounding, self.smoothing, "row")
 
     def rewrite(self) -> Rewrite:
-        """The pass that writes the decisions into a graph."""
+        """Return the pass that writes the decisions into a graph."""
         from cuantiza.quantize.rewrite.dynamic import quantize_dynamic
 
         return lambda model, decisions: quantize_dynamic(model, decisions, self.target)
@@ -45,7 +45,7 @@ class DynamicInt8:
     def make(self, parent: Path, work: Path, split: Split) -> dict:
         """Write the quantized form of the fp32 artifact `parent` into the folder `work`, calibrated on `split`.
 
-        Returns what the manifest says of it. The work is done in a process of its own.
+        Returns `details` for the manifest. The stage calls this in a process of its own.
         """
         from cuantiza.core.run.exact_int8 import SESSION_OPTIONS
         from cuantiza.quantize.layers import write_quantized

@@ -1,4 +1,4 @@
-"""int8-static: weights and activations in 8 bits; each activation tensor has one range, which calibration fixes."""
+"""The recipe int8-static: weights and activations in 8 bits, with one range per activation, fixed by calibration."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StaticInt8:
-    """Weights s8 per channel; activations u8 per tensor, with ranges from a calibration.
+    """Quantizes weights to int8 per channel, and activations to uint8 per tensor, with ranges from calibration.
 
-    Up to `float_channels` input channels of a tensor are left out of its integer matmul where that pays.
+    Up to `float_channels` input channels of a linear layer stay in floating point, where that lowers its error enough.
     """
 
     rounding: Rounding = "gptq"
@@ -42,19 +42,19 @@ class StaticInt8:
             raise ValueError(f"float_channels is {self.float_channels}; give a number from 0")
 
     def describe(self) -> str:
-        """One line for `cuantiza recipes`."""
+        """Describe the recipe in one line, for `cuantiza recipes`."""
         line = f"weights s8 per channel; activations u8, a fixed {self.ranges} range per tensor"
         return for_target(line, self.target)
 
     def plan(self) -> Plan:
-        """What calibration decides on each linear layer."""
+        """Return what calibration has to decide for each linear layer."""
         from cuantiza.quantize.decide.decision import Plan
         from cuantiza.quantize.decide.rounding import Grid
 
         return Plan(Grid(8), self.rounding, self.smoothing, self.ranges, self.float_channels)
 
     def rewrite(self) -> Rewrite:
-        """The pass that writes the decisions into a graph."""
+        """Return the pass that writes the decisions into a graph."""
         from cuantiza.quantize.rewrite.static import quantize_static
 
         return lambda model, decisions: quantize_static(model, decisions, self.target)
@@ -62,7 +62,7 @@ class StaticInt8:
     def make(self, parent: Path, work: Path, split: Split) -> dict:
         """Write the quantized form of the fp32 artifact `parent` into the folder `work`, calibrated on `split`.
 
-        Returns what the manifest says of it. The work is done in a process of its own.
+        Returns `details` for the manifest. The stage calls this in a process of its own.
         """
         from cuantiza.core.run.exact_int8 import SESSION_OPTIONS
         from cuantiza.quantize.layers import write_quantized

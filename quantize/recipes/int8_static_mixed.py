@@ -1,4 +1,4 @@
-"""int8-static-mixed: int8-static with as many linear layers in floating point as a budget of perplexity asks for."""
+"""The recipe int8-static-mixed: int8-static, with linear layers left in float until perplexity is within a budget."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ _STATIC = StaticInt8()
 
 @dataclass(frozen=True)
 class MixedStaticInt8:
-    """As `static`, with the fewest linear layers in floating point that keep the rise of ln perplexity in a budget.
+    """Quantizes as `static` does, but leaves linear layers in floating point until ln perplexity is within a budget.
 
-    `max_delta_ln_ppl` is in nats a token, measured on calibration windows.
+    The layers with the largest effect are left out first. The budget `max_delta_ln_ppl` is the rise of ln perplexity in
+    nats per token, measured on calibration windows.
     """
 
     max_delta_ln_ppl: float = 0.002
@@ -43,22 +44,22 @@ class MixedStaticInt8:
         return self.static.target
 
     def describe(self) -> str:
-        """One line for `cuantiza recipes`."""
+        """Describe the recipe in one line, for `cuantiza recipes`."""
         line = f"as int8-static, with linear layers left in float until Δ ln ppl is at most {self.max_delta_ln_ppl}"
         return for_target(line, self.target)
 
     def plan(self) -> Plan:
-        """What calibration decides on each linear layer."""
+        """Return what calibration has to decide for each linear layer."""
         return self.static.plan()
 
     def rewrite(self) -> Rewrite:
-        """The pass that writes the decisions into a graph."""
+        """Return the pass that writes the decisions into a graph."""
         return self.static.rewrite()
 
     def make(self, parent: Path, work: Path, split: Split) -> dict:
         """Write the quantized form of the fp32 artifact `parent` into the folder `work`, calibrated on `split`.
 
-        Returns what the manifest says of it. The work is done in a process of its own.
+        Returns `details` for the manifest. The stage calls this in a process of its own.
         """
         from cuantiza.core.run.exact_int8 import SESSION_OPTIONS
         from cuantiza.core.store import artifact, folders

@@ -1,4 +1,4 @@
-"""ort-dynamic: ONNX Runtime's own quantize_dynamic, as a row to compare with."""
+"""The recipe ort-dynamic: ONNX Runtime's own quantize_dynamic, to compare ours with."""
 
 from __future__ import annotations
 
@@ -12,16 +12,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class OrtDynamic:
-    """ONNX Runtime's own quantize_dynamic, as its documentation advises for transformers."""
+    """Runs ONNX Runtime's own quantize_dynamic, as its documentation advises for transformers."""
 
     def describe(self) -> str:
-        """One line for `cuantiza recipes`."""
+        """Describe the recipe in one line, for `cuantiza recipes`."""
         return "ONNX Runtime's own quantize_dynamic"
 
     def make(self, parent: Path, work: Path, split: Split | None) -> dict:
-        """Write what the tool makes of the fp32 artifact `parent` into the folder `work`; no calibration, so no `split`.
+        """Quantize the graph of the fp32 artifact `parent` with the tool, into the folder `work`.
 
-        Returns what the manifest says of it. The work is done in a process of its own.
+        Nothing is calibrated, so `split` is not read.
+
+        Returns `details` for the manifest. The stage calls this in a process of its own.
         """
         from cuantiza.core.run.exact_int8 import SESSION_OPTIONS
         from cuantiza.core.store import artifact

@@ -1,4 +1,4 @@
-"""ort-static: ONNX Runtime's own quantize_static, as a row to compare with."""
+"""The recipe ort-static: ONNX Runtime's own quantize_static, to compare ours with."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class OrtStatic:
-    """ONNX Runtime's own quantize_static (QDQ, min-max), as its documentation advises for transformers."""
+    """Runs ONNX Runtime's own quantize_static (QDQ, min-max), as its documentation advises for transformers."""
 
     calibration: Calibration = CALIBRATION
 
     def describe(self) -> str:
-        """One line for `cuantiza recipes`."""
+        """Describe the recipe in one line, for `cuantiza recipes`."""
         return "ONNX Runtime's own quantize_static: QDQ, min-max"
 
     def make(self, parent: Path, work: Path, split: Split) -> dict:
-        """Write what the tool makes of the fp32 artifact `parent` into the folder `work`, calibrated on `split`.
+        """Quantize the graph of the fp32 artifact `parent` with the tool, into the folder `work`, calibrated on `split`.
 
-        Returns what the manifest says of it. The work is done in a process of its own.
+        Returns `details` for the manifest. The stage calls this in a process of its own.
         """
         from cuantiza.core.run.exact_int8 import SESSION_OPTIONS
         from cuantiza.core.store import artifact

@@ -1,4 +1,4 @@
-"""The recipes by name, and their JSON. A manifest holds the recipe that its artifact was made by, as it was used."""
+"""The recipes by name, and their form as JSON. A manifest holds its artifact's recipe in this form, as it was used."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from cuantiza.quantize.settings import Calibration
 if typing.TYPE_CHECKING:
     from cuantiza.quantize.decide.decision import Plan
 
-# Every kind has `describe() -> str`, one line of what it does, and `make(parent, work, split) -> dict`, which writes the
-# files. A kind that quantizes linear layers one by one also has `plan` and `rewrite` (quantize/layers.py).
+# Every kind has `describe() -> str`, which says in one line what it does, and `make(parent, work, split) -> dict`, which
+# writes the files. A kind that quantizes linear layers one by one also has `plan` and `rewrite` (quantize/layers.py).
 Recipe = DynamicInt8 | StaticInt8 | MixedStaticInt8 | WeightOnly | Half | Float | OrtDynamic | OrtStatic
 
-# In standard operators; each has a form NAME-ort in the operators that are fastest in ONNX Runtime.
+# Each of these uses standard operators, and has a form NAME-ort in the operators that are fastest in ONNX Runtime.
 PORTABLE: dict[str, DynamicInt8 | StaticInt8 | WeightOnly | Half] = {
     "int8-dynamic": DynamicInt8(),
     "int8-static": StaticInt8(),
@@ -40,7 +40,7 @@ RECIPES: dict[str, Recipe] = {
     **PORTABLE,
     "int8-static-mixed": MixedStaticInt8(),
     "fp32-ort": Float("ort"),
-    # The same weights and integers in other operators.
+    # These forms have the same weights and integers, in other operators.
     **{f"{name}-ort": dataclasses.replace(recipe, target="ort") for name, recipe in PORTABLE.items()},
     "int8-static-mixed-ort": MixedStaticInt8(static=StaticInt8(target="ort")),
     "ort-dynamic": OrtDynamic(),
@@ -49,9 +49,9 @@ RECIPES: dict[str, Recipe] = {
 
 
 def get_recipe(name: str) -> tuple[str, Recipe]:
-    """(name, recipe) of a name in RECIPES, or of a .json file: a recipe, or the manifest of an artifact.
+    """Return (name, recipe) for a name in RECIPES, or for a .json file that is a recipe or an artifact's manifest.
 
-    Raises UserError where there is none, or where the file is no recipe.
+    Raises UserError if the name is unknown, or if the file does not hold a recipe.
     """
     if name in RECIPES:
         return name, RECIPES[name]
@@ -71,12 +71,12 @@ def get_recipe(name: str) -> tuple[str, Recipe]:
 
 
 def to_json(recipe: Recipe) -> dict:
-    """`recipe` as JSON's own types, its class in "type"."""
+    """Convert `recipe` to JSON's own types, with the name of its class as "type"."""
     return {"type": type(recipe).__name__} | json.loads(json.dumps(dataclasses.asdict(recipe)))
 
 
 def from_json(fields: dict) -> Recipe:
-    """The recipe that `to_json` made `fields` of. Raises ValueError where a field is unknown or of another type."""
+    """Make the recipe from `fields`, which `to_json` wrote. Raises ValueError if a field is unknown or has a wrong type."""
     kinds = {kind.__name__: kind for kind in typing.get_args(Recipe)}
     if not isinstance(fields, dict) or fields.get("type") not in kinds:
         raise ValueError(f'"type" must be one of {", ".join(kinds)}')
@@ -84,7 +84,7 @@ def from_json(fields: dict) -> Recipe:
 
 
 def _read(kind: type, value: object, place: str) -> typing.Any:
-    """`value` of JSON as a `kind`: a dataclass, a choice, a tuple, a number or None."""
+    """Convert `value` from JSON to the type `kind`: a dataclass, a choice, a tuple, a number or None."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if dataclasses.is_dataclass(kind):
         hints = typing.get_type_hints(kind)
@@ -111,10 +111,10 @@ def _read(kind: type, value: object, place: str) -> typing.Any:
 
 
 def calibration_of(recipe: Recipe) -> Calibration | None:
-    """What `recipe` is calibrated on; None where it needs nothing."""
+    """Return how much text calibrates `recipe`; None if it needs no calibration."""
     return getattr(recipe, "calibration", None)
 
 
 def plan_of(recipe: Recipe) -> Plan | None:
-    """What `recipe` decides on each linear layer; None where it does not quantize them one by one."""
+    """Return what calibration has to decide for each linear layer; None if `recipe` does not quantize them one by one."""
     return recipe.plan() if hasattr(recipe, "plan") else None

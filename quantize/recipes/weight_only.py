@@ -1,4 +1,4 @@
-"""int8-weight and int4-weight: weights in integers of 8 or 4 bits; activations stay in floating point."""
+"""The recipes int8-weight and int4-weight: weights in integers of 8 or 4 bits; activations stay in floating point."""
 
 from __future__ import annotations
 
@@ -12,16 +12,18 @@ if TYPE_CHECKING:
     from cuantiza.core.inputs.corpus import Split
     from cuantiza.quantize.decide.decision import Plan, Rewrite
 
-# 4 bits lose less KL with twice as many windows as 8 bits need.
+# At 4 bits, twice as many windows as 8 bits need lower KL further (quantize/settings.py).
 _CALIBRATION = Calibration(windows=32)
 
 
 @dataclass(frozen=True)
 class WeightOnly:
-    """Weights of `bits` with a scale (and a zero point unless `symmetric`) for every `block` inputs of a channel,
-    computed in floating point; the head and the embeddings have bits and blocks of their own, those of `table_`.
+    """Quantizes only the weights of linear layers, to `bits` bits; the graph keeps activations in floating point.
 
-    `target` "ort" is ONNX Runtime's MatMulNBits, whose activations are int8 with a scale a block.
+    Every `block` inputs of a channel share a scale, and a zero point unless `symmetric`; None is one scale per channel.
+    The matrices of the head and the embeddings have their own settings, `table_bits` and `table_block`.
+
+    The target "ort" uses ONNX Runtime's MatMulNBits, which quantizes activations to int8 with a scale per block.
     """
 
     bits: Literal[4, 8]
@@ -41,7 +43,7 @@ class WeightOnly:
                 raise ValueError(f"block is {block}; give a number of inputs from 1, or null for one scale a channel")
 
     def describe(self) -> str:
-        """One line for `cuantiza recipes`."""
+        """Describe the recipe in one line, for `cuantiza recipes`."""
         parameters = "a scale" if self.symmetric else "scale and zero point"
         place = "channel" if self.block is None else f"{self.block} inputs"
         portable = "computed in fp32" if self.block is None else "DequantizeLinear, which ONNX Runtime fuses"
@@ -49,14 +51,14 @@ class WeightOnly:
         return for_target(f"weights in {self.bits} bits, {parameters} per {place}; {how}", self.target)
 
     def plan(self) -> Plan:
-        """What calibration decides on each linear layer."""
+        """Return what calibration has to decide for each linear layer."""
         from cuantiza.quantize.decide.decision import Plan
         from cuantiza.quantize.decide.rounding import Grid
 
         return Plan(Grid(self.bits, self.block, self.symmetric), self.rounding, self.smoothing)
 
     def rewrite(self) -> Rewrite:
-        """The pass that writes the decisions into a graph."""
+        """Return the pass that writes the decisions into a graph."""
         from cuantiza.quantize.decide.rounding import Grid
         from cuantiza.quantize.rewrite.weight_only import choose_weights, quantize_weights
 
@@ -66,7 +68,7 @@ class WeightOnly:
     def make(self, parent: Path, work: Path, split: Split) -> dict:
         """Write the quantized form of the fp32 artifact `parent` into the folder `work`, calibrated on `split`.
 
-        Returns what the manifest says of it. The work is done in a process of its own.
+        Returns `details` for the manifest. The stage calls this in a process of its own.
         """
         from cuantiza.quantize.layers import write_quantized
 

@@ -18,8 +18,8 @@ from cuantiza.quantize.rewrite.find import left_in_float
 from cuantiza.quantize.settings import Calibration, Target
 from cuantiza.quantize.steps import write_graph
 
-# This function gets a model, the decisions on its linear layers and the calibration windows int64 [n, T]. It returns the
-# decisions to apply, and `details` for the manifest about the layers that stay in floating point.
+# This function gets a model, the decisions on its linear layers and the calibration windows int64 [n, T]. It returns
+# the decisions to apply, and `details` for the manifest about the layers that stay in floating point.
 LeaveInFloat = Callable[[ir.Model, dict[str, Decision], np.ndarray], tuple[dict[str, Decision], dict]]
 
 
@@ -77,7 +77,7 @@ def decide(
     """Decide how to quantize every linear layer of `model`; return the decisions by layer name.
 
     `model` is smoothed in place. `windows` are token ids int64 [n, T]; `work` is a folder for temporary files. If
-    `until` names a linear layer, the layers after its transformer block are left out.
+    `until` names a linear layer, those after its block of the graph (quantize/decide/blocks.py) are left out.
     """
     with folders.staging(work / "calibration") as folder:
         return calibrate(model, windows, plan, folder, until)

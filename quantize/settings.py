@@ -9,8 +9,8 @@ from typing import Literal
 Rounding = Literal["gptq", "nearest"]
 # How the range of an activation is chosen from its histogram: quantize/decide/ranges.py.
 Ranges = Literal["min-max", "percentile", "entropy", "mse"]
-# Which operators the graph uses: standard ones for any runtime, or the fewest and fastest ones for ONNX Runtime on a CPU
-# (quantize/rewrite/fuse_attention.py).
+# Which operators the graph uses: standard ones for any runtime, or the fewest and fastest ones for ONNX Runtime on a
+# CPU (quantize/rewrite/fuse_attention.py).
 Target = Literal["portable", "ort"]
 # The exponents of SmoothQuant that calibration tries for each tensor. A recipe without exponents does not smooth.
 ALPHAS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)

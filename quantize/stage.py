@@ -82,7 +82,7 @@ def with_budget(recipes: dict[str, Recipe], nats: float) -> dict[str, Recipe]:
 
 
 def quantize_one(parent: Artifact, target: Path, name: str, recipe: Recipe, source: Source) -> Artifact:
-    """Make the artifact `target` from `parent` by `recipe`, unless it is up to date. The caller has locked its folder."""
+    """Make the artifact `target` from `parent`, unless it is up to date. The caller has locked its folder."""
     calibration = load_splits(source)[0] if calibration_of(recipe) else None
     inputs = inputs_of(parent, recipe, calibration)
     reason = artifact.rebuild_reason(target, inputs)

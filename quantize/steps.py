@@ -1,4 +1,4 @@
-"""The steps of all recipes but ONNX Runtime's own tools: load the fp32 graph, rewrite it, fuse its attention, save it."""
+"""The steps of all recipes but ONNX Runtime's own tools: load the fp32 graph, rewrite it, fuse attention, save it."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from cuantiza.quantize.settings import Target
 
 
 def write_graph(parent: Path, work: Path, target: Target, rewrite: Callable[[ir.Model], dict]) -> dict:
-    """Write work/model.onnx: the fp32 graph of the artifact `parent`, after `rewrite` changed it in place, for `target`.
+    """Write work/model.onnx: the graph of the fp32 artifact `parent`, after `rewrite` changed it in place.
 
-    Attention is fused for the target "ort" only. Returns `details` for the manifest: those that `rewrite` returned, and
-    the number of layers with fused attention. Raises UserError if the target is "ort" and the graph's attention is not
-    the one that export/gpt2.py writes.
+    Attention is fused for the `target` "ort" only. Returns `details` for the manifest: those that `rewrite` returned,
+    and the number of layers with fused attention. Raises UserError if the target is "ort" and the graph's attention is
+    not the one that export/gpt2.py writes.
     """
     path = parent / artifact.MODEL
     model = onnx_file.load(path)

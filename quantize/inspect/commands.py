@@ -85,7 +85,10 @@ def sensitivity(arguments: Sequence[str] | None = None) -> int:
 
 
 def histogram(arguments: Sequence[str] | None = None) -> int:
-    """Run `cuantiza histogram`. Raises UserError if the recipe has no fixed ranges or `--tensor` is not a linear layer."""
+    """Run `cuantiza histogram`.
+
+    Raises UserError if the recipe has no fixed ranges, or if `--tensor` does not name a linear layer.
+    """
     parser = Parser(
         "histogram",
         "Shows the input of a linear layer and the range that each method gives it.",

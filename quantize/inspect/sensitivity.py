@@ -1,4 +1,4 @@
-"""Measure the effect of each linear layer quantized alone, on calibration windows, and choose layers to keep in float."""
+"""Measure the effect of quantizing each linear layer alone, on calibration windows; choose which to keep in float."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tables that `sensitivity` and `histogram` print: the cost of each linear layer, and how ranges fit a histogram."""
+"""The tables that `sensitivity` and `histogram` print: the cost of each linear layer, and ranges over a histogram."""
 
 from __future__ import annotations
 

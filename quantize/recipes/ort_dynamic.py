@@ -19,7 +19,7 @@ class OrtDynamic:
         return "ONNX Runtime's own quantize_dynamic"
 
     def make(self, parent: Path, work: Path, split: Split | None) -> dict:
-        """Quantize the graph of the fp32 artifact `parent` with the tool, into the folder `work`.
+        """Quantize the fp32 artifact `parent` with the tool, into the folder `work`.
 
         Nothing is calibrated, so `split` is not read.
 

@@ -23,7 +23,7 @@ class OrtStatic:
         return "ONNX Runtime's own quantize_static: QDQ, min-max"
 
     def make(self, parent: Path, work: Path, split: Split) -> dict:
-        """Quantize the graph of the fp32 artifact `parent` with the tool, into the folder `work`, calibrated on `split`.
+        """Quantize the fp32 artifact `parent` with the tool, into the folder `work`, calibrated on `split`.
 
         Returns `details` for the manifest. The stage calls this in a process of its own.
         """

@@ -23,8 +23,9 @@ from cuantiza.quantize.settings import Calibration
 if typing.TYPE_CHECKING:
     from cuantiza.quantize.decide.decision import Plan
 
-# Every kind has `describe() -> str`, which says in one line what it does, and `make(parent, work, split) -> dict`, which
-# writes the files. A kind that quantizes linear layers one by one also has `plan` and `rewrite` (quantize/layers.py).
+# Every kind has `describe() -> str`, which says in one line what it does, and `make(parent, work, split) -> dict`,
+# which writes the files. A kind that quantizes linear layers one by one also has `plan` and `rewrite`
+# (quantize/layers.py).
 Recipe = DynamicInt8 | StaticInt8 | MixedStaticInt8 | WeightOnly | Half | Float | OrtDynamic | OrtStatic
 
 # Each of these uses standard operators, and has a form NAME-ort in the operators that are fastest in ONNX Runtime.
@@ -76,7 +77,7 @@ def to_json(recipe: Recipe) -> dict:
 
 
 def from_json(fields: dict) -> Recipe:
-    """Make the recipe from `fields`, which `to_json` wrote. Raises ValueError if a field is unknown or has a wrong type."""
+    """Make the recipe from the `fields` that `to_json` wrote. Raises ValueError if one is unknown or ill-typed."""
     kinds = {kind.__name__: kind for kind in typing.get_args(Recipe)}
     if not isinstance(fields, dict) or fields.get("type") not in kinds:
         raise ValueError(f'"type" must be one of {", ".join(kinds)}')
@@ -116,5 +117,5 @@ def calibration_of(recipe: Recipe) -> Calibration | None:
 
 
 def plan_of(recipe: Recipe) -> Plan | None:
-    """Return what calibration has to decide for each linear layer; None if `recipe` does not quantize them one by one."""
+    """Return what calibration decides for each linear layer; None if `recipe` does not quantize them one by one."""
     return recipe.plan() if hasattr(recipe, "plan") else None

@@ -1,4 +1,4 @@
-"""The eval stage: measure artifacts against a baseline, unless their report is there and up to date; write its pages."""
+"""The eval stage: measure artifacts against a baseline, unless their report is up to date, and write its pages."""
 
 from __future__ import annotations
 
@@ -62,10 +62,10 @@ def evaluate(
     tokens: whole documents of the test split are scored until this many tokens. window: the longest context of a scored
     token, in tokens. rounds: interleaved rounds of latency. threads: threads of every runtime (all processors). onnx:
     further ONNX files, or folders with a model.onnx, of the same interface. checkpoint: the model that the baseline was
-    exported from; PyTorch is measured where it is given. output: a folder; a report that lies there and is up to date is
-    read, any other is written there, with its pages in `language`.
+    exported from; if it is given, PyTorch is measured too. output: a folder for the report and its pages in `language`;
+    if an up-to-date report is there, it is read and nothing is measured.
 
-    Raises UserError where an artifact is broken, two have one name, a number is out of range or the text is too short.
+    Raises UserError if an artifact is broken, two have one name, a number is out of range or the text is too short.
     """
     settings = Settings(tokens, window, rounds, default_threads() if threads is None else threads)
     corpus = corpus if isinstance(corpus, Source) else Source(str(corpus))
@@ -75,7 +75,7 @@ def evaluate(
         raise UserError("--recipes: names no artifact; the first one is the baseline of the others")
     with ExitStack() as held:
         for folder in dict.fromkeys(item.path.parent for item in published):
-            if (folder / folders.LOCK).is_file():  # a copy from elsewhere has none, and no stage at work
+            if (folder / folders.LOCK).is_file():  # a copy from elsewhere has none, and no stage writes to it
                 held.enter_context(folders.locked(folder))
         if output is not None:
             held.enter_context(folders.locked(output))
@@ -122,16 +122,16 @@ def _evaluate(
 
 
 def _same_checkpoint(spec: str, exported: Artifact) -> Path:
-    """Folder of the checkpoint for the PyTorch rows. Raises UserError where it is not the one that was exported."""
+    """Find the checkpoint's folder for the PyTorch rows. Raises UserError if it is not the one that was exported."""
     folder = resolve_model(spec).folder
-    made_from = exported.manifest.inputs.get("checkpoint")  # only an fp32 artifact knows
+    made_from = exported.manifest.inputs.get("checkpoint")  # only the manifest of an fp32 artifact has it
     if made_from not in (None, checkpoint_digest(folder)):
         raise UserError(f"MODEL={spec}: has changed since {exported.path} was exported; run `make export` again")
     return folder
 
 
 def _foreign(path: Path) -> Subject:
-    """A subject of an ONNX file, or of a folder that holds one. Raises UserError where there is none."""
+    """Make the subject of an ONNX file, or of a folder that holds one. Raises UserError if there is none."""
     files = [path, path / "model.onnx", path / "onnx" / "model.onnx"]
     file = next((file for file in files if file.is_file()), None)
     if file is None:
@@ -140,7 +140,7 @@ def _foreign(path: Path) -> Subject:
 
 
 def _foreign_digest(path: Path) -> str:
-    """Of everything that inference with the files at `path` reads. Raises UserError where the ONNX file is not sound."""
+    """Digest everything that inference with the files at `path` reads. Raises UserError if the ONNX file is broken."""
     from cuantiza.core.machine.process import isolated
     from cuantiza.core.onnx import file as onnx_file
     from cuantiza.eval.measure.size import inference_files
@@ -151,7 +151,7 @@ def _foreign_digest(path: Path) -> str:
 
 
 def _inputs(published: list[Artifact], test: Split, settings: Settings, onnx: list[Path], torch: bool) -> Inputs:
-    """Everything that a report depends on, the machine and the settings of the measurement included."""
+    """Collect everything that a report depends on, including the machine and the settings of the measurement."""
     from cuantiza.core.machine.hardware import machine, software
 
     return Inputs(
@@ -169,7 +169,7 @@ def _inputs(published: list[Artifact], test: Split, settings: Settings, onnx: li
 
 
 def _measured(output: Path, inputs: Inputs) -> Report | None:
-    """The report in `output`, where it is one of these inputs and undamaged."""
+    """Read the report in `output`; None if there is none, or if it has other inputs or is damaged."""
     try:
         done = Report.from_json((output / JSON).read_bytes())
     except (OSError, ValueError):
@@ -178,9 +178,9 @@ def _measured(output: Path, inputs: Inputs) -> Report | None:
 
 
 def _publish(report: Report, output: Path, language: str) -> bool:
-    """Write the report and its pages, renamed into place, where they differ from what is there; whether they did.
+    """Write the report and its pages, renamed into place, unless the same are there already.
 
-    report.json comes last and names the pages that belong to it.
+    report.json comes last and has the sha256 of the pages that belong to it. Returns whether anything was written.
     """
     from cuantiza.eval.report.html import render
     from cuantiza.eval.report.markdown import markdown

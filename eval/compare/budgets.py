@@ -14,7 +14,7 @@ _UNITS = {"quality": "nats", "size": "percent", "latency": "percent"}
 
 @dataclass(frozen=True)
 class Budget:
-    """`quality` in nats of ln perplexity; `size` and `latency` as shares of the base's, 0.1 being 10 % more."""
+    """How much worse head may be: `quality` in nats of ln perplexity, the others as shares of base (0.1: 10 % more)."""
 
     quality: float
     size: float
@@ -23,7 +23,10 @@ class Budget:
 
 @dataclass(frozen=True)
 class Budgets:
-    """The budget of every recipe that has none of its own, and those that have."""
+    """The budgets: those of `recipes` with one of their own, and the `default` for all others.
+
+    `source` is the file that they were read from.
+    """
 
     default: Budget
     recipes: dict[str, Budget]
@@ -38,9 +41,9 @@ DEFAULT = Budgets(Budget(quality=0.005, size=0.01, latency=0.1), {})
 
 
 def read_budgets(path: Path | None = None) -> Budgets:
-    """Read a TOML file of budgets; without one, budgets.toml where it exists, else DEFAULT.
+    """Read the budgets from the TOML file `path`. The default is budgets.toml if it exists, else DEFAULT.
 
-    Raises UserError where the file is missing, or a budget is missing, unknown or not a number.
+    Raises UserError if the file is missing, or if a budget is missing, unknown or not a number.
     """
     if path is None and not FILE.exists():
         return DEFAULT
@@ -49,7 +52,7 @@ def read_budgets(path: Path | None = None) -> Budgets:
         fields = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: does not exist; name the file of the budgets by --budgets") from None
-    except (ValueError, RecursionError) as error:  # of TOML and of UTF-8
+    except (ValueError, RecursionError) as error:  # errors of TOML and of UTF-8 are ValueErrors
         raise UserError(f"{path}: is no TOML ({error}); see docs/compare.md") from None
     own = fields.pop("recipes", {})
     if not isinstance(own, dict) or not all(isinstance(item, dict) for item in own.values()):
@@ -62,7 +65,7 @@ def read_budgets(path: Path | None = None) -> Budgets:
 
 
 def _shares(path: Path, prefix: str, fields: dict) -> dict[str, float]:
-    """`fields` in the units of Budget."""
+    """Convert `fields` to the units of Budget. Raises UserError if one is unknown or not a number from 0 on."""
     for key, value in fields.items():
         if key not in _UNITS:
             raise UserError(f"{path}: {prefix}{key} is no budget; there are {', '.join(_UNITS)}")

@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The status; 3 for a fault of our own, since 1 is a regression and nothing else."""
+    """Run `cuantiza compare` and return its exit status.
+
+    An unexpected error gives status 3, because 1 means a regression and nothing else.
+    """
     try:
         return _compare(arguments)
     except (UserError, OSError, ModuleNotFoundError):

@@ -1,6 +1,6 @@
-"""The decision of `make compare`: figures of base and head -> checks, each of which is a regression or is not.
+"""Decide whether head is worse than base: each of their figures becomes a check, which is a regression or is not.
 
-Pure functions on plain data. What is compared, and why so, is in docs/compare.md.
+The functions here are pure, on plain data. docs/compare.md says what is compared, and why.
 """
 
 from __future__ import annotations
@@ -19,22 +19,24 @@ from cuantiza.eval.compare.reports import Side, rounds, timings
 from cuantiza.eval.measure.estimates import Estimate, mean_by_document
 from cuantiza.eval.report.read import MEND
 
-# Standard errors of Δ ln ppl that have to lie beyond the budget.
+# The interval of Δ ln ppl reaches this many standard errors to both sides. All of it must lie beyond the budget for a
+# regression.
 STANDARD_ERRORS = 2.0
-# The probability, at most, that latency alone raises an alarm in a comparison where every figure stands exactly at its
-# budget; it is shared out evenly among all figures. Two stages have to agree: the first is let to be wrong more often.
+# FALSE_ALARMS is the largest probability that latency raises an alarm in a comparison where every figure is exactly at
+# its budget. All figures get an equal part of it. Folders are measured in two stages, and an alarm needs both to agree,
+# so the first stage may use a looser level.
 FALSE_ALARMS, FIRST_LEVEL = 0.01, 0.1
-# What makes another class of machine. The size of its memory does not change a time.
+# Times are compared only if the machines agree in these fields. The size of the memory does not change times.
 _MACHINE = ("cpu", "processors", "threads", "system")
 NOT_FINITE = Interval(math.inf, math.inf, math.inf)
 
 
 @dataclass(frozen=True)
 class Check:
-    """One figure of one recipe: the base's, the head's, and by how much the head's is worse.
+    """One figure of one recipe: its value in base, its value in head, and how much worse head is.
 
-    `unit` is that of `base` and `head`: "nats", "bytes" or "ms". `change` and `budget` are in nats, or shares of the
-    base's (0.1: 10 % more); `change` is None where nothing could be judged, and `note` then says why.
+    `unit` is the unit of `base` and `head`: "nats", "bytes" or "ms". `change` and `budget` are in nats, or shares of
+    base's value (0.1: 10 % more). `change` is None if the figure could not be judged; `note` then says why.
     """
 
     recipe: str
@@ -52,9 +54,9 @@ class Check:
 
     @property
     def verdict(self) -> str:
-        """ok: within the budget; open: the interval reaches beyond the budget, but does not lie beyond it.
+        """The result in a word. "ok": within the budget. "open": only a part of the interval is beyond the budget.
 
-        No time is called better: at the level of the first stage, some of a recipe's figures look so by chance.
+        A time is never called better, because at the level of the first stage some times look better by chance.
         """
         if self.change is None:
             return "not judged"
@@ -67,7 +69,10 @@ class Check:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All checks of a model, recipe by recipe; what is only in head; what the reader has to know beside."""
+    """All checks of a model, recipe by recipe.
+
+    `measured` says how, `new` names the recipes that only head has, and `notes` are what else the reader should know.
+    """
 
     model: str
     base: str
@@ -83,7 +88,10 @@ class Comparison:
 
 
 def chosen(base: Sequence[str], head: Sequence[str], wanted: Sequence[str] | None) -> tuple[list[str], list[str]]:
-    """(recipes to compare, recipes that are only in head). Raises UserError where head lacks one of base's."""
+    """Return (recipes to compare, recipes that only head has).
+
+    Raises UserError if a side lacks one of `wanted`, if head lacks one of base's, or if there is nothing to compare.
+    """
     if wanted:
         for name in wanted:
             if lacking := [side for side, names in (("BASE", base), ("HEAD", head)) if name not in names]:
@@ -99,9 +107,10 @@ def chosen(base: Sequence[str], head: Sequence[str], wanted: Sequence[str] | Non
 
 
 def check_quality(recipe: str, base: float, head: float, delta: Estimate, budget: float, note: str = "") -> Check:
-    """`base` and `head` are ln perplexities; `delta` their paired difference. Raises UserError without standard error.
+    """Check ln perplexity: `base` and `head` are its values in nats, and `delta` is their paired difference.
 
-    A head whose likelihoods are not finite is a regression.
+    A head whose likelihoods are not finite is a regression. Raises UserError if base's perplexity is not finite, or if
+    `delta` has no standard error.
     """
     if not math.isfinite(base):
         raise UserError(f"BASE=: the perplexity of {recipe} is not finite; compare with artifacts that work")
@@ -122,19 +131,25 @@ def check_size(recipe: str, base: int, head: int, budget: float) -> Check:
 
 
 def second_level(figures: int) -> float:
-    """What the second stage may miss, so that both miss at most FALSE_ALARMS among `figures` figures (Bonferroni)."""
+    """Return the level of the second stage, at which both stages raise a false alarm with probability ≤ FALSE_ALARMS.
+
+    The probability is divided among the `figures` figures (Bonferroni).
+    """
     return FALSE_ALARMS / figures / FIRST_LEVEL
 
 
 def check_latency(
     recipe: str, figure: str, ms: tuple[float, float], ln_ratios: Sequence[float], level: float, budget: float
 ) -> Check:
-    """One shape, from each round's ln(head's time / base's time); `ms` are the medians of base and head."""
+    """Check the latency of one shape from ln(head's time / base's time) of each round.
+
+    `ms` are the median times of base and head. Each bound of the interval is missed with probability ≤ `level`.
+    """
     return Check(recipe, figure, "ms", *ms, _share(signed_rank(ln_ratios, level)), budget)
 
 
 def confirmed(first: Check, second: Check) -> Check:
-    """What holds after a figure that looked bad was measured again: an alarm only where both stages raise it."""
+    """Return the `second` check of a figure that looked slower in the `first`; its note says whether both agree."""
     again = first.regression and second.regression
     return replace(second, note="measured twice" if again else "looked slower at first, not shown again")
 
@@ -142,7 +157,10 @@ def confirmed(first: Check, second: Check) -> Check:
 def compare_reports(
     base: Side, head: Side, budgets: Budgets, wanted: Sequence[str] | None, latency: bool
 ) -> tuple[list[Check], list[str]]:
-    """(checks, recipes only in head) of two reports. Raises UserError where they do not measure the same thing."""
+    """Compare two reports; return (checks, recipes that only head has).
+
+    Raises UserError if the reports do not measure the same thing.
+    """
     _same_text(base, head)
     if latency:
         _same_machine(base, head)
@@ -171,7 +189,11 @@ def compare_reports(
 
 
 def _report_latency(base: Side, head: Side, name: str, level: float, budget: float) -> list[Check]:
-    """Each row against its own report's baseline row, round by round; then the two reports' rounds by rank sum."""
+    """Check every latency figure of the recipe `name` in two reports.
+
+    Each round's time is taken relative to the baseline row of the same report. The ratios of both reports are then
+    compared by rank sum.
+    """
     checks = []
     needed = rounds_for_rank_sum(level)
     own = timings(head.rows[name])
@@ -192,7 +214,7 @@ def _report_latency(base: Side, head: Side, name: str, level: float, budget: flo
 
 
 def _ln_ratios(side: Side, name: str, figure: str) -> list[float]:
-    """ln(the row's time / the baseline row's time) of each round. Raises UserError where their rounds differ."""
+    """Return ln(the row's time / the baseline row's time) of each round. Raises UserError if their rounds differ."""
     own, baseline = timings(side.rows[name])[figure], timings(side.rows[side.baseline]).get(figure)
     if baseline is None or len(baseline.samples_per_round) != len(own.samples_per_round):
         raise UserError(f"{side.path}: {figure} of {name} and of {side.baseline} are not of the same rounds; {MEND}")
@@ -200,7 +222,7 @@ def _ln_ratios(side: Side, name: str, figure: str) -> list[float]:
 
 
 def _untimed(base: Side, head: Side, name: str) -> str | None:
-    """Why two reports do not show whether a recipe became slower; None where they do."""
+    """Say why two reports cannot show whether a recipe became slower; None if they can."""
     if name == base.baseline:
         return "every report's yardstick is this row of its own; compare folders to see it"
     if base.digest(name) is not None and base.digest(name) == head.digest(name):

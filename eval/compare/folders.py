@@ -1,4 +1,4 @@
-"""Two folders of artifacts -> checks: opened, verified and evaluated here, base and head of a recipe side by side."""
+"""Compare two folders of artifacts: open, verify and evaluate them here, base and head of each recipe side by side."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from cuantiza.eval.compare.decide import (
     second_level,
 )
 
-# Rounds that measure again what looked bad.
+# In this many rounds, figures that looked slower are measured again.
 CONFIRMING_ROUNDS = 20
 
 
@@ -41,7 +41,7 @@ class Measure:
 
 @contextmanager
 def held(*paths: Path) -> Iterator[None]:
-    """Keep other stages from writing into `paths` meanwhile. A copy without our lock file has no such stage."""
+    """Keep other stages from writing into `paths` meanwhile. No stage writes into a folder without a lock file."""
     with ExitStack() as stack:
         for folder in {path.resolve() for path in paths}:
             if (folder / folders.LOCK).is_file():
@@ -54,7 +54,7 @@ def is_artifacts(folder: Path) -> bool:
 
 
 def _names(folder: Path) -> list[str]:
-    """The artifacts in `folder`, but for those that are being made."""
+    """List the artifacts in `folder`, except those that are still being made, whose names begin with a dot."""
     names = (path.parent.name for path in folder.glob(f"*/{artifact.MANIFEST}"))
     return [name for name in names if not name.startswith(".")]
 
@@ -62,9 +62,9 @@ def _names(folder: Path) -> list[str]:
 def compare_folders(
     base: Path, head: Path, budgets: Budgets, wanted: Sequence[str] | None, split: Split, how: Measure
 ) -> tuple[str, list[Check], list[str], list[str]]:
-    """(model, checks, recipes only in head, notes) of two folders with an artifact a subfolder.
+    """Compare two folders of artifacts; return (model, checks, recipes that only head has, notes).
 
-    Raises UserError where an artifact is broken, or they are not of one model, tokenizer and text.
+    Raises UserError if an artifact is broken, or if they do not share one model, tokenizer and context length.
     """
     from cuantiza.eval.measure.quality import make_task
 
@@ -95,7 +95,7 @@ def compare_folders(
 
 
 def _recipes(folder: Path) -> list[str]:
-    """fp32 first."""
+    """List the recipes in `folder`, fp32 first. Raises UserError if a name cannot be printed."""
     names = _names(folder)
     if odd := next((name for name in names if not name.isprintable()), None):
         raise UserError(f"{folder}: holds a folder named {odd!a}; rename it")
@@ -134,7 +134,7 @@ def _quality_and_size(name: str, both: tuple[Artifact, Artifact], task, budgets:
 def _latency(
     different: dict[str, tuple[Artifact, Artifact]], task, budgets: Budgets, how: Measure
 ) -> dict[str, list[Check]]:
-    """All figures of all recipes, and once more, in more rounds, those of recipes in which one looked bad."""
+    """Check all latency figures. A recipe in which one looks slower is measured again, in CONFIRMING_ROUNDS rounds."""
     from cuantiza.eval.compare.latency import Pair, figures, measure_pairs
 
     pairs = [Pair(name, base.model, head.model) for name, (base, head) in different.items()]
@@ -168,7 +168,7 @@ def _latency(
 
 
 def _notes(pairs: dict[str, tuple[Artifact, Artifact]]) -> list[str]:
-    """What changed beside the figures."""
+    """Say which artifacts were made from other inputs in head than in base."""
     notes = []
     for name, (base, head) in pairs.items():
         theirs, ours = base.manifest, head.manifest

@@ -1,9 +1,11 @@
-"""Latency of base and head, interleaved sample by sample.
+"""Measure the latency of base and head, interleaved sample by sample.
 
-A round opens both files anew, each in a process of its own, and lets them take turns at every shape: whatever slows the
-machine for longer than two samples slows both. What a process keeps for its life (a file of the same bytes can be a
-fifth faster in one process than in the next) differs from round to round, so a round is one observation. Sessions that
-are open side by side do not spin, which makes short steps a little slower than `make eval` measures them, on both sides.
+Each round opens both files in new processes, which take turns at every shape. So whatever slows the machine for longer
+than two samples slows both. Some effects last as long as a process: the same file can be a fifth faster in one process
+than in the next. They change from round to round, so a round counts as one observation.
+
+Because both sessions are open at once, their idle threads do not spin. Short steps are therefore a little slower than
+in `make eval`, on both sides.
 """
 
 from __future__ import annotations
@@ -24,13 +26,14 @@ from cuantiza.eval.compare.reports import figure
 from cuantiza.eval.measure.engines import FILL_TOKENS, Engine, Subject
 from cuantiza.eval.measure.latency import shapes
 
-# Pairs of samples of each shape in each round, or as many as fit the time; even, so that each side begins as often.
+# The pairs of samples of a shape in a round: at most PREFILL_PAIRS or DECODE_PAIRS, at least LEAST_PAIRS, in between as
+# many as BUDGET_NS allows. All are even, so that each side begins equally often.
 PREFILL_PAIRS, DECODE_PAIRS, LEAST_PAIRS, BUDGET_NS = 8, 24, 4, 1_000_000_000
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two files of one recipe."""
+    """The ONNX files of one recipe in base and in head."""
 
     recipe: str
     base: Path
@@ -53,7 +56,10 @@ class Stepper(Engine):
     _capacity = 0
 
     def place(self, ids: np.ndarray, start: int, end: int, capacity: int) -> None:
-        """Get ready to time ids [N] from `start` to `end` behind a cache of `start` tokens, in room for `capacity`."""
+        """Prepare to time the tokens from `start` to `end` of ids [N], after a KV cache of `start` tokens.
+
+        The cache has room for `capacity` tokens. One sample is taken as a warm-up.
+        """
         if self._cache is None or self._cache.length > start or self._capacity != capacity:
             self._cache, self._capacity = self._runtime.cache(1, capacity), capacity
         while self._cache.length < start:
@@ -64,7 +70,7 @@ class Stepper(Engine):
         self.sample()
 
     def sample(self) -> int:
-        """Nanoseconds of the step. The cache does not advance."""
+        """Return the nanoseconds of the step. It runs on a copy of the cache, so the cache does not advance."""
         again = copy.copy(self._cache)
         start = time.perf_counter_ns()
         self._runtime.step(again, self._ids)
@@ -74,7 +80,10 @@ class Stepper(Engine):
 def measure_pairs(
     pairs: list[Pair], ids: np.ndarray, longest: int, rounds: int, threads: int, label: str
 ) -> dict[str, dict[str, Timed]]:
-    """{recipe: {figure: Timed}} of `rounds` rounds, with real tokens `ids` [longest]. Raises UserError as Remote does."""
+    """Measure `pairs` in `rounds` rounds with the real tokens `ids` [longest]; return {recipe: {figure: Timed}}.
+
+    Raises UserError as Remote does.
+    """
     found: dict[str, list[dict[str, np.ndarray]]] = {pair.recipe: [] for pair in pairs}
     order = [(number, pair) for number in range(rounds) for pair in pairs]
     for number, pair in track(order, label, len(order)):
@@ -83,13 +92,13 @@ def measure_pairs(
 
 
 def figures(longest: int) -> int:
-    """How many figures a recipe of a model with `longest` positions has."""
+    """Count the latency figures of a recipe, for a model with `longest` positions."""
     prefill, decode = shapes(longest)
     return len(prefill) + len(decode)
 
 
 def _round(pair: Pair, ids: np.ndarray, longest: int, threads: int, head_first: bool) -> dict[str, np.ndarray]:
-    """{figure: times in ns [samples, 2] of base and head} of one fresh process each."""
+    """Measure `pair` in one new process for each side; return {figure: times in ns [samples, 2] of base and head}."""
     prefill, decode = shapes(longest)
     steps = [(figure("prefill", count), 0, count, count, PREFILL_PAIRS) for count in prefill]
     steps += [(figure("decode", at), at, at + 1, max(decode) + 1, DECODE_PAIRS) for at in decode]
@@ -111,7 +120,7 @@ def _round(pair: Pair, ids: np.ndarray, longest: int, threads: int, head_first: 
 
 
 def _turns(one: Remote, other: Remote, most: int) -> list[tuple[int, int]]:
-    """Pairs of samples of both, each beginning every second time."""
+    """Take pairs of samples in ns, (`one`, `other`); each of the two begins every second pair."""
     taken: list[tuple[int, int]] = []
     while len(taken) < LEAST_PAIRS or (len(taken) < most and sum(map(sum, taken)) < BUDGET_NS):
         taken.append((one.call("sample"), other.call("sample")))
@@ -121,7 +130,10 @@ def _turns(one: Remote, other: Remote, most: int) -> list[tuple[int, int]]:
 
 
 def _timed(rounds: list[np.ndarray]) -> Timed:
-    """The median over a round's pairs is a round's ratio: a pair that an interruption fell on does not move it."""
+    """Summarize `rounds`, each times in ns [samples, 2].
+
+    A round's ratio is the median over its pairs, so that a pair that was interrupted does not change it.
+    """
     ratios = [float(np.median(np.log(times[:, 1] / times[:, 0]))) for times in rounds]
     base, head = np.concatenate(rounds).T
     if not all(map(math.isfinite, ratios)):

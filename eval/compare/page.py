@@ -1,4 +1,4 @@
-"""A comparison as a Markdown page and as a table on the terminal: one set of rows for both."""
+"""Show a comparison as a Markdown page and as a table on the terminal. Both have the same rows."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from cuantiza.core.pages import escape, table
 from cuantiza.eval.compare.decide import FALSE_ALARMS, STANDARD_ERRORS, Check, Comparison
 
 COLUMNS = ("recipe", "figure", "base", "head", "change", "interval", "budget", "verdict")
-_WORDS = 2  # the first columns
+_WORDS = 2  # the first columns hold words
 _COLORS = {"regression": "bold red", "better": "green", "open": "yellow"}
 
 
 def verdict(comparison: Comparison) -> str:
-    """One line: the model, and whether anything is worse than its budget."""
+    """Say in one line whether anything of the model is worse than its budget."""
     count = len(comparison.regressions)
     text = "no regression" if not count else "1 regression" if count == 1 else f"{count} regressions"
     untimed = [check for check in comparison.checks if check.change is None and check.unit == "ms"]
@@ -26,7 +26,7 @@ def verdict(comparison: Comparison) -> str:
 
 
 def sentence(check: Check) -> str:
-    """A regression in words."""
+    """Describe a regression in words."""
     _, figure, *_, change, interval, budget, _ = cells(check)
     return f"{check.recipe}, {figure}: {change} ({interval}), budget {budget}" + (
         f"; {check.note}" if check.note else ""
@@ -34,7 +34,7 @@ def sentence(check: Check) -> str:
 
 
 def cells(check: Check) -> list[str]:
-    """What the columns show of a check."""
+    """Return the cells of a check's row, in the order of COLUMNS."""
     shown = [_amount(check, value) for value in (check.base, check.head)]
     row = [check.recipe, check.figure, *shown]
     if check.change is None:
@@ -60,7 +60,7 @@ def markdown(comparison: Comparison) -> str:
 
 
 def print_table(comparison: Comparison) -> None:
-    """The table on standard output, the verdict last."""
+    """Print the table on standard output, then the notes, the verdict and each regression."""
     grid = new_table(Text(f"{comparison.base} → {comparison.head}"), *COLUMNS[:-1], words=_WORDS)
     grid.add_column(COLUMNS[-1])  # its notes may be long
     for number, check in enumerate(comparison.checks):
@@ -96,7 +96,7 @@ def _amount(check: Check, value: float | None) -> str:
 
 
 def _change(check: Check, value: float) -> str:
-    """With its sign, in nats or percent."""
+    """Format a change with its sign, in nats or percent. From a hundredfold on, it is shown as a factor."""
     if check.unit == "nats":
         return f"{value + 0.0:+.4f}".replace("-0.0000", "+0.0000")
     if value >= 99:

@@ -1,4 +1,4 @@
-"""One side of a comparison of two reports. The file may come from anywhere, so what is computed with is checked again."""
+"""One side of a comparison of two reports. Its file may come from anywhere, so the values are checked before use."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _LONGEST_LINE = 300
 
 @dataclass(frozen=True)
 class Side:
-    """A report that is compared, and its artifacts by name. PyTorch's rows are not artifacts, and are left out."""
+    """A report to compare, and the rows of its artifacts by name. PyTorch's rows are not artifacts and are left out."""
 
     path: Path
     report: Report
@@ -29,14 +29,14 @@ class Side:
         return self.report.baseline.name
 
     def digest(self, name: str) -> str | None:
-        """The digest of artifact `name`; None for a foreign file."""
+        """The digest of artifact `name`; None if the row is of an ONNX file that is not an artifact."""
         return dict(self.report.inputs.artifacts).get(name)
 
 
 def read_side(path: Path) -> Side:
-    """The report at `path`, a report.json or the folder that holds one.
+    """Read the report at `path`: a report.json, or the folder that holds one.
 
-    Raises UserError, which names the field, where it is not a report, or holds what cannot be compared or shown.
+    Raises UserError, which names the field, if it is not a report or has values that cannot be compared or shown.
     """
     path = path / REPORT if path.is_dir() else path
     report = read_report(path)
@@ -47,7 +47,7 @@ def read_side(path: Path) -> Side:
 
 
 def _faults(report: Report) -> Iterator[str]:
-    """What is wrong in `report` beyond the types of its fields: a sentence each."""
+    """Yield a sentence for each fault in `report` beyond the types of its fields."""
     corpus, machine = report.corpus, report.machine
     lines = {"model": report.model, "corpus.source": corpus.source, "machine.cpu": machine.cpu}
     lines |= {"machine.system": machine.system, "corpus.tokens_sha256": corpus.tokens_sha256}
@@ -69,7 +69,7 @@ def _faults(report: Report) -> Iterator[str]:
         if len(row.nll_by_document) != len(corpus.document_tokens):
             yield f"{where}.nll_by_document has {len(row.nll_by_document)} numbers for {len(corpus.document_tokens)} documents"
         for index, value in enumerate(row.nll_by_document):
-            if not abs(value) <= _LARGEST:  # which NaN is not, either
+            if not abs(value) <= _LARGEST:  # NaN fails this too
                 yield f"{where}.nll_by_document[{index}] is {shown(value)}, where a finite number below 1e15 belongs"
         for name, timing in timings(row).items():
             if not sum(timing.samples_per_round) == len(timing.samples_ns) > 0:

@@ -1,4 +1,4 @@
-"""The comparison: two reports, or two folders of artifacts that are measured here -> is anything worse than its budget?"""
+"""Compare two reports, or two folders of artifacts that are measured here: is anything worse than its budget?"""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ def compare(
 ) -> Comparison:
     """Compare `head` with `base`: each a report.json, the folder of one, or a folder of artifacts such as artifacts/es-mini.
 
-    recipes: what to compare (all that `base` has). budgets: a TOML file of what may become worse, by how much
-    (budgets.toml in the working directory, else 0.005 nats of ln perplexity, 1 % of size, 10 % of latency). latency:
-    whether times are compared. The rest concerns folders, whose artifacts are measured here as `evaluate` does it, base
-    and head in turns.
+    recipes: the names to compare (default: all that `base` has). budgets: a TOML file that says how much worse a figure
+    may be (default: budgets.toml in the working directory, else 0.005 nats of ln perplexity, 1 % of size, 10 % of
+    latency). latency: whether times are compared. The other options mean what they mean in `evaluate`; they are for
+    folders, whose artifacts are measured here, base and head in turns.
 
-    Raises UserError where the two cannot be compared, or a file is broken.
+    Raises UserError if the two cannot be compared, or if a file is broken.
     """
     how = Measure(tokens, window, rounds if latency else 0, default_threads() if threads is None else threads)
     check_threads(how.threads)
@@ -71,7 +71,7 @@ def compare(
 
 
 def _path(side: str, given: str) -> Path:
-    """Raises UserError where there is nothing to compare at `given`."""
+    """Return the path `given` for one side. Raises UserError if there is nothing to compare at it."""
     if not given:
         raise UserError(
             f"{side}=: is empty; give a report.json, its folder, or a folder of artifacts such as artifacts/es-mini"

@@ -1,7 +1,7 @@
-"""The plots of the HTML report as SVG: text stays text, and colours are the page's own variables, light or dark.
+"""Draw the plots of the HTML report as SVG. Text stays text, and colours are variables of the page, light or dark.
 
-Drawn 400 wide, a phone's width, and larger on larger screens. Room for text is reckoned in characters, from above: the
-reader's font is not known here.
+A plot is 400 wide, like a phone, and is scaled up on larger screens. Text width is estimated per character, rounded up,
+because the reader's font is unknown.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from cuantiza.eval.report.schema import Measured, Row
 
 WIDTH, HEIGHT, COLOURS = 400, 300, 8
 _TOP, _BOTTOM, _CHARACTER, _LINE = 26, 36, 7.2, 13
-# Of the names at the ends of lines, in characters: longer ones are cut.
+# The longest name in a plot, in characters. Longer ones are cut.
 _LONGEST = 22
-# Of Δ ln perplexity: linear below, logarithmic above.
+# The axis of Δ ln perplexity is nearly linear below this value, and nearly logarithmic above.
 _LINEAR = 0.001
 
 
@@ -35,7 +35,7 @@ class Axis:
 
 @dataclass(frozen=True)
 class Line:
-    """A named series: points (x, y), and the band (x, low, high) around it; `colour` is its number."""
+    """A named series: points (x, y), and the band (x, low, high) around it; `colour` is the number of its colour."""
 
     name: str
     colour: int
@@ -86,7 +86,7 @@ class Dot:
 
 
 def tradeoff(rows: Sequence[Measured], labels: dict, language: str) -> str:
-    """Size against Δ ln perplexity; a dot's area is proportional to tokens decoded a second, down to a least size."""
+    """Draw size against Δ ln perplexity. A dot's area is proportional to decoded tokens/s, down to a least size."""
     errors = [row.delta_ln_ppl_stderr or 0 for row in rows]
     bottom = min(row.delta_ln_ppl - error for row, error in zip(rows, errors, strict=True))
     top = max(2 * _LINEAR, *(row.delta_ln_ppl + error for row, error in zip(rows, errors, strict=True)))
@@ -112,7 +112,7 @@ def tradeoff(rows: Sequence[Measured], labels: dict, language: str) -> str:
 
 
 def lines(title: str, series: Sequence[Line], x_axis: Axis, y_axis: Axis) -> str:
-    """Curves with their bands, named at their right ends."""
+    """Draw curves with their bands, and their names at the right ends."""
     names = [_short(line.name) for line in series]
     area = _area(x_axis, y_axis, WIDTH - 16 - _CHARACTER * max(map(len, names)))
     bands, curves = [], []
@@ -135,7 +135,7 @@ def lines(title: str, series: Sequence[Line], x_axis: Axis, y_axis: Axis) -> str
 
 
 def latency(rows: Sequence[Row], labels: dict, language: str) -> str:
-    """Decode time against context, of every row."""
+    """Draw decode time against context length for every row."""
     series = []
     for index, row in enumerate(rows):
         points = [(item.at, item.p50_ms) for item in row.decode]
@@ -149,7 +149,7 @@ def latency(rows: Sequence[Row], labels: dict, language: str) -> str:
 
 
 def layers(rows: Sequence[Row], labels: dict, language: str) -> str | None:
-    """Relative error of the keys against the layer; None where no row shows any."""
+    """Draw the relative error of the keys against the layer; None if no row has such an error."""
     shown = [(index, row.name, row.key_error) for index, row in enumerate(rows) if row.key_error and any(row.key_error)]
     if not shown:
         return None
@@ -172,7 +172,7 @@ def layers(rows: Sequence[Row], labels: dict, language: str) -> str | None:
 
 
 def _area(x_axis: Axis, y_axis: Axis, right: float) -> Area:
-    """With as much room on the left as the labels of the ticks need."""
+    """Place the axes, with as much room on the left as the tick labels of the y axis need."""
     return Area(x_axis, y_axis, 8 + _CHARACTER * max((len(label) for _, label in y_axis.ticks), default=1), right)
 
 
@@ -206,14 +206,14 @@ def _symlog_axis(title: str, low: float, high: float, language: str) -> Axis:
 
 
 def _log_axis(title: str, low: float, high: float, ticks: list[tuple[float, str]], margin: float = 0.0) -> Axis:
-    """From `low` to `high`, with a `margin` on both sides as a share of what lies between them."""
+    """Make a logarithmic axis from `low` to `high`. `margin` is the room on both sides, as a share of that span."""
     span = math.log(high / low) or 1.0
     whole = span * (1 + 2 * margin)
     return Axis(title, lambda value: (math.log(max(value, low) / low) + margin * span) / whole, ticks)
 
 
 def _steps(low: float, high: float, language: str) -> list[tuple[float, str]]:
-    """1, 2 and 5 times powers of ten between `low` and `high`; of ten alone where those are too many."""
+    """List 1, 2 and 5 times the powers of ten between `low` and `high`; the powers alone if there are too many."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     for factors in ((1, 2, 5), (1,)):
         ticks = [factor * 10.0**power for power in powers for factor in factors if low <= factor * 10.0**power <= high]
@@ -223,7 +223,7 @@ def _steps(low: float, high: float, language: str) -> list[tuple[float, str]]:
 
 
 def _frame(area: Area) -> str:
-    """Grid, ticks and titles; a tick whose label would touch the one before has none."""
+    """Draw grid, ticks and titles. A label that would touch the one before it is left out."""
     parts, clear = [], -math.inf
     bottom = HEIGHT - _BOTTOM
     for value, label in area.x_axis.ticks:
@@ -245,7 +245,10 @@ def _frame(area: Area) -> str:
 
 
 def _names(dots: list[Dot], taken: list[Box], plot: Box) -> list[str]:
-    """A name beside each dot within `plot`, as near to its height as is clear of the boxes `taken` and other names."""
+    """Draw a name beside each dot, as near to the dot's height as possible.
+
+    Where there is room, names are within `plot` and clear of the boxes `taken` and of each other.
+    """
     parts, taken = [], list(taken)
     steps = [0, *(sign * step for step in range(4, HEIGHT, 4) for sign in (-1, 1))]
     for dot in sorted(dots, key=lambda dot: dot.y):
@@ -269,7 +272,7 @@ def _names(dots: list[Dot], taken: list[Box], plot: Box) -> list[str]:
 
 
 def _apart(wanted: list[float]) -> list[float]:
-    """Heights near `wanted`, in their order, a line apart, within the plot as far as they fit."""
+    """Move the heights `wanted` a line apart, in their order and within the plot; closer if there are too many."""
     gap = min(_LINE, (HEIGHT - _BOTTOM - _TOP) / len(wanted))
     order = sorted(range(len(wanted)), key=wanted.__getitem__)
     placed = [0.0] * len(wanted)

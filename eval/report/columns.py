@@ -1,4 +1,4 @@
-"""The columns of every table of results, each defined once: title in English and Spanish, and how a row shows.
+"""The columns of every table of results, each defined once: its title in English and Spanish, and how it shows a row.
 
 The terminal, report.md, report.html, the sweep's pages and the model card choose from COLUMNS by key.
 """
@@ -47,12 +47,12 @@ def _delta(row: Measured, first: Measured, language: str) -> str:
 
 
 def _against(show: Callable[[Measured, str], str]) -> Callable:
-    """A figure that compares with the baseline: its own row shows nothing."""
+    """Show a figure that compares with the baseline. The baseline's own row shows nothing."""
     return lambda row, first, language: "" if row is first else show(row, language)
 
 
 def _timed(phase: Literal["prefill", "decode"]) -> Callable:
-    """`5.21 (3.42 ×)`: median in ms, and in brackets the speed-up."""
+    """Show a time as `5.21 (3.42 ×)`: the median in ms, and in brackets the speed-up over the baseline."""
 
     def show(row: Measured, first: Measured, language: str) -> str:
         timing = row.usual(phase)
@@ -69,7 +69,7 @@ def _llama_cpp(row: Row, first: Measured, language: str) -> str:
 COLUMNS = {
     "name": Column("artifact", "artefacto", lambda row, first, language: row.name),
     "size": Column("MB", "MB", _megabytes("bytes")),
-    # All files that inference needs, over those of the baseline: the one meaning of "× fp32" on every page.
+    # The ratio is of all files that inference needs, over those of the baseline. "× fp32" means this on every page.
     "ratio": Column("× {first}", "× {first}", _ratio("bytes")),
     "graph_size": Column("graph, MB", "grafo, MB", _megabytes("model_bytes")),
     "graph_ratio": Column("graph × {first}", "grafo × {first}", _ratio("model_bytes")),

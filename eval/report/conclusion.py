@@ -1,8 +1,9 @@
-"""What a report says, in plain sentences: which artifact for which need, and what each costs. Figures alone decide.
+"""Draw the conclusion of a report: which artifact for which need, and what each costs. Figures alone decide.
 
-An artifact is usable where it loses at most RUINED in ln perplexity. Beside the baseline, five are named: the smallest,
-the fastest in decode and in prefill, the one nearest to the baseline (least KL divergence), and the all-round one: of
-those that lose at most CLOSE by what was measured, the least product of size, decode and prefill time.
+An artifact is usable if its ln perplexity rises by at most RUINED. Besides the baseline, the best is named for five
+needs: the smallest, the fastest in decode, the fastest in prefill, the nearest to the baseline (least KL divergence),
+and the best all round. The last has the least size × decode time × prefill time among those whose measured ln
+perplexity rises by at most CLOSE.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ RUINED, CLOSE = 0.1, 0.005  # nats per token
 
 @dataclass(frozen=True)
 class Pick:
-    """The best `row` for a `need`. For speed, `level` names the rows that the spread of the rounds does not tell from it."""
+    """The best `row` for a `need`. For speed, `level` names the rows that may be as fast, given the rounds' spread."""
 
     need: str
     row: Row
@@ -26,7 +27,7 @@ class Pick:
 
 
 def picks(report: Report) -> list[Pick]:
-    """The best of the usable artifacts for each need; empty where the baseline is the only one."""
+    """Pick the best usable artifact for each need. The list is empty if only the baseline is usable."""
     usable = [row for row in report.artifacts[1:] if row.delta_ln_ppl <= RUINED and not row.is_torch]
     if not usable:
         return []
@@ -45,7 +46,7 @@ def picks(report: Report) -> list[Pick]:
 
 
 def _level(best: Timing, other: Timing) -> bool:
-    """Whether the spread of the rounds leaves it open which of two is faster."""
+    """Whether `other` may be as fast as `best`: its best round is no slower than the worst round of `best`."""
     return other.speedup_max >= best.speedup_min
 
 
@@ -54,7 +55,7 @@ def _cost(row: Row) -> float:
 
 
 def conclusion(report: Report, language: str) -> list[str]:
-    """Sentences in `language` (en, es), a paragraph each."""
+    """Write the conclusion in `language` (en, es). Each item is a paragraph."""
     say = _ES if language == "es" else _EN
     first, *others = report.artifacts
     found = picks(report)
@@ -105,12 +106,12 @@ def _facts(pick: Pick, first: Row, language: str, say: dict) -> dict[str, str]:
 
 
 def _nats(value: float, language: str) -> str:
-    """Five decimals as in the table; of less than they show, two significant figures; a plain 0 of none."""
+    """Format `value` with five decimals, as in the table. Smaller values get two significant figures, and 0 stays 0."""
     return number(value, 5, language) if value >= 1e-5 else significant(value, 2 if value else 1, language)
 
 
 def _quality(row: Row, language: str, say: dict) -> str:
-    """What the row loses, and whether that is more than the sampling error: two standard errors."""
+    """Say how much perplexity changes, and whether that is within the sampling error of two standard errors."""
     cost, stderr = math.expm1(row.delta_ln_ppl), row.delta_ln_ppl_stderr
     if row.delta_ln_ppl == 0:
         return say["cost none"]

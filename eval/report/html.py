@@ -1,4 +1,4 @@
-"""report.html: one file that needs no other and no network, for a phone as for a screen, in light and dark."""
+"""Render report.html: one file that needs no other file and no network, for phones and screens, light and dark."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _TEMPLATES = Path(__file__).resolve().parent / "templates"
 
 
 def render(report: Report, language: str = "en") -> str:
-    """The page of `report` in `language`, en or es. Whatever the report says is escaped."""
+    """Render the page of `report` in `language`, en or es. All text from the report is escaped."""
     labels, rows, first = LABELS[language], report.artifacts, report.baseline
     layers = charts.layers(rows, labels, language)
     template = environment(_TEMPLATES).get_template("report.html.j2")
@@ -47,19 +47,19 @@ def render(report: Report, language: str = "en") -> str:
 
 
 def _kind(row: Row) -> str:
-    """The class that a row of the table is drawn with."""
+    """The CSS class of a row of the table."""
     return "ruined" if row.delta_ln_ppl > RUINED else "torch" if row.is_torch else ""
 
 
 def _emphasis(text: str) -> Markup:
-    """The conclusion's own `**` and backticks as HTML, figures kept with their units; all else escaped."""
+    """Turn the `**` and backticks of the conclusion into HTML, keep figures beside their units, and escape all else."""
     whole = re.sub(r"(?<=\d) (?=%|MB|ms|nats)| (?=±)|(?<=±) ", "\N{NO-BREAK SPACE}", text)
     safe = re.sub(r"\*\*(.+?)\*\*", r"<strong>\1</strong>", escape(whole))
     return Markup(re.sub(r"`(.+?)`", r"<code>\1</code>", safe))
 
 
 def _texts(report: Report) -> list[tuple[str, Markup]]:
-    """Each continuation once, with the names of all rows that wrote it."""
+    """List each continuation once, with the names of all rows that wrote it."""
     names: dict[str, list[str]] = {}
     for row in report.artifacts:
         names.setdefault(row.continuation, []).append(row.name)
@@ -68,7 +68,7 @@ def _texts(report: Report) -> list[tuple[str, Markup]]:
 
 
 def _marked(baseline: str, text: str) -> Markup:
-    """`text` with the words marked that `baseline` has not at their place."""
+    """Mark the words of `text` that differ from those of `baseline`."""
     theirs, ours = (re.findall(r"\s*\S+|\s+$", value) for value in (baseline, text))
     out = []
     for action, _, _, begin, end in difflib.SequenceMatcher(None, theirs, ours, autojunk=False).get_opcodes():

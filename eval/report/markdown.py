@@ -1,4 +1,4 @@
-"""report.md and the table on the terminal."""
+"""Write report.md and the table on the terminal."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from cuantiza.eval.report.wording import LABELS, METHOD
 
 
 def print_table(report: Report, language: str = "en") -> None:
-    """The table on standard output."""
+    """Print the table on standard output."""
     first, labels = report.baseline, LABELS[language]
     facts = {"cpu": report.machine.cpu, "threads": report.machine.threads, "rounds": report.rounds, "first": first.name}
     caption = labels["caption"].format(**facts, onnxruntime=report.versions.get("onnxruntime", "?"))
@@ -22,7 +22,7 @@ def print_table(report: Report, language: str = "en") -> None:
 
 
 def markdown(report: Report, language: str = "en") -> str:
-    """report.md in `language`."""
+    """The text of report.md in `language`."""
     first, rows, labels = report.baseline, report.artifacts, LABELS[language]
     shapes = table(["", *_shape_titles(first)], [[escape(row.name), *_shapes(row, language)] for row in rows])
     prompt = escape(report.prompt)
@@ -62,7 +62,7 @@ def _shape_titles(first: Row) -> list[str]:
 
 
 def _shapes(row: Row, language: str) -> list[str]:
-    """Median and 90th percentile of every shape."""
+    """The median and 90th percentile in ms of every shape (prefill length or decode position)."""
     timings = (*row.prefill, *row.decode)
     return [f"{number(item.p50_ms, 2, language)} / {number(item.p90_ms, 2, language)}" for item in timings]
 
@@ -73,7 +73,7 @@ def _modules(row: Row, language: str) -> str:
 
 
 def summary(report: Report, language: str) -> str:
-    """What was scored, in a line."""
+    """Say in one line which text was scored."""
     corpus, labels = report.corpus, LABELS[language]
     return (
         f"{number(report.baseline.tokens_scored, 0, language)} {labels['tokens_scored']} · {corpus.documents} {labels['of']} "
@@ -82,7 +82,7 @@ def summary(report: Report, language: str) -> str:
 
 
 def protocols(report: Report, language: str) -> list[str]:
-    """How the perplexities of the table of other protocols are computed, in sentences."""
+    """Say how the perplexities in the table of other protocols are computed."""
     labels, llama = LABELS[language], report.baseline.llama_cpp
     notes = [labels["protocols_note"].format(documents=report.corpus.documents, window=report.corpus.window_tokens)]
     if llama is not None:
@@ -92,13 +92,13 @@ def protocols(report: Report, language: str) -> list[str]:
 
 
 def method(report: Report, language: str) -> list[str]:
-    """How it was measured, a paragraph each."""
+    """Say how the figures were measured. Each item is a paragraph."""
     facts = {"window": report.corpus.window_tokens, "first": report.baseline.name, "rounds": report.rounds}
     return [line.format(**facts, threads=report.machine.threads) for line in METHOD[language]]
 
 
 def surroundings(report: Report, language: str) -> list[tuple[str, str]]:
-    """(term, value) of the machine, the text and the versions."""
+    """List the machine, the text and the versions as pairs (term, value)."""
     machine, corpus, labels = report.machine, report.corpus, LABELS[language]
     return [
         (labels["processor"], machine.cpu),

@@ -1,4 +1,4 @@
-"""report.json, read from any place: every field is checked, and an error is one line that names file and field."""
+"""Read a report.json from anywhere: every field is checked, and an error is one line that names file and field."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ _LARGEST_BYTES = 2**28
 
 
 def read_report(path: Path) -> Report:
-    """The report at `path`, a report.json or the folder that holds one.
+    """Read the report at `path`: a report.json, or the folder that holds one.
 
-    Raises UserError where there is none, or where a field is missing or has another type than in `Report`.
+    Raises UserError if there is none, or if a field is missing or has another type than in `Report`.
     """
     path = path / REPORT if path.is_dir() else path
     try:
@@ -32,7 +32,7 @@ def read_report(path: Path) -> Report:
 
 
 def _what(error: ValidationError) -> str:
-    """The first fault in a report, such as `artifacts[1].bytes is '7': input should be a valid integer`."""
+    """Describe the first fault in a report, such as `artifacts[1].bytes is '7': input should be a valid integer`."""
     first = error.errors(include_url=False, include_context=False)[0]
     message = first["msg"][0].lower() + first["msg"][1:]
     if first["type"] == "json_invalid":
@@ -47,11 +47,11 @@ def _what(error: ValidationError) -> str:
 
 
 def field(parts: tuple[str | int, ...]) -> str:
-    """("artifacts", 1, "bytes") as artifacts[1].bytes"""
+    """Write the place of a field, such as ("artifacts", 1, "bytes"), as artifacts[1].bytes."""
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts).removeprefix(".")
 
 
 def shown(value: object) -> str:
-    """A value of a report, short, on one line, and without characters that a terminal acts on."""
+    """Show a value of a report: short, on one line, and without characters that a terminal acts on."""
     text = reprlib.repr(value) if isinstance(value, dict | list) else str(value)
     return ascii(text[:40])

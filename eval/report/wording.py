@@ -1,4 +1,4 @@
-"""Words of the report's pages, in English and Spanish. Titles of columns are in columns.py."""
+"""The words of the report's pages, in English and Spanish. The titles of columns are in columns.py."""
 
 from __future__ import annotations
 

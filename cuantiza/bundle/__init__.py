@@ -1,1 +1,1 @@
-"""A folder as the Hugging Face Hub and its tools expect it."""
+"""Makes a folder in the layout that the Hugging Face Hub and its tools expect."""

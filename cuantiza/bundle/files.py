@@ -17,7 +17,7 @@ from cuantiza.core.store.artifact import Artifact
 # transformers.js finds a graph by its dtype's name (src/utils/dtypes.js there). In the browser its default is q8.
 DTYPES = {"fp32": "fp32", "int8-dynamic": "q8", "int8-static": "int8", "int4-weight": "q4", "fp16": "fp16"}
 _SUFFIXES = {"fp32": "", "q8": "_quantized", "int8": "_int8", "q4": "_q4", "fp16": "_fp16"}
-# optimum looks only for the file name of this one by default, in any folder below the model's.
+# By default, optimum looks only for the file name of this recipe, in any folder below the model's.
 FIRST = "fp32"
 
 

@@ -1,4 +1,4 @@
-"""What every page is made of: Markdown tables, escaped text, wrapped prose, numbers by language, templates."""
+"""The parts that pages are made of: Markdown tables, escaped text, wrapped prose, numbers by language, templates."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ _Task = TypeVar("_Task", bound=Task)
 
 @dataclass(frozen=True)
 class Settings:
-    """How to measure. The fields are options of `python -m eval`, but `shard`: the tokens to score per task.
+    """How to measure. The fields are options of `cuantiza eval`, except `shard`, the tokens to score per task.
 
     A task scores whole documents, so it may have somewhat more tokens than `shard`.
     """

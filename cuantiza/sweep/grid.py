@@ -70,7 +70,7 @@ def read_grid(models: list[str], recipes: list[str], corpora: list[str]) -> Grid
 
 
 def _by_name(option: str, given: list[str], found: list[tuple[str, T]]) -> dict[str, T]:
-    """`found` by name, without repetitions. Raises UserError if `given` is empty, or two different ones have one name."""
+    """Index `found` by name, without repetitions. Raises UserError if `given` is empty or one name has two meanings."""
     if not given:
         raise UserError(f"{option}=: is empty; give one or more names, with spaces between them")
     named: dict[str, T] = {}

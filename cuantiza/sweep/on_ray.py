@@ -229,7 +229,7 @@ class OnRay:
         return ray.wait(list(self._running), num_returns=1, timeout=1)[0]
 
     def _result(self, ref: ray.ObjectRef, attempt: _Try) -> tuple[Done, str | None]:
-        """(how a try ended, what died if that was the reason for its end)."""
+        """Return (how a try ended, what died if that ended it, else None)."""
         try:
             value, error, seconds, where = ray.get(ref)
         except RayTaskError as problem:

@@ -54,9 +54,9 @@ def end_tokens(folder: Path) -> frozenset[int]:
 
 
 def max_positions(config: dict[str, Any]) -> int:
-    """The longest sequence, in tokens, that the model takes by the fields `config` of its config.json.
+    """The longest sequence, in tokens, that the model takes according to `config`, the fields of its config.json.
 
-    1024 if no field tells: the smallest default of the model types that may leave it out.
+    If no field says so, it is 1024, the smallest default of the model types that may leave the field out.
     """
     given = (config[key] for key in _POSITIONS if isinstance(config.get(key), int) and config[key] > 0)
     return next(given, 1024)

@@ -43,7 +43,7 @@ def load(path: Path) -> ir.Model:
 
 
 def check(path: Path) -> None:
-    """Raise UserError where `load` would, and load nothing."""
+    """Raise UserError if `load` would, and return nothing, so that a child process has nothing to send back."""
     load(path)
 
 
@@ -115,7 +115,7 @@ def save(model: ir.Model, folder: Path) -> None:
         for name, tensor in weights.items()
     }
     total = len(graph) + sum(len(frame(GRAPH_INITIALIZER, length)) + length for length in lengths.values())
-    # Under another name first, because the weights may be memory-mapped from the file that is replaced.
+    # It is written under another name first, because weights may be memory-mapped from the file that is replaced.
     new = folder / ".tmp-model.onnx"
     with new.open("wb") as file:
         file.write(skeleton.SerializeToString(deterministic=True))

@@ -1,6 +1,6 @@
-"""genai_config.json, by which onnxruntime-genai, ONNX Runtime's own generation loop, loads an artifact.
+"""Make genai_config.json, with which onnxruntime-genai (ONNX Runtime's own generation loop) can load an artifact.
 
-Its tokenizer comes from tokenizer.json and tokenizer_config.json, which every artifact has.
+onnxruntime-genai reads the tokenizer from tokenizer.json and tokenizer_config.json, which every artifact has.
 """
 
 from __future__ import annotations

@@ -175,9 +175,7 @@ def test_plan() -> None:
 
 @pytest.mark.parametrize("options", [["--only", "kill"], ["--only", "rain/3"], ["--moments", "0"], ["--jobs", "-1"]])
 def test_bad_options(options: list[str]) -> None:
-    done = subprocess.run(
-        [sys.executable, "lab/faults/__main__.py", *options], cwd=ROOT, capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "-m", "lab.faults", *options], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith(f"error: {options[0]} {options[1]}: ")
 
 

@@ -30,7 +30,7 @@ DOCS = ROOT / "docs"
 MATRIX = json.loads((DOCS / "data" / "runtimes.json").read_text(encoding="utf-8"))
 CLAIMS = {(cell["recipe"], cell["runtime"]): cell for cell in MATRIX["cells"]}
 MADE = ("fp32-ort", "int8-dynamic")
-# Not openvino-default, whose precision is that of the processor. tests/lab/test_js_runtimes.py runs Node and the browser on more.
+# Not openvino-default, whose precision is that of the processor. tests/lab/matrix/test_js_runtimes.py runs Node and the browser on more.
 CASES = [(name, recipe) for name in ("ort", "genai", "openvino", "reference") for recipe in ("fp32", *MADE)]
 CASES += [(name, recipe) for name in ("optimum", "transformers") for recipe in MADE]
 CASES += [("node", "int8-dynamic"), ("web", "int8-dynamic")]

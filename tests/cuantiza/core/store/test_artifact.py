@@ -260,7 +260,7 @@ def test_an_error_while_replacing_leaves_the_old_one(built: Path, monkeypatch: p
 
 PUBLISH_WITHOUT_END = """
 import os, sys
-sys.path[:0] = ["tests/cuantiza/core", "tests", "."]
+sys.path[:0] = ["tests/cuantiza/core/store", "tests", "."]
 from pathlib import Path
 from test_artifact import CONTENT, NEW, build
 while os.fork():  # every round is a fork, as importing takes longer than a round

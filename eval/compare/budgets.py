@@ -53,7 +53,7 @@ def read_budgets(path: Path | None = None) -> Budgets:
     except FileNotFoundError:
         raise UserError(f"{path}: does not exist; name the file of the budgets by --budgets") from None
     except (ValueError, RecursionError) as error:  # errors of TOML and of UTF-8 are ValueErrors
-        raise UserError(f"{path}: is no TOML ({error}); see docs/compare.md") from None
+        raise UserError(f"{path}: is not TOML ({error}); see docs/compare.md") from None
     own = fields.pop("recipes", {})
     if not isinstance(own, dict) or not all(isinstance(item, dict) for item in own.values()):
         raise UserError(f"{path}: [recipes.NAME] holds a recipe's budgets; see docs/compare.md")
@@ -68,7 +68,7 @@ def _shares(path: Path, prefix: str, fields: dict) -> dict[str, float]:
     """Convert `fields` to the units of Budget. Raises UserError if one is unknown or not a number from 0 on."""
     for key, value in fields.items():
         if key not in _UNITS:
-            raise UserError(f"{path}: {prefix}{key} is no budget; there are {', '.join(_UNITS)}")
+            raise UserError(f"{path}: {prefix}{key} is not a budget; there are {', '.join(_UNITS)}")
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
             raise UserError(f"{path}: {prefix}{key} is {str(value)[:40]!r}; give a number of {_UNITS[key]} from 0 on")
     return {key: value / 100 if _UNITS[key] == "percent" else float(value) for key, value in fields.items()}

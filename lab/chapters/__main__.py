@@ -112,7 +112,7 @@ def _measure(found: dict[str, artifact.Artifact], report: dict) -> dict:
 
 
 def read_report(path: Path) -> dict:
-    """Read a report.json that has all of ROWS. Raises UserError if it is missing, is no report, or lacks a row."""
+    """Read a report.json that has all of ROWS. Raises UserError if it is missing, is not a report, or lacks a row."""
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
         names = [row["name"] for row in report["artifacts"]]

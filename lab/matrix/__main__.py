@@ -52,7 +52,7 @@ def main() -> int:
         "--threads", type=int, default=default_threads(), help="threads of every runtime (default: all)"
     )
     parser.add_argument("--output", type=Path, default=Path("docs"), help="folder of the page (default docs)")
-    parser.add_argument("--reprint", action="store_true", help="run nothing: print the page anew from its JSON")
+    parser.add_argument("--reprint", action="store_true", help="run nothing: print the page again from its JSON")
     add_corpus(parser)
     args = parser.parse_args()
     if args.reprint:
@@ -118,7 +118,7 @@ def reprint(output: Path) -> int:
     path = output / JSON
     result = _read(path)
     if not isinstance(result, dict) or result.get("schema") != SCHEMA:
-        raise UserError(f"{path}: is no matrix of runtimes ({SCHEMA}); make it with `make runtimes`")
+        raise UserError(f"{path}: is not a matrix of runtimes ({SCHEMA}); make it with `make runtimes`")
     publish(result, output)
     return 0
 
@@ -134,7 +134,7 @@ def _read(path: Path) -> dict:
     except FileNotFoundError:
         raise UserError(f"{path}: is not there; make it with `make runtimes`") from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: is no JSON ({error}); make it anew") from None
+        raise UserError(f"{path}: is not JSON ({error}); make it again") from None
 
 
 if __name__ == "__main__":

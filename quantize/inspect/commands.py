@@ -103,15 +103,15 @@ def histogram(arguments: Sequence[str] | None = None) -> int:
         raise UserError(
             f"--recipe {args.recipe}: has no fixed ranges, so no histogram; take one that has them, such as int8-static"
         )
-    found, account = _work(args, observe, recipe, args.tensor)
+    found, details = _work(args, observe, recipe, args.tensor)
     if found.low == found.high:
         raise UserError(f"--tensor {args.tensor}: all its elements are 0 on this corpus; there is no range to choose")
     ranges = tables.ranges_of(found)
     title = f"{model_name(args.model)}, {name}: input of {args.tensor}"
     show(tables.histogram_table(found, ranges[plan.ranges], f"{title}, as smoothing left it"))
-    show(tables.ranges_table(ranges, plan.ranges, account))
+    show(tables.ranges_table(ranges, plan.ranges, details))
     if args.plot is not None:
-        plots.plot_histogram(found, ranges, plan.ranges, account, title, args.plot)
+        plots.plot_histogram(found, ranges, plan.ranges, details, title, args.plot)
         report(f"quantize  {args.plot}: written")
     return 0
 

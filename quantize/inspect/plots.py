@@ -34,7 +34,7 @@ def check_path(path: Path) -> None:
     if path.suffix not in SUFFIXES:
         raise UserError(f"--plot {path}: ends in none of {', '.join(SUFFIXES)}; choose one, such as {path.stem}.svg")
     if not path.parent.is_dir():
-        raise UserError(f"--plot {path}: {path.parent} is no folder; make it first, or choose another place")
+        raise UserError(f"--plot {path}: {path.parent} is not a folder; make it first, or choose another place")
     if path.is_dir():
         raise UserError(f"--plot {path}: is a folder; give the name of a file")
 
@@ -73,12 +73,12 @@ def plot_sensitivity(found: Sensitivity, title: str, path: Path) -> None:
 
 
 def plot_histogram(
-    histogram: Histogram, ranges: dict[str, Range], chosen: str, account: dict, title: str, path: Path
+    histogram: Histogram, ranges: dict[str, Range], chosen: str, details: dict, title: str, path: Path
 ) -> None:
     """Draw the elements of a histogram, the weight of their errors, and both ends of every range.
 
     Each bin is 1/256 of the full range, and the counts are on a logarithmic axis. `ranges` has the range of each method
-    by its name; that of the method `chosen` stands out. `account` is what a manifest says of the layer.
+    by its name; that of the method `chosen` stands out. `details` is what a manifest says of the layer.
     """
     figure = _figure(9, 5)
     axes = figure.subplots()
@@ -97,7 +97,7 @@ def plot_histogram(
             label = None  # one entry of the legend for both ends
     axes.set_yscale("log")
     axes.set_ylim(bottom=0.5)  # a single element still shows
-    channels = account.get("float_channels")
+    channels = details.get("float_channels")
     without = f", without {len(channels)} channels computed in float" if channels else ""
     axes.set_xlabel(f"value of the input as smoothing left it (no unit){without}")
     axes.set_ylabel(f"elements per bin of {edges[1] - edges[0]:.3g}")

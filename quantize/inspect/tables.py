@@ -93,10 +93,10 @@ def histogram_table(histogram: Histogram, chosen: Range, title: str) -> Table:
     return table
 
 
-def ranges_table(ranges: dict[str, Range], chosen: str, account: dict) -> Table:
+def ranges_table(ranges: dict[str, Range], chosen: str, details: dict) -> Table:
     """Build the table with a line for every method of `ranges`, the `chosen` one marked.
 
-    `account` is what a manifest says of the linear layer.
+    `details` is what a manifest says of the linear layer.
     """
     table = new_table("ranges (→ chosen by the recipe)")
     table.add_column("method")
@@ -107,10 +107,10 @@ def ranges_table(ranges: dict[str, Range], chosen: str, account: dict) -> Table:
         shares = [percent(found.clipped), percent(found.clipped_weight)]
         table.add_row(("→ " if method == chosen else "  ") + method, *values, str(found.zero_point), *shares)
     table.caption = (
-        f"Weight: of an element's error in the matmul. Smoothing exponent: {account.get('alpha')}. "
-        f"Relative error of the matmul with the chosen range: {account['relative_error']:.3g}."
+        f"Weight: of an element's error in the matmul. Smoothing exponent: {details.get('alpha')}. "
+        f"Relative error of the matmul with the chosen range: {details['relative_error']:.3g}."
     )
-    if channels := account.get("float_channels"):
+    if channels := details.get("float_channels"):
         table.caption += f" Without the channels {', '.join(map(str, channels))}, which are computed in float."
     return table
 

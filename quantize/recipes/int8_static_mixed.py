@@ -73,11 +73,11 @@ class MixedStaticInt8:
             with folders.staging(work / "gauge") as folder:
                 gauge = Gauge(parent / artifact.MODEL, windows[::EVERY], folder)
                 kept, effect = within_budget(model, decisions, quantize_static, gauge, self.max_delta_ln_ppl)
-            account = {
+            details = {
                 "max_delta_ln_ppl": self.max_delta_ln_ppl,
                 "measured_on_calibration": asdict(effect),
                 "kept_in_float": {name: asdict(alone) for name, alone in kept.items()},
             }
-            return {name: found for name, found in decisions.items() if name not in kept}, {"mixed": account}
+            return {name: found for name, found in decisions.items() if name not in kept}, {"mixed": details}
 
         return write_quantized(self, parent, work, split, leave_in_float) | SESSION_OPTIONS

@@ -58,16 +58,18 @@ def get_recipe(name: str) -> tuple[str, Recipe]:
         return name, RECIPES[name]
     path = Path(name)
     if path.suffix != ".json":
-        raise UserError(f"RECIPES={name}: is no recipe; choose from {', '.join(RECIPES)}, or give a .json file of one")
+        raise UserError(
+            f"RECIPES={name}: is not a recipe; choose from {', '.join(RECIPES)}, or give a .json file of one"
+        )
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
         label, fields = (str(fields["name"]), fields["recipe"]) if "recipe" in fields else (path.stem, fields)
         if label in ("", "fp32") or label.startswith(".") or Path(label).name != label:
-            raise ValueError(f"{label!r} is no name for its artifact")
+            raise ValueError(f"{label!r} is not a name for its artifact")
         return label, from_json(fields)
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
-            f"RECIPES={name}: is no recipe ({error}); start from `cuantiza recipes --json int8-static`"
+            f"RECIPES={name}: is not a recipe ({error}); start from `cuantiza recipes --json int8-static`"
         ) from None
 
 
@@ -91,7 +93,7 @@ def _read(kind: type, value: object, place: str) -> typing.Any:
         hints = typing.get_type_hints(kind)
         if not isinstance(value, dict) or (unknown := sorted(value.keys() - hints.keys())):
             raise ValueError(
-                f"{place} has no {', '.join(unknown)}" if isinstance(value, dict) else f"{place} is no object"
+                f"{place} has no {', '.join(unknown)}" if isinstance(value, dict) else f"{place} is not an object"
             )
         return kind(**{key: _read(hints[key], item, key) for key, item in value.items()})
     if origin is types.UnionType:
@@ -103,7 +105,7 @@ def _read(kind: type, value: object, place: str) -> typing.Any:
         return value
     if origin is tuple:
         if not isinstance(value, list):
-            raise ValueError(f"{place} is no list")
+            raise ValueError(f"{place} is not a list")
         return tuple(_read(arguments[0], item, place) for item in value)
     accepted = (int, float) if kind is float else kind
     if not isinstance(value, accepted) or isinstance(value, bool) != (kind is bool):

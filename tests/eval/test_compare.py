@@ -356,15 +356,15 @@ def test_budgets_of_a_recipe_that_is_not_there_are_named(written, compare, tmp_p
 @pytest.mark.parametrize(
     "text, fragments",
     [
-        ("quality = ", ("is no TOML",)),
+        ("quality = ", ("is not TOML",)),
         ("quality = 0.1\nsize = 1", ("names no latency", "percent")),
         ("quality = -1\nsize = 1\nlatency = 1", ("quality is '-1'", "nats")),
         ("quality = nan\nsize = 1\nlatency = 1", ("quality is 'nan'",)),
         ("quality = true\nsize = 1\nlatency = 1", ("quality is 'True'",)),
         ("quality = 1\nsize = '1'\nlatency = 1", ("size is '1'", "percent")),
         ("quality = 1\nsize = 1\nlatency = inf", ("latency is 'inf'",)),
-        ("quality = 1\nsize = 1\nlatency = 1\nspeed = 1", ("speed is no budget",)),
-        ("quality = 1\nsize = 1\nlatency = 1\n[recipes.a]\nsiz = 1", ("recipes.a.siz is no budget",)),
+        ("quality = 1\nsize = 1\nlatency = 1\nspeed = 1", ("speed is not a budget",)),
+        ("quality = 1\nsize = 1\nlatency = 1\n[recipes.a]\nsiz = 1", ("recipes.a.siz is not a budget",)),
         ("quality = 1\nsize = 1\nlatency = 1\nrecipes = 3", ("[recipes.NAME]",)),
     ],
 )

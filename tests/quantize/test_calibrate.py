@@ -350,8 +350,8 @@ def test_min_max_holds_what_the_calibration_showed(windows, tmp_path):
         "h.0.ln_1.bias"
     )
     decisions = decide(model, windows, StaticInt8("nearest", (), "min-max", 0, LITTLE).plan(), tmp_path)
-    account = decisions["h.0.attn.c_attn"].details
-    assert account["low"] == pytest.approx(x.min(), rel=1e-4) and account["high"] == pytest.approx(x.max(), rel=1e-4)
+    found = decisions["h.0.attn.c_attn"].details
+    assert found["low"] == pytest.approx(x.min(), rel=1e-4) and found["high"] == pytest.approx(x.max(), rel=1e-4)
     assert len(decisions) == 25 and not any(len(decision.float_channels) for decision in decisions.values())
 
 

@@ -186,10 +186,10 @@ def known():
 
 @pytest.mark.parametrize("suffix, start", [(".svg", b"<?xml"), (".png", b"\x89PNG\r\n"), (".pdf", b"%PDF-")])
 def test_a_figure_is_of_the_kind_that_its_name_says(known, tmp_path, suffix, start):
-    account = {"float_channels": [3, 5]}
+    details = {"float_channels": [3, 5]}
     first, second = (tmp_path / f"{name}{suffix}" for name in ("first", "second"))
     for path in (first, second, second):  # an existing file is replaced
-        plots.plot_histogram(known, tables.ranges_of(known), "mse", account, "known", path)
+        plots.plot_histogram(known, tables.ranges_of(known), "mse", details, "known", path)
     assert first.read_bytes().startswith(start) and first.read_bytes() == second.read_bytes()
     assert sorted(tmp_path.iterdir()) == [first, second]
 
@@ -217,7 +217,7 @@ def test_shares_that_a_range_clips(known):
         (("histogram", "--tensor", "lm_head", "--recipe", "int8-dynamic"), ("int8-dynamic", "no fixed ranges")),
         (("histogram", "--tensor", "lm_head", "--recipe", "ort-static"), ("ort-static", "no fixed ranges")),
         (("histogram", "--tensor", "h.1.mlp.cproj"), ("h.1.mlp.cproj", "25 linear layers", "h.1.mlp.c_proj")),
-        (("histogram", "--tensor", "lm_head", "--plot", "nowhere/figure.svg"), ("nowhere", "no folder")),
+        (("histogram", "--tensor", "lm_head", "--plot", "nowhere/figure.svg"), ("nowhere", "not a folder")),
         (("histogram", "--tensor", "lm_head", "--model", "other"), ("fp32", "make export")),
     ],
 )

@@ -105,9 +105,9 @@ def run(tmp_path, monkeypatch):
         ('{"type": ["StaticInt8"]}', []),
         ('{"type": "StaticInt8", "range": "mse", "alpha": 1}', ["recipe has no alpha, range"]),
         ('{"type": "StaticInt8", "calibration": {"windos": 9}}', ["calibration has no windos"]),
-        ('{"type": "StaticInt8", "calibration": 9}', ["calibration is no object"]),
+        ('{"type": "StaticInt8", "calibration": 9}', ["calibration is not an object"]),
         ('{"type": "StaticInt8", "ranges": "best"}', ["ranges is 'best'", "min-max, percentile, entropy, mse"]),
-        ('{"type": "StaticInt8", "smoothing": 0.5}', ["smoothing is no list"]),
+        ('{"type": "StaticInt8", "smoothing": 0.5}', ["smoothing is not a list"]),
         ('{"type": "StaticInt8", "smoothing": ["0.5"]}', ["smoothing is '0.5', not float"]),
         ('{"type": "StaticInt8", "smoothing": [NaN]}', ["smoothing has nan", "from 0 to 1"]),
         ('{"type": "DynamicInt8", "smoothing": [-8]}', ["smoothing has -8", "from 0 to 1"]),
@@ -127,9 +127,9 @@ def run(tmp_path, monkeypatch):
         ('{"type": "WeightOnly", "bits": 4, "block": 64, "symmetric": 1}', ["symmetric is 1, not bool"]),
         ('{"type": "Half", "dtype": "fp8"}', ["dtype is 'fp8'; choose from fp16, bf16"]),
         ('{"recipe": {"type": "StaticInt8"}}', ["'name'"]),
-        ('{"recipe": {"type": "StaticInt8"}, "name": "../fp32"}', ["'../fp32' is no name"]),
-        ('{"recipe": {"type": "StaticInt8"}, "name": "fp32"}', ["'fp32' is no name"]),
-        ('{"recipe": {"type": "StaticInt8"}, "name": ""}', ["'' is no name"]),
+        ('{"recipe": {"type": "StaticInt8"}, "name": "../fp32"}', ["'../fp32' is not a name"]),
+        ('{"recipe": {"type": "StaticInt8"}, "name": "fp32"}', ["'fp32' is not a name"]),
+        ('{"recipe": {"type": "StaticInt8"}, "name": ""}', ["'' is not a name"]),
     ],
 )
 def test_files_that_are_no_recipe(text, fragments, run, tmp_path):
@@ -138,7 +138,7 @@ def test_files_that_are_no_recipe(text, fragments, run, tmp_path):
     with pytest.raises(UserError) as error:
         run("--recipes", path)
     line = str(error.value)
-    assert line.startswith(f"RECIPES={path}: is no recipe (") and "\n" not in line and len(line) < 500
+    assert line.startswith(f"RECIPES={path}: is not a recipe (") and "\n" not in line and len(line) < 500
     assert line.endswith("start from `cuantiza recipes --json int8-static`")
     assert all(fragment in line for fragment in fragments), line
     assert not (tmp_path / "artifacts").exists()
@@ -149,14 +149,14 @@ def test_a_missing_file_and_an_unknown_name(tmp_path):
         assert_user_error(stage("quantize", "--output", tmp_path, "--recipes", path), f"RECIPES={path}", fragment)
     assert_user_error(stage("quantize", "--output", tmp_path, "--recipes", "int7"), "RECIPES=int7", "int8-dynamic")
     (tmp_path / "folder.json").mkdir()
-    with pytest.raises(UserError, match=r"folder\.json: is no recipe \(.*[Dd]irectory"):
+    with pytest.raises(UserError, match=r"folder\.json: is not a recipe \(.*[Dd]irectory"):
         get_recipe(str(tmp_path / "folder.json"))
     assert_nothing_published(tmp_path)
 
 
 def test_a_recipe_may_not_take_the_place_of_the_original_or_of_another(run, tmp_path):
     (tmp_path / "fp32.json").write_text('{"type": "StaticInt8"}')
-    with pytest.raises(UserError, match="'fp32' is no name for its artifact"):
+    with pytest.raises(UserError, match="'fp32' is not a name for its artifact"):
         run("--recipes", tmp_path / "fp32.json")
     (tmp_path / "int8-static.json").write_text('{"type": "StaticInt8", "float_channels": 0}')
     with pytest.raises(UserError, match="another recipe is named int8-static too"):
@@ -190,5 +190,5 @@ def test_a_manifest_is_a_recipe_that_gives_the_same_bytes(exported, tiny_folder,
 
 
 def test_the_exports_own_manifest_is_no_recipe(es_mini_fp32, run):
-    with pytest.raises(UserError, match=r"fp32/manifest\.json: is no recipe"):
+    with pytest.raises(UserError, match=r"fp32/manifest\.json: is not a recipe"):
         run("--recipes", es_mini_fp32.path / "manifest.json")

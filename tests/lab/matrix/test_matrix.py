@@ -279,7 +279,7 @@ def test_bad_options_are_one_line(tmp_path):
     assert_user_error(stage("lab.matrix", "--reprint", "--output", tmp_path), "runtimes.json", "make runtimes")
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "runtimes.json").write_text('{"schema": "other"}')
-    assert_user_error(stage("lab.matrix", "--reprint", "--output", tmp_path), "is no matrix of runtimes")
+    assert_user_error(stage("lab.matrix", "--reprint", "--output", tmp_path), "is not a matrix of runtimes")
     assert not (tmp_path / "runtimes.md").exists()
 
 

@@ -54,7 +54,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.artifacts.resolve() == args.output.resolve():
         raise UserError(f"--output {args.output}: is the folder of the artifacts; choose another one (REPORTS=)")
     if not folder.is_dir():
-        raise UserError(f"{folder}: is not there; run `make export quantize` first")
+        raise UserError(
+            f"{folder}: is not there; run `make export quantize`, or `cuantiza export` and `cuantiza quantize`, first"
+        )
     report = evaluate(
         [folder / name for name in args.recipes],
         corpus=source_of(args),

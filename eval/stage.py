@@ -126,7 +126,9 @@ def _same_checkpoint(spec: str, exported: Artifact) -> Path:
     folder = resolve_model(spec).folder
     made_from = exported.manifest.inputs.get("checkpoint")  # only the manifest of an fp32 artifact has it
     if made_from not in (None, checkpoint_digest(folder)):
-        raise UserError(f"MODEL={spec}: has changed since {exported.path} was exported; run `make export` again")
+        raise UserError(
+            f"MODEL={spec}: has changed since {exported.path} was exported; run `make export` or `cuantiza export` again"
+        )
     return folder
 
 

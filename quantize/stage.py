@@ -61,7 +61,7 @@ def opened(fp32: Path, held: Path | None = None) -> Iterator[Artifact]:
     Raises UserError if the artifact does not exist or is damaged.
     """
     if not fp32.is_dir():
-        raise UserError(f"{fp32}: is not there; run `make export` first")
+        raise UserError(f"{fp32}: is not there; run `make export` or `cuantiza export` first")
     with folders.locked(held or fp32.parent):
         yield artifact.open_artifact(fp32)
 

@@ -37,7 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     name = model_name(args.model)
     source, path = args.artifacts / name, args.reports / name / "report.json"
     if not source.is_dir():
-        raise UserError(f"{source}: is not there; run `make export quantize eval` first")
+        raise UserError(
+            f"{source}: is not there; run `make export quantize eval`, or `cuantiza` with each of these, first"
+        )
     # The artifacts must not be replaced while they are copied. If there is no lock, the folder came from elsewhere, and
     # no stage writes to it.
     with folders.locked(source) if (source / folders.LOCK).exists() else nullcontext():
@@ -50,7 +52,7 @@ def _bundle(args: argparse.Namespace, name: str, source: Path, path: Path) -> No
     checkpoint = resolve_model(args.model).folder
     if artifacts[0].manifest.inputs.get("checkpoint") != checkpoint_digest(checkpoint):
         raise UserError(
-            f"MODEL={args.model}: has changed since {artifacts[0].path} was exported; run `make export` again"
+            f"MODEL={args.model}: has changed since {artifacts[0].path} was exported; run `make export` or `cuantiza export` again"
         )
     report = read_report(path)
     rows = rows_of(report, artifacts, path)

@@ -49,7 +49,7 @@ def executor(address: str | None, threads: int, work: Path) -> Executor:
         if error.name != "ray":
             raise
         raise UserError(
-            f"RAY={address}: this environment has no Ray; use one made from setup/ray.txt (`make sweep RAY=...` does)"
+            f"RAY={address}: this environment has no Ray; `make sweep RAY=...` makes one from setup/ray.txt, and `pip install 'cuantiza[sweep]'` brings it too"
         ) from None
     return OnRay(address, threads, work)
 

@@ -39,7 +39,7 @@ class TorchRuntime:
             ).eval()
         except (OSError, ValueError, RuntimeError) as error:
             raise UserError(
-                f"{checkpoint}: transformers cannot load it ({error}); leave the PyTorch rows out with EVAL=--without-torch"
+                f"{checkpoint}: transformers cannot load it ({error}); leave the PyTorch rows out with --without-torch (EVAL=--without-torch)"
             ) from None
         if quantized:
             warnings.filterwarnings("ignore", category=DeprecationWarning)

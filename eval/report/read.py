@@ -26,7 +26,7 @@ def read_report(path: Path) -> Report:
             raise UserError(f"{path}: has {size} bytes, more than any report has; {MEND}")
         return Report.from_json(path.read_bytes())
     except FileNotFoundError:
-        raise UserError(f"{path}: is not there; run `make eval` first") from None
+        raise UserError(f"{path}: is not there; run `make eval` or `cuantiza eval` first") from None
     except ValidationError as error:
         raise UserError(f"{path}: {_what(error)}; {MEND}") from None
 

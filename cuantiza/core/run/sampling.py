@@ -54,7 +54,7 @@ def scores(logits: np.ndarray, before: list[int], sampling: Sampling) -> np.ndar
     """
     left = logits.astype(np.float64)
     if np.isnan(left).any():
-        raise UserError("the model's logits are not numbers; check it by `make eval`")
+        raise UserError("the model's logits are not numbers; check it by `make eval` or `cuantiza eval`")
     left[_repeating(before, sampling.no_repeat_ngram)] = -np.inf
     if sampling.temperature:
         left /= sampling.temperature

@@ -86,7 +86,9 @@ def open_artifact(path: Path) -> Artifact:
         if not isinstance(manifest.inputs, dict) or MODEL not in files:
             raise ValueError(f"no inputs, or no {MODEL}")
     except FileNotFoundError:
-        raise UserError(f"{path}: no {MANIFEST}, so not a whole artifact; run `make export quantize`") from None
+        raise UserError(
+            f"{path}: no {MANIFEST}, so not a whole artifact; run `make export quantize`, or `cuantiza export` and `cuantiza quantize`"
+        ) from None
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise UserError(f"{manifest_path}: broken manifest ({error}); delete the folder and run make again") from None
     for name, file in files.items():

@@ -185,7 +185,9 @@ def test_help_names_the_goals(make: Callable[..., Result]) -> None:
 
 
 def test_help_tells_every_goal_and_variable_and_nothing_else() -> None:
-    shown = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    shown = subprocess.run(
+        ["make", "--no-print-directory", "help"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
     text, goals = rules()
     assert set(re.findall(r"^([a-z-]+):", text, re.MULTILINE)) == goals
     assert set(re.findall(r"^make ([a-z-]+)  ", shown, re.MULTILINE)) == goals

@@ -33,6 +33,8 @@ class TorchRuntime:
         torch.set_num_threads(threads)
         logging.set_verbosity_error()
         logging.disable_progress_bar()
+        # transformers 5.24 and newer call the cache `cache`, and read `past_key_values` until 5.40.
+        warnings.filterwarnings("ignore", message=".*past_key_values.*", category=FutureWarning)
         try:
             self._model = AutoModelForCausalLM.from_pretrained(
                 checkpoint, dtype=torch.float32, local_files_only=True, trust_remote_code=False

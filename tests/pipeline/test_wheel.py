@@ -138,7 +138,7 @@ def test_artifacts_run_without_torch(plain: Path, elsewhere: Path, tmp_path: Pat
 
 def test_three_stages_from_an_empty_folder(full: Path, tmp_path: Path) -> None:
     """On the embedded model and text; and on a checkpoint and a text of the user's own."""
-    for arguments in (("export",), ("quantize",), ("eval", *LITTLE)):
+    for arguments in (("export",), ("quantize",), ("eval", "--without-torch", *LITTLE)):
         result = call(full, tmp_path, *arguments)
         assert result.status == 0, result.stderr
     report = json.loads((tmp_path / "reports/es-mini/report.json").read_text(encoding="utf-8"))
@@ -148,7 +148,7 @@ def test_three_stages_from_an_empty_folder(full: Path, tmp_path: Path) -> None:
     copy_tokenizer(tmp_path / "mine")
     (tmp_path / "text.txt").write_text("\n<|endoftext|>\n".join(f"Frase número {n}. " * 90 for n in range(20)))
     own = ("--model", "mine", "--corpus", "text.txt")
-    for arguments in (("export", *own[:2]), ("quantize", *own), ("eval", *own, "--without-torch", *LITTLE)):
+    for arguments in (("export", *own[:2]), ("quantize", *own), ("eval", *own, *LITTLE)):
         result = call(full, tmp_path, *arguments)
         assert result.status == 0, result.stderr
     assert (tmp_path / "reports/mine/report.html").is_file()

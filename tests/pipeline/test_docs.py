@@ -27,7 +27,15 @@ NOT_RUN = {
     "make export quantize eval": "takes minutes in a fresh environment; .ci/run runs it as written",
     "make test": "is what runs this test; .ci/run runs it as written",
     'pip install ".[export]"': "needs the network; the test of the wheel installs it",
+    'make bench BENCH_ARGS="--shapes gpt2 --rounds 9 --threads 2 --batches 1"': "takes an hour; test_bench.py runs a small one",
+    'make generate PROMPT="Me gusta mucho el futbol"': "builds artifacts; test_make.py runs it with a tiny model",
+    "make compare BASE=... HEAD=...": "names no folders; test_compare.py and test_workflow.py run it",
+    "make bundle": "measures for minutes; test_make.py runs it with a tiny model",
+    "make demo": "serves until Ctrl-C; test_make.py builds its page",
+    'make sweep MODELS="..." RECIPES="..." CORPORA="..."': "names no models; test_make.py runs it with a tiny one",
 }
+# Commands that take minutes.
+SLOW = {"cuantiza export && cuantiza quantize && cuantiza eval"}
 
 
 def name_of(page: Path) -> str:
@@ -36,13 +44,17 @@ def name_of(page: Path) -> str:
 
 def without_code(text: str) -> str:
     """`text` without fenced and indented blocks and code in lines, where brackets are no links."""
-    text = re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)
-    return re.sub(r"`[^`]*`", "", re.sub(r"^ {4}\S.*$", "", text, flags=re.MULTILINE))
+    return re.sub(r"`[^`]*`", "", re.sub(r"^ {4}\S.*$", "", without_blocks(text), flags=re.MULTILINE))
+
+
+def without_blocks(text: str) -> str:
+    """`text` without fenced blocks."""
+    return re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)
 
 
 def anchors(page: Path) -> set[str]:
     """The anchors that GitHub gives the headings of a page."""
-    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    text = without_blocks(page.read_text(encoding="utf-8"))
     found: set[str] = set()
     for title in re.findall(r"^#+ (.+)$", text, re.MULTILINE):
         slug = re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
@@ -71,22 +83,29 @@ def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 90
 
 
-def fenced_commands() -> Iterator[str]:
-    """Each line of the fenced blocks of README.md and docs/README.md that are no program."""
+def written_commands() -> Iterator[str]:
+    """The commands of README.md and docs/README.md: each line of a fenced block, and `make …` and `cuantiza …` in text."""
     for page in ("README.md", "docs/README.md"):
         text = (ROOT / page).read_text(encoding="utf-8")
         for block in re.findall(r"^```(?:sh|bash)?\n(.*?)^```$", text, re.DOTALL | re.MULTILINE):
             yield from (line for line in block.splitlines() if line.strip())
+        yield from re.findall(r"`((?:make|cuantiza) [^`]+)`", without_blocks(text))
 
 
 def test_commands_that_are_not_run_are_written_somewhere() -> None:
-    assert NOT_RUN.keys() <= set(fenced_commands())
+    assert NOT_RUN.keys() | SLOW <= set(written_commands())
     by_ci = (ROOT / ".ci/run").read_text(encoding="utf-8").splitlines()
     assert {command for command, reason in NOT_RUN.items() if ".ci/run" in reason} <= set(by_ci)
 
 
-@pytest.mark.slow  # exports, quantizes and measures the embedded model: two minutes
-@pytest.mark.parametrize("command", [line for line in fenced_commands() if line not in NOT_RUN])
+@pytest.mark.parametrize(
+    "command",
+    [
+        pytest.param(command, marks=pytest.mark.slow if command in SLOW else ())
+        for command in dict.fromkeys(written_commands())
+        if command not in NOT_RUN
+    ],
+)
 def test_a_command_runs_as_it_is_written(command: str, tmp_path: Path) -> None:
     programs, work = tmp_path / "bin", tmp_path / "work"
     programs.mkdir()
@@ -95,11 +114,12 @@ def test_a_command_runs_as_it_is_written(command: str, tmp_path: Path) -> None:
     (programs / "cuantiza").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m cuantiza "$@"\n')
     (programs / "cuantiza").chmod(0o755)
     paths = {"PATH": f"{programs}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    place = ROOT if command.startswith("make ") else work
     done = subprocess.run(
-        command, shell=True, cwd=work, env={**os.environ, **paths}, capture_output=True, text=True, timeout=1800
+        command, shell=True, cwd=place, env={**os.environ, **paths}, capture_output=True, text=True, timeout=1800
     )
-    assert done.returncode == 0, done.stderr
-    assert list(work.rglob("report.html")), done.stdout
+    assert done.returncode == 0 and done.stdout, done.stderr
+    assert not command.endswith("cuantiza eval") or list(work.rglob("report.html")), done.stdout
 
 
 def test_the_program_that_opens_an_artifact_runs(

@@ -45,11 +45,11 @@ def export(
     target = folder / NAME
     with folders.locked(folder):
         inputs = _inputs(found.folder, exporter, opset)
-        reason = artifact.rebuild_reason(target, inputs)
-        if reason is None:
+        there = artifact.up_to_date(target, inputs)
+        if isinstance(there, Artifact):
             report(f"export    {target}: up to date")
-            return artifact.open_artifact(target)
-        report(f"export    {target}: {reason}")
+            return there
+        report(f"export    {target}: {there}")
         return _export(found, target, exporter, opset, inputs)
 
 

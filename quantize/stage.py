@@ -85,11 +85,11 @@ def quantize_one(parent: Artifact, target: Path, name: str, recipe: Recipe, sour
     """Make the artifact `target` from `parent`, unless it is up to date. The caller has locked its folder."""
     calibration = load_splits(source)[0] if calibration_of(recipe) else None
     inputs = inputs_of(parent, recipe, calibration)
-    reason = artifact.rebuild_reason(target, inputs)
-    if reason is None:
+    there = artifact.up_to_date(target, inputs)
+    if isinstance(there, Artifact):
         report(f"quantize  {target}: up to date")
-        return artifact.open_artifact(target)
-    report(f"quantize  {target}: {reason}")
+        return there
+    report(f"quantize  {target}: {there}")
     # This import is here because a run that finds everything up to date does not need it.
     from cuantiza.core.machine.process import isolated
 

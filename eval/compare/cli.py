@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cuantiza.core.cli import Parser, add_corpus, add_number, add_threads, check_numbers, source_of
+from cuantiza.core.cli import Parser, add_corpus, add_number, add_threads, source_of
 from cuantiza.core.errors import UserError
-from cuantiza.core.inputs.defaults import COMPARE_ROUNDS, LEAST_COMPARE_ROUNDS, REPORTS, TOKENS, WINDOW
+from cuantiza.core.inputs.defaults import COMPARE_ROUNDS, REPORTS, TOKENS, WINDOW
 from cuantiza.core.store import folders
 
 if TYPE_CHECKING:
@@ -63,7 +63,6 @@ def parser() -> Parser:
 
 def _compare(arguments: Sequence[str] | None) -> int:
     args = parser().parse_args(arguments)
-    check_numbers(args, tokens=2, window=2, rounds=LEAST_COMPARE_ROUNDS)
     if args.output.is_dir():
         raise UserError(f"--output {args.output}: is a folder; name a file, such as {args.output / 'compare.md'}")
     from cuantiza.eval.compare.stage import compare

@@ -40,7 +40,7 @@ def quantize_static(
         quantized = tape.op("QuantizeLinear", [x, *parameters])
         weight, weight_scale = weights.get_columns(tape, projection)
         multiply = _multiply_portable if target == "portable" else _multiply_ort
-        result = multiply(graph, tape, quantized, parameters, weight, weight_scale, projection.bias)  # [.., N]
+        result = multiply(tape, quantized, parameters, weight, weight_scale, projection.bias)  # [.., N]
         if len(decision.float_channels):
             result = _add_float_channels(graph, tape, result, x, projection.weight.name, decision)
         replace_node(graph, projection.node, tape, result)
@@ -51,7 +51,6 @@ def quantize_static(
 
 
 def _multiply_portable(
-    graph: ir.Graph,
     tape: ir.tape.Tape,
     quantized: ir.Value,
     parameters: list[ir.Value],
@@ -68,7 +67,6 @@ def _multiply_portable(
 
 
 def _multiply_ort(
-    graph: ir.Graph,
     tape: ir.tape.Tape,
     quantized: ir.Value,
     parameters: list[ir.Value],

@@ -102,16 +102,23 @@ def open_artifact(path: Path) -> Artifact:
     return Artifact(path, manifest)
 
 
-def rebuild_reason(path: Path, inputs: dict[str, Any]) -> str | None:
-    """Why the artifact at `path` must be built, in a few words; None if it is whole and up to date."""
+def up_to_date(path: Path, inputs: dict[str, Any]) -> Artifact | str:
+    """The artifact at `path` if it is whole and made from `inputs`; else why it must be built, in a few words."""
     if not path.exists():
         return "new"
     try:
-        built = open_artifact(path).manifest.inputs
+        found = open_artifact(path)
     except UserError as error:
         return str(error).split(";")[0]
+    built = found.manifest.inputs
     changed = sorted(key for key in inputs.keys() | built.keys() if inputs.get(key) != built.get(key))
-    return f"changed: {', '.join(changed)}" if changed else None
+    return f"changed: {', '.join(changed)}" if changed else found
+
+
+def rebuild_reason(path: Path, inputs: dict[str, Any]) -> str | None:
+    """Why the artifact at `path` must be built, in a few words; None if it is up to date."""
+    found = up_to_date(path, inputs)
+    return found if isinstance(found, str) else None
 
 
 def publish(

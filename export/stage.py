@@ -48,6 +48,7 @@ def export(
         there = artifact.up_to_date(target, inputs)
         if isinstance(there, Artifact):
             report(f"export    {target}: up to date")
+            _warn(there.manifest.details.get("warnings", []))
             return there
         report(f"export    {target}: {there}")
         return _export(found, target, exporter, opset, inputs)
@@ -69,6 +70,12 @@ def _optimum_environment() -> str:
     return digests.sha256_file(_PINS) if _PINS.is_file() else os.environ.get("OPTIMUM_PYTHON", "none")
 
 
+def _warn(warnings: list[str]) -> None:
+    """Print what the user should know of the checkpoint, though it could be exported."""
+    for text in warnings:
+        report(f"warning   {text}")
+
+
 def _export(model: Model, target: Path, exporter: str, opset: int, inputs: dict[str, Any]) -> Artifact:
     # These imports are slow, and a run that finds everything up to date does not need them.
     from cuantiza.core.inputs.model_config import max_positions, read_config
@@ -81,6 +88,7 @@ def _export(model: Model, target: Path, exporter: str, opset: int, inputs: dict[
 
     path = model.folder / "config.json"
     fields = read_config(model.folder)
+    warnings: list[str] = []  # one sentence each; the manifest keeps them
     with folders.staging(target) as work:
         if exporter == "optimum":
             from cuantiza.export.optimum import export_optimum
@@ -106,6 +114,7 @@ def _export(model: Model, target: Path, exporter: str, opset: int, inputs: dict[
             # Reference cycles would keep the graph in memory, and with it a whole checkpoint of torch's legacy format.
             gc.collect()
         write_configs(fields, model.folder, work)
+        _warn(warnings)
         parity = check_parity(model.folder, work, positions)
         report(
             f"parity    max |Δ logit| {parity.whole:.1e} whole, {parity.cached:.1e} cached, "
@@ -121,5 +130,5 @@ def _export(model: Model, target: Path, exporter: str, opset: int, inputs: dict[
             parent=None,
             calibration=None,
             versions=inputs["versions"],
-            details={"parity": dataclasses.asdict(parity)},
+            details={"parity": dataclasses.asdict(parity)} | ({"warnings": warnings} if warnings else {}),
         )

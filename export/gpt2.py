@@ -19,7 +19,7 @@ from onnx_ir import DataType
 
 from cuantiza.core import contract
 from cuantiza.core.errors import UserError
-from cuantiza.export.gpt2_config import GPT2Config
+from cuantiza.core.inputs.gpt2_config import GPT2Config
 from cuantiza.export.weights import Weight, check_finite
 
 _END = 2**63 - 1  # as the end of a Slice: the end of the axis, however long it is

@@ -9,8 +9,8 @@ from typing import TypeVar
 from cuantiza.core.errors import UserError
 from cuantiza.core.inputs.checkpoints import Model, resolve_model, weight_files
 from cuantiza.core.inputs.corpus import Source, Split, load_splits
+from cuantiza.core.inputs.gpt2_config import parse_config
 from cuantiza.core.inputs.model_config import read_config, start_token
-from cuantiza.export.gpt2_config import parse_config
 from cuantiza.quantize.recipes.registry import Recipe, calibration_of, get_recipe
 
 BASELINE = "fp32"

@@ -17,13 +17,13 @@ import onnx
 from cuantiza.core.contract import window_feeds
 from cuantiza.core.errors import UserError
 from cuantiza.core.inputs.corpus import Source, Split, full_windows, load_splits, stream
+from cuantiza.core.inputs.gpt2_config import parse_config
 from cuantiza.core.inputs.model_config import read_config, start_token
 from cuantiza.core.inputs.tokenizer import encode, load_tokenizer
 from cuantiza.core.onnx import file as onnx_file
 from cuantiza.core.run.runtime import open_session
 from cuantiza.core.store import artifact
 from cuantiza.core.store.artifact import Artifact
-from cuantiza.export.gpt2_config import parse_config
 from cuantiza.quantize.decide.activation import PerRow, PerTensor
 from cuantiza.quantize.decide.rounding import Grid, IntWeight, round_to_nearest
 from cuantiza.quantize.decide.smooth import candidate

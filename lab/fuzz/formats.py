@@ -67,8 +67,8 @@ def _bin(folder: Path) -> None:
 
 
 def _read_checkpoint(folder: Path) -> None:
+    from cuantiza.core.inputs.gpt2_config import parse_config
     from cuantiza.export.gpt2 import build
-    from cuantiza.export.gpt2_config import parse_config
     from cuantiza.export.weights import read_weights
 
     fields = read_config(folder)
@@ -80,8 +80,8 @@ def _read_checkpoint(folder: Path) -> None:
 
 
 def _onnx(folder: Path) -> None:
+    from cuantiza.core.inputs.gpt2_config import parse_config
     from cuantiza.export.gpt2 import build
-    from cuantiza.export.gpt2_config import parse_config
     from cuantiza.export.weights import read_weights
 
     _safetensors(folder)

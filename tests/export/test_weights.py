@@ -16,10 +16,10 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
+from cuantiza.core.inputs.gpt2_config import ACTIVATIONS
 from cuantiza.core.inputs.model_config import start_token
 from cuantiza.core.run.runtime import Runtime
 from cuantiza.core.store.artifact import Artifact, open_artifact
-from cuantiza.export.gpt2_config import ACTIVATIONS
 
 from helpers import CORPUS, ES_MINI, SPANISH, copy_tokenizer, stage, tiny_gpt2
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from cuantiza.core.errors import UserError
 from cuantiza.core.inputs.checkpoints import TOKENIZER
+from cuantiza.core.inputs.special_tokens import SpecialTokens
 from cuantiza.core.inputs.tokenizer import load_tokenizer
 
 
@@ -34,14 +35,15 @@ def write_tokenizer(checkpoint: Path, work: Path, vocabulary: int) -> None:
     (work / "tokenizer.json").write_text(tokenizer.to_str(pretty=False), encoding="utf-8")
 
 
-def write_configs(fields: dict, checkpoint: Path, work: Path) -> None:
-    """Write config.json, and generation_config.json: the checkpoint's own, or one made from `fields`."""
-    _write_json(work / "config.json", fields)
+def write_configs(fields: dict, tokens: SpecialTokens, checkpoint: Path, work: Path) -> None:
+    """Write config.json from `fields`, and generation_config.json: the checkpoint's own, or a new one.
+
+    Both get the ids of `tokens`, so that whoever reads one of them starts and ends texts as the stages do.
+    """
     given = checkpoint / "generation_config.json"
-    made = {key: fields[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if fields.get(key) is not None}
-    _write_json(
-        work / "generation_config.json", _read_json(given) if given.is_file() else {"_from_model_config": True, **made}
-    )
+    generation = _read_json(given) if given.is_file() else {"_from_model_config": True}
+    _write_json(work / "config.json", tokens.put_into(fields))
+    _write_json(work / "generation_config.json", tokens.put_into(generation))
 
 
 def _convert(checkpoint: Path, work: Path):

@@ -20,43 +20,12 @@ from onnxscript.version_converter import ConvertVersionPass
 from cuantiza.core import contract
 from cuantiza.core.errors import UserError
 from cuantiza.core.inputs.checkpoints import weight_files
+from cuantiza.core.inputs.model_types import OPTIMUM_TYPES
 from cuantiza.core.machine import child
 from cuantiza.core.onnx import file as onnx_file
 from cuantiza.core.store import folders
 from cuantiza.export.weights import check_finite, read_weights
 
-# Each of these was exported end to end, with the parity check, by optimum-onnx 0.1.0.
-MODEL_TYPES = (
-    "arcee",
-    "bloom",
-    "codegen",
-    "cohere",
-    "falcon",
-    "gemma",
-    "gemma2",
-    "gemma3_text",
-    "glm",
-    "gpt2",
-    "gpt_bigcode",
-    "gpt_neo",
-    "gpt_neox",
-    "gptj",
-    "granite",
-    "helium",
-    "llama",
-    "mistral",
-    "mpt",
-    "nemotron",
-    "olmo",
-    "olmo2",
-    "opt",
-    "phi",
-    "phi3",
-    "qwen2",
-    "qwen3",
-    "smollm3",
-    "stablelm",
-)
 # optimum uses torch's TorchScript exporter, which writes no opset after this one.
 _LAST_OPSET = 20
 # Rotary embeddings that change with the length of the text. Tracing would fix them at the length of the example.
@@ -71,14 +40,27 @@ main_export(sys.argv[1], output=sys.argv[2], task="text-generation-with-past", o
 """
 
 
+def check_optimum(fields: dict, path: Path) -> None:
+    """Raise UserError where an export of the model with `fields` of config.json, at `path`, is bound to fail.
+
+    This is told before anything slow: a rotary embedding that cannot be exported, no size of the vocabulary, or no
+    second environment.
+    """
+    _legacy_config(fields, path)
+    vocabulary = fields.get("vocab_size")
+    if type(vocabulary) is not int or vocabulary < 1:
+        raise UserError(f"{path}: vocab_size is {vocabulary!r} where a positive whole number is needed")
+    _interpreter()
+
+
 def export_optimum(checkpoint: Path, fields: dict, work: Path, opset: int) -> None:
     """Export the model of `checkpoint`, whose config.json is `fields`, to `work`/model.onnx.
 
     The graph has the inputs and outputs of cuantiza/core/contract.py. The graphs of bloom, gemma, gemma2, gemma3_text,
     mpt and nemotron take no position_ids, as only distances matter to these models; cuantiza/core/run/runtime.py then
     feeds none. A weight that occurs twice is stored once, also where one copy is the other's transpose.
-    Raises UserError if the model type is not in MODEL_TYPES, the second environment is missing, the weights are
-    damaged, or the export fails or does not keep the contract.
+    Raises UserError as `check_optimum` does, and if the weights are damaged, or the export fails or does not keep the
+    contract.
     """
     config = _legacy_config(fields, checkpoint / "config.json")
     python = _interpreter()
@@ -111,14 +93,9 @@ def _interpreter() -> str:
 def _legacy_config(fields: dict, path: Path) -> dict:
     """Return `fields` as transformers 4.57 reads them: it has separate fields where 5.x writes rope_parameters.
 
-    Raises UserError where the model type is not in MODEL_TYPES, or where the rotary embedding cannot be exported.
+    Raises UserError where the rotary embedding cannot be exported.
     """
     kind = fields.get("model_type")
-    if kind not in MODEL_TYPES:
-        raise UserError(
-            f"{path}: model_type {kind!r} is not one of those that optimum's exporter can bring to the contract of docs/artifact.md; "
-            f"choose a model of one of these types: {', '.join(MODEL_TYPES)}"
-        )
     # Code from a model's repository is never run, so the field auto_map that names it is dropped.
     config = {key: value for key, value in fields.items() if key not in ("auto_map", "rope_parameters")}
     rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
@@ -249,7 +226,7 @@ def _set_interface(graph: ir.Graph, checkpoint: Path) -> None:
     if not layers or (odd := sorted({*inputs} ^ {*wanted_inputs} | {*outputs} ^ {*wanted_outputs})):
         raise UserError(
             f"{checkpoint}: optimum's export does not keep the contract of docs/artifact.md ({', '.join(odd) if layers else 'no cache'}); "
-            f"choose a model of another type: {', '.join(MODEL_TYPES)}"
+            f"choose a model of another type: {', '.join(OPTIMUM_TYPES)}"
         )
     axes: dict[str, list[str | int | ir.SymbolicDim]] = {
         contract.INPUT_IDS: [contract.BATCH, contract.TOKENS],
@@ -262,7 +239,7 @@ def _set_interface(graph: ir.Graph, checkpoint: Path) -> None:
         if not isinstance(heads, int) or not isinstance(width, int):
             raise UserError(
                 f"{checkpoint}: optimum's export leaves the shape of the cache open ([B, {heads}, P, {width}]); "
-                f"choose a model of another type: {', '.join(MODEL_TYPES)}"
+                f"choose a model of another type: {', '.join(OPTIMUM_TYPES)}"
             )
         axes[before] = [contract.BATCH, heads, contract.PAST, width]
         axes[after] = [contract.BATCH, heads, contract.TOTAL, width]

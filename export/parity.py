@@ -52,7 +52,7 @@ def check_parity(checkpoint: Path, work: Path, positions: int) -> Parity:
     batch = np.stack([np.concatenate([np.zeros(row.shape[1] - n, np.int64), row[0, :n]]) for n in lengths]) * mask
 
     # Each model runs in a process of its own, so that the two are never in memory together.
-    whole, padded = isolated(_pytorch_logits, checkpoint, row, batch, mask, label="parity, PyTorch")
+    whole, padded = isolated(_pytorch_logits, checkpoint, work, row, batch, mask, label="parity, PyTorch")
     our_whole, our_cached, our_padded, our_padded_cached = isolated(
         _onnx_logits, work / "model.onnx", row, batch, mask, label="parity, ONNX Runtime"
     )
@@ -87,20 +87,28 @@ def _onnx_logits(model: Path, row: np.ndarray, batch: np.ndarray, mask: np.ndarr
 
 
 def _pytorch_logits(
-    checkpoint: Path, row: np.ndarray, batch: np.ndarray, mask: np.ndarray
+    checkpoint: Path, work: Path, row: np.ndarray, batch: np.ndarray, mask: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Compute logits with PyTorch in fp32: for row [1, T], and for batch [3, T] with its padding mask."""
+    """Compute logits with PyTorch in fp32: for row [1, T], and for batch [3, T] with its padding mask.
+
+    The config.json is the artifact's, in `work`, because the checkpoint's may be one that transformers does not load.
+    """
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            checkpoint, dtype=torch.float32, attn_implementation="eager", local_files_only=True, trust_remote_code=False
+            checkpoint,
+            config=AutoConfig.from_pretrained(work, local_files_only=True, trust_remote_code=False),
+            dtype=torch.float32,
+            attn_implementation="eager",
+            local_files_only=True,
+            trust_remote_code=False,
         ).eval()
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # transformers raises many kinds, for a field of a wrong type one of its own
         raise UserError(
             f"{checkpoint}: transformers cannot load it ({error}), so the graph cannot be compared with PyTorch; "
             "take the files of the original checkpoint"

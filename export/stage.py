@@ -78,42 +78,45 @@ def _warn(warnings: list[str]) -> None:
 
 def _export(model: Model, target: Path, exporter: str, opset: int, inputs: dict[str, Any]) -> Artifact:
     # These imports are slow, and a run that finds everything up to date does not need them.
-    from cuantiza.core.inputs.gpt2_config import parse_config
+    from cuantiza.core.inputs.gpt2_config import canonical_fields, odd_fields, parse_config
     from cuantiza.core.inputs.model_config import max_positions, read_config
+    from cuantiza.core.inputs.model_types import check_model_type, refuse_other_formats
+    from cuantiza.core.inputs.special_tokens import resolve_special_tokens
+    from cuantiza.core.inputs.tokenizer import load_tokenizer
     from cuantiza.core.onnx import file as onnx_file
     from cuantiza.export.companions import write_configs, write_tokenizer
     from cuantiza.export.gpt2 import build
     from cuantiza.export.parity import check_parity
     from cuantiza.export.weights import read_weights
 
+    refuse_other_formats(model.folder)
     path = model.folder / "config.json"
-    fields = read_config(model.folder)
-    warnings: list[str] = []  # one sentence each; the manifest keeps them
-    with folders.staging(target) as work:
-        if exporter == "optimum":
-            from cuantiza.export.optimum import export_optimum
+    given = read_config(model.folder)
+    fields = canonical_fields(given)
+    check_model_type(fields, path, exporter)
+    if exporter == "optimum":
+        from cuantiza.export.optimum import check_optimum, export_optimum
 
+        check_optimum(fields, path)
+    else:
+        config = parse_config(given, path)
+    vocabulary, positions = fields["vocab_size"], max_positions(fields)
+    warnings = [*odd_fields(given)]  # one sentence each; the manifest keeps them
+    with folders.staging(target) as work:
+        write_tokenizer(model.folder, work, vocabulary)
+        tokens = resolve_special_tokens(model.folder, given, load_tokenizer(work), model.folder, vocabulary)
+        warnings += tokens.warnings
+        write_configs(fields, tokens, model.folder, work)
+        if exporter == "optimum":
             with working("optimum's exporter"):
-                export_optimum(model.folder, fields, work, opset)
-            vocabulary, positions = fields.get("vocab_size"), max_positions(fields)
-            if not isinstance(vocabulary, int):
-                raise UserError(f"{path}: vocab_size is {vocabulary!r} where a whole number is needed")
-            write_tokenizer(model.folder, work, vocabulary)
+                export_optimum(model.folder, tokens.put_into(fields), work, opset)
         else:
-            if fields.get("model_type", "gpt2") != "gpt2":
-                raise UserError(
-                    f"{path}: model_type is {fields['model_type']!r}, and the default exporter knows gpt2 only; EXPORTER=optimum exports llama, mistral, opt, qwen2 and others"
-                )
-            config = parse_config(fields, path)
-            positions = config.n_positions
-            write_tokenizer(model.folder, work, config.vocab_size)
             graph = build(config, read_weights(model.folder), opset, model.folder)
             with working("export    weights"):
                 onnx_file.save(graph, work)
             del graph
             # Reference cycles would keep the graph in memory, and with it a whole checkpoint of torch's legacy format.
             gc.collect()
-        write_configs(fields, model.folder, work)
         _warn(warnings)
         parity = check_parity(model.folder, work, positions)
         report(

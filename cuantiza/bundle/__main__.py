@@ -59,7 +59,9 @@ def _bundle(args: argparse.Namespace, name: str, source: Path, path: Path) -> No
     hub_id = None if Path(args.model).is_dir() else args.model.split("@")[0]
     target = args.output / name
     with folders.locked(args.output), folders.staging(target) as work:
-        assemble(artifacts, checkpoint, card(report, rows, name, checkpoint, read_config(checkpoint), hub_id), work)
+        assemble(
+            artifacts, checkpoint, card(report, rows, name, checkpoint, read_config(artifacts[0].path), hub_id), work
+        )
         work.chmod(0o755)
         folders.replace(work, target)
     say(f"bundle    {target}: {len(artifacts)} graphs; upload it by `hf upload owner/{name} {target}`")

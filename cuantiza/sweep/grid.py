@@ -9,8 +9,8 @@ from typing import TypeVar
 from cuantiza.core.errors import UserError
 from cuantiza.core.inputs.checkpoints import Model, resolve_model, weight_files
 from cuantiza.core.inputs.corpus import Source, Split, load_splits
-from cuantiza.core.inputs.gpt2_config import parse_config
-from cuantiza.core.inputs.model_config import read_config, start_token
+from cuantiza.core.inputs.gpt2_config import is_gpt2, parse_config
+from cuantiza.core.inputs.model_config import read_config
 from cuantiza.quantize.recipes.registry import Recipe, calibration_of, get_recipe
 
 BASELINE = "fp32"
@@ -85,10 +85,9 @@ def _model(given: str) -> tuple[str, Model]:
     # The path must be absolute, because a process of a cluster has another working directory.
     model = replace(model, folder=model.folder.absolute())
     path, fields = model.folder / "config.json", read_config(model.folder)
-    if fields.get("model_type", "gpt2") != "gpt2":
-        raise UserError(f"{path}: is a {fields['model_type']!r}; a sweep takes only GPT-2 checkpoints")
+    if not is_gpt2(fields):
+        raise UserError(f"{path}: model_type is {fields.get('model_type')!r}; a sweep takes only GPT-2 checkpoints")
     parse_config(fields, path)
-    start_token(model.folder)
     if not weight_files({file.name for file in model.folder.iterdir()}):
         raise UserError(f"{model.folder}: has neither safetensors nor a pytorch_model.bin; put the weights into it")
     return model.name, model

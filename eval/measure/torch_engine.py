@@ -11,10 +11,12 @@ from typing import IO, Any, cast
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache, GPT2Config
 from transformers.utils import logging
 
 from cuantiza.core.errors import UserError
+from cuantiza.core.inputs.gpt2_config import canonical_fields
+from cuantiza.core.inputs.model_config import read_config
 from cuantiza.core.run.large_pages import use_large_pages
 
 
@@ -36,10 +38,13 @@ class TorchRuntime:
         # transformers 5.24 and newer call the cache `cache`, and read `past_key_values` until 5.40.
         warnings.filterwarnings("ignore", message=".*past_key_values.*", category=FutureWarning)
         try:
+            # transformers does not load every config.json that can be exported; such a one is repaired for it.
+            fields = canonical_fields(given := read_config(checkpoint))
+            repaired = {"config": GPT2Config.from_dict(fields)} if fields != given else {}
             self._model = AutoModelForCausalLM.from_pretrained(
-                checkpoint, dtype=torch.float32, local_files_only=True, trust_remote_code=False
+                checkpoint, dtype=torch.float32, local_files_only=True, trust_remote_code=False, **repaired
             ).eval()
-        except (OSError, ValueError, RuntimeError) as error:
+        except Exception as error:  # transformers raises many kinds, for a field of a wrong type one of its own
             raise UserError(
                 f"{checkpoint}: transformers cannot load it ({error}); leave the PyTorch rows out with --without-torch (EVAL=--without-torch)"
             ) from None

@@ -25,15 +25,29 @@ def read_config(folder: Path) -> dict[str, Any]:
     return fields
 
 
-def start_token(folder: Path) -> int:
-    """The id of the token before a text: bos_token_id, else eos_token_id (GPT-2 has one token for both).
+def read_object(path: Path) -> dict[str, Any]:
+    """The fields of a JSON object that may be missing (then none). Raises UserError if it is something else."""
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: is not valid JSON ({error}); take the file of the original checkpoint") from None
+    if not isinstance(fields, dict):
+        raise UserError(f"{path}: is not a JSON object; take the file of the original checkpoint")
+    return fields
 
+
+def start_token(folder: Path) -> int:
+    """The id of the token before a text in the artifact `folder`: bos_token_id of its config.json.
+
+    Export decides it (special_tokens.py) and writes it there. In a folder from elsewhere, eos_token_id stands in for it.
     Raises UserError if config.json has neither.
     """
     config = read_config(folder)
     for key in ("bos_token_id", "eos_token_id"):
-        if isinstance(found := config.get(key), int):
-            return found
+        if found := _ids(config.get(key)):
+            return found[0]
     raise UserError(
         f"{folder / 'config.json'}: has neither bos_token_id nor eos_token_id; add the id of the token that starts a text"
     )
@@ -42,14 +56,12 @@ def start_token(folder: Path) -> int:
 def end_tokens(folder: Path) -> frozenset[int]:
     """The ids of tokens that end a text: eos_token_id, one or a list, of generation_config.json, else config.json."""
     try:
-        generation = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        generation = read_object(folder / "generation_config.json")
+    except (OSError, UserError):
         generation = {}
     for fields in (generation, read_config(folder)):
-        found = fields.get("eos_token_id") if isinstance(fields, dict) else None
-        ids = found if isinstance(found, list) else [found]
-        if ids and all(isinstance(item, int) for item in ids):
-            return frozenset(ids)
+        if found := _ids(fields.get("eos_token_id")):
+            return frozenset(found)
     return frozenset()
 
 
@@ -60,3 +72,9 @@ def max_positions(config: dict[str, Any]) -> int:
     """
     given = (config[key] for key in _POSITIONS if isinstance(config.get(key), int) and config[key] > 0)
     return next(given, 1024)
+
+
+def _ids(value: object) -> list[int]:
+    """The token ids of `value`, one or a list of them; none if something else is among them."""
+    found = value if isinstance(value, list) else [value]
+    return found if all(type(item) is int for item in found) else []

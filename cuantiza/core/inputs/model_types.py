@@ -1,0 +1,158 @@
+"""Say what a checkpoint is that is no GPT-2, so that the one line of an error names it and what to do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from cuantiza.core.errors import UserError
+from cuantiza.core.inputs.gpt2_config import is_gpt2
+
+# Each of these was exported end to end, with the parity check, by optimum-onnx 0.1.0.
+OPTIMUM_TYPES = (
+    "arcee",
+    "bloom",
+    "codegen",
+    "cohere",
+    "falcon",
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "glm",
+    "gpt2",
+    "gpt_bigcode",
+    "gpt_neo",
+    "gpt_neox",
+    "gptj",
+    "granite",
+    "helium",
+    "llama",
+    "mistral",
+    "mpt",
+    "nemotron",
+    "olmo",
+    "olmo2",
+    "opt",
+    "phi",
+    "phi3",
+    "qwen2",
+    "qwen3",
+    "smollm3",
+    "stablelm",
+)
+_ONLY = "only decoder-only language models of text are exported"
+# Model types with a sentence of their own.
+_KNOWN = {
+    "openai-gpt": "is the first GPT, of 2018, whose layers differ from GPT-2's; no exporter here takes it, choose a GPT-2",
+    "imagegpt": f"is ImageGPT, which continues the pixels of pictures and not text; {_ONLY}",
+    "trocr": f"is TrOCR's decoder, which reads text out of a picture that an encoder sees; {_ONLY}",
+    "gptsan-japanese": f"is GPTSAN, a mixture of experts; {_ONLY}",
+}
+# What kinds of models transformers lists under a name, in the order in which they are looked up.
+_KINDS = (
+    (
+        ("SEQ_TO_SEQ_CAUSAL_LM", "SPEECH_SEQ_2_SEQ"),
+        "is an encoder-decoder, whose text depends on an input of its encoder",
+    ),
+    (("IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM"), "is a model of pictures or sound with text"),
+    (("MASKED_LM", "TEXT_ENCODING"), "is an encoder (BERT's kind), which fills or classifies text and continues none"),
+    (("IMAGE_CLASSIFICATION", "IMAGE", "CAUSAL_IMAGE_MODELING"), "is a model of pictures"),
+    (("CTC", "AUDIO_CLASSIFICATION", "TEXT_TO_WAVEFORM", "TEXT_TO_SPECTROGRAM"), "is a model of sound"),
+)
+_SAVE = "save the model with transformers' save_pretrained, or choose a repository that has safetensors"
+
+
+def check_model_type(fields: dict[str, Any], path: Path, exporter: str) -> None:
+    """Raise UserError where `exporter` ("graph" or "optimum") does not take the model whose config.json is `fields`.
+
+    The error names `path` and says what the model is. It sends to EXPORTER=optimum only what that exporter takes.
+    """
+    kind = fields.get("model_type")
+    if (exporter == "graph" and is_gpt2(fields)) or (exporter == "optimum" and _optimum_takes(fields)):
+        return
+    if fields.get("is_encoder_decoder") is True or str(kind).endswith("encoder-decoder"):
+        raise UserError(f"{path}: model_type {kind!r} {_encoder_decoder(fields)}")
+    if kind in (None, ""):
+        names = fields.get("architectures")
+        raise UserError(
+            f"{path}: has no model_type{f', and its architectures are {names}' if names else ''}; "
+            'if the model is a GPT-2, add "model_type": "gpt2"'
+        )
+    if _optimum_takes(fields):
+        raise UserError(
+            f"{path}: model_type is {kind!r}, and the default exporter knows gpt2 only; EXPORTER=optimum exports it"
+        )
+    raise UserError(f"{path}: model_type {kind!r} {_KNOWN.get(str(kind)) or _described(str(kind))}")
+
+
+def other_format(names: set[str]) -> str | None:
+    """Say what a folder with files `names` (paths in it) is, where it is no checkpoint of transformers; None if unknown.
+
+    The result is the rest of a line that begins with the folder's name.
+    """
+
+    def ending(*suffixes: str) -> str:
+        return next((name for name in sorted(names) if name.lower().endswith(suffixes)), "")
+
+    if "manifest.json" in names and "model.onnx" in names:
+        return "is an artifact that was exported already; give the checkpoint that it was made of"
+    if "model_index.json" in names:
+        return "is a pipeline of diffusers, which makes pictures; only language models are exported"
+    if "modules.json" in names or "config_sentence_transformers.json" in names:
+        return (
+            "is a model of sentence-transformers, which makes vectors of sentences; only language models are exported"
+        )
+    if found := ending(".gguf", ".ggml"):
+        return f"has {found}, a file of llama.cpp, which holds no weights of transformers; give the checkpoint that it was made of"
+    if found := ending(".onnx"):
+        return f"has {found}, a model that is exported already; give the checkpoint that it was made of, or measure the file by `cuantiza eval --onnx`"
+    if "hparams.json" in names or "encoder.json" in names or ending(".ckpt.index", ".ckpt.meta"):
+        return "has TensorFlow's files of OpenAI's GPT-2 code; convert it with transformers' convert_gpt2_original_tf_checkpoint_to_pytorch"
+    if found := ending(".h5", ".msgpack", ".ot", ".mlmodel", ".tflite", ".nemo"):
+        return f"has no safetensors and no pytorch_model.bin, only {found}, which cannot be read; {_SAVE}"
+    return None
+
+
+def refuse_other_formats(folder: Path) -> None:
+    """Raise UserError where `folder` is another thing than a checkpoint of transformers, and say what it is.
+
+    What lacks weights or a configuration for another reason is left to those who read them.
+    """
+    names = {file.name for file in folder.iterdir()}
+    weights = [name for name in names if name.endswith((".safetensors", ".bin"))]
+    config = "config.json" in names
+    if not weights or not config:
+        inside = {f"{file.parent.name}/{file.name}" for file in folder.glob("*/*")}
+        if found := other_format(names) or other_format({name for name in inside if name.endswith((".onnx", ".gguf"))}):
+            raise UserError(f"{folder}: {found}")
+    elif {"modules.json", "config_sentence_transformers.json", "model_index.json"} & names:
+        raise UserError(f"{folder}: {other_format(names)}")
+    nested = sorted(path.parent for pattern in ("*", "snapshots/*") for path in folder.glob(f"{pattern}/config.json"))
+    if not config and not weights and nested:
+        raise UserError(f"{folder}: has no config.json, but {nested[-1]} has; give that folder")
+
+
+def _optimum_takes(fields: dict[str, Any]) -> bool:
+    return fields.get("model_type") in OPTIMUM_TYPES and fields.get("is_encoder_decoder") is not True
+
+
+def _encoder_decoder(fields: dict[str, Any]) -> str:
+    decoder = fields.get("decoder")
+    inner = decoder.get("model_type") if isinstance(decoder, dict) else None
+    said = f" (its decoder, {inner}, needs what the encoder makes)" if isinstance(inner, str) else ""
+    return f"is an encoder-decoder{said}; {_ONLY}"
+
+
+def _described(kind: str) -> str:
+    """What transformers knows of the model type `kind`."""
+    from transformers.models.auto import configuration_auto, modeling_auto
+
+    for mappings, said in _KINDS:
+        if any(kind in getattr(modeling_auto, f"MODEL_FOR_{name}_MAPPING_NAMES", ()) for name in mappings):
+            return f"{said}; {_ONLY}"
+    choose = f"choose a GPT-2, or one of these types for EXPORTER=optimum: {', '.join(OPTIMUM_TYPES)}"
+    if kind in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        return f"is a language model that neither exporter can bring to the contract of docs/artifact.md; {choose}"
+    if kind in configuration_auto.CONFIG_MAPPING_NAMES:
+        return f"is no language model of text; {_ONLY}"
+    return f'is none that transformers knows; if the model is a GPT-2, write "gpt2", else {choose}'

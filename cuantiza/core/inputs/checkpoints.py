@@ -9,6 +9,7 @@ from pathlib import Path
 
 from cuantiza.core.errors import MENDS, UserError
 from cuantiza.core.inputs.defaults import place
+from cuantiza.core.inputs.model_types import described_file, other_format
 from cuantiza.core.store.digests import digest, sha256_file
 
 # In order of preference: the first group that a repository has is read, and only its files are downloaded. GPT-2
@@ -73,6 +74,8 @@ def resolve_model(spec: str) -> Model:
     path = place(spec)
     if path.is_dir():
         return Model(model_name(spec), path)
+    if path.is_file():
+        raise UserError(f"MODEL={spec}: {described_file(path.name)}")
     match = _HUB_ID.fullmatch(spec)
     if path.exists() or match is None or spec.startswith("."):
         raise _no_model(spec)
@@ -102,6 +105,8 @@ def _download(spec: str, repo: str, revision: str | None) -> Path:
     try:
         names = {file.rfilename for file in HfApi().model_info(repo, revision=revision).siblings or ()}
         weights = weight_files(names)
+        if not weights and (found := other_format(names)):
+            raise UserError(f"MODEL={spec}: {found}")
         if not weights:
             raise UserError(
                 f"MODEL={spec}: has no safetensors and no pytorch_model.bin (TensorFlow and Flax weights are not read); "

@@ -113,6 +113,15 @@ def other_format(names: set[str]) -> str | None:
     return None
 
 
+def described_file(name: str) -> str:
+    """Say what a file called `name` is that was given as a model: the rest of a line that begins with its path."""
+    if name.lower().endswith((".gguf", ".ggml")):
+        return "is a file of llama.cpp, which holds no weights of transformers; give the checkpoint's folder that it was made of"
+    if name.lower().endswith(".onnx"):
+        return "is a model that is exported already; give the checkpoint's folder, or measure the file by `cuantiza eval --onnx`"
+    return "is a file, and so neither a folder nor a hub id; give its folder, with config.json and the tokenizer"
+
+
 def refuse_other_formats(folder: Path) -> None:
     """Raise UserError where `folder` is another thing than a checkpoint of transformers, and say what it is.
 

@@ -1,0 +1,122 @@
+"""What is no GPT-2 is named as what it is, and EXPORTER=optimum is advised only where that exporter takes it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from cuantiza.core.errors import UserError
+from cuantiza.core.inputs.model_types import OPTIMUM_TYPES, check_model_type
+
+from helpers import Result, assert_nothing_published, assert_user_error, edit_config
+
+PATH = Path("modelo/config.json")
+VISION = {"model_type": "vision-encoder-decoder", "decoder": {"model_type": "gpt2"}, "encoder": {"model_type": "vit"}}
+NAMED = [
+    (VISION, "encoder-decoder (its decoder, gpt2"),
+    ({"model_type": "encoder-decoder", "decoder": {"model_type": "gpt2"}}, "encoder-decoder"),
+    ({"model_type": "speech-encoder-decoder"}, "encoder-decoder"),
+    ({"model_type": "t5", "is_encoder_decoder": True}, "encoder-decoder"),
+    ({"model_type": "mbart"}, "encoder-decoder"),
+    ({"model_type": "whisper"}, "encoder-decoder"),
+    ({"model_type": "trocr"}, "TrOCR"),
+    ({"model_type": "bert"}, "an encoder"),
+    ({"model_type": "roberta"}, "an encoder"),
+    ({"model_type": "imagegpt"}, "ImageGPT"),
+    ({"model_type": "vit"}, "pictures"),
+    ({"model_type": "qwen2_vl"}, "pictures or sound"),
+    ({"model_type": "wav2vec2"}, "sound"),
+    ({"model_type": "openai-gpt"}, "the first GPT"),
+    ({"model_type": "xglm"}, "a language model that neither exporter"),
+    ({"model_type": "gtp2"}, "none that transformers knows"),
+    ({"model_type": 7}, "none that transformers knows"),
+    ({"hidden_size": 32}, "has no model_type"),
+    ({"architectures": ["GPTJForCausalLM"]}, "GPTJForCausalLM"),
+]
+
+
+@pytest.mark.parametrize("exporter", ["graph", "optimum"])
+@pytest.mark.parametrize(("fields", "said"), NAMED, ids=lambda value: str(value)[:40])
+def test_what_no_exporter_takes(fields: dict, said: str, exporter: str) -> None:
+    with pytest.raises(UserError) as error:
+        check_model_type(fields, PATH, exporter)
+    line = str(error.value)
+    assert line.startswith(f"{PATH}: ") and said in line and "\n" not in line
+    # Where the other exporter is named, it is for another model.
+    assert "EXPORTER=optimum exports it" not in line
+
+
+@pytest.mark.parametrize("kind", sorted({*OPTIMUM_TYPES} - {"gpt2"}))
+def test_what_the_other_exporter_takes(kind: str) -> None:
+    with pytest.raises(UserError, match=f"model_type is '{kind}'.*EXPORTER=optimum exports it"):
+        check_model_type({"model_type": kind}, PATH, "graph")
+    check_model_type({"model_type": kind}, PATH, "optimum")
+
+
+@pytest.mark.parametrize("exporter", ["graph", "optimum"])
+def test_an_encoder_decoder_with_gpt2(folder: Path, refused: Callable[..., str], exporter: str) -> None:
+    decoder = json.loads((folder / "config.json").read_text()) | {"add_cross_attention": True}
+    (folder / "config.json").write_text(json.dumps({**VISION, "decoder": decoder, "is_encoder_decoder": True}))
+    refused(str(folder / "config.json"), "encoder-decoder", options=("--exporter", exporter))
+
+
+def test_a_decoder_with_cross_attention(folder: Path, refused: Callable[..., str]) -> None:
+    edit_config(folder, add_cross_attention=True)
+    refused(str(folder / "config.json"), "add_cross_attention", "encoder-decoder")
+
+
+def only(folder: Path, *names: str, keep: tuple[str, ...] = ("config.json",)) -> None:
+    """Leave `keep` in `folder`, and put empty files called `names` beside them."""
+    for file in folder.iterdir():
+        if file.name not in keep:
+            file.unlink()
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"")
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (("modelo-q4.gguf",), "llama.cpp"),
+        (("tf_model.h5",), "tf_model.h5"),
+        (("flax_model.msgpack",), "flax_model.msgpack"),
+        (("rust_model.ot",), "rust_model.ot"),
+        (("model.onnx",), "exported already"),
+        (("onnx/decoder_model.onnx",), "exported already"),
+        (("model.onnx", "manifest.json"), "an artifact"),
+        (("model_index.json", "unet/diffusion_pytorch_model.safetensors"), "diffusers"),
+        (("modules.json", "model.safetensors"), "sentence-transformers"),
+        (("hparams.json", "model.ckpt.index", "encoder.json"), "TensorFlow"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else "",
+)
+@pytest.mark.parametrize("keep", [("config.json",), ()], ids=["config", "no-config"])
+def test_folders_of_other_formats(
+    folder: Path, refused: Callable[..., str], names: tuple[str, ...], said: str, keep: tuple[str, ...]
+) -> None:
+    only(folder, *names, keep=keep)
+    refused(str(folder), said)
+
+
+@pytest.mark.parametrize("place", ["checkpoint-500", "snapshots/0123abc"])
+def test_the_checkpoint_is_a_folder_deeper(folder: Path, refused: Callable[..., str], place: str) -> None:
+    content = {file.name: file.read_bytes() for file in folder.iterdir()}
+    only(folder, keep=())
+    (folder / place).mkdir(parents=True)
+    for name, data in content.items():
+        (folder / place / name).write_bytes(data)
+    refused(str(folder), str(folder / place), "give that folder")
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("modelo.Q4_K_M.gguf", "llama.cpp"), ("model.onnx", "exported already"), ("model.safetensors", "its folder")],
+)
+def test_a_file_as_model(export_here: Callable[..., Result], tmp_path: Path, name: str, said: str) -> None:
+    (tmp_path / name).write_bytes(b"")
+    assert_user_error(export_here("--model", tmp_path / name, "--output", tmp_path / "artifacts"), name, said)
+    assert_nothing_published(tmp_path / "artifacts")

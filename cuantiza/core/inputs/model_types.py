@@ -59,6 +59,7 @@ _KINDS = (
     (("IMAGE_CLASSIFICATION", "IMAGE", "CAUSAL_IMAGE_MODELING"), "is a model of pictures"),
     (("CTC", "AUDIO_CLASSIFICATION", "TEXT_TO_WAVEFORM", "TEXT_TO_SPECTROGRAM"), "is a model of sound"),
 )
+_UNREAD = {".h5": "TensorFlow", ".msgpack": "Flax", ".ot": "rust-bert", ".tflite": "TensorFlow", ".nemo": "NeMo"}
 _SAVE = "save the model with transformers' save_pretrained, or choose a repository that has safetensors"
 
 
@@ -108,8 +109,11 @@ def other_format(names: set[str]) -> str | None:
         return f"has {found}, a model that is exported already; give the checkpoint that it was made of, or measure the file by `cuantiza eval --onnx`"
     if "hparams.json" in names or "encoder.json" in names or ending(".ckpt.index", ".ckpt.meta"):
         return "has TensorFlow's files of OpenAI's GPT-2 code; convert it with transformers' convert_gpt2_original_tf_checkpoint_to_pytorch"
-    if found := ending(".h5", ".msgpack", ".ot", ".mlmodel", ".tflite", ".nemo"):
-        return f"has no safetensors and no pytorch_model.bin, only {found}, which cannot be read; {_SAVE}"
+    for suffix, whose in _UNREAD.items():
+        if found := ending(suffix):
+            return (
+                f"has no safetensors and no pytorch_model.bin, only {found} of {whose}, which cannot be read; {_SAVE}"
+            )
     return None
 
 

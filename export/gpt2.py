@@ -19,8 +19,8 @@ from onnx_ir import DataType
 
 from cuantiza.core import contract
 from cuantiza.core.errors import UserError
+from cuantiza.core.inputs.weights.files import Weight, check_finite
 from cuantiza.export.gpt2_config import GPT2Config
-from cuantiza.export.weights import Weight, check_finite
 
 _END = 2**63 - 1  # as the end of a Slice: the end of the axis, however long it is
 _BLOCK = re.compile(r"h\.(\d+)\.")

@@ -20,10 +20,10 @@ from onnxscript.version_converter import ConvertVersionPass
 from cuantiza.core import contract
 from cuantiza.core.errors import UserError
 from cuantiza.core.inputs.checkpoints import weight_files
+from cuantiza.core.inputs.weights.files import check_finite, read_weights
 from cuantiza.core.machine import child
 from cuantiza.core.onnx import file as onnx_file
 from cuantiza.core.store import folders
-from cuantiza.export.weights import check_finite, read_weights
 
 # Each of these was exported end to end, with the parity check, by optimum-onnx 0.1.0.
 MODEL_TYPES = (

@@ -79,12 +79,12 @@ def _warn(warnings: list[str]) -> None:
 def _export(model: Model, target: Path, exporter: str, opset: int, inputs: dict[str, Any]) -> Artifact:
     # These imports are slow, and a run that finds everything up to date does not need them.
     from cuantiza.core.inputs.model_config import max_positions, read_config
+    from cuantiza.core.inputs.weights.files import read_weights
     from cuantiza.core.onnx import file as onnx_file
     from cuantiza.export.companions import write_configs, write_tokenizer
     from cuantiza.export.gpt2 import build
     from cuantiza.export.gpt2_config import parse_config
     from cuantiza.export.parity import check_parity
-    from cuantiza.export.weights import read_weights
 
     path = model.folder / "config.json"
     fields = read_config(model.folder)

@@ -23,10 +23,10 @@ from safetensors.numpy import save_file
 from cuantiza.core.errors import UserError, run
 from cuantiza.core.inputs.checkpoints import TOKENIZER
 from cuantiza.core.inputs.model_config import read_config
+from cuantiza.core.inputs.weights.files import read_weights
 from cuantiza.core.store.folders import replace, staging
 from cuantiza.export.gpt2 import build
 from cuantiza.export.gpt2_config import GPT2Config, parse_config
-from cuantiza.export.weights import read_weights
 
 Weights = dict[str, np.ndarray]
 

@@ -67,9 +67,9 @@ def _bin(folder: Path) -> None:
 
 
 def _read_checkpoint(folder: Path) -> None:
+    from cuantiza.core.inputs.weights.files import read_weights
     from cuantiza.export.gpt2 import build
     from cuantiza.export.gpt2_config import parse_config
-    from cuantiza.export.weights import read_weights
 
     fields = read_config(folder)
     config = parse_config(fields, folder / "config.json")
@@ -80,9 +80,9 @@ def _read_checkpoint(folder: Path) -> None:
 
 
 def _onnx(folder: Path) -> None:
+    from cuantiza.core.inputs.weights.files import read_weights
     from cuantiza.export.gpt2 import build
     from cuantiza.export.gpt2_config import parse_config
-    from cuantiza.export.weights import read_weights
 
     _safetensors(folder)
     config = parse_config(read_config(folder), folder / "config.json")

@@ -12,12 +12,12 @@ from cuantiza.core.errors import UserError
 from cuantiza.core.inputs.corpus import Source, Split, load_splits
 from cuantiza.core.inputs.model_config import read_config
 from cuantiza.core.inputs.tokenizer import load_tokenizer
+from cuantiza.core.inputs.weights.files import read_weights
 from cuantiza.core.onnx import file as onnx_file
 from cuantiza.core.run.divergence import compare
 from cuantiza.core.run.runtime import Runtime
 from cuantiza.export.gpt2 import build
 from cuantiza.export.gpt2_config import parse_config
-from cuantiza.export.weights import read_weights
 from cuantiza.quantize.decide.activation import ROW_ZERO_POINTS, PerRow, PerTensor, matmul_error
 from cuantiza.quantize.decide.blocks import open_block, split
 from cuantiza.quantize.decide.calibrate import calibration_windows

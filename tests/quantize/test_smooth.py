@@ -8,12 +8,12 @@ import pytest
 
 from cuantiza.core.inputs.corpus import Source, load_splits
 from cuantiza.core.inputs.model_config import read_config
+from cuantiza.core.inputs.weights.files import read_weights
 from cuantiza.core.onnx import file as onnx_file
 from cuantiza.core.run.divergence import compare
 from cuantiza.core.run.runtime import Runtime
 from cuantiza.export.gpt2 import build
 from cuantiza.export.gpt2_config import parse_config
-from cuantiza.export.weights import read_weights
 from cuantiza.quantize.decide import smooth
 from cuantiza.quantize.decide.blocks import Block, open_block
 from cuantiza.quantize.decide.calibrate import calibration_windows

@@ -42,7 +42,8 @@ def build(config: GPT2Config, weights: dict[str, Weight], opset: int, folder: Pa
             raise UserError(f"{folder}: has no weight {name}; take the files of the original checkpoint")
         source = weights[name]
         if source.shape != shape:
-            raise UserError(f"{folder}: {name} is {list(source.shape)} where config.json says {list(shape)}")
+            turned = ", which is its transpose" if source.shape == shape[::-1] != shape else ""
+            raise UserError(f"{folder}: {name} is {list(source.shape)} where config.json says {list(shape)}{turned}")
         tensor = ir.LazyTensor(
             lambda: ir.tensor(np.ascontiguousarray(check_finite(name, source.read(), folder))),
             DataType.FLOAT,

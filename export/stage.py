@@ -78,16 +78,19 @@ def _warn(warnings: list[str]) -> None:
 
 def _export(model: Model, target: Path, exporter: str, opset: int, inputs: dict[str, Any]) -> Artifact:
     # These imports are slow, and a run that finds everything up to date does not need them.
-    from cuantiza.core.inputs.model_config import max_positions, read_config
-    from cuantiza.core.inputs.weights.files import read_weights
+    from cuantiza.core.inputs.checkpoints import base_folder, tokenizer_folder
+    from cuantiza.core.inputs.model_config import max_positions
+    from cuantiza.core.inputs.weights.adapters import read_fields
+    from cuantiza.core.inputs.weights.checkpoint import read_checkpoint
     from cuantiza.core.onnx import file as onnx_file
     from cuantiza.export.companions import write_configs, write_tokenizer
     from cuantiza.export.gpt2 import build
     from cuantiza.export.gpt2_config import parse_config
     from cuantiza.export.parity import check_parity
 
-    path = model.folder / "config.json"
-    fields = read_config(model.folder)
+    base, tokenizer = base_folder(model.folder), tokenizer_folder(model.folder)  # others for an adapter alone
+    path = base / "config.json"
+    fields = read_fields(model.folder)
     warnings: list[str] = []  # one sentence each; the manifest keeps them
     with folders.staging(target) as work:
         if exporter == "optimum":
@@ -98,22 +101,24 @@ def _export(model: Model, target: Path, exporter: str, opset: int, inputs: dict[
             vocabulary, positions = fields.get("vocab_size"), max_positions(fields)
             if not isinstance(vocabulary, int):
                 raise UserError(f"{path}: vocab_size is {vocabulary!r} where a whole number is needed")
-            write_tokenizer(model.folder, work, vocabulary)
+            write_tokenizer(tokenizer, work, vocabulary)
         else:
             if fields.get("model_type", "gpt2") != "gpt2":
                 raise UserError(
                     f"{path}: model_type is {fields['model_type']!r}, and the default exporter knows gpt2 only; EXPORTER=optimum exports llama, mistral, opt, qwen2 and others"
                 )
+            checkpoint = read_checkpoint(model.folder)
+            warnings += checkpoint.warnings
             config = parse_config(fields, path)
             positions = config.n_positions
-            write_tokenizer(model.folder, work, config.vocab_size)
-            graph = build(config, read_weights(model.folder), opset, model.folder)
+            write_tokenizer(tokenizer, work, config.vocab_size)
+            graph = build(config, checkpoint.weights, opset, model.folder)
             with working("export    weights"):
                 onnx_file.save(graph, work)
-            del graph
+            del graph, checkpoint
             # Reference cycles would keep the graph in memory, and with it a whole checkpoint of torch's legacy format.
             gc.collect()
-        write_configs(fields, model.folder, work)
+        write_configs(fields, base, work)
         _warn(warnings)
         parity = check_parity(model.folder, work, positions)
         report(

@@ -44,7 +44,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     check_task(fields, tensors, base)
     layout = arrange(tensors, fields.get("tie_word_embeddings") is not False, base)
     check_floats(layout.weights, base)
-    weights, warnings = layout.weights, [*layout.warnings, *left_out(layout.others, base)]
+    weights, warnings = layout.weights, [*layout.warnings, *left_out(layout.others)]
     dtypes = _dtypes(weights)
     eight = [name for name in dtypes if name.startswith("float8")]
     if eight:

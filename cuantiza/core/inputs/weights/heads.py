@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from cuantiza.core.errors import UserError
-from cuantiza.core.inputs.weights.files import Weight
 from cuantiza.core.inputs.weights.layout import some
 
 # The heads of models that were trained for another task. Their backbone no longer predicts the next token.
@@ -30,8 +29,13 @@ _ADAPTER = re.compile(r".*\.(?:lora_(?:A|B|embedding_A|embedding_B|magnitude_vec
 def check_task(fields: Mapping[str, Any], names: Collection[str], folder: Path) -> None:
     """Raise UserError if a checkpoint with tensors `names` and a config.json of `fields` is no language model.
 
-    It is none if it has the head of another task and none of its own, or if `architectures` says so.
+    It is none if it has the head of another task and none of its own, or if `architectures` says so. A model with an
+    adapter that nobody has merged is refused as well.
     """
+    if adapter := next((name for name in names if _ADAPTER.fullmatch(name)), None):
+        raise UserError(
+            f"{folder}: holds a LoRA adapter among its weights ({adapter}); merge it with peft's merge_and_unload and save again"
+        )
     head = {module: next(iter(_under(module, names)), None) for module in _TASKS}
     tensor = next((name for name in head.values() if name), None)
     task = next((_TASKS[module] for module, name in head.items() if name), None)
@@ -50,15 +54,8 @@ def check_task(fields: Mapping[str, Any], names: Collection[str], folder: Path) 
     )
 
 
-def left_out(others: Mapping[str, Weight], folder: Path) -> list[str]:
-    """Say in a sentence each which of `others`, the tensors that are no part of GPT-2, are left out.
-
-    Raises UserError where they are an adapter that nobody has merged.
-    """
-    if adapter := next((name for name in others if _ADAPTER.fullmatch(name)), None):
-        raise UserError(
-            f"{folder}: holds a LoRA adapter among its weights ({adapter}); merge it with peft's merge_and_unload and save again"
-        )
+def left_out(others: Collection[str]) -> list[str]:
+    """Say in a sentence each which of `others`, the tensors that are no part of GPT-2, are left out."""
     warnings, rest = [], set(others)
     for module, what in _BESIDE.items():
         if names := _under(module, rest):

@@ -20,7 +20,7 @@ from onnx_ir import DataType
 from cuantiza.core import contract
 from cuantiza.core.errors import UserError
 from cuantiza.core.inputs.gpt2_config import GPT2Config
-from cuantiza.export.weights import Weight, check_finite
+from cuantiza.core.inputs.weights.files import Weight, check_finite
 
 _END = 2**63 - 1  # as the end of a Slice: the end of the axis, however long it is
 _BLOCK = re.compile(r"h\.(\d+)\.")
@@ -42,7 +42,8 @@ def build(config: GPT2Config, weights: dict[str, Weight], opset: int, folder: Pa
             raise UserError(f"{folder}: has no weight {name}; take the files of the original checkpoint")
         source = weights[name]
         if source.shape != shape:
-            raise UserError(f"{folder}: {name} is {list(source.shape)} where config.json says {list(shape)}")
+            turned = ", which is its transpose" if source.shape == shape[::-1] != shape else ""
+            raise UserError(f"{folder}: {name} is {list(source.shape)} where config.json says {list(shape)}{turned}")
         tensor = ir.LazyTensor(
             lambda: ir.tensor(np.ascontiguousarray(check_finite(name, source.read(), folder))),
             DataType.FLOAT,

@@ -19,12 +19,13 @@ from onnxscript.version_converter import ConvertVersionPass
 
 from cuantiza.core import contract
 from cuantiza.core.errors import UserError
-from cuantiza.core.inputs.checkpoints import weight_files
+from cuantiza.core.inputs.checkpoints import files_to_read
 from cuantiza.core.inputs.model_types import OPTIMUM_TYPES
+from cuantiza.core.inputs.weights.checkpoint import check_other_family
+from cuantiza.core.inputs.weights.files import check_finite
 from cuantiza.core.machine import child
 from cuantiza.core.onnx import file as onnx_file
 from cuantiza.core.store import folders
-from cuantiza.export.weights import check_finite, read_weights
 
 # optimum uses torch's TorchScript exporter, which writes no opset after this one.
 _LAST_OPSET = 20
@@ -129,9 +130,10 @@ def _prepare(checkpoint: Path, config: dict, folder: Path) -> None:
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     # Damaged files get a clear message here. transformers would use random weights in their place, or compute NaN.
-    for name, weight in read_weights(checkpoint).items():
-        check_finite(name, weight.read(), checkpoint)
-    for name in weight_files({file.name for file in checkpoint.iterdir()}):
+    for name, tensor in check_other_family(checkpoint, config).items():
+        if tensor.is_float:
+            check_finite(name, tensor.read(), checkpoint)
+    for name in files_to_read(checkpoint):
         (folder / name).symlink_to((checkpoint / name).resolve())
 
 

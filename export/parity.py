@@ -10,6 +10,7 @@ import numpy as np
 from cuantiza.core.errors import UserError
 from cuantiza.core.inputs.model_config import start_token
 from cuantiza.core.inputs.tokenizer import load_tokenizer
+from cuantiza.core.inputs.weights.pytorch import pytorch_loader
 from cuantiza.core.machine.process import isolated
 from cuantiza.core.run.runtime import Runtime
 
@@ -94,25 +95,9 @@ def _pytorch_logits(
     The config.json is the artifact's, in `work`, because the checkpoint's may be one that transformers does not load.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.utils import logging
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            checkpoint,
-            config=AutoConfig.from_pretrained(work, local_files_only=True, trust_remote_code=False),
-            dtype=torch.float32,
-            attn_implementation="eager",
-            local_files_only=True,
-            trust_remote_code=False,
-        ).eval()
-    except Exception as error:  # transformers raises many kinds, for a field of a wrong type one of its own
-        raise UserError(
-            f"{checkpoint}: transformers cannot load it ({error}), so the graph cannot be compared with PyTorch; "
-            "take the files of the original checkpoint"
-        ) from None
+    advice = ", so the graph cannot be compared with PyTorch; take the files of the original checkpoint"
+    model = pytorch_loader(checkpoint, "eager", advice, config=work)()
 
     def logits(ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
         positions = np.maximum(mask.cumsum(axis=1) - 1, 0)

@@ -78,20 +78,23 @@ def _warn(warnings: list[str]) -> None:
 
 def _export(model: Model, target: Path, exporter: str, opset: int, inputs: dict[str, Any]) -> Artifact:
     # These imports are slow, and a run that finds everything up to date does not need them.
+    from cuantiza.core.inputs.checkpoints import base_folder, tokenizer_folder
     from cuantiza.core.inputs.gpt2_config import canonical_fields, odd_fields, parse_config
-    from cuantiza.core.inputs.model_config import max_positions, read_config
+    from cuantiza.core.inputs.model_config import max_positions
     from cuantiza.core.inputs.model_types import check_model_type, refuse_other_formats
     from cuantiza.core.inputs.special_tokens import resolve_special_tokens
     from cuantiza.core.inputs.tokenizer import load_tokenizer
+    from cuantiza.core.inputs.weights.adapters import read_fields
+    from cuantiza.core.inputs.weights.checkpoint import read_checkpoint
     from cuantiza.core.onnx import file as onnx_file
     from cuantiza.export.companions import write_configs, write_tokenizer
     from cuantiza.export.gpt2 import build
     from cuantiza.export.parity import check_parity
-    from cuantiza.export.weights import read_weights
 
-    refuse_other_formats(model.folder)
-    path = model.folder / "config.json"
-    given = read_config(model.folder)
+    base, tokenizer = base_folder(model.folder), tokenizer_folder(model.folder)  # others for an adapter alone
+    refuse_other_formats(base)
+    path = base / "config.json"
+    given = read_fields(model.folder)
     fields = canonical_fields(given)
     check_model_type(fields, path, exporter)
     if exporter == "optimum":
@@ -103,18 +106,20 @@ def _export(model: Model, target: Path, exporter: str, opset: int, inputs: dict[
     vocabulary, positions = fields["vocab_size"], max_positions(fields)
     warnings = [*odd_fields(given)]  # one sentence each; the manifest keeps them
     with folders.staging(target) as work:
-        write_tokenizer(model.folder, work, vocabulary)
-        tokens = resolve_special_tokens(model.folder, given, load_tokenizer(work), model.folder, vocabulary)
+        write_tokenizer(tokenizer, work, vocabulary)
+        tokens = resolve_special_tokens(base, given, load_tokenizer(work), tokenizer, vocabulary)
         warnings += tokens.warnings
-        write_configs(fields, tokens, model.folder, work)
+        write_configs(fields, tokens, base, work)
         if exporter == "optimum":
             with working("optimum's exporter"):
                 export_optimum(model.folder, tokens.put_into(fields), work, opset)
         else:
-            graph = build(config, read_weights(model.folder), opset, model.folder)
+            checkpoint = read_checkpoint(model.folder)
+            warnings += checkpoint.warnings
+            graph = build(config, checkpoint.weights, opset, model.folder)
             with working("export    weights"):
                 onnx_file.save(graph, work)
-            del graph
+            del graph, checkpoint
             # Reference cycles would keep the graph in memory, and with it a whole checkpoint of torch's legacy format.
             gc.collect()
         _warn(warnings)

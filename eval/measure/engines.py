@@ -98,6 +98,10 @@ def _maker(subject: Subject, threads: int, alone: bool) -> Callable[[], Any]:
     """Return a function that loads `subject`. Its imports are done here, so that they are not part of the load time."""
     if subject.kind == "onnx":
         return lambda: Runtime(subject.path, threads, spin=alone)
+    from cuantiza.core.inputs.weights.pytorch import pytorch_loader
     from cuantiza.eval.measure.torch_engine import TorchRuntime
 
-    return lambda: TorchRuntime(subject.path, threads, quantized=subject.kind == "torch-dynamic")
+    # Which files there are, and whether they need repair, is not part of the load time either.
+    advice = "; leave the PyTorch rows out with --without-torch (EVAL=--without-torch)"
+    load = pytorch_loader(subject.path, advice=advice)
+    return lambda: TorchRuntime(load, threads, quantized=subject.kind == "torch-dynamic")

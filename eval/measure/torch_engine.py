@@ -5,18 +5,14 @@ from __future__ import annotations
 import copy
 import io
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import IO, Any, cast
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache, GPT2Config
-from transformers.utils import logging
+from transformers import DynamicCache
 
-from cuantiza.core.errors import UserError
-from cuantiza.core.inputs.gpt2_config import canonical_fields
-from cuantiza.core.inputs.model_config import read_config
 from cuantiza.core.run.large_pages import use_large_pages
 
 
@@ -29,25 +25,16 @@ class TorchCache:
 
 
 class TorchRuntime:
-    """A transformers model, fp32 or dynamically quantized, with the interface of cuantiza.core.run.runtime.Runtime."""
+    """A transformers model, fp32 or dynamically quantized, with the interface of cuantiza.core.run.runtime.Runtime.
 
-    def __init__(self, checkpoint: Path, threads: int, quantized: bool) -> None:
+    `load` returns the model (cuantiza/core/inputs/weights/pytorch.py).
+    """
+
+    def __init__(self, load: Callable[[], Any], threads: int, quantized: bool) -> None:
         torch.set_num_threads(threads)
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
         # transformers 5.24 and newer call the cache `cache`, and read `past_key_values` until 5.40.
         warnings.filterwarnings("ignore", message=".*past_key_values.*", category=FutureWarning)
-        try:
-            # transformers does not load every config.json that can be exported; such a one is repaired for it.
-            fields = canonical_fields(given := read_config(checkpoint))
-            repaired = {"config": GPT2Config.from_dict(fields)} if fields != given else {}
-            self._model = AutoModelForCausalLM.from_pretrained(
-                checkpoint, dtype=torch.float32, local_files_only=True, trust_remote_code=False, **repaired
-            ).eval()
-        except Exception as error:  # transformers raises many kinds, for a field of a wrong type one of its own
-            raise UserError(
-                f"{checkpoint}: transformers cannot load it ({error}); leave the PyTorch rows out with --without-torch (EVAL=--without-torch)"
-            ) from None
+        self._model = load()
         if quantized:
             warnings.filterwarnings("ignore", category=DeprecationWarning)
             warnings.filterwarnings("ignore", category=UserWarning)

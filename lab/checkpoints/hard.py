@@ -24,9 +24,9 @@ from cuantiza.core.errors import UserError, run
 from cuantiza.core.inputs.checkpoints import TOKENIZER
 from cuantiza.core.inputs.gpt2_config import GPT2Config, parse_config
 from cuantiza.core.inputs.model_config import read_config
+from cuantiza.core.inputs.weights.checkpoint import read_checkpoint
 from cuantiza.core.store.folders import replace, staging
 from cuantiza.export.gpt2 import build
-from cuantiza.export.weights import read_weights
 
 Weights = dict[str, np.ndarray]
 
@@ -175,7 +175,7 @@ def _read(folder: Path) -> tuple[dict, GPT2Config, Weights]:
     fields, path = read_config(folder), folder / "config.json"
     if fields.get("model_type", "gpt2") != "gpt2":
         raise UserError(f"{path}: is a {fields['model_type']!r}; give the folder of a GPT-2 checkpoint")
-    config, stored = parse_config(fields, path), read_weights(folder)
+    config, stored = parse_config(fields, path), read_checkpoint(folder).weights
     # The export checks that all weights are there with the right shapes, and knows whether the head is tied.
     needed = build(config, stored, 21, folder).graph.initializers
     return fields, config, {name: needed[name].const_value.numpy() for name in stored if name in needed}

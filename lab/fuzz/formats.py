@@ -68,25 +68,25 @@ def _bin(folder: Path) -> None:
 
 def _read_checkpoint(folder: Path) -> None:
     from cuantiza.core.inputs.gpt2_config import parse_config
+    from cuantiza.core.inputs.weights.checkpoint import read_checkpoint
     from cuantiza.export.gpt2 import build
-    from cuantiza.export.weights import read_weights
 
     fields = read_config(folder)
     config = parse_config(fields, folder / "config.json")
     start_token(folder), max_positions(fields)
-    model = build(config, read_weights(folder), 21, folder)
+    model = build(config, read_checkpoint(folder).weights, 21, folder)
     for value in model.graph.initializers.values():
         value.const_value.numpy()
 
 
 def _onnx(folder: Path) -> None:
     from cuantiza.core.inputs.gpt2_config import parse_config
+    from cuantiza.core.inputs.weights.checkpoint import read_checkpoint
     from cuantiza.export.gpt2 import build
-    from cuantiza.export.weights import read_weights
 
     _safetensors(folder)
     config = parse_config(read_config(folder), folder / "config.json")
-    onnx_file.save(build(config, read_weights(folder), 21, folder), folder)
+    onnx_file.save(build(config, read_checkpoint(folder).weights, 21, folder), folder)
 
 
 def _read_onnx(folder: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 import cuantiza.eval.measure.latency
 from cuantiza.core.inputs.corpus import Source, load_splits
+from cuantiza.core.inputs.weights.pytorch import pytorch_loader
 from cuantiza.core.machine.process import Remote
 from cuantiza.core.run.runtime import Runtime
 from cuantiza.core.store.digests import sha256_file
@@ -214,7 +215,7 @@ def test_greedy_continuation_is_transformers_generate(artifacts):
 
 
 def test_pytorch_cache_can_be_stepped_again():
-    runtime = TorchRuntime(ES_MINI, 2, quantized=False)
+    runtime = TorchRuntime(pytorch_loader(ES_MINI), 2, quantized=False)
     ids = np.arange(10)[None]
     cache = runtime.cache(1, 10)
     runtime.step(cache, ids[:, :9])

@@ -13,11 +13,11 @@ from cuantiza.core.inputs.corpus import Source, Split, load_splits
 from cuantiza.core.inputs.gpt2_config import parse_config
 from cuantiza.core.inputs.model_config import read_config
 from cuantiza.core.inputs.tokenizer import load_tokenizer
+from cuantiza.core.inputs.weights.checkpoint import read_checkpoint
 from cuantiza.core.onnx import file as onnx_file
 from cuantiza.core.run.divergence import compare
 from cuantiza.core.run.runtime import Runtime
 from cuantiza.export.gpt2 import build
-from cuantiza.export.weights import read_weights
 from cuantiza.quantize.decide.activation import ROW_ZERO_POINTS, PerRow, PerTensor, matmul_error
 from cuantiza.quantize.decide.blocks import open_block, split
 from cuantiza.quantize.decide.calibrate import calibration_windows
@@ -63,7 +63,7 @@ def chain(windows, tmp_path_factory):
 
 
 def graph_of(folder):
-    return build(parse_config(read_config(folder), folder), read_weights(folder), 21, folder)
+    return build(parse_config(read_config(folder), folder), read_checkpoint(folder).weights, 21, folder)
 
 
 # --- statistics ---
@@ -394,6 +394,6 @@ def test_the_neuron_of_a_massive_activation_stays_in_float(sink, windows, splits
     assert decision.details["float_channels"] == taken[f"{block}.c_proj"]
     assert decision.activation.high < 30  # the massive activation is 60
     row = decision.float_rows[taken[f"{block}.c_proj"].index(account.neuron)]
-    assert (row == read_weights(folder)[f"{block}.c_proj.weight"].read()[account.neuron]).all() and row.any()
+    assert (row == read_checkpoint(folder).weights[f"{block}.c_proj.weight"].read()[account.neuron]).all() and row.any()
     assert not decision.weight.q[decision.float_channels].any()
     assert losses[16] < 0.6 * losses[0], losses

@@ -9,11 +9,11 @@ import pytest
 from cuantiza.core.inputs.corpus import Source, load_splits
 from cuantiza.core.inputs.gpt2_config import parse_config
 from cuantiza.core.inputs.model_config import read_config
+from cuantiza.core.inputs.weights.checkpoint import read_checkpoint
 from cuantiza.core.onnx import file as onnx_file
 from cuantiza.core.run.divergence import compare
 from cuantiza.core.run.runtime import Runtime
 from cuantiza.export.gpt2 import build
-from cuantiza.export.weights import read_weights
 from cuantiza.quantize.decide import smooth
 from cuantiza.quantize.decide.blocks import Block, open_block
 from cuantiza.quantize.decide.calibrate import calibration_windows
@@ -40,7 +40,7 @@ PLAIN = {
 
 
 def graph_of(folder):
-    return build(parse_config(read_config(folder), folder), read_weights(folder), 21, folder)
+    return build(parse_config(read_config(folder), folder), read_checkpoint(folder).weights, 21, folder)
 
 
 def runtime_of(model, folder):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import fnmatch
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from cuantiza.core.errors import MENDS, UserError
 from cuantiza.core.inputs.defaults import place
@@ -20,6 +22,8 @@ WEIGHTS = (
     ("pytorch_model.bin",),
     ("pytorch_model.bin.index.json", "pytorch_model-*-of-*.bin"),
 )
+# A LoRA adapter of peft, beside the weights or instead of them.
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 CONFIGS = ("config.json", "generation_config.json")
 TOKENIZER = (
     "tokenizer.json",
@@ -41,11 +45,98 @@ class Model:
 
 
 def weight_files(names: set[str]) -> list[str]:
-    """The weight files among `names`, of the most preferred kind; empty if there are none."""
+    """The weight files among `names`, of the most preferred kind; empty if there are none.
+
+    Shards that an index does not name may be among them; `files_to_read` and the hub's download leave those out.
+    """
     for group in WEIGHTS:
         if group[0] in names:
             return sorted(name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in group))
     return []
+
+
+def index_shards(path: Path) -> list[str]:
+    """The shards that the index `path` names. Raises UserError where it is broken, or names files of other folders."""
+    try:
+        shards = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path}: broken index ({error}); download it again") from None
+    if odd := [name for name in shards if not isinstance(name, str) or Path(name).name != name]:
+        raise UserError(f"{path}: names {odd[0]!r}, which is not a file of the same folder; download it again")
+    return sorted(shards)
+
+
+def files_to_read(folder: Path) -> list[str]:
+    """The weight files of `folder` that are read: one file, or an index and the shards that it names.
+
+    An earlier save may have left other shards behind, which belong to another model. The list is empty if `folder` has
+    no weights. Raises UserError where an index is broken or a shard is missing.
+    """
+    names = {file.name for file in folder.iterdir()}
+    main = next((group[0] for group in WEIGHTS if group[0] in names), None)
+    if main is None or not main.endswith(".index.json"):
+        return [main] if main else []
+    shards = index_shards(folder / main)
+    if missing := [name for name in shards if name not in names]:
+        raise UserError(f"{folder / main}: names {', '.join(missing)}, which is not there; download the missing shards")
+    return [main, *shards]
+
+
+def base_folder(folder: Path) -> Path:
+    """The folder that holds the weights and the config.json of the checkpoint in `folder`.
+
+    It is `folder` itself, unless that holds an adapter alone: then it is the base that adapter_config.json names as a
+    folder (seen from `folder`, or from the working directory) or as a hub id, which is taken from the hub's cache, or
+    else downloaded. Raises UserError where that base cannot be found or is an adapter itself.
+    """
+    path = folder / ADAPTER[0]
+    if not path.is_file() or weight_files({file.name for file in folder.iterdir()}):
+        return folder
+    spec = adapter_fields(folder).get("base_model_name_or_path")
+    if not isinstance(spec, str) or not spec:
+        raise UserError(
+            f"{path}: does not say which model it adapts; write its folder or hub id to base_model_name_or_path"
+        )
+    base = next((found for found in (folder / spec, place(spec)) if found.is_dir()), None) or _base_on_hub(path, spec)
+    if any((base / name).is_file() for name in ADAPTER):
+        raise UserError(
+            f"{path}: its base {spec} has a LoRA adapter itself; merge that one first with peft's merge_and_unload"
+        )
+    return base
+
+
+def tokenizer_folder(folder: Path) -> Path:
+    """The folder with the tokenizer of the checkpoint in `folder`: an adapter may have one of its own, or its base's."""
+    vocabularies = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.model")
+    return folder if any((folder / name).is_file() for name in vocabularies) else base_folder(folder)
+
+
+def _base_on_hub(path: Path, spec: str) -> Path:
+    revision = adapter_fields(path.parent).get("revision")
+    match = _HUB_ID.fullmatch(spec)
+    if match is None or spec.startswith("."):
+        raise UserError(
+            f"{path}: base_model_name_or_path is {spec!r}, which is neither a folder here nor a hub id; "
+            "write the base's folder or hub id there"
+        )
+    revision = match["revision"] or (revision if isinstance(revision, str) and revision else None)
+    return _cached(match["repo"], revision) or _download(f"{path}: its base {spec}", match["repo"], revision)
+
+
+def adapter_fields(folder: Path) -> dict[str, Any]:
+    """The fields of adapter_config.json. Raises UserError where it is not a JSON object."""
+    path = folder / ADAPTER[0]
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(
+            f"{folder}: has an adapter's weights but no {ADAPTER[0]}; put it beside them, or remove the adapter"
+        ) from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: is not JSON ({error}); take the file of the original adapter") from None
+    if not isinstance(fields, dict):
+        raise UserError(f"{path}: is not a JSON object; take the file of the original adapter")
+    return fields
 
 
 def model_name(spec: str) -> str:
@@ -55,41 +146,52 @@ def model_name(spec: str) -> str:
     """
     name = place(spec).resolve().name if place(spec).is_dir() else spec.replace("/", "--")
     if not spec or not name:
-        raise _no_model(spec)
+        raise _no_model(f"MODEL={spec}")
     return name
 
 
 def checkpoint_digest(folder: Path) -> str:
-    """sha256 over the files in `folder` that an export reads."""
-    names = [*CONFIGS, *TOKENIZER, *weight_files({file.name for file in folder.iterdir()})]
-    return digest({name: sha256_file(folder / name) for name in names if (folder / name).is_file()})
+    """sha256 over the files that an export of the checkpoint in `folder` reads, those of an adapter's base included.
+
+    Raises UserError where an index or an adapter does not lead to its files.
+    """
+    names = [*CONFIGS, *TOKENIZER, *ADAPTER, *files_to_read(folder)]
+    found = {name: sha256_file(folder / name) for name in names if (folder / name).is_file()}
+    base = base_folder(folder)
+    return digest(found if base == folder else found | {"base": checkpoint_digest(base)})
 
 
 def resolve_model(spec: str) -> Model:
     """Find model `spec` on disk, or download it from the hub (an interrupted download is resumed).
 
     Offline, the hub's local cache is used. Raises UserError if `spec` is neither a folder nor a hub id, or cannot be
-    downloaded.
+    downloaded. An adapter's base is found and downloaded too.
     """
     path = place(spec)
     if path.is_dir():
+        base_folder(path)
         return Model(model_name(spec), path)
     if path.is_file():
         raise UserError(f"MODEL={spec}: {described_file(path.name)}")
     match = _HUB_ID.fullmatch(spec)
     if path.exists() or match is None or spec.startswith("."):
-        raise _no_model(spec)
-    return Model(model_name(spec), _download(spec, match["repo"], match["revision"]))
+        raise _no_model(f"MODEL={spec}")
+    folder = _download(f"MODEL={spec}", match["repo"], match["revision"])
+    base_folder(folder)
+    return Model(model_name(spec), folder)
 
 
-def _no_model(spec: str) -> UserError:
+def _no_model(label: str) -> UserError:
     return UserError(
-        f"MODEL={spec}: is neither a folder nor a hub id such as datificate/gpt2-small-spanish or owner/name@revision"
+        f"{label}: is neither a folder nor a hub id such as datificate/gpt2-small-spanish or owner/name@revision"
     )
 
 
-def _download(spec: str, repo: str, revision: str | None) -> Path:
-    """Download the files of `repo` that an export reads; returns their folder in the hub's cache."""
+def _download(label: str, repo: str, revision: str | None) -> Path:
+    """Download the files of `repo` that an export reads; returns their folder in the hub's cache.
+
+    Messages begin with `label`.
+    """
     import httpx2 as http
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import (
@@ -105,25 +207,27 @@ def _download(spec: str, repo: str, revision: str | None) -> Path:
     try:
         names = {file.rfilename for file in HfApi().model_info(repo, revision=revision).siblings or ()}
         weights = weight_files(names)
-        if not weights and (found := other_format(names)):
-            raise UserError(f"MODEL={spec}: {found}")
-        if not weights:
+        other = not weights and ADAPTER[0] not in names
+        if other and (found := other_format(names)):
+            raise UserError(f"{label}: {found}")
+        if other:
             raise UserError(
-                f"MODEL={spec}: has no safetensors and no pytorch_model.bin (TensorFlow and Flax weights are not read); "
+                f"{label}: has no safetensors and no pytorch_model.bin (TensorFlow and Flax weights are not read); "
                 "convert it with transformers' save_pretrained first"
             )
-        patterns = [*weights, *(name for name in (*CONFIGS, *TOKENIZER) if name in names)]
+        if index := next((name for name in weights if name.endswith(".index.json")), None):
+            folder = Path(snapshot_download(repo, revision=revision, allow_patterns=[index]))
+            weights = [index, *index_shards(folder / index)]
+        patterns = [*weights, *(name for name in (*CONFIGS, *TOKENIZER, *ADAPTER) if name in names)]
         return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
     except HFValidationError:
-        raise _no_model(spec) from None
+        raise _no_model(label) from None
     except GatedRepoError:
-        raise UserError(f"MODEL={spec}: is gated; accept its terms on the hub and run `hf auth login`") from None
+        raise UserError(f"{label}: is gated; accept its terms on the hub and run `hf auth login`") from None
     except RevisionNotFoundError:
-        raise UserError(f"MODEL={spec}: has no such revision; check what follows the @") from None
+        raise UserError(f"{label}: has no such revision; check what follows the @") from None
     except RepositoryNotFoundError:
-        raise UserError(
-            f"MODEL={spec}: is neither a folder here nor a repository on the hub; check its spelling"
-        ) from None
+        raise UserError(f"{label}: is neither a folder here nor a repository on the hub; check its spelling") from None
     except (OfflineModeIsEnabled, LocalEntryNotFoundError, HfHubHTTPError, http.HTTPError, OSError) as error:
         if getattr(error, "errno", None) in MENDS:  # an error of the disk, not of the network
             raise
@@ -134,7 +238,7 @@ def _download(spec: str, repo: str, revision: str | None) -> Path:
     folder = _cached(repo, revision)
     if folder is None:
         raise UserError(
-            f"MODEL={spec}: is not whole in the local cache, and {reason}; "
+            f"{label}: is not whole in the local cache, and {reason}; "
             "check the network, or download it elsewhere and give its folder"
         )
     return folder
@@ -145,16 +249,15 @@ def _cached(repo: str, revision: str | None) -> Path | None:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
+    def snapshot(*names: str) -> Path:
+        # Raises if the cached listing names one of these files but the file itself is not cached.
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=[*names], local_files_only=True))
+
     try:
-        for group in WEIGHTS:
-            # Raises if the cached listing names one of these files but the file itself is not cached.
-            folder = Path(
-                snapshot_download(
-                    repo, revision=revision, allow_patterns=[*group, *CONFIGS, *TOKENIZER], local_files_only=True
-                )
-            )
-            if (folder / group[0]).is_file():
-                return folder
+        for main in (*(group[0] for group in WEIGHTS), ADAPTER[0]):
+            folder = snapshot(main, *CONFIGS, *TOKENIZER, *ADAPTER)
+            if (folder / main).is_file():
+                return snapshot(*index_shards(folder / main)) if main.endswith(".index.json") else folder
     except LocalEntryNotFoundError:
         pass
     return None

@@ -1,4 +1,7 @@
-"""Read weight files as named arrays, lazily: safetensors where there are any, else pytorch_model.bin."""
+"""Read weight files as named arrays, lazily: safetensors where there are any, else pytorch_model.bin.
+
+Names are those of the files; layout.py knows what GPT-2 calls its weights.
+"""
 
 from __future__ import annotations
 
@@ -10,62 +13,72 @@ import warnings
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from cuantiza.core.errors import UserError
-from cuantiza.core.inputs.checkpoints import weight_files
+from cuantiza.core.inputs.checkpoints import files_to_read
 
-_DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "F64": np.float64}
-# Buffers that old checkpoints store among their weights: the causal mask, and the value used instead of -inf.
-_BUFFERS = (".attn.bias", ".attn.masked_bias")
+# Weights in formats, or under names, that are not read.
+_UNREAD = (".h5", ".msgpack", ".ot", ".pt", ".pth", ".ckpt", ".gguf", ".npz")
+# The dtypes of safetensors that hold floats. Others are integers or packed, and mean nothing without their scales.
+_FLOATS = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn,
+    "F8_E5M2": ml_dtypes.float8_e5m2,
+}
+# The keys under which training scripts keep the weights among their other state: Lightning, nanoGPT, DeepSpeed.
+_WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
 
 
 @dataclass(frozen=True)
 class Weight:
-    """A tensor on disk. `read()` loads it as a float32 array of `shape`."""
+    """A tensor on disk of type `dtype`, as NumPy names it. `read()` loads it as a float32 array of `shape`.
+
+    `read()` raises UserError where the tensor does not hold floats.
+    """
 
     shape: tuple[int, ...]
+    dtype: str
     read: Callable[[], np.ndarray]
 
+    @property
+    def is_float(self) -> bool:
+        return self.dtype.startswith(("float", "bfloat"))
 
-def read_weights(folder: Path) -> dict[str, Weight]:
-    """Return the weights of a GPT-2 checkpoint by name, without the `transformer.` prefix and without buffers.
+
+def read_tensors(folder: Path) -> dict[str, Weight]:
+    """Return the tensors of a checkpoint's weight files by the names that they have there.
 
     Each array is read only when it is asked for, so that no more than one has to be in memory. A `.bin` in torch's
     legacy format is the exception, because it cannot be memory-mapped. Python's own unpickler never reads a file,
     because it would run code that the file contains. Raises UserError where no weights are found, or where a file is
     cut short or mislabelled.
     """
-    names = weight_files({file.name for file in folder.iterdir()})
+    names = files_to_read(folder)
     if not names:
-        found = [file.name for file in folder.iterdir() if file.suffix in (".h5", ".msgpack", ".ot")]
+        found = [file.name for file in folder.iterdir() if file.suffix in _UNREAD]
         kind = f", only {', '.join(sorted(found))}, which cannot be read" if found else ""
         raise UserError(
             f"{folder}: has no model.safetensors and no pytorch_model.bin{kind}; save the model with transformers' save_pretrained"
         )
-    _check_index(folder, names)
-    weights: dict[str, Weight] = {}
+    tensors: dict[str, Weight] = {}
     for name in names:
         if not name.endswith(".index.json"):
-            weights |= _read_safetensors(folder / name) if name.endswith(".safetensors") else _read_bin(folder / name)
-    weights = {name.removeprefix("transformer."): weight for name, weight in weights.items()}
-    return {name: weight for name, weight in weights.items() if not name.endswith(_BUFFERS)}
+            tensors |= read_file(folder / name)
+    return tensors
 
 
-def _check_index(folder: Path, names: list[str]) -> None:
-    """Raise UserError where an index names a shard that is not a file of this folder."""
-    for name in names:
-        if not name.endswith(".index.json"):
-            continue
-        try:
-            shards = set(json.loads((folder / name).read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise UserError(f"{folder / name}: broken index ({error}); download it again") from None
-        if missing := sorted(shards - set(names), key=str):
-            raise UserError(f"{folder / name}: names {missing[0]!r}, which is not there; download the missing shards")
+def read_file(path: Path) -> dict[str, Weight]:
+    """Return the tensors of one file, which is in safetensors' format or in torch's. Raises as `read_tensors` does."""
+    return _read_safetensors(path) if path.suffix == ".safetensors" else _read_bin(path)
 
 
 def _read_safetensors(path: Path) -> dict[str, Weight]:
@@ -90,16 +103,28 @@ def _read_safetensors(path: Path) -> dict[str, Weight]:
         else np.empty(0, np.uint8)
     )
 
-    def reader(begin: int, end: int, dtype: type, shape: tuple[int, ...]) -> Callable[[], np.ndarray]:
-        return lambda: data[begin:end].view(dtype).reshape(shape).astype(np.float32, copy=False)
-
     weights = {}
     for name, entry in header.items():
-        if name != "__metadata__" and entry["dtype"] in _DTYPES:
-            shape = tuple(entry["shape"])
-            begin, end = entry["data_offsets"]
-            weights[name] = Weight(shape, reader(begin, end, _DTYPES[entry["dtype"]], shape))
+        if name == "__metadata__":
+            continue
+        shape, (begin, end) = tuple(entry["shape"]), entry["data_offsets"]
+        if dtype := _FLOATS.get(entry["dtype"]):
+            weights[name] = Weight(shape, np.dtype(dtype).name, partial(_floats, data[begin:end], dtype, shape))
+        else:
+            kind = entry["dtype"].replace("BOOL", "bool").replace("I", "int").replace("U", "uint")
+            weights[name] = _no_floats(path, name, shape, kind)
     return weights
+
+
+def _floats(data: np.ndarray, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
+    return data.view(dtype).reshape(shape).astype(np.float32, copy=False)
+
+
+def _no_floats(path: Path, name: str, shape: tuple[int, ...], dtype: str) -> Weight:
+    def read() -> np.ndarray:
+        raise UserError(f"{path}: {name} is {dtype}, not floats; give the checkpoint before it was quantized")
+
+    return Weight(shape, dtype, read)
 
 
 def _read_bin(path: Path) -> dict[str, Weight]:
@@ -136,14 +161,28 @@ def _read_bin(path: Path) -> dict[str, Weight]:
             f"{path}: holds a {type(state).__name__}, not a dictionary of tensors; save the model with transformers' save_pretrained"
         )
 
-    def reader(tensor: torch.Tensor) -> Callable[[], np.ndarray]:
-        return lambda: tensor.detach().to(torch.float32).contiguous().numpy()
+    def weight(name: str, tensor: torch.Tensor) -> Weight:
+        shape, dtype = tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
+        if not tensor.is_floating_point():
+            return _no_floats(path, name, shape, dtype)
+        return Weight(shape, dtype, lambda: tensor.detach().to(torch.float32).contiguous().numpy())
 
+    prefix, state = _unwrap(state)
     return {
-        name: Weight(tuple(tensor.shape), reader(tensor))
+        prefix + name: weight(name, tensor)
         for name, tensor in state.items()
-        if isinstance(name, str) and isinstance(tensor, torch.Tensor) and tensor.is_floating_point()
+        if isinstance(name, str) and isinstance(tensor, torch.Tensor)
     }
+
+
+def _unwrap(state: dict[Any, Any]) -> tuple[str, dict[Any, Any]]:
+    """Return the dictionary of weights in `state`, after the keys that lead to it, such as "model."."""
+    prefix = ""
+    for _ in _WRAPPERS:  # a dictionary may hold itself
+        key = next((key for key in _WRAPPERS if isinstance(state.get(key), dict)), None)
+        if key is not None:
+            prefix, state = f"{prefix}{key}.", state[key]
+    return prefix, state
 
 
 def _refuse_bomb(path: Path) -> None:

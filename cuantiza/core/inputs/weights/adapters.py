@@ -1,0 +1,244 @@
+"""Merge a LoRA adapter of peft into the weights that it was trained on: W + scale · B A.
+
+A file of peft holds, for each adapted module, A [r, inputs] and B [outputs, r]; the scale is alpha / r, or alpha / √r for
+rslora (arXiv 2106.09685, 2312.03732). It may also hold whole tensors that replace those of the base: trained biases,
+`modules_to_save`, an embedding matrix with new tokens. Names: huggingface.co/docs/peft/developer_guides/checkpoint.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cuantiza.core.errors import UserError
+from cuantiza.core.inputs.checkpoints import ADAPTER, adapter_fields, base_folder
+from cuantiza.core.inputs.model_config import read_config
+from cuantiza.core.inputs.weights.files import Weight, read_file
+from cuantiza.core.inputs.weights.layout import EMBEDDING, HEAD, canonical_module, canonical_name
+from cuantiza.core.inputs.weights.quantized import check_floats
+
+# Fields of adapter_config.json that merging reads, and those that only mattered in training. Any other that is set
+# changes what an adapter computes.
+_READ = {
+    "peft_type",
+    "r",
+    "lora_alpha",
+    "alpha_pattern",
+    "rank_pattern",
+    "use_rslora",
+    "init_lora_weights",
+    "task_type",
+}
+_READ |= {"base_model_name_or_path", "revision", "modules_to_save", "ensure_weight_tying", "lora_bias", "bias"}
+_TRAINING = {"auto_mapping", "corda_config", "eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode"}
+_TRAINING |= {"layers_pattern", "layers_to_transform", "loftq_config", "lora_dropout", "lora_ga_config"}
+_TRAINING |= {"megatron_config", "megatron_core", "merge_weights", "peft_version", "qalora_group_size"}
+_TRAINING |= {"runtime_config", "target_modules", "velora_config"}
+# Other values of init_lora_weights change the base's own weights before training.
+_KEEP_BASE = (None, True, False, "gaussian", "eva", "orthogonal")
+_MERGE = "merge it with peft's merge_and_unload and give the merged model"
+# The name of the adapter, such as `default`, stands in files that were saved without peft's save_pretrained.
+_PART = re.compile(
+    r"(?P<module>.+)\.lora_(?P<part>(?:embedding_)?[AB])(?:\.(?!weight$|bias$)[\w-]+)?(?:\.(?P<kind>weight|bias))?"
+)
+_WHOLE = re.compile(r"\.(?:base_layer|modules_to_save(?:\.[\w-]+(?=\.\w+$))?)(?=\.)")
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """The fields and tensors of an adapter. `file` is where the tensors are."""
+
+    fields: dict[str, Any]
+    tensors: dict[str, Weight]
+    file: Path
+
+
+def read_adapter(folder: Path) -> Adapter | None:
+    """The LoRA adapter in `folder`; None if there is none.
+
+    Raises UserError where it is not whole, or computes more than W + scale · B A.
+    """
+    there = [name for name in ADAPTER if (folder / name).exists()]
+    if not there:
+        return None
+    fields, path = adapter_fields(folder), folder / ADAPTER[0]
+    files = [folder / name for name in there if name != ADAPTER[0]]
+    if not files:
+        raise UserError(f"{path}: has no {ADAPTER[1]} beside it; add the adapter's weights, or remove {ADAPTER[0]}")
+    kind = fields.get("peft_type")
+    if kind != "LORA":
+        raise UserError(f"{path}: peft_type is {kind!r}, and only LORA is merged here; {_MERGE}")
+    if fields.get("task_type") not in (None, "CAUSAL_LM"):
+        raise UserError(
+            f"{path}: task_type is {fields['task_type']}, so it is the adapter of no language model; only those are exported"
+        )
+    odd = sorted(key for key, value in fields.items() if value and key not in _READ | _TRAINING)
+    if fields.get("init_lora_weights") not in _KEEP_BASE:
+        odd.append(f"init_lora_weights {fields['init_lora_weights']!r}, which changed the base")
+    if odd:
+        raise UserError(f"{path}: has {', '.join(odd)}, which is not merged here; {_MERGE}")
+    tensors = read_file(files[0])
+    check_floats(tensors, folder)
+    return Adapter(fields, tensors, files[0])
+
+
+def read_fields(folder: Path) -> dict[str, Any]:
+    """The fields of config.json of the checkpoint in `folder`, or of the base of the adapter in it.
+
+    vocab_size is the adapter's, if tokens were added while it was trained. Raises UserError as `read_adapter` does.
+    """
+    fields, adapter = read_config(base_folder(folder)), read_adapter(folder)
+    for name, tensor in (adapter.tensors if adapter else {}).items():
+        if _PART.fullmatch(name) is None and canonical_name(_WHOLE.sub("", name)) == EMBEDDING and tensor.shape:
+            fields = fields | {"vocab_size": tensor.shape[0]}
+    return fields
+
+
+def merge(weights: Mapping[str, Weight], adapter: Adapter) -> dict[str, Weight]:
+    """Return `weights`, in transformers' layout, with `adapter` merged into them when they are read.
+
+    If the adapter changes only one of a tied pair, the result has both, as the adapted model computes with both.
+    Raises UserError where the adapter does not fit the weights.
+    """
+    merged = {HEAD: weights[EMBEDDING], **weights}
+    whole, factors = _sorted(adapter)
+    for name, tensor in whole.items():
+        _check_replacement(name, tensor, merged, adapter)
+        merged[name] = tensor
+    if EMBEDDING in whole and HEAD not in whole and _stays_tied(weights, whole[EMBEDDING], adapter):
+        merged[HEAD] = whole[EMBEDDING]
+    for module, parts in factors.items():
+        merged |= _adapted(module, parts, merged, adapter)
+    if merged[HEAD] is merged[EMBEDDING]:
+        del merged[HEAD]
+    return merged
+
+
+def describe(adapter: Adapter) -> str:
+    """The file and size of an adapter, as a line for users names it."""
+    modules = len({found["module"] for name in adapter.tensors if (found := _PART.fullmatch(name))})
+    return f"{adapter.file} (r {adapter.fields.get('r')}, alpha {adapter.fields.get('lora_alpha')}, {modules} modules)"
+
+
+@dataclass(frozen=True)
+class _Factors:
+    """What a file has for one module: its name there, and A and B, and a bias of B, by `A`, `B` and `B.bias`."""
+
+    name: str
+    tensors: dict[str, Weight]
+
+
+def _sorted(adapter: Adapter) -> tuple[dict[str, Weight], dict[str, _Factors]]:
+    """Sort an adapter's tensors: those that replace the base's by GPT-2's names, and factors by GPT-2's modules.
+
+    Raises UserError where a tensor is neither, or where two claim one place.
+    """
+    whole: dict[str, Weight] = {}
+    factors: dict[str, _Factors] = {}
+    for name, tensor in adapter.tensors.items():
+        if ".original_module." in name:  # the base's own, which modules_to_save replaces
+            continue
+        if found := _PART.fullmatch(name):
+            module = canonical_module(found["module"])
+            place = factors.setdefault(module, _Factors(_plain(found["module"]), {})).tensors if module else None
+            key = found["part"] + (".bias" if found["kind"] == "bias" else "")
+        else:
+            place, key = whole, canonical_name(_WHOLE.sub("", name)) or ""
+        if not key or place is None or key in place:
+            raise UserError(f"{adapter.file}: has a tensor {name}, which is not merged here; {_MERGE}")
+        place[key] = tensor
+    if not whole and not factors:
+        raise UserError(f"{adapter.file}: holds no tensors of an adapter; take the file of the original adapter")
+    return whole, factors
+
+
+def _plain(module: str) -> str:
+    """The name that a module has in the base, by which patterns in adapter_config.json find it."""
+    return module.removeprefix("base_model.model.").replace(".base_layer", "")
+
+
+def _check_replacement(name: str, tensor: Weight, weights: Mapping[str, Weight], adapter: Adapter) -> None:
+    old = weights[name].shape if name in weights else None
+    # Tokens that were added in training make embedding and head longer.
+    fits = old == tensor.shape or (name in (EMBEDDING, HEAD) and old and old[1:] == tensor.shape[1:])
+    if not fits:
+        raise UserError(
+            f"{adapter.file}: has {name} {list(tensor.shape)} where the base has {list(old) if old else 'none'}; "
+            "give the base that it was trained on"
+        )
+
+
+def _stays_tied(weights: Mapping[str, Weight], embedding: Weight, adapter: Adapter) -> bool:
+    """Whether the head follows an `embedding` that replaces the base's.
+
+    Of a pair that was tied, peft trains a copy of the embedding alone if modules_to_save names it, unless
+    ensure_weight_tying is set; an embedding that was stored because it was resized is the head too.
+    """
+    copied = any(canonical_module(str(name)) == "wte" for name in adapter.fields.get("modules_to_save") or ())
+    grown = embedding.shape != weights[EMBEDDING].shape
+    return HEAD not in weights and (grown or not copied or bool(adapter.fields.get("ensure_weight_tying")))
+
+
+def _adapted(module: str, factors: _Factors, weights: Mapping[str, Weight], adapter: Adapter) -> dict[str, Weight]:
+    """The weight of `module` with B A added, and its bias where B has one. Raises UserError where shapes do not fit."""
+    embedding = module in ("wte", "wpe")
+    left, right = ("embedding_A", "embedding_B") if embedding else ("A", "B")
+    a, b, base = factors.tensors.get(left), factors.tensors.get(right), weights.get(f"{module}.weight")
+    odd = factors.tensors.keys() - {left, right, *(() if embedding else ("B.bias",))}
+    if a is None or b is None or base is None or odd or len(a.shape) != 2 or len(b.shape) != 2:
+        raise UserError(f"{adapter.file}: has no A and B of two axes for {factors.name}; take the original adapter")
+    if module in ("wte", "lm_head") and adapter.fields.get("ensure_weight_tying"):
+        raise UserError(
+            f"{adapter.file}: adapts {factors.name} with ensure_weight_tying, which is not merged here; {_MERGE}"
+        )
+    # transformers' Conv1D is [inputs, outputs], as is an embedding; nn.Linear, of which the head is one, is the opposite.
+    turned = module != "lm_head"
+    product = (a.shape[1], b.shape[0]) if turned else (b.shape[0], a.shape[1])
+    if product != base.shape or a.shape[0] != b.shape[1]:
+        raise UserError(
+            f"{adapter.file}: {factors.name} has A {list(a.shape)} and B {list(b.shape)}, which do not fit the base's "
+            f"{list(base.shape)}; give the base that it was trained on"
+        )
+    scale = _scale(factors.name, a.shape[0], adapter)
+
+    def read() -> np.ndarray:
+        # In double precision, so that the sum does not depend on the order in which a machine adds.
+        delta = b.read().astype(np.float64) @ a.read().astype(np.float64)
+        return (base.read() + scale * (delta.T if turned else delta)).astype(np.float32)
+
+    adapted = {f"{module}.weight": replace(base, read=read)}
+    if extra := factors.tensors.get("B.bias"):
+        bias = weights.get(f"{module}.bias")
+        if bias is None or bias.shape != extra.shape:
+            raise UserError(f"{adapter.file}: has a bias for {factors.name}, which the base does not have; {_MERGE}")
+        adapted[f"{module}.bias"] = replace(
+            bias, read=lambda: (bias.read() + scale * extra.read().astype(np.float64)).astype(np.float32)
+        )
+    return adapted
+
+
+def _scale(name: str, r: int, adapter: Adapter) -> float:
+    """alpha / r, or alpha / √r for rslora, of the module `name`. Raises UserError where adapter_config.json has another r."""
+    fields, path = adapter.fields, adapter.file.parent / ADAPTER[0]
+    alpha, patterns = fields.get("lora_alpha", 8), fields.get("alpha_pattern") or {}
+    if not isinstance(patterns, dict) or not isinstance(fields.get("rank_pattern") or {}, dict):
+        raise UserError(f"{path}: alpha_pattern and rank_pattern have to be objects; take the original adapter's file")
+    for pattern, value in patterns.items():
+        try:
+            found = re.match(rf"(.*\.)?({pattern})$", name)
+        except re.error as error:
+            raise UserError(f"{path}: alpha_pattern {pattern!r} is no regular expression ({error})") from None
+        if found:
+            alpha = value
+            break
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
+        raise UserError(f"{path}: alpha of {name} is {alpha!r} where a number is needed")
+    if not fields.get("rank_pattern") and fields.get("r", 8) != r:
+        raise UserError(f"{path}: r is {fields.get('r')!r}, but {name} has {r}; take the files of one adapter")
+    return alpha / math.sqrt(r) if fields.get("use_rslora") else alpha / r

@@ -1,0 +1,82 @@
+"""Read a GPT-2 checkpoint as people have it: any layout of its files, with an adapter or without."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cuantiza.core.errors import UserError
+from cuantiza.core.inputs.checkpoints import base_folder
+from cuantiza.core.inputs.weights import adapters
+from cuantiza.core.inputs.weights.files import Weight, read_tensors
+from cuantiza.core.inputs.weights.heads import check_task, left_out
+from cuantiza.core.inputs.weights.layout import arrange
+from cuantiza.core.inputs.weights.quantized import check_floats, check_not_quantized
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The weights of a GPT-2, in transformers' layout (layout.py), and what a user should know of them.
+
+    `fields` are those of config.json. `dtypes` are those on disk, the most frequent first. `warnings` are a sentence
+    each: what was repaired, left out or merged. `repaired` says that transformers' own from_pretrained would not have
+    read the same weights.
+    """
+
+    fields: dict[str, Any]
+    weights: dict[str, Weight]
+    dtypes: tuple[str, ...]
+    warnings: tuple[str, ...]
+    repaired: bool
+
+
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """Read the checkpoint in `folder`, and merge the LoRA adapter that lies beside or instead of its weights.
+
+    No tensor is read before its `read()` is called. Raises UserError where weights are missing, damaged, quantized
+    already, or of a model that is no language model, or where the adapter cannot be merged.
+    """
+    base, fields = base_folder(folder), adapters.read_fields(folder)
+    tensors = read_tensors(base)
+    check_not_quantized(fields, tensors, base)
+    check_task(fields, tensors, base)
+    layout = arrange(tensors, fields.get("tie_word_embeddings") is not False, base)
+    check_floats(layout.weights, base)
+    weights, warnings = layout.weights, [*layout.warnings, *left_out(layout.others)]
+    dtypes = _dtypes(weights)
+    eight = [name for name in dtypes if name.startswith("float8")]
+    if eight:
+        warnings.append(f"Its weights have 8 bits ({', '.join(eight)}); what that rounding lost stays lost.")
+    adapter = adapters.read_adapter(folder)
+    if adapter is not None:
+        weights = adapters.merge(weights, adapter)
+        what = f"The LoRA adapter {adapters.describe(adapter)} was merged into"
+        warnings.append(
+            f"{what} the weights beside it; if those are merged already, remove the adapter's files."
+            if base == folder
+            else f"{what} its base, {base}."
+        )
+    return Checkpoint(fields, weights, dtypes, tuple(warnings), layout.repaired or bool(eight) or adapter is not None)
+
+
+def check_other_family(folder: Path, fields: Mapping[str, Any]) -> dict[str, Weight]:
+    """Return the tensors of a model that is no GPT-2, which transformers reads, by their names on disk.
+
+    Raises UserError where they are damaged, quantized or of no language model, or where an adapter lies beside them.
+    """
+    if adapters.read_adapter(folder) is not None:
+        raise UserError(
+            f"{folder}: has a LoRA adapter, which is merged for GPT-2 only; merge it with peft's merge_and_unload and give the merged model"
+        )
+    tensors = read_tensors(folder)
+    check_not_quantized(fields, tensors, folder)
+    check_task(fields, tensors, folder)
+    return tensors
+
+
+def _dtypes(weights: Mapping[str, Weight]) -> tuple[str, ...]:
+    """The dtypes of `weights`, that of the most numbers first."""
+    names = [weight.dtype for weight in weights.values()]
+    return tuple(sorted(set(names), key=lambda name: (-names.count(name), name)))

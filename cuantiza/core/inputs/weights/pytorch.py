@@ -1,0 +1,74 @@
+"""Make the PyTorch model of a checkpoint: the reference of an export, and the baseline of a report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from cuantiza.core.errors import UserError
+from cuantiza.core.inputs.gpt2_config import canonical_fields, is_gpt2
+from cuantiza.core.inputs.weights.adapters import read_fields
+from cuantiza.core.inputs.weights.checkpoint import Checkpoint, read_checkpoint
+
+
+def pytorch_loader(
+    folder: Path, attention: str | None = None, advice: str = "", config: Path | None = None
+) -> Callable[[], Any]:
+    """Return a function that loads the transformers model of the checkpoint in `folder`, in float32.
+
+    transformers reads the files itself wherever it reads them right, so that a comparison with it also checks our
+    reading. Only where files had to be repaired or an adapter was merged (`Checkpoint.repaired`) does it get our arrays.
+    `attention` is transformers' attn_implementation. `config` is a folder with a repaired config.json, for a model that
+    is no GPT-2, where transformers may not load that of `folder`; a GPT-2's is repaired here. Raises UserError as `read_checkpoint` does; so does the function
+    that is returned, with `advice` at the end, where transformers cannot load the model.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    options: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": attention}
+    local = {"local_files_only": True, "trust_remote_code": False}
+    given = read_fields(folder)
+    fields = canonical_fields(given)
+    if not is_gpt2(fields):
+
+        def load_other() -> Any:
+            configuration = AutoConfig.from_pretrained(config or folder, **local)
+            return AutoModelForCausalLM.from_pretrained(folder, config=configuration, **options, **local).eval()
+
+        return _explained(load_other, folder, advice)
+    checkpoint = read_checkpoint(folder)
+    repaired = {"config": GPT2Config.from_dict(fields)} if fields != given else {}
+    if not checkpoint.repaired:
+        return _explained(
+            lambda: GPT2LMHeadModel.from_pretrained(folder, **repaired, **options, **local).eval(), folder, advice
+        )
+
+    def assemble(checkpoint: Checkpoint) -> GPT2LMHeadModel:
+        tied = "lm_head.weight" not in checkpoint.weights
+        config = GPT2Config.from_dict(fields | {"tie_word_embeddings": tied})
+        state = {
+            name if name.startswith("lm_head.") else f"transformer.{name}": torch.from_numpy(weight.read().copy())
+            for name, weight in checkpoint.weights.items()
+        }
+        model, found = GPT2LMHeadModel.from_pretrained(
+            None, config=config, state_dict=state, output_loading_info=True, **options
+        )
+        if odd := {key: names for key, names in found.items() if names}:
+            raise ValueError(f"its config.json does not fit its weights: {odd}")
+        return model.eval()
+
+    return _explained(lambda: assemble(checkpoint), folder, advice)
+
+
+def _explained(load: Callable[[], Any], folder: Path, advice: str) -> Callable[[], Any]:
+    def call() -> Any:
+        try:
+            return load()
+        except Exception as error:  # transformers raises many kinds, for a field of a wrong type one of its own
+            raise UserError(f"{folder}: transformers cannot load it ({error}){advice}") from None
+
+    return call

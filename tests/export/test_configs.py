@@ -61,12 +61,13 @@ def test_gpt_sw3_is_a_gpt2(exported: Callable[..., Artifact], folder: Path) -> N
 
 @pytest.mark.parametrize("spelling", [by_aliases, bare], ids=lambda spelling: spelling.__name__)
 def test_the_rows_of_pytorch_load_it(make_gpt2: Callable[..., Path], spelling: Callable[[dict], dict]) -> None:
+    from cuantiza.core.inputs.weights.pytorch import pytorch_loader
     from cuantiza.eval.measure.torch_engine import TorchRuntime
 
     usual, folder = make_gpt2("usual"), make_gpt2("other")
     rewrite(folder, spelling)
     ids = np.array([[0, 5, 6, 7]])
-    wanted, found = (TorchRuntime(path, 1, quantized=False).forward(ids) for path in (usual, folder))
+    wanted, found = (TorchRuntime(pytorch_loader(path), 1, quantized=False).forward(ids) for path in (usual, folder))
     np.testing.assert_array_equal(found, wanted)
 
 

@@ -152,6 +152,38 @@ def test_chunks_after_a_padded_past(make_model: Callable[..., Path], optimum: Ca
 
 
 @needs_optimum
+def test_a_list_of_ends_and_a_pad_beyond_the_vocabulary(
+    make_model: Callable[..., Path], optimum: Callable[..., Artifact]
+) -> None:
+    folder = make_model("qwen2", **GROUPED)
+    config = json.loads((folder / "config.json").read_text())
+    ids = {"bos_token_id": None, "eos_token_id": [0, 5], "pad_token_id": 8192}
+    (folder / "config.json").write_text(json.dumps(config | ids))
+    (folder / "generation_config.json").unlink()
+    artifact = optimum(folder)
+    fields = json.loads((artifact.path / "config.json").read_text())
+    assert (fields["bos_token_id"], fields["eos_token_id"], fields.get("pad_token_id")) == (0, [0, 5], None)
+    (line,) = artifact.manifest.details["warnings"]
+    assert "pad_token_id" in line and "8192" in line
+
+
+def test_ids_are_decided_before_the_export(refused: Callable[..., str], tmp_path: Path) -> None:
+    """An interpreter that cannot export anything is not even started."""
+    folder = with_config(tmp_path / "m", model_type="llama", eos_token_id=9000)
+    (folder / "tokenizer_config.json").write_text("{}")
+    (folder / "special_tokens_map.json").unlink()
+    words = {"type": "WordLevel", "vocab": {"hola": 0, "mundo": 1}, "unk_token": "hola"}
+    (folder / "tokenizer.json").write_text(json.dumps({"version": "1.0", "added_tokens": [], "model": words}))
+    refused(folder, sys.executable, "config.json", "bos_token_id", "9000")
+
+
+@pytest.mark.parametrize("vocabulary", [None, "8192", 0])
+def test_the_size_of_the_vocabulary_is_needed(refused: Callable[..., str], tmp_path: Path, vocabulary: object) -> None:
+    folder = with_config(tmp_path / "m", model_type="llama", vocab_size=vocabulary)
+    refused(folder, sys.executable, "config.json", f"vocab_size is {vocabulary!r}")
+
+
+@needs_optimum
 def test_weights_of_another_shape_are_one_line(make_model: Callable[..., Path], refused: Callable[..., str]) -> None:
     folder = make_model("llama", **GROUPED)
     config = json.loads((folder / "config.json").read_text())

@@ -145,6 +145,8 @@ def parse_config(fields: dict[str, Any], path: Path) -> GPT2Config:
 
 def odd_fields(fields: dict[str, Any]) -> tuple[str, ...]:
     """Return a sentence for each field of a GPT-2's config.json that was taken otherwise than it reads."""
+    if not is_gpt2(fields):
+        return ()
     sentences = []
     if fields.get("model_type") in (None, ""):
         sentences.append('config.json has no model_type; its fields are those of a GPT-2, so it was taken as "gpt2"')

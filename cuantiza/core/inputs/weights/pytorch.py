@@ -57,7 +57,7 @@ def _explained(load: Callable[[], Any], folder: Path, advice: str) -> Callable[[
     def call() -> Any:
         try:
             return load()
-        except (OSError, ValueError, RuntimeError) as error:
+        except Exception as error:  # for files that it cannot read, transformers raises many kinds of exception
             raise UserError(f"{folder}: transformers cannot load it ({error}){advice}") from None
 
     return call

@@ -232,13 +232,13 @@ def _download(label: str, repo: str, revision: str | None) -> Path:
         reason = (
             "HF_HUB_OFFLINE is set" if isinstance(error, OfflineModeIsEnabled) else f"the hub does not answer ({cause})"
         )
-    folder = _cached(repo, revision)
-    if folder is None:
+    cached = _cached(repo, revision)
+    if cached is None:
         raise UserError(
             f"{label}: is not whole in the local cache, and {reason}; "
             "check the network, or download it elsewhere and give its folder"
         )
-    return folder
+    return cached
 
 
 def _cached(repo: str, revision: str | None) -> Path | None:

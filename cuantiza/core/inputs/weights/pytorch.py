@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from cuantiza.core.errors import UserError
 from cuantiza.core.inputs.weights.adapters import read_fields
-from cuantiza.core.inputs.weights.checkpoint import Checkpoint, read_checkpoint
+from cuantiza.core.inputs.weights.checkpoint import read_checkpoint
 
 
 def pytorch_loader(folder: Path, attention: str | None = None, advice: str = "") -> Callable[[], Any]:
@@ -20,37 +21,33 @@ def pytorch_loader(folder: Path, attention: str | None = None, advice: str = "")
     that is returned, with `advice` at the end, where transformers cannot load the model.
     """
     import torch
-    from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
-    from transformers.utils import logging
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    options: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": attention}
+    transformers: Any = import_module("transformers")  # its annotations do not hold for what is called here
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    options = {"dtype": torch.float32, "attn_implementation": attention}
     local = {"local_files_only": True, "trust_remote_code": False}
     fields = read_fields(folder)
     if fields.get("model_type", "gpt2") != "gpt2":
-        return _explained(
-            lambda: AutoModelForCausalLM.from_pretrained(folder, **options, **local).eval(), folder, advice
-        )
-    checkpoint = read_checkpoint(folder)
+        family = transformers.AutoModelForCausalLM
+        return _explained(lambda: family.from_pretrained(folder, **options, **local).eval(), folder, advice)
+    gpt2, checkpoint = transformers.GPT2LMHeadModel, read_checkpoint(folder)
     if not checkpoint.repaired:
-        return _explained(lambda: GPT2LMHeadModel.from_pretrained(folder, **options, **local).eval(), folder, advice)
+        return _explained(lambda: gpt2.from_pretrained(folder, **options, **local).eval(), folder, advice)
 
-    def assemble(checkpoint: Checkpoint) -> GPT2LMHeadModel:
+    def assemble() -> Any:
         tied = "lm_head.weight" not in checkpoint.weights
-        config = GPT2Config.from_dict(fields | {"tie_word_embeddings": tied})
+        config = transformers.GPT2Config.from_dict(fields | {"tie_word_embeddings": tied})
         state = {
             name if name.startswith("lm_head.") else f"transformer.{name}": torch.from_numpy(weight.read().copy())
             for name, weight in checkpoint.weights.items()
         }
-        model, found = GPT2LMHeadModel.from_pretrained(
-            None, config=config, state_dict=state, output_loading_info=True, **options
-        )
+        model, found = gpt2.from_pretrained(None, config=config, state_dict=state, output_loading_info=True, **options)
         if odd := {key: names for key, names in found.items() if names}:
             raise ValueError(f"its config.json does not fit its weights: {odd}")
         return model.eval()
 
-    return _explained(lambda: assemble(checkpoint), folder, advice)
+    return _explained(assemble, folder, advice)
 
 
 def _explained(load: Callable[[], Any], folder: Path, advice: str) -> Callable[[], Any]:

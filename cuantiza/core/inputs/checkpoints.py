@@ -82,25 +82,29 @@ def files_to_read(folder: Path) -> list[str]:
     return [main, *shards]
 
 
-def base_folder(folder: Path) -> Path:
+def base_folder(folder: Path, label: str = "") -> Path:
     """The folder that holds the weights and the config.json of the checkpoint in `folder`.
 
     It is `folder` itself, unless that holds an adapter alone: then it is the base that adapter_config.json names as a
     folder (seen from `folder`, or from the working directory) or as a hub id, which is taken from the hub's cache, or
-    else downloaded. Raises UserError where that base cannot be found or is an adapter itself.
+    else downloaded. Raises UserError where that base cannot be found or is an adapter itself; the line names `label`, or
+    the file adapter_config.json.
     """
     path = folder / ADAPTER[0]
     if not path.is_file() or weight_files({file.name for file in folder.iterdir()}):
         return folder
-    spec = adapter_fields(folder).get("base_model_name_or_path")
+    fields, label = adapter_fields(folder), label or str(path)
+    spec = fields.get("base_model_name_or_path")
     if not isinstance(spec, str) or not spec:
         raise UserError(
-            f"{path}: does not say which model it adapts; write its folder or hub id to base_model_name_or_path"
+            f"{label}: does not say which model it adapts; write its folder or hub id to base_model_name_or_path of {ADAPTER[0]}"
         )
-    base = next((found for found in (folder / spec, place(spec)) if found.is_dir()), None) or _base_on_hub(path, spec)
+    base = next((found for found in (folder / spec, place(spec)) if found.is_dir()), None) or _base_on_hub(
+        label, spec, fields.get("revision")
+    )
     if any((base / name).is_file() for name in ADAPTER):
         raise UserError(
-            f"{path}: its base {spec} has a LoRA adapter itself; merge that one first with peft's merge_and_unload"
+            f"{label}: its base {spec} has a LoRA adapter itself; merge that one first with peft's merge_and_unload"
         )
     return base
 
@@ -111,16 +115,15 @@ def tokenizer_folder(folder: Path) -> Path:
     return folder if any((folder / name).is_file() for name in vocabularies) else base_folder(folder)
 
 
-def _base_on_hub(path: Path, spec: str) -> Path:
-    revision = adapter_fields(path.parent).get("revision")
+def _base_on_hub(label: str, spec: str, revision: object) -> Path:
     match = _HUB_ID.fullmatch(spec)
     if match is None or spec.startswith("."):
         raise UserError(
-            f"{path}: base_model_name_or_path is {spec!r}, which is neither a folder here nor a hub id; "
-            "write the base's folder or hub id there"
+            f"{label}: base_model_name_or_path is {spec!r}, which is neither a folder here nor a hub id; "
+            f"write the base's folder or hub id there, in {ADAPTER[0]}"
         )
-    revision = match["revision"] or (revision if isinstance(revision, str) and revision else None)
-    return _cached(match["repo"], revision) or _download(f"{path}: its base {spec}", match["repo"], revision)
+    version = match["revision"] or (revision if isinstance(revision, str) and revision else None)
+    return _cached(match["repo"], version) or _download(f"{label}: its base {spec}", match["repo"], version)
 
 
 def adapter_fields(folder: Path) -> dict[str, Any]:
@@ -177,7 +180,7 @@ def resolve_model(spec: str) -> Model:
     if path.exists() or match is None or spec.startswith("."):
         raise _no_model(f"MODEL={spec}")
     folder = _download(f"MODEL={spec}", match["repo"], match["revision"])
-    base_folder(folder)
+    base_folder(folder, f"MODEL={spec}")
     return Model(model_name(spec), folder)
 
 
@@ -235,13 +238,13 @@ def _download(label: str, repo: str, revision: str | None) -> Path:
         reason = (
             "HF_HUB_OFFLINE is set" if isinstance(error, OfflineModeIsEnabled) else f"the hub does not answer ({cause})"
         )
-    folder = _cached(repo, revision)
-    if folder is None:
+    cached = _cached(repo, revision)
+    if cached is None:
         raise UserError(
             f"{label}: is not whole in the local cache, and {reason}; "
             "check the network, or download it elsewhere and give its folder"
         )
-    return folder
+    return cached
 
 
 def _cached(repo: str, revision: str | None) -> Path | None:

@@ -35,8 +35,16 @@ _READ = {
     "init_lora_weights",
     "task_type",
 }
-_READ |= {"base_model_name_or_path", "revision", "modules_to_save", "ensure_weight_tying", "lora_bias", "bias"}
-_TRAINING = {"auto_mapping", "corda_config", "eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode"}
+_READ |= {"base_model_name_or_path", "revision", "modules_to_save", "lora_bias", "bias"}
+_TRAINING = {
+    "auto_mapping",
+    "corda_config",
+    "ensure_weight_tying",
+    "eva_config",
+    "exclude_modules",
+    "fan_in_fan_out",
+    "inference_mode",
+}
 _TRAINING |= {"layers_pattern", "layers_to_transform", "loftq_config", "lora_dropout", "lora_ga_config"}
 _TRAINING |= {"megatron_config", "megatron_core", "merge_weights", "peft_version", "qalora_group_size"}
 _TRAINING |= {"runtime_config", "target_modules", "velora_config"}
@@ -177,12 +185,12 @@ def _check_replacement(name: str, tensor: Weight, weights: Mapping[str, Weight],
 def _stays_tied(weights: Mapping[str, Weight], embedding: Weight, adapter: Adapter) -> bool:
     """Whether the head follows an `embedding` that replaces the base's.
 
-    Of a pair that was tied, peft trains a copy of the embedding alone if modules_to_save names it, unless
-    ensure_weight_tying is set; an embedding that was stored because it was resized is the head too.
+    Of a pair that was tied, peft trains a copy of the embedding alone if modules_to_save names that alone; an embedding
+    that was stored because it was resized is the head too.
     """
     copied = any(canonical_module(str(name)) == "wte" for name in adapter.fields.get("modules_to_save") or ())
     grown = embedding.shape != weights[EMBEDDING].shape
-    return HEAD not in weights and (grown or not copied or bool(adapter.fields.get("ensure_weight_tying")))
+    return HEAD not in weights and (grown or not copied)
 
 
 def _adapted(module: str, factors: _Factors, weights: Mapping[str, Weight], adapter: Adapter) -> dict[str, Weight]:
@@ -193,10 +201,6 @@ def _adapted(module: str, factors: _Factors, weights: Mapping[str, Weight], adap
     odd = factors.tensors.keys() - {left, right, *(() if embedding else ("B.bias",))}
     if a is None or b is None or base is None or odd or len(a.shape) != 2 or len(b.shape) != 2:
         raise UserError(f"{adapter.file}: has no A and B of two axes for {factors.name}; take the original adapter")
-    if module in ("wte", "lm_head") and adapter.fields.get("ensure_weight_tying"):
-        raise UserError(
-            f"{adapter.file}: adapts {factors.name} with ensure_weight_tying, which is not merged here; {_MERGE}"
-        )
     # transformers' Conv1D is [inputs, outputs], as is an embedding; nn.Linear, of which the head is one, is the opposite.
     turned = module != "lm_head"
     product = (a.shape[1], b.shape[0]) if turned else (b.shape[0], a.shape[1])

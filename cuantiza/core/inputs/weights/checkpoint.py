@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cuantiza.core.errors import UserError
-from cuantiza.core.inputs.checkpoints import base_folder
+from cuantiza.core.inputs.checkpoints import base_folder, files_to_read
 from cuantiza.core.inputs.weights import adapters
 from cuantiza.core.inputs.weights.files import Weight, read_tensors
 from cuantiza.core.inputs.weights.heads import check_task, left_out
@@ -58,7 +59,8 @@ def read_checkpoint(folder: Path) -> Checkpoint:
             if base == folder
             else f"{what} its base, {base}."
         )
-    return Checkpoint(fields, weights, dtypes, tuple(warnings), layout.repaired or bool(eight) or adapter is not None)
+    repaired = layout.repaired or bool(eight) or adapter is not None or _index_is_bare(base)
+    return Checkpoint(fields, weights, dtypes, tuple(warnings), repaired)
 
 
 def check_other_family(folder: Path, fields: Mapping[str, Any]) -> dict[str, Weight]:
@@ -74,6 +76,12 @@ def check_other_family(folder: Path, fields: Mapping[str, Any]) -> dict[str, Wei
     check_not_quantized(fields, tensors, folder)
     check_task(fields, tensors, folder)
     return tensors
+
+
+def _index_is_bare(folder: Path) -> bool:
+    """Whether the index of the shards lacks `metadata`, without which transformers does not read it."""
+    index = next((name for name in files_to_read(folder) if name.endswith(".index.json")), None)
+    return index is not None and "metadata" not in json.loads((folder / index).read_text(encoding="utf-8"))
 
 
 def _dtypes(weights: Mapping[str, Weight]) -> tuple[str, ...]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from cuantiza.core.errors import UserError
 from cuantiza.core.inputs.gpt2_config import canonical_fields, is_gpt2
 from cuantiza.core.inputs.weights.adapters import read_fields
-from cuantiza.core.inputs.weights.checkpoint import Checkpoint, read_checkpoint
+from cuantiza.core.inputs.weights.checkpoint import read_checkpoint
 
 
 def pytorch_loader(
@@ -24,51 +25,47 @@ def pytorch_loader(
     that is returned, with `advice` at the end, where transformers cannot load the model.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
-    from transformers.utils import logging
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    options: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": attention}
+    transformers: Any = import_module("transformers")  # its annotations do not hold for what is called here
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    options = {"dtype": torch.float32, "attn_implementation": attention}
     local = {"local_files_only": True, "trust_remote_code": False}
     given = read_fields(folder)
     fields = canonical_fields(given)
     if not is_gpt2(fields):
 
         def load_other() -> Any:
-            configuration = AutoConfig.from_pretrained(config or folder, **local)
-            return AutoModelForCausalLM.from_pretrained(folder, config=configuration, **options, **local).eval()
+            configuration = transformers.AutoConfig.from_pretrained(config or folder, **local)
+            family = transformers.AutoModelForCausalLM
+            return family.from_pretrained(folder, config=configuration, **options, **local).eval()
 
         return _explained(load_other, folder, advice)
-    checkpoint = read_checkpoint(folder)
-    repaired = {"config": GPT2Config.from_dict(fields)} if fields != given else {}
+    gpt2, checkpoint = transformers.GPT2LMHeadModel, read_checkpoint(folder)
     if not checkpoint.repaired:
-        return _explained(
-            lambda: GPT2LMHeadModel.from_pretrained(folder, **repaired, **options, **local).eval(), folder, advice
-        )
+        mended = {"config": transformers.GPT2Config.from_dict(fields)} if fields != given else {}
+        return _explained(lambda: gpt2.from_pretrained(folder, **mended, **options, **local).eval(), folder, advice)
 
-    def assemble(checkpoint: Checkpoint) -> GPT2LMHeadModel:
+    def assemble() -> Any:
         tied = "lm_head.weight" not in checkpoint.weights
-        config = GPT2Config.from_dict(fields | {"tie_word_embeddings": tied})
+        config = transformers.GPT2Config.from_dict(fields | {"tie_word_embeddings": tied})
         state = {
             name if name.startswith("lm_head.") else f"transformer.{name}": torch.from_numpy(weight.read().copy())
             for name, weight in checkpoint.weights.items()
         }
-        model, found = GPT2LMHeadModel.from_pretrained(
-            None, config=config, state_dict=state, output_loading_info=True, **options
-        )
+        model, found = gpt2.from_pretrained(None, config=config, state_dict=state, output_loading_info=True, **options)
         if odd := {key: names for key, names in found.items() if names}:
             raise ValueError(f"its config.json does not fit its weights: {odd}")
         return model.eval()
 
-    return _explained(lambda: assemble(checkpoint), folder, advice)
+    return _explained(assemble, folder, advice)
 
 
 def _explained(load: Callable[[], Any], folder: Path, advice: str) -> Callable[[], Any]:
     def call() -> Any:
         try:
             return load()
-        except Exception as error:  # transformers raises many kinds, for a field of a wrong type one of its own
+        except Exception as error:  # for files that it cannot read, transformers raises many kinds of exception
             raise UserError(f"{folder}: transformers cannot load it ({error}){advice}") from None
 
     return call

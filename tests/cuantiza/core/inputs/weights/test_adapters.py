@@ -234,7 +234,12 @@ PEFT: dict[str, tuple[dict, dict]] = {
     "tied embedding": ({"target_modules": ["wte"]}, {}),
     "tied embedding saved": ({"modules_to_save": ["wte"]}, {}),
     "tied head saved": ({"modules_to_save": ["lm_head"]}, {}),
-    "tied embedding saved as both": ({"modules_to_save": ["wte"], "ensure_weight_tying": True}, {}),
+    "tied pair saved": ({"modules_to_save": ["wte", "lm_head"]}, {}),
+    "tied embedding saved, to stay tied": ({"modules_to_save": ["wte"], "ensure_weight_tying": True}, {}),
+    "tied head saved, to stay tied": ({"modules_to_save": ["lm_head"], "ensure_weight_tying": True}, {}),
+    "tied embedding, to stay tied": ({"target_modules": ["wte"], "ensure_weight_tying": True}, {}),
+    "tied head, to stay tied": ({"target_modules": ["lm_head"], "ensure_weight_tying": True}, {}),
+    "tied pair, to stay tied": ({"target_modules": ["wte", "lm_head"], "ensure_weight_tying": True}, {}),
 }
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from cuantiza.core.errors import UserError
+from cuantiza.core.inputs.checkpoints import checkpoint_digest
 from cuantiza.core.inputs.weights.checkpoint import Checkpoint, read_checkpoint
 from cuantiza.core.inputs.weights.pytorch import pytorch_loader
 from cuantiza.core.store.artifact import Artifact
@@ -199,6 +202,35 @@ def test_names_that_are_there_are_told(
     with pytest.raises(UserError) as error:
         read_checkpoint(written(change(state)))
     assert all(part in str(error.value) for part in said), error.value
+
+
+@pytest.mark.parametrize("fields", [{"metadata": {}}, {}], ids=["as transformers", "without metadata"])
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_leftover_shards(written: Callable[..., Path], model, state: State, kind: str, fields: dict) -> None:
+    """An earlier save had more shards, with tensors of the same names: only what the index names counts."""
+    folder = written({}, kind)
+    main = "model" if kind == "safetensors" else "pytorch_model"
+    (folder / f"{main}.{kind}").unlink()
+
+    def save(tensors: State, name: str) -> None:
+        if kind == "safetensors":
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / name)
+        else:
+            torch.save(tensors, folder / name)
+
+    names = [f"{main}-0000{number}-of-00002.{kind}" for number in (1, 2)]
+    parts = [dict(list(state.items())[number::2]) for number in (0, 1)]
+    for name, part in zip(names, parts, strict=True):
+        save(part, name)
+    save({name: torch.zeros_like(tensor) for name, tensor in state.items()}, f"{main}-00009-of-00009.{kind}")
+    index = {key: name for name, part in zip(names, parts, strict=True) for key in part}
+    (folder / f"{main}.{kind}.index.json").write_text(json.dumps({"weight_map": index} | fields))
+    digest = checkpoint_digest(folder)
+    assert_same(folder, model, repaired=not fields)
+    (folder / f"{main}-00009-of-00009.{kind}").unlink()
+    assert checkpoint_digest(folder) == digest
+    save(parts[0] | {"transformer.wpe.weight": torch.ones(128, 32)}, names[0])
+    assert checkpoint_digest(folder) != digest
 
 
 def test_one_transposed_layer_is_a_mistake(

@@ -100,10 +100,16 @@ def method(report: Report, language: str) -> list[str]:
 def surroundings(report: Report, language: str) -> list[tuple[str, str]]:
     """List the machine, the text and the versions as pairs (term, value)."""
     machine, corpus, labels = report.machine, report.corpus, LABELS[language]
+    threads = f"{machine.threads} {labels['of']} {machine.processors}"
+    if machine.processors_limit is not None:
+        threads += labels["limited"].format(limit=f"{number(machine.processors_limit, 1, language)}")
+    memory = f"{number(machine.memory_bytes / 2**30, 0, language)} GiB"
+    if machine.memory_limit_bytes is not None:
+        memory += labels["limited"].format(limit=f"{number(machine.memory_limit_bytes / 2**30, 1, language)} GiB")
     return [
         (labels["processor"], machine.cpu),
-        (labels["threads"], f"{machine.threads} {labels['of']} {machine.processors}"),
-        (labels["memory"], f"{number(machine.memory_bytes / 2**30, 0, language)} GiB"),
+        (labels["threads"], threads),
+        (labels["memory"], memory),
         (labels["system"], machine.system),
         (labels["rounds"], str(report.rounds)),
         (labels["corpus"], f"{corpus.source} ({corpus.split}, sha256 {corpus.sha256})"),

@@ -191,6 +191,16 @@ class Machine(Part):
     threads: Count = Field(description="threads that every runtime used")
     memory_bytes: Count = Field(description="memory of the machine, bytes")
     system: str = Field(description="operating system")
+    processors_limit: Annotated[float, Field(gt=0)] | None = Field(
+        None,
+        exclude_if=lambda value: value is None,
+        description="processors' worth of time that a container may use; only where it is limited",
+    )
+    memory_limit_bytes: Count | None = Field(
+        None,
+        exclude_if=lambda value: value is None,
+        description="memory that a container may use, bytes; only where it is limited",
+    )
 
 
 class Inputs(Part):

@@ -33,6 +33,7 @@ def markdown(report: Report, language: str = "en") -> str:
         "\n".join(f"- {line}" for line in conclusion(report, language)),
         f"## {labels['artifacts']}",
         _table(report, MAIN, language),
+        *(f"- {escape(line)}" for line in left_out(report, language)),
         f"## {labels['protocols']}",
         " ".join(protocols(report, language)),
         _table(report, PROTOCOLS, language),
@@ -89,6 +90,11 @@ def protocols(report: Report, language: str) -> list[str]:
         scored = number(llama.tokens_scored, 0, language)
         notes.append(labels["llama_note"].format(windows=llama.windows, window=llama.window_tokens, scored=scored))
     return notes
+
+
+def left_out(report: Report, language: str) -> list[str]:
+    """Say which rows are missing, and why."""
+    return [LABELS[language]["left_out"].format(name=item.name, reason=item.reason) for item in report.left_out]
 
 
 def method(report: Report, language: str) -> list[str]:

@@ -203,6 +203,19 @@ class Machine(Part):
     )
 
 
+class LeftOut(Part):
+    """A row that is not there, because it could not be measured."""
+
+    name: str = Field(description="name of the row")
+    kind: Literal["onnx", "torch", "torch-dynamic"] = Field(description="an ONNX file, PyTorch, or PyTorch's int8")
+    reason: str = Field(description="what went wrong, in one line")
+
+    @property
+    def expected(self) -> bool:
+        """Whether this machine cannot measure it: not every build of PyTorch has kernels for int8."""
+        return self.kind == "torch-dynamic"
+
+
 class Inputs(Part):
     """Everything that the report depends on."""
 
@@ -237,6 +250,9 @@ class Report(Part):
     )
     artifacts: Annotated[tuple[Row, ...], FailFast()] = Field(
         min_length=1, description="one row each; the first is the baseline of every difference and speed-up"
+    )
+    left_out: tuple[LeftOut, ...] = Field(
+        (), exclude_if=lambda value: not value, description="rows that could not be measured; only where there are any"
     )
     sha256: str = Field("", description="sha256 of everything here but this and `pages`, as JSON with sorted keys")
     pages: dict[str, str] = Field(

@@ -38,6 +38,11 @@ class ChildError(UserError):
         super().__init__(message)
         self.label = label
 
+    @property
+    def reason(self) -> str:
+        """The message without the label."""
+        return str(self).removeprefix(f"{self.label}: ")
+
 
 class Remote:
     """An object in a child process, made there by `factory(*args)`; `call` runs its methods.

@@ -1,6 +1,15 @@
 # `make help` prints what follows `##`: what a target does, what a variable may hold. A default is followed by its `##`
 # at once, as make would take a space between the two for a part of the value.
 
+# What a user gives arrives as it was typed: make would expand it, and run `$(shell …)` in it, so each variable that
+# comes from the command line or from the environment is first fixed to its own text.
+GIVEN  = PYTHON VENV OPTIMUM_VENV RAY_VENV MODEL CORPUS CORPUS_BY CORPUS_CONFIG CORPUS_SPLIT CORPUS_COLUMN RECIPES RECIPE \
+         ARTIFACT OUT REPORTS DIST OPSET EXPORTER QUANTIZE EVAL LANG_REPORT PROMPT GENERATE PORT BUILD BASE HEAD ARGS MODELS \
+         CORPORA RAY SWEEP TESTS
+fix    = $(foreach name,$(1),$(if $(filter $(2),$(origin $(name))),$(eval override $(name) := $$(value $(name)))))
+$(call fix,$(.VARIABLES),command)
+$(call fix,$(GIVEN),environment)
+
 PYTHON        ?= python3## the interpreter that makes the environments, 3.11 or newer
 VENV          ?= .venv## environment of the pipeline and the tests
 OPTIMUM_VENV  ?= .venv-optimum## environment for EXPORTER=optimum
@@ -19,48 +28,58 @@ EVAL          ?=## more options of `python -m eval`; LANG_REPORT=es for a Spanis
 PROMPT        ?= Me gusta mucho el futbol## what `generate` continues
 PORT          ?= 8000## port of `demo`; BUILD=folder writes the page instead
 
+# One word of the shell that stands for a text, whatever the text holds.
+quote     = '$(subst ','\'',$(1))'
+option    = $(if $(2),$(1)=$(call quote,$(2)))
 # The folder of a model, named as cuantiza/core/inputs/checkpoints.py names it: its own name, or owner--name.
-NAME      = $(if $(wildcard $(MODEL)/.),$(notdir $(realpath $(MODEL))),$(subst /,--,$(MODEL)))
-ARTIFACT ?= $(OUT)/$(NAME)/$(RECIPE)
+NAME      = $(shell unset CDPATH; if cd -- $(call quote,$(MODEL)) 2> /dev/null; then basename "$$(pwd -P)"; \
+                    else printf %s $(call quote,$(MODEL)) | sed 's,/,--,g'; fi)
 run       = $(VENV)/bin/python -m
 ready     = $(VENV)/.stamp
-corpus    = --corpus "$(CORPUS)" $(if $(CORPUS_CONFIG),--corpus-config "$(CORPUS_CONFIG)") \
-            $(if $(CORPUS_SPLIT),--corpus-split "$(CORPUS_SPLIT)") $(if $(CORPUS_COLUMN),--corpus-column "$(CORPUS_COLUMN)")
+model     = --model=$(call quote,$(MODEL))
+artifact  = $(call quote,$(or $(ARTIFACT),$(OUT)/$(NAME)/$(RECIPE)))
+artifacts = --artifacts=$(call quote,$(OUT))
+corpus    = --corpus=$(call quote,$(CORPUS))$(call option, --corpus-config,$(CORPUS_CONFIG))$(call option, \
+            --corpus-split,$(CORPUS_SPLIT))$(call option, --corpus-column,$(CORPUS_COLUMN))
 
 .DEFAULT_GOAL := help
 .PHONY: export quantize eval compare bundle generate demo sweep optimum ray js test lint clean help
 
 export: $(ready) $(if $(filter optimum,$(EXPORTER)),optimum) ## checkpoint -> fp32 ONNX, verified against PyTorch
-	@OPTIMUM_PYTHON="$(OPTIMUM_VENV)/bin/python" $(run) export --model "$(MODEL)" --exporter "$(EXPORTER)" --opset "$(OPSET)" --output "$(OUT)"
+	@OPTIMUM_PYTHON="$(OPTIMUM_VENV)/bin/python" $(run) export $(model) --exporter=$(call quote,$(EXPORTER)) --opset=$(call quote,$(OPSET)) --output=$(call quote,$(OUT))
 
 quantize: export ## fp32 ONNX -> one artifact for each of RECIPES=
-	@$(run) quantize --model "$(MODEL)" --recipes $(RECIPES) --output "$(OUT)" $(corpus) $(QUANTIZE)
+	@$(run) quantize $(model) --recipes $(RECIPES) --output=$(call quote,$(OUT)) $(corpus) $(QUANTIZE)
 
 eval: quantize ## artifacts -> a report of their quality, size and speed
-	@$(run) eval --model "$(MODEL)" --recipes fp32 $(RECIPES) --artifacts "$(OUT)" --output "$(REPORTS)" $(if $(LANG_REPORT),--language "$(LANG_REPORT)") $(corpus) $(EVAL)
+	@$(run) eval $(model) --recipes fp32 $(RECIPES) $(artifacts) --output=$(call quote,$(REPORTS)) $(call option,--language,$(LANG_REPORT)) $(corpus) $(EVAL)
 
 compare: $(ready) ## is HEAD= worse than BASE= (folders of artifacts, or reports)? ARGS= are more options
-	@$(run) cuantiza compare "$(BASE)" "$(HEAD)" $(ARGS)
+	@$(run) cuantiza compare $(call quote,$(BASE)) $(call quote,$(HEAD)) $(ARGS)
 
-bundle: RECIPES = int8-dynamic int4-weight fp16
+bundle: override RECIPES := $(if $(filter file,$(origin RECIPES)),int8-dynamic int4-weight fp16,$(RECIPES))
 # The report goes to a folder of its own, so that the one of other recipes stays.
 bundle: override REPORTS := $(REPORTS)/bundle
 bundle: eval ## artifacts -> a folder for the Hugging Face Hub with a model card, in DIST=
-	@$(run) cuantiza.bundle --model "$(MODEL)" --recipes $(RECIPES) --artifacts "$(OUT)" --reports "$(REPORTS)" --output "$(DIST)"
+	@$(run) cuantiza.bundle $(model) --recipes $(RECIPES) $(artifacts) --reports=$(call quote,$(REPORTS)) --output=$(call quote,$(DIST))
 
 # `generate` and `demo` build their artifact where it is missing.
-generate demo: RECIPES = $(RECIPE)
-# The prompt travels through the environment, since it may hold quotes and dollar signs.
-generate: export PROMPT := $(PROMPT)
-generate: $(if $(wildcard $(ARTIFACT)/manifest.json),$(ready),quantize) ## continue PROMPT= in the terminal; GENERATE="--top-k 50 --seed 1"
-	@$(run) cuantiza.generate --artifact "$(ARTIFACT)" --prompt "$$PROMPT" $(GENERATE)
+built := $(shell [ -f $(artifact)/manifest.json ] && echo yes)
+generate demo: override RECIPES = $(call quote,$(RECIPE))
+# A prompt may have several lines, which a line of a recipe cannot hold, so it travels through the environment. make drops
+# the spaces that begin a value on its command line; Linux has that line as it was typed.
+export PROMPT
+begin = $$(tr '\n\0' '\1\n' 2> /dev/null < /proc/$$PPID/cmdline | sed -n "s/^PROMPT=\([[:blank:]$$(printf '\1')]*\).*/\1./p" | tail -n 1 | tr '\1' '\n')
+# `exec`: a signal that ends make is handed to its child, and a shell in between would keep it for itself.
+generate: $(if $(built),$(ready),quantize) ## continue PROMPT= in the terminal; GENERATE="--top-k 50 --seed 1"
+	@begin="$(begin)"; exec $(run) cuantiza.generate --artifact=$(artifact) --prompt="$${begin%.}$$PROMPT" $(GENERATE)
 
-demo: js $(if $(wildcard $(ARTIFACT)/manifest.json),$(ready),quantize) ## a page that continues text in the browser
-	@$(run) cuantiza.demo --artifact "$(ARTIFACT)" --port "$(PORT)" $(if $(BUILD),--build "$(BUILD)")
+demo: js $(if $(built),$(ready),quantize) ## a page that continues text in the browser
+	@exec $(run) cuantiza.demo --artifact=$(artifact) --port=$(call quote,$(PORT)) $(call option,--build,$(BUILD))
 
 sweep: $(if $(RAY),ray,$(ready)) ## a grid of MODELS=, RECIPES= and CORPORA=, on a cluster with RAY=auto or host:port; SWEEP= for more options
-	@$(if $(RAY),$(RAY_VENV),$(VENV))/bin/python -m cuantiza.sweep --models $(or $(MODELS),"$(MODEL)") --recipes $(RECIPES) --corpora $(or $(CORPORA),"$(CORPUS)") \
-	  $(if $(RAY),--ray "$(RAY)") --work "$(OUT)/sweep" --output "$(REPORTS)/sweep" $(SWEEP)
+	@$(if $(RAY),$(RAY_VENV),$(VENV))/bin/python -m cuantiza.sweep --models $(or $(MODELS),$(call quote,$(MODEL))) --recipes $(RECIPES) --corpora $(or $(CORPORA),$(call quote,$(CORPUS))) \
+	  $(call option,--ray,$(RAY)) --work=$(call quote,$(OUT)/sweep) --output=$(call quote,$(REPORTS)/sweep) $(SWEEP)
 
 # The recipe passes the file of pins, and an environment to stand on, whose packages are not installed again.
 $(VENV)/.stamp: setup/default.txt

@@ -4,6 +4,7 @@
 (docs/python.md). Nothing heavy is imported before one of them is used.
 """
 
+import sys
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,11 @@ __all__ = [
     "load",
     "quantize",
 ]
+
+if sys.argv[:1] == ["-m"]:  # Python looks for the module of `python -m cuantiza.NAME`, and Ctrl-C may come at any time
+    from cuantiza.core.errors import end_quietly_while_loading
+
+    end_quietly_while_loading()
 
 _root = Path(__file__).resolve().parent.parent
 if (_root / "pyproject.toml").is_file():

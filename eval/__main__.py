@@ -72,6 +72,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from cuantiza.eval.report.markdown import print_table
 
     print_table(report, args.language)
+    if failed := [item for item in report.left_out if not item.expected]:
+        raise UserError(
+            f"{'; '.join(f'{item.name}: {item.reason}' for item in failed)} (left out of the report, which has the other rows)"
+        )
     return 0
 
 

@@ -18,7 +18,7 @@ from cuantiza.core.machine.progress import working
 from cuantiza.core.store import artifact, digests, folders
 from cuantiza.core.store.artifact import Artifact
 from cuantiza.eval.measure.engines import Subject
-from cuantiza.eval.report.schema import Inputs, Machine, Report
+from cuantiza.eval.report.schema import Inputs, LeftOut, Machine, Report
 
 JSON, MARKDOWN, HTML = "report.json", "report.md", "report.html"
 LANGUAGES = ("en", "es")
@@ -65,7 +65,9 @@ def evaluate(
     exported from; if it is given, PyTorch is measured too. output: a folder for the report and its pages in `language`;
     if an up-to-date report is there, it is read and nothing is measured.
 
-    Raises UserError if an artifact is broken, two have one name, a number is out of range or the text is too short.
+    A file that cannot be measured does not stop the others: the report's `left_out` names it and says why. Raises
+    UserError if the baseline cannot be measured, if an artifact is broken, two have one name, a number is out of range or
+    the text is too short.
     """
     settings = Settings(tokens, window, rounds, default_threads() if threads is None else threads)
     corpus = corpus if isinstance(corpus, Source) else Source(str(corpus))
@@ -92,15 +94,19 @@ def _evaluate(
     output: Path | None,
     language: str,
 ) -> Report:
-    subjects = [Subject(item.manifest.name, "onnx", item.model) for item in published] + [
-        _foreign(path) for path in onnx
-    ]
+    subjects = [Subject(item.manifest.name, "onnx", item.model) for item in published]
+    foreign = {str(path): _foreign(path) for path in onnx}
     test = load_splits(corpus)[1]
-    inputs = _inputs(published, test, settings, onnx, checkpoint is not None)
+    broken = [reason for subject in foreign.values() if (reason := _broken(subject))]
+    refused = {item.name for item in broken}
+    subjects += [subject for subject in foreign.values() if subject.name not in refused]
+    digests_of = {path: _foreign_digest(subject, subject.name not in refused) for path, subject in foreign.items()}
+    inputs = _inputs(published, test, settings, digests_of, checkpoint is not None)
     report = None if output is None else _measured(output, inputs)
     if report is None:
         from cuantiza.eval.measure.report import measure
 
+        _tell(broken)
         if checkpoint is not None:
             folder = _same_checkpoint(str(checkpoint), published[0])
             subjects += [Subject("torch-fp32", "torch", folder), Subject("torch-dynamic", "torch-dynamic", folder)]
@@ -114,11 +120,19 @@ def _evaluate(
             window=settings.window,
             rounds=settings.rounds,
             threads=settings.threads,
+            left_out=broken,
         )
+    else:
+        _tell(report.left_out)
     if output is not None:
         written = _publish(report, output, language)
         say(f"eval      {output / MARKDOWN}: {'written' if written else 'up to date'}")
     return report
+
+
+def _tell(left_out: Sequence[LeftOut]) -> None:
+    for item in left_out:
+        say(f"left out  {item.name}: {item.reason}")
 
 
 def _same_checkpoint(spec: str, exported: Artifact) -> Path:
@@ -141,24 +155,33 @@ def _foreign(path: Path) -> Subject:
     return Subject(path.stem if path.is_file() else path.name, "onnx", file)
 
 
-def _foreign_digest(path: Path) -> str:
-    """Digest everything that inference with the files at `path` reads. Raises UserError if the ONNX file is broken."""
-    from cuantiza.core.machine.process import isolated
+def _broken(subject: Subject) -> LeftOut | None:
+    """Why an ONNX file from elsewhere is not even loaded, or None."""
+    from cuantiza.core.machine.process import ChildError, isolated
     from cuantiza.core.onnx import file as onnx_file
+
+    try:
+        isolated(onnx_file.check, subject.path, label=subject.name)
+    except ChildError as error:
+        return LeftOut(name=subject.name, kind="onnx", reason=error.reason)
+    return None
+
+
+def _foreign_digest(subject: Subject, whole: bool) -> str:
+    """Digest everything that inference with an ONNX file from elsewhere reads; of a broken one, that file alone."""
     from cuantiza.eval.measure.size import inference_files
 
-    model = _foreign(path).path
-    isolated(onnx_file.check, model)
-    return digests.digest([[file.name, digests.sha256_file(file)] for file in inference_files(model)])
+    files = inference_files(subject.path) if whole else [subject.path]
+    return digests.digest([[file.name, digests.sha256_file(file)] for file in files])
 
 
-def _inputs(published: list[Artifact], test: Split, settings: Settings, onnx: list[Path], torch: bool) -> Inputs:
+def _inputs(published: list[Artifact], test: Split, settings: Settings, onnx: dict[str, str], torch: bool) -> Inputs:
     """Collect everything that a report depends on, including the machine and the settings of the measurement."""
     from cuantiza.core.machine.hardware import machine, software
 
     return Inputs(
         artifacts=tuple((item.manifest.name, item.digest) for item in published),  # in order: the first is the baseline
-        onnx=tuple((str(path), _foreign_digest(path)) for path in onnx),
+        onnx=tuple(onnx.items()),
         torch=torch,
         corpus=test.sha256,
         tokens=settings.tokens,
@@ -171,12 +194,16 @@ def _inputs(published: list[Artifact], test: Split, settings: Settings, onnx: li
 
 
 def _measured(output: Path, inputs: Inputs) -> Report | None:
-    """Read the report in `output`; None if there is none, or if it has other inputs or is damaged."""
+    """Read the report in `output`; None if there is none, if it has other inputs or is damaged, or if it lacks a row.
+
+    A row that failed may succeed the next time, for example with more memory.
+    """
     try:
         done = Report.from_json((output / JSON).read_bytes())
     except (OSError, ValueError):
         return None
-    return done if done.inputs == inputs and done.sha256 == done.digest() else None
+    whole = all(item.expected for item in done.left_out)
+    return done if whole and done.inputs == inputs and done.sha256 == done.digest() else None
 
 
 def _publish(report: Report, output: Path, language: str) -> bool:

@@ -1,5 +1,7 @@
 # Targets for maintainers: how docs/ gets its figures, and how the toolchain is attacked. The Makefile includes this file.
 
+$(call fix,PEERS_VENV RUNTIMES_VENV RELEASE_VENV BENCH BENCH_ARGS TEXT EMULATION SPEEDUP TORTURE FUZZ,environment)
+
 PEERS_VENV    ?= .venv-peers## environment of the libraries that `bench` compares with
 RUNTIMES_VENV ?= .venv-runtimes## environment of the runtimes that `runtimes` tries
 RELEASE_VENV  ?= .venv-release## environment of `sbom` and `audit`
@@ -12,23 +14,23 @@ portable = $(shell $(run) cuantiza recipes --names --portable)
 .PHONY: accuracy bench chapters runtimes emulation sweep-speedup torture fuzz peers runtimes-env sbom audit
 
 accuracy: $(ready) ## docs/accuracy.md; MODELS="FOLDER …" and TEXT=file add to it
-	@OPTIMUM_PYTHON="$(OPTIMUM_VENV)/bin/python" $(VENV)/bin/python -m lab.accuracy $(if $(MODELS),--models $(MODELS)) $(if $(TEXT),--text "$(TEXT)")
+	@OPTIMUM_PYTHON="$(OPTIMUM_VENV)/bin/python" $(VENV)/bin/python -m lab.accuracy $(if $(MODELS),--models $(MODELS)) $(call option,--text,$(TEXT))
 
 bench: $(ready) ## speed, size and memory beside other libraries, in REPORTS=/bench
 	@OPTIMUM_PYTHON="$(OPTIMUM_VENV)/bin/python" PEERS_PYTHON="$(PEERS_VENV)/bin/python" $(run) lab.bench \
-	  --shapes es-mini gpt2 $(if $(filter full,$(BENCH)),gpt2-medium) --work "$(OUT)/bench" --output "$(REPORTS)/bench" $(BENCH_ARGS)
+	  --shapes es-mini gpt2 $(if $(filter full,$(BENCH)),gpt2-medium) --work=$(call quote,$(OUT)/bench) --output=$(call quote,$(REPORTS)/bench) $(BENCH_ARGS)
 
 chapters: $(ready) ## the course's chapters in docs/es and docs/en, with their figures
-	@$(MAKE) eval MODEL=models/es-mini CORPUS=corpus/es EXPORTER=graph QUANTIZE= EVAL= OUT="$(OUT)/chapters" REPORTS="$(REPORTS)/chapters" \
+	@$(MAKE) eval MODEL=models/es-mini CORPUS=corpus/es EXPORTER=graph QUANTIZE= EVAL= OUT=$(call quote,$(OUT)/chapters) REPORTS=$(call quote,$(REPORTS)/chapters) \
 	  RECIPES="$(portable)"
-	@$(VENV)/bin/python -m lab.chapters --artifacts "$(OUT)/chapters/es-mini" --report "$(REPORTS)/chapters/es-mini/report.json"
+	@$(VENV)/bin/python -m lab.chapters --artifacts=$(call quote,$(OUT)/chapters/es-mini) --report=$(call quote,$(REPORTS)/chapters/es-mini/report.json)
 
 runtimes: $(ready) runtimes-env optimum js ## docs/runtimes.md: every artifact in every runtime that pip and npm install
-	@$(MAKE) quantize RECIPES="$(portable) fp32-ort $(addsuffix -ort,$(portable))" OUT="$(OUT)"
-	@OPTIMUM_PYTHON="$(OPTIMUM_VENV)/bin/python" RUNTIMES_PYTHON="$(RUNTIMES_VENV)/bin/python" $(run) lab.matrix --model "$(MODEL)" --artifacts "$(OUT)"
+	@$(MAKE) quantize RECIPES="$(portable) fp32-ort $(addsuffix -ort,$(portable))" OUT=$(call quote,$(OUT))
+	@OPTIMUM_PYTHON="$(OPTIMUM_VENV)/bin/python" RUNTIMES_PYTHON="$(RUNTIMES_VENV)/bin/python" $(run) lab.matrix $(model) $(artifacts)
 
 emulation: $(ready) ## the same on other processors by qemu-user: docs/data/runtimes-emulation.json; EMULATION= are more options
-	@$(run) lab.matrix.emulation --artifacts "$(OUT)/$(NAME)" $(EMULATION)
+	@$(run) lab.matrix.emulation --artifacts=$(call quote,$(OUT)/$(NAME)) $(EMULATION)
 
 sweep-speedup: ray ## what a second machine is worth to `sweep`; SPEEDUP= are more options
 	@$(RAY_VENV)/bin/python -m lab.speedup $(SPEEDUP)
@@ -49,11 +51,11 @@ runtimes-env: $(RUNTIMES_VENV)/.stamp ## the environment of the runtimes that `r
 
 # Each file of pins is an environment, so each gets its own list.
 sbom: $(RELEASE_VENV)/.stamp ## what is installed, as CycloneDX, in DIST=
-	@mkdir -p "$(DIST)"
+	@mkdir -p $(call quote,$(DIST))
 	@for pins in setup/*.txt; do \
 	  $(RELEASE_VENV)/bin/cyclonedx-py requirements --pyproject pyproject.toml --output-reproducible \
-	    -o "$(DIST)/sbom-$$(basename $$pins .txt).cdx.json" $$pins || exit; done
-	@cd js && npm sbom --sbom-format cyclonedx --package-lock-only > "$(abspath $(DIST))/sbom-javascript.cdx.json"
+	    -o $(call quote,$(DIST))/sbom-$$(basename $$pins .txt).cdx.json $$pins || exit; done
+	@exec > $(call quote,$(DIST))/sbom-javascript.cdx.json && cd js && npm sbom --sbom-format cyclonedx --package-lock-only
 
 # `--strict` fails on a package that the database does not answer for.
 audit: $(RELEASE_VENV)/.stamp ## known vulnerabilities of what is installed

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from cuantiza.core.errors import UserError
 from cuantiza.core.inputs.corpus import Source
@@ -21,6 +22,30 @@ class Parser(argparse.ArgumentParser):
 
     def format_help(self) -> str:
         return f"example: {self._example}\n\n{super().format_help()}"
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        return super().parse_known_args(self._joined(sys.argv[1:] if args is None else list(args)), namespace)
+
+    def _joined(self, words: list[str]) -> list[str]:
+        """`words` with `--prompt -Hola` as `--prompt=-Hola`: argparse takes the dash of a value for another option's.
+
+        A value that is the name of an option stays by itself, as it is more likely that the value was forgotten.
+        """
+        joined: list[str] = []
+        for word in words:
+            before = self._option_string_actions.get(joined[-1]) if joined else None
+            name = word.split("=")[0]
+            if (
+                before is not None
+                and before.nargs is None
+                and name.startswith("-")
+                and name not in ("-", "--")
+                and not any(option.startswith(name) for option in self._option_string_actions)
+            ):
+                joined[-1] += f"={word}"
+            else:
+                joined.append(word)
+        return joined
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message.removeprefix('argument ')}; see `{self.prog} --help`")

@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from itertools import pairwise
 from types import FrameType
 from typing import NoReturn
 
@@ -22,6 +23,7 @@ _NO_SUCH_PLACE = dict.fromkeys(
 _TOO_LARGE = {errno.EFBIG: "choose a place that takes files of that size (`ulimit -f`, another file system)"}
 _BROKEN_DISK = {errno.EIO: "check the disk"}
 MENDS = _DISK_FULL | _FORBIDDEN | _NO_SUCH_PLACE | _TOO_LARGE | _BROKEN_DISK
+_OURS = ("cuantiza", "export", "quantize", "eval", "lab")  # packages that `python -m` runs
 _STOPS = {signal.SIGINT, signal.SIGTERM}
 _IGNORED = {number for number in _STOPS if signal.getsignal(number) is signal.SIG_IGN}
 
@@ -35,18 +37,39 @@ EXTRAS = {
 }
 
 
+# With this variable of the environment set, what went wrong in a child process is also shown as a traceback.
+TRACEBACK = "CUANTIZA_TRACEBACK"
+
+
 class UserError(Exception):
     """Bad input. The message is one line: the file or option, what is wrong with it, and how to mend it."""
+
+
+def unexpected(error: BaseException) -> str:
+    """One line about an exception that nobody has foreseen: its type and what it says."""
+    said = _one_line(error)
+    if isinstance(error, MemoryError):
+        return (
+            f"there is not enough memory{f' ({said})' if said else ''}; close other programs, or take a smaller model"
+        )
+    return (
+        f"{type(error).__name__}: {said}; {TRACEBACK}=1 shows where"
+        if said
+        else f"{type(error).__name__}; {TRACEBACK}=1 shows where"
+    )
 
 
 def end_quietly_while_loading() -> None:
     """Let Ctrl-C end `python -m STAGE` without a traceback while the stage's modules load; then `run` takes over.
 
-    A stage's package calls this before it imports anything else.
+    Our packages call this before they import anything else.
     """
     # Python sets argv[0] to "-m" only while it looks for the module to run. A program that imports the package keeps
-    # its own handler.
-    if sys.argv[0] == "-m" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    # its own handler, also where that program is run by -m.
+    if sys.argv[0] != "-m" or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        return
+    module = next((after for word, after in pairwise(sys.orig_argv) if word == "-m"), "")
+    if module.split(".")[0] in _OURS:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
@@ -67,6 +90,8 @@ def run(main: Callable[[], int]) -> None:
         if extra is None:
             raise
         status = _fail(f"{error.name}: is not installed; `pip install 'cuantiza[{extra}]'` brings it")
+    except MemoryError as error:
+        status = _fail(unexpected(error))
     except KeyboardInterrupt:
         status = 128 + signal.SIGINT
     except BrokenPipeError:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -30,7 +30,7 @@ class Subject:
     """A model to measure. `kind` is onnx, torch or torch-dynamic; `path` an ONNX file, or the folder of a checkpoint."""
 
     name: str
-    kind: str
+    kind: Literal["onnx", "torch", "torch-dynamic"]
     path: Path
 
 

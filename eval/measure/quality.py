@@ -14,7 +14,7 @@ from cuantiza.core.inputs.corpus import Split
 from cuantiza.core.inputs.model_config import max_positions, read_config, start_token
 from cuantiza.core.inputs.tokenizer import encode, load_tokenizer
 from cuantiza.core.machine.hardware import memory_bytes
-from cuantiza.core.machine.process import Remote
+from cuantiza.core.machine.process import ChildError, Remote
 from cuantiza.core.machine.progress import track, working
 from cuantiza.core.store.digests import digest
 from cuantiza.eval.measure.engines import Engine, Subject
@@ -76,7 +76,8 @@ def make_task(folder: Path, test: Split, tokens: int, window: int) -> Task:
 def measure_quality(subjects: list[Subject], task: Task, threads: int) -> dict[str, dict]:
     """Return the quality fields of every subject's row. The first subject is the baseline, scored with the others.
 
-    Every subject has a process of its own. Besides the baseline, as many are loaded at once as `_groups` allows.
+    Every subject has a process of its own. Besides the baseline, as many are loaded at once as `_groups` allows. Raises
+    ChildError, with the name of the subject, for one that cannot be measured.
     """
     baseline, *others = subjects
     rows: dict[str, dict] = {baseline.name: {}}
@@ -84,6 +85,8 @@ def measure_quality(subjects: list[Subject], task: Task, threads: int) -> dict[s
         for group in _groups(others):
             with ExitStack() as stack:
                 remotes = [stack.enter_context(Remote(Engine, item, threads, label=item.name)) for item in group]
+                for item, remote in zip(group, remotes, strict=True):
+                    _check(first, remote, item.name, task)
                 label = "quality   " + " ".join(item.name for item in [baseline, *group])
                 scores = score(track(task.rolling, label, len(task.rolling)), [first, *remotes])
                 rows[baseline.name] = quality(scores[0], task.size, None)
@@ -92,6 +95,20 @@ def measure_quality(subjects: list[Subject], task: Task, threads: int) -> dict[s
                     rows[item.name]["key_error"] = _key_error(first, remote, task)
         rows[baseline.name] |= _alone(baseline, first, task) | {"key_error": _key_error(first, first, task)}
     return rows
+
+
+def _check(baseline: Remote, remote: Remote, name: str, task: Task) -> None:
+    """Raises ChildError if the logits of `remote` cannot be compared with the baseline's."""
+    ids = task.real_tokens(min(KEY_TOKENS, task.window))
+    theirs, ours = baseline.call("logits", ids), remote.call("logits", ids)
+    if theirs.shape != ours.shape:
+        raise ChildError(
+            f"{name}: gives logits of {ours.shape[-1]} tokens where the baseline gives {theirs.shape[-1]}; take a model of "
+            "the same vocabulary",
+            name,
+        )
+    if not np.isfinite(ours).all():
+        raise ChildError(f"{name}: gives logits that are not numbers", name)
 
 
 def _key_error(baseline: Remote, remote: Remote, task: Task) -> list[float] | None:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from cuantiza.core.errors import UserError
 from cuantiza.core.inputs.corpus import Split
+from cuantiza.core.machine.process import ChildError
+from cuantiza.core.machine.progress import report as say
 from cuantiza.core.store.digests import digest
 from cuantiza.eval.measure.engines import Subject
 from cuantiza.eval.measure.latency import measure_latency
-from cuantiza.eval.measure.quality import PROMPT, make_task, measure_quality
+from cuantiza.eval.measure.quality import PROMPT, Task, make_task, measure_quality
 from cuantiza.eval.measure.size import companion_bytes, onnx_bytes
-from cuantiza.eval.report.schema import SCHEMA, Corpus, Inputs, Report, Row
+from cuantiza.eval.report.schema import SCHEMA, Corpus, Inputs, LeftOut, Report, Row
 
 
 def measure(
@@ -25,18 +28,20 @@ def measure(
     window: int,
     rounds: int,
     threads: int,
+    left_out: Sequence[LeftOut] = (),
 ) -> Report:
     """Return the report on `subjects`. All are compared with the first, the artifact in the folder `baseline`.
 
-    `test` is the split of the corpus `source`; `inputs` is everything that the report depends on. Raises UserError
-    where two subjects have the same name, or where one cannot be loaded.
+    `test` is the split of the corpus `source`; `inputs` is everything that the report depends on. A subject that cannot
+    be measured is left out, and `left_out`, which begins with what the caller left out, says why. Raises UserError where
+    two subjects have the same name, or where the first cannot be measured.
     """
     names = [subject.name for subject in subjects]
     if clash := next((name for name in names if names.count(name) > 1), None):
         raise UserError(f"--onnx: two artifacts are called {clash!r}; rename one of the files")
     task = make_task(baseline, test, tokens, window)
-    quality = measure_quality(subjects, task, threads)
-    latency = measure_latency(subjects, task.real_tokens(task.longest), task.longest, rounds, threads)
+    missing = list(left_out)
+    quality, latency = _measured(subjects := list(subjects), missing, task, rounds, threads)
     rows = []
     for subject in subjects:
         if subject.kind == "onnx":
@@ -68,4 +73,25 @@ def measure(
         prompt=PROMPT,
         inputs=inputs,
         artifacts=tuple(rows),
+        left_out=tuple(missing),
     )
+
+
+def _measured(
+    subjects: list[Subject], left_out: list[LeftOut], task: Task, rounds: int, threads: int
+) -> tuple[dict[str, dict], dict[str, dict]]:
+    """Measure the quality and the latency of all `subjects`; move those that fail to `left_out`.
+
+    The others begin anew then, since all are measured together. A file that does not load fails at once.
+    """
+    while True:
+        try:
+            quality = measure_quality(subjects, task, threads)
+            return quality, measure_latency(subjects, task.real_tokens(task.longest), task.longest, rounds, threads)
+        except ChildError as error:
+            failed = next((subject for subject in subjects[1:] if subject.name == error.label), None)
+            if failed is None:
+                raise
+            subjects.remove(failed)
+            say(f"left out  {failed.name}: {error.reason}")
+            left_out.append(LeftOut(name=failed.name, kind=failed.kind, reason=error.reason))

@@ -38,9 +38,14 @@ class TorchRuntime:
         if quantized:
             warnings.filterwarnings("ignore", category=DeprecationWarning)
             warnings.filterwarnings("ignore", category=UserWarning)
-            torch.quantization.quantize_dynamic(
-                self._model, {torch.nn.Linear, torch.nn.LayerNorm}, dtype=torch.qint8, inplace=True
-            )
+            try:
+                torch.quantization.quantize_dynamic(
+                    self._model, {torch.nn.Linear, torch.nn.LayerNorm}, dtype=torch.qint8, inplace=True
+                )
+            except RuntimeError as error:
+                raise UserError(
+                    f"torch {torch.__version__} has no int8 kernels on this machine ({str(error).splitlines()[0]})"
+                ) from None
         use_large_pages()  # as cuantiza.core.run.runtime.Runtime does
 
     def forward(self, ids: np.ndarray) -> np.ndarray:

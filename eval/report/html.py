@@ -13,7 +13,7 @@ from cuantiza.core.pages import environment
 from cuantiza.eval.report import charts
 from cuantiza.eval.report.columns import MAIN, PROTOCOLS, cells, titles
 from cuantiza.eval.report.conclusion import RUINED, conclusion
-from cuantiza.eval.report.markdown import method, protocols, summary, surroundings
+from cuantiza.eval.report.markdown import left_out, method, protocols, summary, surroundings
 from cuantiza.eval.report.schema import Report, Row
 from cuantiza.eval.report.wording import LABELS
 
@@ -41,6 +41,7 @@ def render(report: Report, language: str = "en") -> str:
         protocols=protocols(report, language),
         protocol_columns=titles(PROTOCOLS, first, language),
         protocol_rows=[cells(PROTOCOLS, row, first, language) for row in rows],
+        left_out=left_out(report, language),
         method=method(report, language),
         environment=surroundings(report, language),
     )

@@ -33,6 +33,7 @@ def markdown(report: Report, language: str = "en") -> str:
         "\n".join(f"- {line}" for line in conclusion(report, language)),
         f"## {labels['artifacts']}",
         _table(report, MAIN, language),
+        *(f"- {escape(line)}" for line in left_out(report, language)),
         f"## {labels['protocols']}",
         " ".join(protocols(report, language)),
         _table(report, PROTOCOLS, language),
@@ -91,6 +92,11 @@ def protocols(report: Report, language: str) -> list[str]:
     return notes
 
 
+def left_out(report: Report, language: str) -> list[str]:
+    """Say which rows are missing, and why."""
+    return [LABELS[language]["left_out"].format(name=item.name, reason=item.reason) for item in report.left_out]
+
+
 def method(report: Report, language: str) -> list[str]:
     """Say how the figures were measured. Each item is a paragraph."""
     facts = {"window": report.corpus.window_tokens, "first": report.baseline.name, "rounds": report.rounds}
@@ -100,10 +106,16 @@ def method(report: Report, language: str) -> list[str]:
 def surroundings(report: Report, language: str) -> list[tuple[str, str]]:
     """List the machine, the text and the versions as pairs (term, value)."""
     machine, corpus, labels = report.machine, report.corpus, LABELS[language]
+    threads = f"{machine.threads} {labels['of']} {machine.processors}"
+    if machine.processors_limit is not None:
+        threads += labels["limited"].format(limit=f"{number(machine.processors_limit, 1, language)}")
+    memory = f"{number(machine.memory_bytes / 2**30, 0, language)} GiB"
+    if machine.memory_limit_bytes is not None:
+        memory += labels["limited"].format(limit=f"{number(machine.memory_limit_bytes / 2**30, 1, language)} GiB")
     return [
         (labels["processor"], machine.cpu),
-        (labels["threads"], f"{machine.threads} {labels['of']} {machine.processors}"),
-        (labels["memory"], f"{number(machine.memory_bytes / 2**30, 0, language)} GiB"),
+        (labels["threads"], threads),
+        (labels["memory"], memory),
         (labels["system"], machine.system),
         (labels["rounds"], str(report.rounds)),
         (labels["corpus"], f"{corpus.source} ({corpus.split}, sha256 {corpus.sha256})"),

@@ -191,6 +191,29 @@ class Machine(Part):
     threads: Count = Field(description="threads that every runtime used")
     memory_bytes: Count = Field(description="memory of the machine, bytes")
     system: str = Field(description="operating system")
+    processors_limit: Annotated[float, Field(gt=0)] | None = Field(
+        None,
+        exclude_if=lambda value: value is None,
+        description="processors' worth of time that a container may use; only where it is limited",
+    )
+    memory_limit_bytes: Count | None = Field(
+        None,
+        exclude_if=lambda value: value is None,
+        description="memory that a container may use, bytes; only where it is limited",
+    )
+
+
+class LeftOut(Part):
+    """A row that is not there, because it could not be measured."""
+
+    name: str = Field(description="name of the row")
+    kind: Literal["onnx", "torch", "torch-dynamic"] = Field(description="an ONNX file, PyTorch, or PyTorch's int8")
+    reason: str = Field(description="what went wrong, in one line")
+
+    @property
+    def expected(self) -> bool:
+        """Whether this machine cannot measure it: not every build of PyTorch has kernels for int8."""
+        return self.kind == "torch-dynamic"
 
 
 class Inputs(Part):
@@ -227,6 +250,9 @@ class Report(Part):
     )
     artifacts: Annotated[tuple[Row, ...], FailFast()] = Field(
         min_length=1, description="one row each; the first is the baseline of every difference and speed-up"
+    )
+    left_out: tuple[LeftOut, ...] = Field(
+        (), exclude_if=lambda value: not value, description="rows that could not be measured; only where there are any"
     )
     sha256: str = Field("", description="sha256 of everything here but this and `pages`, as JSON with sorted keys")
     pages: dict[str, str] = Field(

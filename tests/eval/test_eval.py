@@ -20,6 +20,8 @@ from cuantiza.eval.measure.engines import Engine, Subject
 from cuantiza.eval.measure.latency import measure_latency, shapes
 from cuantiza.eval.measure.quality import PROMPT, make_task, measure_quality
 from cuantiza.eval.measure.torch_engine import TorchRuntime
+from cuantiza.eval.report.schema import Report
+from cuantiza.eval.stage import _measured
 
 from helpers import CORPUS, ES_MINI, ROOT, assert_user_error, stage
 
@@ -257,65 +259,94 @@ def test_sessions_do_not_spin(artifacts):
     assert (options.intra_op_num_threads, options.inter_op_num_threads) == (2, 1)
 
 
-@pytest.mark.parametrize(
-    "damage, fragments",
-    [
-        (lambda path: path.write_bytes(b"garbage" * 100), ("not a readable ONNX file",)),
-        (lambda path: path.write_bytes(path.read_bytes()[:100_000]), ("not a readable ONNX file",)),
-        (lambda path: path.unlink(), ("neither an ONNX file nor a folder",)),
-    ],
-)
-def test_a_corrupt_foreign_file(artifacts, tmp_path, damage, fragments):
-    shutil.copytree(artifacts / "int8-static", tmp_path / "theirs")
-    damage(tmp_path / "theirs/model.onnx")
-    result = evaluate(
-        artifacts,
-        tmp_path / "reports",
-        "--onnx",
-        tmp_path / "theirs",
-    )
-    assert_user_error(result, "theirs", *fragments)
-    assert not list(tmp_path.rglob("report.*")) and not list(tmp_path.rglob(".tmp-*"))
-
-
-@pytest.mark.parametrize("location", ["../secret.bin", "/etc/hostname"])
-def test_external_data_outside_its_folder(artifacts, tmp_path, location):
+def scaled(source, target, **changes):
+    """A copy of a small graph of the contract with other initializers: {name: change}."""
     import onnx
 
-    shutil.copytree(artifacts / "int8-static", tmp_path / "theirs")
-    (tmp_path / "secret.bin").write_bytes(bytes(10_000_000))
-    proto = onnx.load(tmp_path / "theirs/model.onnx")
-    tensor = next(tensor for tensor in proto.graph.initializer if tensor.name == "wte.weight_int8")
-    tensor.ClearField("raw_data")
-    tensor.data_location = onnx.TensorProto.EXTERNAL
-    tensor.external_data.add(key="location", value=location)
-    (tmp_path / "theirs/model.onnx").write_bytes(proto.SerializeToString())
-    result = evaluate(
-        artifacts,
-        tmp_path / "reports",
-        "--onnx",
-        tmp_path / "theirs",
-    )
-    assert_user_error(result, "outside its folder")
+    proto = onnx.load(source)
+    for tensor in proto.graph.initializer:
+        if tensor.name in changes:
+            array = changes[tensor.name](onnx.numpy_helper.to_array(tensor))
+            tensor.CopyFrom(onnx.numpy_helper.from_array(np.ascontiguousarray(array), tensor.name))
+    onnx.save(proto, target)
 
 
-def test_a_graph_of_another_contract(artifacts, tmp_path):
+def other_files(artifacts, folder):
+    """Files from elsewhere that cannot be measured beside es-mini: {name of the row: why}."""
+    import onnx
     import onnx_ir as ir
 
+    ours = artifacts / "fp32/model.onnx"
+    (folder / "garbage.onnx").write_bytes(b"garbage" * 100)
+    (folder / "cut.onnx").write_bytes(ours.read_bytes()[:100_000])
+    for name, location in (("out", "../secret.bin"), ("far", "/etc/hostname")):
+        proto = onnx.load(ours)
+        tensor = max(proto.graph.initializer, key=lambda tensor: len(tensor.raw_data))
+        tensor.ClearField("raw_data")
+        tensor.data_location = onnx.TensorProto.EXTERNAL
+        tensor.external_data.add(key="location", value=location)
+        (folder / f"{name}.onnx").write_bytes(proto.SerializeToString())
     x = ir.val("input_ids", ir.DataType.INT64, ["b", "t"])
     node = ir.node("Identity", [x])
     node.outputs[0].name, node.outputs[0].type, node.outputs[0].shape = "logits", x.type, x.shape
-    ir.save(
-        ir.Model(ir.Graph([x], node.outputs, nodes=[node], opset_imports={"": 21}, name="g"), ir_version=10),
-        tmp_path / "other.onnx",
-    )
-    result = evaluate(
-        artifacts,
-        tmp_path / "reports",
-        "--onnx",
-        tmp_path / "other.onnx",
-    )
-    assert_user_error(result, "other.onnx", "contract")
+    graph = ir.Graph([x], node.outputs, nodes=[node], opset_imports={"": 21}, name="g")
+    ir.save(ir.Model(graph, ir_version=10), folder / "other.onnx")
+    scaled(ours, folder / "larger.onnx", **{"wte.weight": lambda table: np.vstack([table, table[:8]])})
+    scaled(ours, folder / "nan.onnx", **{"ln_f.bias": lambda bias: bias * np.nan})
+    return {
+        "garbage": "not a readable ONNX file",
+        "cut": "not a readable ONNX file",
+        "out": "outside its folder",
+        "far": "outside its folder",
+        "other": "contract",
+        "larger": "logits of 8200 tokens where the baseline gives 8192",
+        "nan": "logits that are not numbers",
+    }
+
+
+def test_files_that_cannot_be_measured_are_left_out(artifacts, tmp_path):
+    """The report has every other row; it, its pages and one line at the end say why these are not among them."""
+    (tmp_path / "theirs").mkdir()
+    why = other_files(artifacts, tmp_path / "theirs")
+    files = [tmp_path / f"theirs/{name}.onnx" for name in why]
+    shutil.copy(artifacts / "int8-dynamic/model.onnx", good := tmp_path / "theirs/good.onnx")
+    result = evaluate(artifacts, tmp_path / "reports", "--recipes", "fp32", "--onnx", *files, good)
+    assert_user_error(result, "left out", *(f"{name}: " for name in why), *why.values())
+    written = Report.from_json((tmp_path / "reports/es-mini/report.json").read_bytes())
+    assert [row.name for row in written.artifacts] == ["fp32", "good"]
+    missing = {item.name: item for item in written.left_out}
+    assert missing.keys() == why.keys()
+    pages = [(tmp_path / "reports/es-mini" / page).read_text(encoding="utf-8") for page in ("report.md", "report.html")]
+    for name, reason in why.items():
+        assert reason in missing[name].reason and missing[name].kind == "onnx" and not missing[name].expected
+        assert f"left out  {name}: " in result.stderr
+        assert all(f"{name} is left out" in page for page in pages)
+    # A row that failed may succeed the next time, so such a report is never up to date.
+    assert _measured(tmp_path / "reports/es-mini", written.inputs) is None
+
+
+NO_ENGINE = """
+import torch
+
+def refuse(*_, **__):
+    raise RuntimeError("Didn't find engine for operation quantized::linear_prepack NoQEngine\\nmore of it")
+
+torch.quantization.quantize_dynamic = refuse
+"""
+
+
+def test_pytorch_without_int8_is_left_out(artifacts, tmp_path):
+    """As on Apple silicon: a machine's limit, which is said every time and is no error."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site/sitecustomize.py").write_text(NO_ENGINE)
+    options = ("--recipes", "fp32", "--tokens", 300, "--rounds", 1, "--output", tmp_path / "reports")
+    command = ("eval", "--artifacts", artifacts.parent, *options)
+    for done in (stage(*command, env={"PYTHONPATH": str(tmp_path / "site")}) for _ in range(2)):
+        assert done.status == 0 and "Traceback" not in done.stderr, done.stderr
+        assert re.search(r"^left out  torch-dynamic: torch \S+ has no int8 kernels .*NoQEngine\)$", done.stderr, re.M)
+    assert "up to date" in done.stderr
+    assert rows_of(tmp_path / "reports").keys() == {"fp32", "torch-fp32"}
+    assert "torch-dynamic is left out" in (tmp_path / "reports/es-mini/report.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,7 @@ LIGHT = {
     "cuantiza.core.inputs.model_config",
     "cuantiza.core.machine.child",
     "cuantiza.core.machine.hardware",
+    "cuantiza.core.machine.limits",
     "cuantiza.core.onnx.genai_config",
 }
 

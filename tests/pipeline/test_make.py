@@ -159,7 +159,7 @@ def test_a_kill_leaves_whole_artifacts_or_none(clone: Path, make: Callable[..., 
 def test_the_goals_after_the_pipeline(clone: Path, make: Callable[..., Result]) -> None:
     """What is missing is built; the report of other recipes stays as it is."""
     (clone / "js").symlink_to(ROOT / "js")
-    made = make("generate", "RECIPE=fp16", "PROMPT=¿Y $$HOME?", "GENERATE=--tokens 5 --seed 1")
+    made = make("generate", "RECIPE=fp16", "PROMPT=¿Y $HOME?", "GENERATE=--tokens 5 --seed 1")
     assert made.status == 0 and "¿Y $HOME?" in made.stdout, made.stderr  # within make, make says where it is first
     assert {path.name for path in (clone / "artifacts/tiny").glob("[!.]*")} == {"fp32", "fp16"}
     made = make("demo", "RECIPE=fp16", "BUILD=site")

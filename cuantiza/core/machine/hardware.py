@@ -5,6 +5,7 @@ Importing this module loads only the standard library, so that it also runs in o
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import resource
@@ -12,17 +13,27 @@ from pathlib import Path
 from typing import Any
 
 from cuantiza.core.errors import UserError
+from cuantiza.core.machine import limits
 
 
 def machine(threads: int) -> dict[str, Any]:
-    """The machine as a report describes it: processor, logical processors, `threads` used, memory in bytes, system."""
-    return {
+    """The machine as a report describes it: processor, logical processors, `threads` used, memory in bytes, system.
+
+    Where a container may use less of it, `processors_limit` and `memory_limit_bytes` say how much.
+    """
+    described = {
         "cpu": cpu_name(),
         "processors": os.cpu_count(),
         "threads": threads,
-        "memory_bytes": memory_bytes(),
+        "memory_bytes": _physical_bytes(),
         "system": platform.platform(),
     }
+    processors, memory = limits.processors(), limits.memory_bytes()
+    if processors is not None and processors < (os.cpu_count() or 1):
+        described["processors_limit"] = processors
+    if memory is not None and memory < described["memory_bytes"]:
+        described["memory_limit_bytes"] = memory
+    return described
 
 
 def software() -> dict[str, str]:
@@ -44,7 +55,11 @@ def cpu_name() -> str:
 
 
 def memory_bytes() -> int:
-    """The size of the machine's memory."""
+    """How much memory this process may use, in bytes: the machine's, or what its container is limited to."""
+    return min(_physical_bytes(), limits.memory_bytes() or _physical_bytes())
+
+
+def _physical_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
@@ -62,8 +77,12 @@ def peak_rss_bytes() -> int:
 
 
 def default_threads() -> int:
-    """How many threads a runtime uses unless told otherwise: the processors that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """How many threads a runtime uses unless told otherwise: the processors that this process may run on.
+
+    A container's quota counts with its last part rounded up, as 1.5 processors are more than one thread can use.
+    """
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(processors, math.ceil(limits.processors() or processors)))
 
 
 def check_threads(threads: int) -> None:

@@ -8,36 +8,64 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import pickle
+import re
 import signal
 import sys
+import tempfile
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
+from multiprocessing.reduction import ForkingPickler
 from typing import Any, NoReturn
 
-from cuantiza.core.errors import UserError
+from cuantiza.core.errors import EXTRAS, MENDS, TRACEBACK, UserError, unexpected
 from cuantiza.core.machine.progress import working
 
 _context = multiprocessing.get_context("spawn")
+_FD = 2  # standard error, as libraries in C++ and Rust write to it
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+_KEPT_BYTES = 2**16  # how much of it is looked through for its last line
+
+
+class ChildError(UserError):
+    """What went wrong in the child process `label`."""
+
+    def __init__(self, message: str, label: str) -> None:
+        super().__init__(message)
+        self.label = label
+
+    @property
+    def reason(self) -> str:
+        """The message without the label."""
+        return str(self).removeprefix(f"{self.label}: ")
 
 
 class Remote:
     """An object in a child process, made there by `factory(*args)`; `call` runs its methods.
 
-    The child ends with the `with` block, and also when this process dies. Raises UserError if the child raises one, or
-    if the child is killed (by the kernel, when memory runs out).
+    The child ends with the `with` block, and also when this process dies. Whatever goes wrong in it is one line here:
+    raises ChildError where the child raises an exception, with its type and its message, or where it dies (killed by
+    the kernel when memory runs out, or by a library), with the last line that it wrote. A full disk and a package that
+    is not installed are raised as they are, since cuantiza.core.errors says how to mend them.
     """
 
     def __init__(self, factory: Callable[..., Any], *args: Any, label: str | None = None) -> None:
         self._label = label or f"{factory.__name__}({', '.join(map(str, args))})"
         self._here, there = _context.Pipe()
-        self._process = _context.Process(target=_serve, args=(there, factory, args), daemon=True)
+        self._said = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as the child
+        saying = Connection(os.dup(self._said.fileno()))  # which, unlike a number, is handed to a new process
+        # Pickled here and read in `_serve`, where an import that fails is reported like any other exception.
+        what = pickle.dumps((factory, args))
+        self._process = _context.Process(target=_serve, args=(there, saying, what), daemon=True)
         try:
             with contextlib.nullcontext() if _in_main(factory, *args) else _hidden_main():
                 _start(self._process)
             there.close()
+            saying.close()
             self.result()
         except BaseException:
             if self._process.pid is not None:
@@ -62,6 +90,10 @@ class Remote:
             value, error = self._here.recv()
         except (EOFError, ConnectionResetError):
             self._died()
+        if isinstance(error, UserError):
+            raise ChildError(str(error), self._label) from error
+        if isinstance(error, str):
+            raise ChildError(f"{self._label}: {error}", self._label)
         if error is not None:
             raise error
         return value
@@ -69,8 +101,15 @@ class Remote:
     def _died(self) -> NoReturn:
         self._process.join()
         code = self._process.exitcode
-        why = ": most often a lack of memory" if code == -signal.SIGKILL else ""
-        raise UserError(f"{self._label}: its process died with exit code {code}{why}") from None
+        why = ": most often a lack of memory" if code == -signal.SIGKILL else self._last_line()
+        raise ChildError(f"{self._label}: its process died with exit code {code}{why}", self._label) from None
+
+    def _last_line(self) -> str:
+        """What the child's libraries wrote last, such as the message of an exception in C++ that nobody caught."""
+        self._said.seek(max(0, self._said.seek(0, os.SEEK_END) - _KEPT_BYTES))
+        said = self._said.read().decode(errors="replace")
+        lines = [line for line in map(str.strip, _COLOUR.sub("", said).splitlines()) if line]
+        return f": {lines[-1]}" if lines else ""
 
     def __enter__(self) -> Remote:
         return self
@@ -79,6 +118,7 @@ class Remote:
         self._process.terminate()
         self._process.join()
         self._here.close()
+        self._said.close()
 
 
 def _in_main(*values: object) -> bool:
@@ -150,20 +190,50 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _serve(there: Connection, factory: Callable[..., Any], args: tuple[Any, ...]) -> None:
+def _serve(there: Connection, saying: Connection, what: bytes) -> None:
     # A Ctrl-C reaches the whole process group. The parent handles it, and ends this process.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
-        try:
-            served = factory(*args)
-            there.send((None, None))
-            while True:
-                method, arguments = there.recv()
-                there.send((getattr(served, method)(*arguments), None))
-        except (
-            UserError,
-            OSError,
-            ModuleNotFoundError,
-        ) as error:  # the parent raises it, and cuantiza.core.errors prints it as one line
-            there.send((None, error))
+    if not os.environ.get(TRACEBACK):
+        _divert(saying)
+    served: list[Any] = []
+
+    def make() -> None:
+        factory, args = pickle.loads(what)
+        served.append(factory(*args))
+
+    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):  # the parent is gone
+        there.send_bytes(_answer(make))
+        while served:
+            method, args = there.recv()
+            there.send_bytes(_answer(lambda: getattr(served[0], method)(*args)))  # noqa: B023 - called at once
+
+
+def _answer(work: Callable[[], Any]) -> bytes | memoryview:
+    """What `Remote.result` reads: the value of `work()` and None; or None and what went wrong."""
+    try:
+        return ForkingPickler.dumps((work(), None))
+    except BaseException as error:  # a panic of a library in Rust is not even an Exception
+        if os.environ.get(TRACEBACK):
+            traceback.print_exc()
+        # Any other exception goes as a line, since not every class of exception can be made again in the parent.
+        return ForkingPickler.dumps((None, error if _mendable(error) else unexpected(error)))
+
+
+def _mendable(error: BaseException) -> bool:
+    """Whether cuantiza.core.errors has a line of its own for `error`."""
+    if isinstance(error, ModuleNotFoundError):
+        return (error.name or "").split(".")[0] in EXTRAS
+    return isinstance(error, UserError) or (isinstance(error, OSError) and error.errno in MENDS)
+
+
+def _divert(saying: Connection) -> None:
+    """Lead what libraries write to standard error into `saying`; Python's own output stays where it was.
+
+    ONNX Runtime, PyTorch and the tokenizers' Rust print there what their exceptions say too.
+    """
+    sys.stderr.flush()
+    kept = os.dup(_FD)
+    os.dup2(saying.fileno(), _FD)
+    saying.close()
+    sys.stderr = os.fdopen(kept, "w", buffering=1, encoding=sys.stderr.encoding, errors=sys.stderr.errors)

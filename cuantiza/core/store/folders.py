@@ -80,10 +80,16 @@ def _holds(file: Path, text: str) -> bool:
 
 @contextmanager
 def staging(target: Path) -> Iterator[Path]:
-    """A temporary folder beside `target`. What is left in it at the end of the block is removed."""
+    """A temporary folder beside `target`. What is left in it at the end of the block is removed.
+
+    A UserError of the block names `target`, which the user knows, and not the temporary folder.
+    """
     folder = Path(tempfile.mkdtemp(prefix=".tmp-", dir=target.parent))
     try:
         yield folder
+    except UserError as error:
+        error.args = (str(error).replace(str(folder), str(target)),)
+        raise
     except OSError as error:
         if error.filename is None:  # a failed write names no file; `target` at least tells the disk
             error.filename = str(target)

@@ -14,15 +14,15 @@ from cuantiza.core.inputs.model_config import max_positions, read_config
 from cuantiza.core.onnx import file as onnx_file
 from cuantiza.core.onnx.genai_config import GENAI_CONFIG, genai_config
 from cuantiza.core.store import artifact
-from cuantiza.quantize.rewrite.fuse_attention import check_attention, fuse_attention
+from cuantiza.quantize.rewrite.fuse_attention import check_attention, fuse_attention, not_fusable
 from cuantiza.quantize.settings import Target
 
 
 def write_graph(parent: Path, work: Path, target: Target, rewrite: Callable[[ir.Model], dict]) -> dict:
     """Write work/model.onnx: the graph of the fp32 artifact `parent`, after `rewrite` changed it in place.
 
-    Attention is fused for the `target` "ort" only. Returns `details` for the manifest: those that `rewrite` returned,
-    and the number of layers with fused attention. Raises UserError if the target is "ort" and the graph's attention is
+    Attention is fused for the `target` "ort" only, where ONNX Runtime can. Returns `details` for the manifest: those that
+    `rewrite` returned, the number of layers with fused attention, and "warnings" if attention stays as it was. Raises UserError if the target is "ort" and the graph's attention is
     not the one that export/gpt2.py writes.
     """
     path = parent / artifact.MODEL
@@ -31,14 +31,18 @@ def write_graph(parent: Path, work: Path, target: Target, rewrite: Callable[[ir.
         check_attention(model, path)
     details = rewrite(model)
     if target == "ort":
-        details["fused_attention"] = fuse_attention(model)
-        _write_genai_config(model.graph, parent, work)
+        kept = not_fusable(model)
+        details["fused_attention"] = 0 if kept else fuse_attention(model)
+        if kept:
+            details["warnings"] = [kept]
+        _write_genai_config(model, parent, work)
     onnx_file.save(model, work)
     return details
 
 
-def _write_genai_config(graph: ir.Graph, parent: Path, work: Path) -> None:
-    """Write genai_config.json, so that onnxruntime-genai can load the graph, which updates its KV cache in place."""
+def _write_genai_config(model: ir.Model, parent: Path, work: Path) -> None:
+    """Write genai_config.json, so that onnxruntime-genai can load the graph and knows how to give it its KV cache."""
+    graph = model.graph
     keys = [value for value in graph.inputs if contract.is_past(value.name) and value.name.endswith(".key")]
     config = read_config(parent)
     fields = genai_config(
@@ -49,6 +53,6 @@ def _write_genai_config(graph: ir.Graph, parent: Path, work: Path) -> None:
         head_dim=cast("int", keys[0].shape[3]),
         vocabulary=cast("int", graph.outputs[0].shape[-1]),
         positions=max_positions(config),
-        in_place=True,
+        in_place=contract.IN_PLACE in model.metadata_props,
     )
     (work / GENAI_CONFIG).write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")

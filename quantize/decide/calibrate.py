@@ -224,14 +224,17 @@ def _static_error(rows: np.ndarray, low: np.ndarray, high: np.ndarray, energy: n
 
 
 def _search_float_channels(moments: Moments, energy: np.ndarray, output: np.ndarray, limit: int) -> np.ndarray:
-    """Find the channels that stay in the int8 matmul, bool [K]: all, or all but the largest few if that pays."""
+    """Find the channels that stay in the int8 matmul, bool [K]: all, or all but the largest few if that pays.
+
+    At least one stays, however few there are.
+    """
     order = np.argsort(-np.maximum(moments.high, -moments.low), kind="stable")
 
     def error(count: int) -> float:
         kept = np.sort(order[count:])
         return _static_error(moments.rows[:, kept], moments.low[kept], moments.high[kept], energy[kept], output)
 
-    counts = [0, *(2**power for power in range(limit.bit_length()))]
+    counts = [0, *(2**power for power in range(limit.bit_length()) if 2**power < len(energy))]
     errors = {count: error(count) for count in counts}
     in_float = min(counts, key=lambda count: errors[count] / _MORE**count)
     if errors[in_float] > _PAYS * errors[0]:

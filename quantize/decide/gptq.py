@@ -27,13 +27,12 @@ def gptq(weight: np.ndarray, gram: np.ndarray, grid: Grid) -> IntWeight:
     """
     inputs = len(weight)
     diagonal = gram.diagonal().astype(np.float64)
-    mean = diagonal.mean() or 1.0
+    mean = diagonal.clip(0).mean() or 1.0
     order = np.argsort(-diagonal, kind="stable") if grid.block is None else np.arange(inputs)
     hessian = gram[np.ix_(order, order)].astype(np.float64)
     dead = np.flatnonzero(diagonal[order] <= 0)  # inputs that are always 0, which are rounded to nearest
     hessian[dead, dead] = mean
-    hessian[np.diag_indices(inputs)] += DAMPING * mean
-    factor = _inverse_factor(hessian)
+    factor = _damped_factor(hessian, DAMPING * mean)
     parts = [
         _gptq_columns(weight[order, start : start + COLUMNS].astype(np.float32), factor, grid)
         for start in range(0, weight.shape[1], COLUMNS)
@@ -42,6 +41,23 @@ def gptq(weight: np.ndarray, gram: np.ndarray, grid: Grid) -> IntWeight:
     back = np.empty_like(order)
     back[order] = np.arange(inputs)
     return IntWeight(q[back], scale.astype(np.float32), zero.astype(q.dtype), grid)
+
+
+def _damped_factor(hessian: np.ndarray, damping: float) -> np.ndarray:
+    """Return `_inverse_factor` of `hessian` float64 [K, K] with `damping` on its diagonal, or ten times more, and so on.
+
+    The first is enough, except where activations hardly vary: of a difference of large float32 sums little is left but
+    their rounding, and that need not be positive definite. `hessian` is overwritten.
+    """
+    added = 0.0
+    while True:
+        hessian[np.diag_indices(len(hessian))] += damping - added
+        try:
+            return _inverse_factor(hessian)
+        except np.linalg.LinAlgError:
+            if not np.isfinite(hessian).all():
+                raise
+            added, damping = damping, 10 * damping
 
 
 def _inverse_factor(hessian: np.ndarray) -> np.ndarray:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
+from cuantiza.core.errors import UserError
 from cuantiza.core.machine.progress import report, track
 from cuantiza.core.onnx import file as onnx_file
 from cuantiza.core.run.divergence import compare
@@ -50,10 +51,16 @@ class Sensitivity:
 class Gauge:
     """Measures rewritten graphs against the graph `baseline`, on `windows` [n, T].
 
-    The baseline's logits are computed once and kept in a memory-mapped file in the folder `work`.
+    The baseline's logits are computed once and kept in a memory-mapped file in the folder `work`. Raises UserError for
+    windows of one token, in which no token is predicted.
     """
 
     def __init__(self, baseline: Path, windows: np.ndarray, work: Path) -> None:
+        if windows.shape[1] < 2:
+            raise UserError(
+                f"{baseline}: takes one token at a time, so nothing follows in a window whose perplexity could be measured; "
+                "take a recipe that measures nothing, such as int8-static"
+            )
         self._windows, self._work = windows, work
         session = Runtime(baseline)
         self._logits: np.ndarray | None = None

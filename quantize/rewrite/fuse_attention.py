@@ -3,7 +3,8 @@
 GroupQueryAttention (ONNX Runtime's docs/ContribOperators.md) reads the keys and values of P past tokens and returns
 those of P+T, as the portable graph does. If past and present are bound to the same buffer [B, H, capacity, d], it
 writes only the keys and values of the T new tokens and copies nothing. It applies the causal mask itself; padding is
-passed to it as an attention bias.
+passed to it as an attention bias. It takes only heads whose width is a multiple of 8 (ONNX Runtime 1.32); a model with
+other heads keeps the attention of the portable graph.
 
 LayerNormalization, Gelu and the residual additions stay as they are. SkipLayerNormalization takes five times as long
 as the two operators that it replaces (docs/performance.md), and ONNX Runtime fuses Gelu with its bias at load anyway.
@@ -23,6 +24,8 @@ from cuantiza.core.errors import UserError
 from cuantiza.quantize.rewrite.edit import clean, constant
 
 ORT = "com.microsoft"
+# GroupQueryAttention refuses, at every run, heads whose width is not a multiple of this.
+_WIDTHS = 8
 
 
 @dataclass(frozen=True)
@@ -48,10 +51,21 @@ def check_attention(model: ir.Model, path: Path) -> None:
         )
 
 
+def not_fusable(model: ir.Model) -> str | None:
+    """Say in a sentence why GroupQueryAttention cannot compute the attention of `model`; None if it can."""
+    width = next(value.shape[3] for value in model.graph.inputs if contract.is_past(value.name))
+    if isinstance(width, int) and width % _WIDTHS == 0:
+        return None
+    return (
+        f"the attention stays in standard operators, whose KV cache is copied at every token: GroupQueryAttention takes "
+        f"heads of a multiple of {_WIDTHS} channels, and this model's have {width}"
+    )
+
+
 def fuse_attention(model: ir.Model) -> int:
     """Replace the attention of every layer of `model` by GroupQueryAttention; return the number of layers.
 
-    `check_attention` has to accept `model` first.
+    `check_attention` has to accept `model` first, and `not_fusable` must give None.
     """
     graph = model.graph
     inputs = {value.name: value for value in graph.inputs}

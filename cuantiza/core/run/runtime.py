@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,7 +59,8 @@ class Runtime:
     """A session over `model`, an ONNX file with the inputs and outputs of cuantiza/core/contract.py.
 
     The number of layers L, of heads H, and the head width d are read from the file's own inputs.
-    Raises UserError if ONNX Runtime refuses the file or fails to run it, or if it does not keep the contract.
+    Raises UserError if ONNX Runtime refuses the file, when it is loaded or when it is run, or if it does not keep the
+    contract.
     """
 
     def __init__(
@@ -75,8 +77,8 @@ class Runtime:
 
         `outputs` names what `run` returns in place of the contract's outputs, for graphs that show other tensors too.
         """
-        self._model = model
         self.session = open_session(model, threads, spin, prepack)
+        self._model = model
         if options.large_pages:
             use_large_pages()
         inputs = {item.name: item for item in self.session.get_inputs()}
@@ -143,10 +145,8 @@ class Runtime:
             mask = np.ones((len(ids), before + ids.shape[1]), np.int64)
         values = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in self._feeds(ids, mask).items()}
         feeds = values | dict(zip(self._past, past, strict=True))
-        try:
+        with _refusals(self._model, "run"):
             outputs: list[ort.OrtValue] = self.session.run_with_ort_values(self._outputs, feeds)
-        except Exception as error:
-            raise _refused(self._model, "run", error) from None
         return outputs
 
     def empty_past(self, batch: int) -> list[ort.OrtValue]:
@@ -203,10 +203,8 @@ class Runtime:
             for past, present, value in zip(self._past, self._present, cache.past, strict=True):
                 binding.bind_ortvalue_input(past, value)
                 binding.bind_output(present)
-        try:
+        with _refusals(self._model, "run"):
             self.session.run_with_iobinding(binding)
-        except Exception as error:
-            raise _refused(self._model, "run", error) from None
         logits, *grown = binding.get_outputs()
         if cache.binding is None:
             cache.past = grown
@@ -238,17 +236,21 @@ def open_session(
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads or default_threads()
     options.inter_op_num_threads = 1
-    options.log_severity_level = 4  # an error is an exception, whose message is ours to print
+    options.log_severity_level = 4  # an error is raised, and needs no coloured lines of ONNX Runtime's own
     options.add_session_config_entry("session.force_spinning_stop", "0" if spin else "1")
     options.add_session_config_entry("session.disable_prepacking", "0" if prepack else "1")
     for name, value in exact_products().items():
         options.add_session_config_entry(name, value)
-    try:
+    with _refusals(model, "load"):
         return ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
-    except Exception as error:
-        raise _refused(model, "load", error) from None
 
 
-def _refused(model: Path, what: str, error: Exception) -> UserError:
-    """The line about an exception of ONNX Runtime, whose exceptions share no base class."""
-    return UserError(f"{model}: ONNX Runtime {ort.__version__} cannot {what} it ({[*str(error).splitlines(), ''][0]})")
+@contextmanager
+def _refusals(model: Path, verb: str) -> Iterator[None]:
+    """Raise a UserError that ONNX Runtime cannot `verb` the file `model`, in place of what ONNX Runtime raises."""
+    try:
+        yield
+    except Exception as error:  # ONNX Runtime's exceptions share no base class
+        raise UserError(
+            f"{model}: ONNX Runtime {ort.__version__} cannot {verb} it ({[*str(error).splitlines(), ''][0]})"
+        ) from None

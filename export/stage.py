@@ -80,10 +80,11 @@ def _export(model: Model, target: Path, exporter: str, opset: int, inputs: dict[
     # These imports are slow, and a run that finds everything up to date does not need them.
     from cuantiza.core.inputs.model_config import max_positions, read_config
     from cuantiza.core.onnx import file as onnx_file
-    from cuantiza.export.companions import write_configs, write_tokenizer
+    from cuantiza.export.companions import write_configs
     from cuantiza.export.gpt2 import build
     from cuantiza.export.gpt2_config import parse_config
     from cuantiza.export.parity import check_parity
+    from cuantiza.export.tokenizer.write import write_tokenizer
     from cuantiza.export.weights import read_weights
 
     path = model.folder / "config.json"
@@ -93,12 +94,12 @@ def _export(model: Model, target: Path, exporter: str, opset: int, inputs: dict[
         if exporter == "optimum":
             from cuantiza.export.optimum import export_optimum
 
-            with working("optimum's exporter"):
-                export_optimum(model.folder, fields, work, opset)
             vocabulary, positions = fields.get("vocab_size"), max_positions(fields)
             if not isinstance(vocabulary, int):
                 raise UserError(f"{path}: vocab_size is {vocabulary!r} where a whole number is needed")
-            write_tokenizer(model.folder, work, vocabulary)
+            warnings += write_tokenizer(model.folder, work, vocabulary, fields)
+            with working("optimum's exporter"):
+                export_optimum(model.folder, fields, work, opset)
         else:
             if fields.get("model_type", "gpt2") != "gpt2":
                 raise UserError(
@@ -106,7 +107,7 @@ def _export(model: Model, target: Path, exporter: str, opset: int, inputs: dict[
                 )
             config = parse_config(fields, path)
             positions = config.n_positions
-            write_tokenizer(model.folder, work, config.vocab_size)
+            warnings += write_tokenizer(model.folder, work, config.vocab_size, fields)
             graph = build(config, read_weights(model.folder), opset, model.folder)
             with working("export    weights"):
                 onnx_file.save(graph, work)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from cuantiza.core.errors import MENDS, UserError
 from cuantiza.core.inputs.defaults import place
+from cuantiza.core.inputs.tokenizer_files import PATTERNS, names_in, tokenizer_files, vocabulary_files
 from cuantiza.core.store.digests import digest, sha256_file
 
 # In order of preference: the first group that a repository has is read, and only its files are downloaded. GPT-2
@@ -20,14 +21,6 @@ WEIGHTS = (
     ("pytorch_model.bin.index.json", "pytorch_model-*-of-*.bin"),
 )
 CONFIGS = ("config.json", "generation_config.json")
-TOKENIZER = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-)
 _HUB_ID = re.compile(r"(?P<repo>[\w.-]+(/[\w.-]+)?)(@(?P<revision>[\w./-]+))?")
 
 
@@ -60,7 +53,8 @@ def model_name(spec: str) -> str:
 
 def checkpoint_digest(folder: Path) -> str:
     """sha256 over the files in `folder` that an export reads."""
-    names = [*CONFIGS, *TOKENIZER, *weight_files({file.name for file in folder.iterdir()})]
+    there = names_in(folder)
+    names = [*CONFIGS, *tokenizer_files(there), *weight_files(there)]
     return digest({name: sha256_file(folder / name) for name in names if (folder / name).is_file()})
 
 
@@ -107,7 +101,8 @@ def _download(spec: str, repo: str, revision: str | None) -> Path:
                 f"MODEL={spec}: has no safetensors and no pytorch_model.bin (TensorFlow and Flax weights are not read); "
                 "convert it with transformers' save_pretrained first"
             )
-        patterns = [*weights, *(name for name in (*CONFIGS, *TOKENIZER) if name in names)]
+        vocabulary_files(names, f"MODEL={spec}")  # raises before gigabytes are downloaded
+        patterns = [*weights, *(name for name in CONFIGS if name in names), *tokenizer_files(names)]
         return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
     except HFValidationError:
         raise _no_model(spec) from None
@@ -145,7 +140,7 @@ def _cached(repo: str, revision: str | None) -> Path | None:
             # Raises if the cached listing names one of these files but the file itself is not cached.
             folder = Path(
                 snapshot_download(
-                    repo, revision=revision, allow_patterns=[*group, *CONFIGS, *TOKENIZER], local_files_only=True
+                    repo, revision=revision, allow_patterns=[*group, *CONFIGS, *PATTERNS], local_files_only=True
                 )
             )
             if (folder / group[0]).is_file():

@@ -47,10 +47,12 @@ def settle_class(
         if not _gpt2s(fields, made):
             warnings += (_told(named, fields),)
         return _plain({**made, **defaults}, fields, config), warnings
-    same, defaults = _asked(made, fields, config)
-    if same:
+    built, same, defaults = _asked(made, fields, config)
+    if same and built not in _PLAIN:
         return made, warnings
-    return _plain({**defaults, **made}, fields, config), (*warnings, _told(named or "the model's type", fields))
+    if not same:
+        warnings = (*warnings, _told(named or "the model's type", fields))
+    return _plain({**defaults, **made}, fields, config), warnings
 
 
 def _plain(settings: dict[str, Any], fields: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
@@ -128,8 +130,8 @@ def _told(named: str, fields: dict[str, Any]) -> str:
     )
 
 
-def _asked(settings: dict[str, Any], fields: dict[str, Any], config: dict[str, Any]) -> tuple[bool, dict[str, Any]]:
-    """Whether transformers' class of the tokenizer keeps to `fields`, and the special tokens that it assumes."""
+def _asked(settings: dict[str, Any], fields: dict[str, Any], config: dict[str, Any]) -> tuple[str, bool, dict[str, Any]]:
+    """The class that transformers 5 takes, whether it keeps to `fields`, and the special tokens that it assumes."""
     from transformers import AutoTokenizer
     from transformers.utils import logging
 
@@ -143,11 +145,13 @@ def _asked(settings: dict[str, Any], fields: dict[str, Any], config: dict[str, A
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
             read = json.loads(tokenizer.backend_tokenizer.to_str())
         except Exception:  # a class that cannot read this file, or has no tokenizer of the library
-            return False, {}
+            return "", False, {}
     named = {key: str(value) for key, value in tokenizer.special_tokens_map.items() if key in NAMED}
     side = {"padding_side": tokenizer.padding_side} if tokenizer.padding_side != "right" else {}
     same = _parts(read) == _parts(fields) and _vocabulary(read) == _vocabulary(fields)
-    return same, {**{key: value for key, value in named.items() if value in _words(fields)}, **side}
+    known = _words(fields)
+    defaults = {key: value for key, value in named.items() if value in known}
+    return type(tokenizer).__name__, same, {**defaults, **side}
 
 
 def _vocabulary(fields: dict[str, Any]) -> Any:

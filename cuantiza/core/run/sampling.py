@@ -16,10 +16,6 @@ from tokenizers import Tokenizer
 from cuantiza.core.errors import UserError
 from cuantiza.core.run.runtime import Runtime
 
-# Bytes, and so tokens, of the longest character in UTF-8.
-_LONGEST_CHARACTER = 4
-
-
 @dataclass(frozen=True)
 class Sampling:
     """How a token is drawn from logits. Raises UserError if a value is out of range.
@@ -112,7 +108,7 @@ def text_of(tokenizer: Tokenizer, ids: Iterable[int], before: Sequence[int] = ()
         if not text.startswith(known):
             context, known = [], ""
             text = tokenizer.decode(held, skip_special_tokens=False)
-        if len(text) > len(known) and (not text.endswith("\ufffd") or len(held) > _LONGEST_CHARACTER):
+        if len(text) > len(known) and not text.endswith("\ufffd"):
             yield text[len(known) :]
             context, held = held, []
             known = tokenizer.decode(context, skip_special_tokens=False)

@@ -11,7 +11,7 @@ import numpy as np
 from cuantiza.core.errors import UserError
 from cuantiza.core.inputs.defaults import PROMPT
 from cuantiza.core.inputs.model_config import end_tokens, max_positions, read_config, start_token
-from cuantiza.core.inputs.tokenizer import load_tokenizer
+from cuantiza.core.inputs.tokenizer import load_tokenizer, token_ids
 from cuantiza.core.run.runtime import Runtime
 from cuantiza.core.run.sampling import Sampling, generate, text_of
 from cuantiza.core.store.artifact import Artifact, open_artifact
@@ -42,7 +42,7 @@ class Model:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text` after the start token, as the model was trained to read a text."""
-        return [self.start, *self.tokenizer.encode(text, add_special_tokens=False).ids]
+        return [self.start, *token_ids(self.tokenizer, text)]
 
     def logits(self, ids: Any) -> np.ndarray:
         """Logits float32 [B, T, V] of token ids [B, T], or [T, V] of ids [T]."""

@@ -87,9 +87,10 @@ def _export(model: Model, target: Path, exporter: str, opset: int, inputs: dict[
     from cuantiza.core.inputs.weights.adapters import read_fields
     from cuantiza.core.inputs.weights.checkpoint import read_checkpoint
     from cuantiza.core.onnx import file as onnx_file
-    from cuantiza.export.companions import write_configs, write_tokenizer
+    from cuantiza.export.companions import write_configs
     from cuantiza.export.gpt2 import build
     from cuantiza.export.parity import check_parity
+    from cuantiza.export.tokenizer.write import write_tokenizer
 
     base, tokenizer = base_folder(model.folder), tokenizer_folder(model.folder)  # others for an adapter alone
     refuse_other_formats(base)
@@ -106,7 +107,7 @@ def _export(model: Model, target: Path, exporter: str, opset: int, inputs: dict[
     vocabulary, positions = fields["vocab_size"], max_positions(fields)
     warnings = [*odd_fields(given)]  # one sentence each; the manifest keeps them
     with folders.staging(target) as work:
-        write_tokenizer(tokenizer, work, vocabulary)
+        warnings += write_tokenizer(tokenizer, work, vocabulary, fields)
         tokens = resolve_special_tokens(base, given, load_tokenizer(work), tokenizer, vocabulary)
         warnings += tokens.warnings
         write_configs(fields, tokens, base, work)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -96,8 +95,7 @@ def quantize_one(parent: Artifact, target: Path, name: str, recipe: Recipe, sour
 
     with folders.staging(target) as work:
         details = isolated(recipe.make, parent.path, work, calibration, label=name)
-        for companion in artifact.COMPANIONS:
-            shutil.copyfile(parent.path / companion, work / companion)
+        artifact.copy_companions(parent.path, work)
         made = artifact.publish(
             work,
             target,

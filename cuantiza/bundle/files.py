@@ -57,9 +57,7 @@ def assemble(artifacts: list[Artifact], checkpoint: Path, card: str, folder: Pat
             external[name] = True
         else:
             shutil.copyfile(item.model, folder / "onnx" / name)
-    for name in artifact.COMPANIONS:
-        if (first.path / name).is_file():
-            shutil.copyfile(first.path / name, folder / name)
+    artifact.copy_companions(first.path, folder)
     if external:
         config = read_config(first.path) | {"transformers.js_config": {"use_external_data_format": external}}
         (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from transformers import DynamicCache
 
+from cuantiza.core.errors import UserError
 from cuantiza.core.run.large_pages import use_large_pages
 
 

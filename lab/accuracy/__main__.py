@@ -209,8 +209,7 @@ def make_naive(name: str, fp32: Artifact, target: Path, sentences: list[list[int
                 isolated(onnxruntime_defaults, kind, fp32.model, work, sentences)
             for extra in [file for file in work.iterdir() if file.name not in (artifact.MODEL, "model.onnx.data")]:
                 extra.unlink()
-            for companion in artifact.COMPANIONS:
-                shutil.copyfile(fp32.path / companion, work / companion)
+            artifact.copy_companions(fp32.path, work)
             facts = {key: inputs[key] for key in ("recipe", "parent", "calibration", "versions")}
             artifact.publish(work, target, name=name, model=fp32.manifest.model, inputs=inputs, details={}, **facts)
     return artifact.open_artifact(target)

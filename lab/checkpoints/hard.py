@@ -21,9 +21,9 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from cuantiza.core.errors import UserError, run
-from cuantiza.core.inputs.checkpoints import TOKENIZER
 from cuantiza.core.inputs.gpt2_config import GPT2Config, parse_config
 from cuantiza.core.inputs.model_config import read_config
+from cuantiza.core.inputs.tokenizer_files import names_in, tokenizer_files
 from cuantiza.core.inputs.weights.checkpoint import read_checkpoint
 from cuantiza.core.store.folders import replace, staging
 from cuantiza.export.gpt2 import build
@@ -157,7 +157,7 @@ def make(kind: str, source: Path, out: Path, seed: int = 0) -> Twin | Sink:
     named = {name if name == "lm_head.weight" else f"transformer.{name}": array for name, array in weights.items()}
     out.parent.mkdir(parents=True, exist_ok=True)
     with staging(out) as work:
-        for name in ("generation_config.json", *TOKENIZER):
+        for name in ("generation_config.json", *tokenizer_files(names_in(source))):
             if (source / name).is_file():
                 shutil.copyfile(source / name, work / name)
         (work / "config.json").write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

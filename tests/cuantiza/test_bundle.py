@@ -156,8 +156,7 @@ def test_weights_beside_the_graph_get_names_of_their_own(built, tmp_path, monkey
     for recipe in ("fp32", "fp16"):
         old, work = open_artifact(tmp_path / "es-mini" / recipe).manifest, tmp_path / recipe
         work.mkdir()
-        for name in artifact.COMPANIONS:
-            shutil.copyfile(tmp_path / "es-mini" / recipe / name, work / name)
+        artifact.copy_companions(tmp_path / "es-mini" / recipe, work)
         onnx_file.save(onnx_file.load(tmp_path / "es-mini" / recipe / "model.onnx"), work)
         fields = {key: getattr(old, key) for key in ("name", "model", "recipe", "inputs", "versions", "details")}
         published = artifact.publish(work, tmp_path / "es-mini" / recipe, parent=parent, calibration=None, **fields)

@@ -36,9 +36,7 @@ def variant(source: artifact.Artifact, folder: Path, change: Callable[[ir.Model]
     change(model)
     work = folder / "work"
     work.mkdir(parents=True)
-    for name in artifact.COMPANIONS:
-        if (source.path / name).is_file():
-            shutil.copy(source.path / name, work / name)
+    artifact.copy_companions(source.path, work)
     onnx_file.save(model, work)
     told = source.manifest
     return artifact.publish(

@@ -17,9 +17,9 @@ import torch
 from transformers import GPT2LMHeadModel
 
 from cuantiza.core.errors import run
-from cuantiza.core.inputs.checkpoints import TOKENIZER
 from cuantiza.core.inputs.corpus import Source, full_windows, load_splits, stream
 from cuantiza.core.inputs.tokenizer import encode, load_tokenizer
+from cuantiza.core.inputs.tokenizer_files import PATTERNS
 from cuantiza.core.store.artifact import Artifact
 from lab.checkpoints import hard as hard_model
 from lab.checkpoints.hard import Sink, Twin, make
@@ -225,7 +225,7 @@ def test_other_shapes(make_gpt2: Callable[..., Path], tmp_path: Path, layers: in
 
 def test_files(twin: tuple[Path, Twin]) -> None:
     found, source = files(twin[0]), files(ES_MINI)
-    assert found.keys() == source.keys() & {"config.json", "generation_config.json", "model.safetensors", *TOKENIZER}
+    assert found.keys() == source.keys() & {"config.json", "generation_config.json", "model.safetensors", *PATTERNS}
     changed = {name for name in found if found[name] != source[name]}
     assert changed == {"config.json", "model.safetensors"}
     assert json.loads(found["config.json"]) == json.loads(source["config.json"]) | {"dtype": "float32"}

@@ -12,6 +12,7 @@ from typing import Any
 from cuantiza.core.errors import MENDS, UserError
 from cuantiza.core.inputs.defaults import place
 from cuantiza.core.inputs.model_types import described_file, other_format
+from cuantiza.core.inputs.tokenizer_files import PATTERNS, holds_vocabulary, names_in, tokenizer_files, vocabulary_files
 from cuantiza.core.store.digests import digest, sha256_file
 
 # In order of preference: the first group that a repository has is read, and only its files are downloaded. GPT-2
@@ -25,14 +26,6 @@ WEIGHTS = (
 # A LoRA adapter of peft, beside the weights or instead of them.
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 CONFIGS = ("config.json", "generation_config.json")
-TOKENIZER = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-)
 _HUB_ID = re.compile(r"(?P<repo>[\w.-]+(/[\w.-]+)?)(@(?P<revision>[\w./-]+))?")
 
 
@@ -111,8 +104,7 @@ def base_folder(folder: Path, label: str = "") -> Path:
 
 def tokenizer_folder(folder: Path) -> Path:
     """The folder with the tokenizer of the checkpoint in `folder`: an adapter may have one of its own, or its base's."""
-    vocabularies = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.model")
-    return folder if any((folder / name).is_file() for name in vocabularies) else base_folder(folder)
+    return folder if holds_vocabulary(names_in(folder)) else base_folder(folder)
 
 
 def _base_on_hub(label: str, spec: str, revision: object) -> Path:
@@ -158,7 +150,7 @@ def checkpoint_digest(folder: Path) -> str:
 
     Raises UserError where an index or an adapter does not lead to its files.
     """
-    names = [*CONFIGS, *TOKENIZER, *ADAPTER, *files_to_read(folder)]
+    names = [*CONFIGS, *tokenizer_files(names_in(folder)), *ADAPTER, *files_to_read(folder)]
     found = {name: sha256_file(folder / name) for name in names if (folder / name).is_file()}
     base = base_folder(folder)
     return digest(found if base == folder else found | {"base": checkpoint_digest(base)})
@@ -218,10 +210,13 @@ def _download(label: str, repo: str, revision: str | None) -> Path:
                 f"{label}: has no safetensors and no pytorch_model.bin (TensorFlow and Flax weights are not read); "
                 "convert it with transformers' save_pretrained first"
             )
+        if weights:
+            vocabulary_files(names, label)  # raises before gigabytes are downloaded
         if index := next((name for name in weights if name.endswith(".index.json")), None):
             folder = Path(snapshot_download(repo, revision=revision, allow_patterns=[index]))
             weights = [index, *index_shards(folder / index)]
-        patterns = [*weights, *(name for name in (*CONFIGS, *TOKENIZER, *ADAPTER) if name in names)]
+        more = (name for name in (*CONFIGS, *ADAPTER) if name in names)
+        patterns = [*weights, *more, *tokenizer_files(names)]
         return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
     except HFValidationError:
         raise _no_model(label) from None
@@ -258,7 +253,7 @@ def _cached(repo: str, revision: str | None) -> Path | None:
 
     try:
         for main in (*(group[0] for group in WEIGHTS), ADAPTER[0]):
-            folder = snapshot(main, *CONFIGS, *TOKENIZER, *ADAPTER)
+            folder = snapshot(main, *CONFIGS, *PATTERNS, *ADAPTER)
             if (folder / main).is_file():
                 return snapshot(*index_shards(folder / main)) if main.endswith(".index.json") else folder
     except LocalEntryNotFoundError:

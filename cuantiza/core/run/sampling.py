@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
 
 from cuantiza.core.errors import UserError
 from cuantiza.core.run.runtime import Runtime
@@ -99,15 +98,24 @@ def text_of(tokenizer: Tokenizer, ids: Iterable[int], before: Sequence[int] = ()
     """Yield the text of token ids as they come: a piece whenever a token completes one, never half a character.
 
     `before` are the token ids before them. They matter, because some decoders drop the space at the start of a text.
+    Bytes that are no character become U+FFFD. What was yielded stays, even where a decoder would take it back: one with
+    byte fallback decodes a whole run of bytes to U+FFFD as soon as one of them is invalid.
     """
-    stream, held = DecodeStream(list(before)), []
+    context, held = list(before), []
+    known = tokenizer.decode(context, skip_special_tokens=False)
     for token in ids:
         held.append(token)
-        if (piece := stream.step(tokenizer, token)) is not None:
-            yield piece
-            held = []
+        text = tokenizer.decode([*context, *held], skip_special_tokens=False)
+        if not text.startswith(known):
+            context, known = [], ""
+            text = tokenizer.decode(held, skip_special_tokens=False)
+        if len(text) > len(known) and not text.endswith("\ufffd"):
+            yield text[len(known) :]
+            context, held = held, []
+            known = tokenizer.decode(context, skip_special_tokens=False)
     if held:  # the last character is incomplete
-        yield tokenizer.decode(held, skip_special_tokens=False)
+        text = tokenizer.decode([*context, *held], skip_special_tokens=False)
+        yield text[len(known) :] if text.startswith(known) else tokenizer.decode(held, skip_special_tokens=False)
 
 
 def _repeating(before: list[int], size: int) -> list[int]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,15 @@ from cuantiza.core.store.folders import replace
 SCHEMA = "cuantiza/artifact/1"
 MODEL = "model.onnx"
 MANIFEST = "manifest.json"
-# The files of every artifact besides its graph, external data and manifest.
-COMPANIONS = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
+# The files of every artifact besides its graph, external data and manifest. Only some have a chat template, which
+# tokenizer_config.json repeats for readers that know no other file.
+COMPANIONS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+)
 
 
 @dataclass(frozen=True)
@@ -100,6 +108,13 @@ def open_artifact(path: Path) -> Artifact:
         if not target.is_file() or target.stat().st_size != file.bytes or sha256_file(target) != file.sha256:
             raise UserError(f"{target}: missing or changed since it was published; run make again to rebuild it")
     return Artifact(path, manifest)
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Copy the companions that an artifact's folder `source` has to the folder `target`."""
+    for name in COMPANIONS:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
 
 
 def up_to_date(path: Path, inputs: dict[str, Any]) -> Artifact | str:

@@ -1,0 +1,87 @@
+"""Let transformers make tokenizer.json from older files: byte pairs, a sentencepiece model, or a list of words."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from cuantiza.core.errors import UserError
+from cuantiza.core.inputs.tokenizer_files import MERGES, OWN, SETTINGS, VOCABULARY, WORDS
+from cuantiza.export.tokenizer.settings import read_json, tidy, write_json
+
+
+def convert(
+    checkpoint: Path,
+    files: dict[str, str],
+    settings: dict[str, Any],
+    config: dict[str, Any],
+    added: dict[str, dict[str, Any]],
+) -> tuple[dict[str, Any], dict[str, Any], tuple[str, ...]]:
+    """The fields of tokenizer.json and tokenizer_config.json that transformers makes of `files`, and warnings.
+
+    `files` names the files of `checkpoint` by transformers' names; `settings` are the fields of tokenizer_config.json,
+    `config` those of config.json; `added` are the added tokens with their ids. Raises UserError where the files are
+    broken or cut short.
+    """
+    warnings: tuple[str, ...] = ()
+    named = settings.get("tokenizer_class") or config.get("tokenizer_class")
+    if WORDS in files and (named is None or not isinstance(named, str) or named.startswith("GPT2")):
+        named = "BertTokenizer"
+        warnings = (f"no file names the class of the tokenizer; {WORDS} is read as BertTokenizer's",)
+    with TemporaryDirectory() as temporary:
+        prepared, saved = Path(temporary, "prepared"), Path(temporary, "saved")
+        prepared.mkdir()
+        for name, given in files.items():
+            shutil.copyfile(checkpoint / given, prepared / name)
+        if VOCABULARY in files:
+            # Words of the vocabulary keep their ids, so the added tokens become words.
+            vocabulary = read_json(checkpoint / files[VOCABULARY])
+            write_json(
+                prepared / VOCABULARY,
+                vocabulary | {text: token["id"] for text, token in added.items() if text not in vocabulary},
+            )
+        left_out = ("added_tokens_decoder", "chat_template")
+        told = {key: value for key, value in settings.items() if key not in left_out}
+        write_json(prepared / SETTINGS, told | ({"tokenizer_class": named} if isinstance(named, str) else {}))
+        write_json(prepared / "config.json", {"model_type": config.get("model_type", "gpt2")})
+        _run_transformers(checkpoint, prepared, saved)
+        fields = read_json(saved / OWN)
+        made = tidy(read_json(saved / SETTINGS), checkpoint / SETTINGS)
+    if MERGES in files:
+        _check_merges(fields["model"], checkpoint / files[MERGES], len(added))
+    made = {key: value for key, value in made.items() if key != "added_tokens_decoder"}
+    return (
+        fields,
+        {**made, **({"chat_template": settings["chat_template"]} if "chat_template" in settings else {})},
+        warnings,
+    )
+
+
+def _run_transformers(checkpoint: Path, prepared: Path, saved: Path) -> None:
+    from transformers import AutoTokenizer
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    try:
+        AutoTokenizer.from_pretrained(prepared, local_files_only=True, trust_remote_code=False).save_pretrained(saved)
+        if not (saved / OWN).is_file():
+            raise ValueError("transformers has no fast form of this class")
+    except Exception as error:  # for a broken file, the Rust library and transformers raise many kinds of exception
+        reason = " ".join(str(error).replace(str(prepared), str(checkpoint)).split())[:300]
+        raise UserError(
+            f"{checkpoint}: its tokenizer files are broken ({reason}); take those of the original checkpoint"
+        ) from None
+
+
+def _check_merges(model: dict[str, Any], path: Path, added: int) -> None:
+    """Raise UserError if merges are missing, because text would then be split into single letters.
+
+    Every token except the 256 bytes and a few special ones is the result of a merge.
+    """
+    if len(model["vocab"]) - added - len(model["merges"]) > 2 * 256:
+        raise UserError(
+            f"{path}: has {len(model['merges'])} merges for the {len(model['vocab'])} tokens of the vocabulary; "
+            "it is cut short, take the file of the original checkpoint"
+        )

@@ -1,0 +1,101 @@
+"""Read what a checkpoint says about its tokenizer besides the vocabulary: special tokens, chat templates, the class."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from cuantiza.core.errors import UserError
+from cuantiza.core.inputs.tokenizer_files import SETTINGS, SPECIAL_TOKENS, TEMPLATE, TEMPLATES
+
+NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_LISTS = ("additional_special_tokens", "extra_special_tokens")
+# Paths and working state of the process that saved the file, code that is never run, and sampling.
+_LEFTOVERS = (
+    "auto_map",
+    "backend",
+    "is_local",
+    "local_files_only",
+    "max_length",
+    "merges_file",
+    "name_or_path",
+    "pad_to_multiple_of",
+    "sp_model_kwargs",
+    "special_tokens_map_file",
+    "stride",
+    "tokenizer_file",
+    "truncation_strategy",
+    "vocab_file",
+)
+
+
+def read_settings(checkpoint: Path) -> dict[str, Any]:
+    """The fields of tokenizer_config.json, with everything in it that other files add.
+
+    Special tokens of special_tokens_map.json count where tokenizer_config.json has no added_tokens_decoder, as
+    transformers has it. Each special token is its text alone; its flags stand in tokenizer.json. Chat templates in files
+    of their own replace those of tokenizer_config.json. Raises UserError if a file is broken.
+    """
+    path = checkpoint / SETTINGS
+    fields = read_json(path) if path.is_file() else {}
+    if "added_tokens_decoder" not in fields and (checkpoint / SPECIAL_TOKENS).is_file():
+        fields |= {key: value for key, value in read_json(checkpoint / SPECIAL_TOKENS).items() if value is not None}
+    return tidy({**fields, **_templates(checkpoint)}, path)
+
+
+def tidy(fields: dict[str, Any], path: Path) -> dict[str, Any]:
+    """`fields` of tokenizer_config.json, the same for every reader; `path` is named in errors.
+
+    transformers.js takes special tokens as text alone, and transformers 4.57 takes no list as extra_special_tokens.
+    """
+    fields = {key: value for key, value in fields.items() if key not in _LEFTOVERS}
+    for key in NAMED:
+        if fields.get(key) is not None:
+            fields[key] = content(fields[key], key, path)
+    lists = [fields.pop(key) for key in _LISTS if isinstance(fields.get(key), list)]
+    if more := list(dict.fromkeys(content(item, _LISTS[0], path) for items in lists for item in items)):
+        fields[_LISTS[0]] = more
+    return fields
+
+
+def content(token: Any, key: str, path: Path) -> str:
+    """The text of a special token, which is a string or an object with `content`. Raises UserError if it is neither."""
+    found = token.get("content") if isinstance(token, dict) else token
+    if not isinstance(found, str):
+        raise UserError(f"{path}: {key} is {token!r} where the text of a token is needed")
+    return found
+
+
+def special_tokens(settings: dict[str, Any]) -> list[str]:
+    """The texts of all special tokens that `settings` names, each once."""
+    more = settings.get("additional_special_tokens") or []
+    return list(dict.fromkeys([*(settings[key] for key in NAMED if settings.get(key) is not None), *more]))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`. Raises UserError if there is none."""
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: is not valid JSON ({error}); take the file of the original checkpoint") from None
+    if not isinstance(fields, dict):
+        raise UserError(f"{path}: is not a JSON object; take the file of the original checkpoint")
+    return fields
+
+
+def write_json(path: Path, fields: dict[str, Any]) -> None:
+    path.write_text(json.dumps(fields, indent=1, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _templates(checkpoint: Path) -> dict[str, Any]:
+    """The chat templates that are files: one text, or a list of named ones; nothing if there is none."""
+    files = {"default": checkpoint / TEMPLATE} if (checkpoint / TEMPLATE).is_file() else {}
+    files |= {file.stem: file for file in sorted((checkpoint / TEMPLATES).glob("*.jinja"))}
+    try:
+        found = {name: file.read_text(encoding="utf-8") for name, file in files.items()}
+    except UnicodeDecodeError as error:
+        raise UserError(f"{checkpoint}: a chat template is not UTF-8 ({error}); convert it with iconv") from None
+    if set(found) == {"default"}:
+        return {"chat_template": found["default"]}
+    return {"chat_template": [{"name": name, "template": text} for name, text in found.items()]} if found else {}

@@ -11,7 +11,7 @@ import numpy as np
 from cuantiza.core.errors import UserError
 from cuantiza.core.inputs.defaults import PROMPT
 from cuantiza.core.inputs.model_config import end_tokens, max_positions, read_config, start_token
-from cuantiza.core.inputs.tokenizer import load_tokenizer, token_ids
+from cuantiza.core.inputs.tokenizer import load_tokenizer, markers, token_ids
 from cuantiza.core.run.runtime import Runtime
 from cuantiza.core.run.sampling import Sampling, generate, text_of
 from cuantiza.core.store.artifact import Artifact, open_artifact
@@ -41,7 +41,13 @@ class Model:
         self.runtime = Runtime(artifact.model, threads, spin=True)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text` after the start token, as the model was trained to read a text."""
+        """Token ids of `text` after the start token, as the model was trained to read a text.
+
+        A text that begins with the start token's own text, as people copy it from a training file, has it once.
+        """
+        for mark in markers(self.tokenizer, [self.start]):
+            while text.startswith(mark):
+                text = text.removeprefix(mark)
         return [self.start, *token_ids(self.tokenizer, text)]
 
     def logits(self, ids: Any) -> np.ndarray:

@@ -59,7 +59,7 @@ def evaluate(
 ) -> Report:
     """Measure perplexity, KL divergence, size, memory and latency of `artifacts`; the first is the baseline.
 
-    tokens: whole documents of the test split are scored until this many tokens. window: the longest context of a scored
+    tokens: documents of the test split are scored until this many tokens; whole, but for a long last one. window: the longest context of a scored
     token, in tokens. rounds: interleaved rounds of latency. threads: threads of every runtime (all processors). onnx:
     further ONNX files, or folders with a model.onnx, of the same interface. checkpoint: the model that the baseline was
     exported from; if it is given, PyTorch is measured too. output: a folder for the report and its pages in `language`;
@@ -114,7 +114,7 @@ def _evaluate(
             subjects,
             published[0].path,
             test,
-            corpus.spec,
+            corpus,
             inputs,
             tokens=settings.tokens,
             window=settings.window,

@@ -178,12 +178,12 @@ class _Handler(BaseHTTPRequestHandler):
         self._content(match[4], files[match[4]], {})
 
     def _content(self, name: str, data: bytes, headers: dict[str, str]) -> None:
-        status, start = 200, 0
-        if match := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", "")):
-            status, start = 206, int(match[1])
-            headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
+        status, start, end = 200, 0, len(data)
+        if match := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
+            status, start, end = 206, int(match[1]), min(end, int(match[2] or end) + 1)
+            headers["Content-Range"] = f"bytes {start}-{end - 1}/{len(data)}"
         headers["Accept-Ranges"] = "bytes"
-        part = data[start:]
+        part = data[start:end]
         if self.command == "GET" and self.hub.cuts.get(name, 0):
             self.hub.cuts[name] -= 1
             self._answer(status, part[: len(part) // 2], headers, length=len(part))

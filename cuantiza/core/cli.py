@@ -10,6 +10,8 @@ from typing import Any, NoReturn
 from cuantiza.core.errors import UserError
 from cuantiza.core.inputs.corpus import Source
 from cuantiza.core.inputs.defaults import CORPUS, MODEL
+from cuantiza.core.inputs.texts.divide import BY
+from cuantiza.core.inputs.texts.files import SUFFIXES
 from cuantiza.core.machine.hardware import check_threads, default_threads
 
 
@@ -78,18 +80,24 @@ def add_threads(parser: argparse._ActionsContainer) -> None:
 def add_corpus(parser: argparse._ActionsContainer) -> None:
     """Add the options that name a corpus, which `source_of` reads."""
     parser.add_argument(
-        "--corpus", default=CORPUS, help=f"file or folder of .txt, .jsonl or .parquet, or hub data set id ({CORPUS})"
+        "--corpus",
+        default=CORPUS,
+        help=f"file or folder of {', '.join(SUFFIXES)} or other text, packed or not, or hub data set id ({CORPUS})",
     )
     parser.add_argument("--corpus-config", metavar="NAME", help="configuration of a hub data set")
-    parser.add_argument("--corpus-split", default="train", metavar="NAME", help="split of a hub data set (train)")
+    parser.add_argument("--corpus-split", default="train", metavar="NAME", help="split of a data set (train)")
+    parser.add_argument("--corpus-column", default="text", metavar="NAME", help="column of JSON and of tables (text)")
     parser.add_argument(
-        "--corpus-column", default="text", metavar="NAME", help="column of .jsonl, .parquet and hub data sets (text)"
+        "--corpus-by",
+        default=BY[0],
+        choices=BY,
+        help="what a document is: a file or what markers end (document), a line, or the lines after a title (article)",
     )
 
 
 def source_of(args: argparse.Namespace) -> Source:
     """The corpus that the options of `add_corpus` name."""
-    return Source(args.corpus, args.corpus_config, args.corpus_split, args.corpus_column)
+    return Source(args.corpus, args.corpus_config, args.corpus_split, args.corpus_column, args.corpus_by)
 
 
 def check_numbers(args: argparse.Namespace, **least: int) -> None:

@@ -11,11 +11,11 @@ from tokenizers import Tokenizer
 
 from cuantiza.core.errors import UserError
 from cuantiza.core.inputs.corpus import Split
-from cuantiza.core.inputs.model_config import max_positions, read_config, start_token
-from cuantiza.core.inputs.tokenizer import encode, load_tokenizer
+from cuantiza.core.inputs.model_config import end_tokens, max_positions, read_config, start_token
+from cuantiza.core.inputs.tokenizer import load_tokenizer, markers, take
 from cuantiza.core.machine.hardware import memory_bytes
 from cuantiza.core.machine.process import ChildError, Remote
-from cuantiza.core.machine.progress import track, working
+from cuantiza.core.machine.progress import track
 from cuantiza.core.store.digests import digest
 from cuantiza.eval.measure.engines import Engine, Subject
 from cuantiza.eval.measure.estimates import TextSize, perplexity, quality, text_size
@@ -54,23 +54,20 @@ class Task:
 
 
 def make_task(folder: Path, test: Split, tokens: int, window: int) -> Task:
-    """Tokenize whole documents of `test` with the tokenizer of `folder`, until there are `tokens` tokens.
+    """Tokenize documents of `test` with the tokenizer of `folder`, until there are `tokens` tokens.
 
-    Documents are taken in the order of their sha256, so that a part of a corpus is a fair sample of it. Raises
-    UserError where the documents have fewer than 2 tokens.
+    Documents are taken in the order of their sha256, so that a part of a corpus is a fair sample of it, and whole but
+    for a long last one (`take` says when it is cut). Raises UserError where the documents have fewer than 2 tokens.
     """
-    tokenizer = load_tokenizer(folder)
-    sampled = sorted(test.documents, key=digest)
-    encoded = encode(tokenizer, tuple(sampled), enough=tokens)
-    pairs = [(text, ids) for text, ids in zip(sampled, encoded, strict=False) if ids]
-    taken, documents = [text for text, _ in pairs], [ids for _, ids in pairs]
+    tokenizer, start = load_tokenizer(folder), start_token(folder)
+    marked = markers(tokenizer, {start, *end_tokens(folder)})
+    taken = [item for item in take(tokenizer, sorted(test.documents, key=digest), tokens, marked) if item.ids]
+    documents, texts = [item.ids for item in taken], tuple(item.text for item in taken)
     if sum(map(len, documents)) < 2:
         raise UserError("CORPUS=: its test split has fewer than 2 tokens; give more text")
     longest = max_positions(read_config(folder))
-    stream = np.asarray(tokenizer.encode("\n\n".join(taken), add_special_tokens=False).ids, np.int64)
-    return Task(
-        tokenizer, documents, text_size(tuple(taken)), start_token(folder), longest, min(window, longest), stream
-    )
+    stream = np.asarray(tokenizer.encode("\n\n".join(texts), add_special_tokens=False).ids, np.int64)
+    return Task(tokenizer, documents, text_size(texts), start, longest, min(window, longest), stream)
 
 
 def measure_quality(subjects: list[Subject], task: Task, threads: int) -> dict[str, dict]:
@@ -142,17 +139,16 @@ def _alone(subject: Subject, remote: Remote, task: Task) -> dict:
 
     PyTorch rows skip llama.cpp's protocol, because it is slow and would say nothing new.
     """
-    llama_cpp = _halves(remote, task) if subject.kind == "onnx" else None
+    llama_cpp = _halves(subject.name, remote, task) if subject.kind == "onnx" else None
     return {"llama_cpp": llama_cpp, "continuation": _continue(remote, task), **remote.call("describe")}
 
 
-def _halves(remote: Remote, task: Task) -> dict | None:
+def _halves(name: str, remote: Remote, task: Task) -> dict | None:
     """Return the perplexity by llama.cpp's protocol; None if the text is shorter than one window."""
     windows = task.halves
     if not windows:
         return None
-    with working("quality   llama.cpp's protocol", len(windows)) as work:
-        estimate = perplexity(score(work.count(windows), [remote])[0])
+    estimate = perplexity(score(track(windows, f"quality   {name}, llama.cpp's protocol", len(windows)), [remote])[0])
     return {
         "perplexity": estimate.value,
         "perplexity_stderr": estimate.stderr,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cuantiza.core.errors import UserError
-from cuantiza.core.inputs.corpus import Split
+from cuantiza.core.inputs.corpus import Source, Split
 from cuantiza.core.machine.process import ChildError
 from cuantiza.core.machine.progress import report as say
 from cuantiza.core.store.digests import digest
@@ -21,7 +21,7 @@ def measure(
     subjects: list[Subject],
     baseline: Path,
     test: Split,
-    source: str,
+    corpus: Source,
     inputs: Inputs,
     *,
     tokens: int,
@@ -32,8 +32,8 @@ def measure(
 ) -> Report:
     """Return the report on `subjects`. All are compared with the first, the artifact in the folder `baseline`.
 
-    `test` is the split of the corpus `source`; `inputs` is everything that the report depends on. A subject that cannot
-    be measured is left out, and `left_out`, which begins with what the caller left out, says why. Raises UserError where
+    `test` is the split of `corpus`; `inputs` is everything that the report depends on. A subject that cannot be
+    measured is left out, and `left_out`, which begins with what the caller left out, says why. Raises UserError where
     two subjects have the same name, or where the first cannot be measured.
     """
     names = [subject.name for subject in subjects]
@@ -51,8 +51,9 @@ def measure(
             size = {"bytes": weights + companion_bytes(baseline), "model_bytes": weights}
         kind = "onnx" if subject.kind == "onnx" else "torch"
         rows.append(Row(name=subject.name, kind=kind, **size, **quality[subject.name], **latency[subject.name]))
-    corpus = Corpus(
-        source=source,
+    scored = Corpus(
+        source=corpus.spec,
+        by=corpus.by,
         split=test.name,
         sha256=test.sha256,
         documents=len(task.documents),
@@ -66,7 +67,7 @@ def measure(
     return Report(
         schema=SCHEMA,
         model=baseline.parent.name,
-        corpus=corpus,
+        corpus=scored,
         machine=inputs.machine,
         versions=inputs.versions,
         rounds=rounds,

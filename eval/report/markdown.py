@@ -79,6 +79,7 @@ def summary(report: Report, language: str) -> str:
     return (
         f"{number(report.baseline.tokens_scored, 0, language)} {labels['tokens_scored']} · {corpus.documents} {labels['of']} "
         f"{corpus.documents_in_split} {labels['documents']} ({corpus.split}) · {corpus.source}"
+        + (f" ({labels['by_' + corpus.by]})" if corpus.by != "document" else "")
     )
 
 

@@ -170,6 +170,11 @@ class Corpus(Part):
     """The text that was scored."""
 
     source: str = Field(description="what `CORPUS=` named")
+    by: str = Field(
+        "document",
+        exclude_if=lambda value: value == "document",
+        description="what `CORPUS_BY=` said a document is: `line` or `article`; left out where it is `document`",
+    )
     split: str = Field(description="name of the split")
     sha256: str = Field(description="sha256 of the whole split")
     documents: Count = Field(description="documents scored")

@@ -50,6 +50,8 @@ LABELS = {
         "tokens_scored": "tokens scored",
         "documents": "documents",
         "of": "of",
+        "by_line": "each line a document",
+        "by_article": "each article a document",
     },
     "es": {
         "conclusion": "Conclusión",
@@ -100,6 +102,8 @@ LABELS = {
         "tokens_scored": "tokens evaluados",
         "documents": "documentos",
         "of": "de",
+        "by_line": "cada línea es un documento",
+        "by_article": "cada artículo es un documento",
     },
 }
 METHOD = {

@@ -23,8 +23,8 @@ from threadpoolctl import threadpool_limits
 
 from cuantiza.core.errors import UserError
 from cuantiza.core.inputs.corpus import Split, full_windows, stream
-from cuantiza.core.inputs.model_config import max_positions, read_config, start_token
-from cuantiza.core.inputs.tokenizer import encode, load_tokenizer
+from cuantiza.core.inputs.model_config import end_tokens, max_positions, read_config, start_token
+from cuantiza.core.inputs.tokenizer import encode, load_tokenizer, markers
 from cuantiza.core.machine.hardware import default_threads
 from cuantiza.core.machine.progress import track
 from cuantiza.quantize.decide import smooth
@@ -52,8 +52,9 @@ def calibration_windows(folder: Path, split: Split, calibration: Calibration) ->
     are fewer windows than the calibration needs.
     """
     length = min(calibration.tokens, max_positions(read_config(folder)))
-    documents = encode(load_tokenizer(folder), split.documents, enough=length * calibration.windows)
-    tokens = stream(documents, start_token(folder))
+    tokenizer, start = load_tokenizer(folder), start_token(folder)
+    marked = markers(tokenizer, {start, *end_tokens(folder)})
+    tokens = stream(encode(tokenizer, split.documents, length * calibration.windows, marked), start)
     windows = full_windows(tokens, length)[: calibration.windows]
     if len(windows) < calibration.minimum:
         raise UserError(

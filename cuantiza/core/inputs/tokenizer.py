@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 
 from cuantiza.core.errors import UserError
 
 # Characters that few vocabularies have.
 RARE = "\0 a ñ 中 \U0010ffff"
+_SLACK = 1024  # tokens that may be encoded beyond those asked for, so that a document is not cut for a few
+_CHARACTERS = 8  # more than a token has in most texts, so that one attempt finds enough tokens
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
@@ -42,31 +46,97 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
 
 def token_ids(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Token ids of `text`, without special tokens around it.
+    """Token ids of `text`, without special tokens around it. Raises UserError as `_encoding` does."""
+    ids: list[int] = _encoding(tokenizer, text).ids
+    return ids
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A document, or its beginning: `text`, and the ids of its tokens."""
+
+    text: str
+    ids: list[int]
+
+
+def markers(tokenizer: Tokenizer, ids: Iterable[int]) -> tuple[str, ...]:
+    """The texts of those of `ids` that are special tokens: written in a text, they say where it begins or ends."""
+    special = tokenizer.get_added_tokens_decoder()
+    return tuple(special[token].content for token in sorted(set(ids)) if token in special and special[token].special)
+
+
+def take(
+    tokenizer: Tokenizer, documents: Iterable[str], enough: int | None = None, marked: tuple[str, ...] = ()
+) -> list[Encoded]:
+    """Encode `documents` without special tokens, up to the one that reaches `enough` tokens.
+
+    This one is cut where `enough` is reached if the whole of it would be more than a quarter too much, and more than
+    1024 tokens; no more than needed of a long document is encoded. `marked` are markers, which are removed from the
+    beginning and end of documents: the start token stands before each of them anyway.
+    """
+    encoded: list[Encoded] = []
+    count = 0
+    for text in documents:
+        if enough is not None and count >= enough:
+            break
+        text = _unmarked(text, marked)
+        if enough is None:
+            encoded.append(Encoded(text, token_ids(tokenizer, text)))
+        else:
+            encoded.append(_beginning(tokenizer, text, enough - count, max(_SLACK, enough // 4)))
+        count += len(encoded[-1].ids)
+    return encoded
+
+
+def encode(
+    tokenizer: Tokenizer, documents: Iterable[str], enough: int | None = None, marked: tuple[str, ...] = ()
+) -> list[list[int]]:
+    """Token ids of each document, as `take` gives them."""
+    return [document.ids for document in take(tokenizer, documents, enough, marked)]
+
+
+def _unmarked(text: str, marked: tuple[str, ...]) -> str:
+    while found := next((mark for mark in marked if text.startswith(mark)), None):
+        text = text.removeprefix(found).lstrip()
+    while found := next((mark for mark in marked if text.endswith(mark)), None):
+        text = text.removesuffix(found).rstrip()
+    return text
+
+
+def _beginning(tokenizer: Tokenizer, text: str, tokens: int, slack: int) -> Encoded:
+    """`text` with its ids; its first `tokens` tokens, where it has over `slack` more."""
+    characters = _CHARACTERS * (tokens + slack)
+    while True:
+        # The last tokens of a part would be others if the text went on, and are never among those that are taken.
+        part = text[:characters]
+        found = _encoding(tokenizer, part)
+        if len(found.ids) > tokens + slack:
+            break
+        if len(part) == len(text):
+            return Encoded(text, found.ids)
+        characters *= 2
+    # A character may have several tokens, which end at the same place, and a token may end in white space that its
+    # offsets leave out.
+    cut = tokens
+    ends = [end for _, end in found.offsets]
+    while cut < len(ends) - 1 and (ends[cut] <= ends[cut - 1] or part[ends[cut - 1] - 1].isspace()):
+        cut += 1
+    return Encoded(part[: ends[cut - 1]], found.ids[:cut])
+
+
+def _encoding(tokenizer: Tokenizer, text: str) -> Encoding:
+    """The tokens of `text`, without special tokens around it.
 
     Raises UserError where the tokenizer has neither a token for a part of the text nor an unknown token.
     """
     try:
-        ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
+        return tokenizer.encode(text, add_special_tokens=False)
     except Exception as error:  # the Rust library raises bare Exception
         shown = " ".join(text[:60].split())
         raise UserError(
             f"the text «{shown}…»: the tokenizer knows no token for a part of it ({error}); "
             "take a text of words that its vocabulary has, or give tokenizer.json an unknown token"
         ) from None
-    return ids
-
-
-def encode(tokenizer: Tokenizer, documents: tuple[str, ...], enough: int | None = None) -> list[list[int]]:
-    """Token ids of each document, without special tokens; stops after the document that reaches `enough` tokens."""
-    encoded: list[list[int]] = []
-    count = 0
-    for text in documents:
-        if enough is not None and count >= enough:
-            break
-        encoded.append(token_ids(tokenizer, text))
-        count += len(encoded[-1])
-    return encoded
 
 
 def _switch_off(tokenizer: Tokenizer) -> None:

@@ -1,0 +1,160 @@
+"""The documents of a corpus: which files of a folder are read and how, and what the user is told about the others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cuantiza.core.errors import UserError
+from cuantiza.core.inputs.defaults import place
+from cuantiza.core.inputs.texts import files, hub, rows
+from cuantiza.core.inputs.texts.divide import BY, SEPARATOR, divided, has_titles, is_list_of_lines
+from cuantiza.core.inputs.texts.rows import Seen
+from cuantiza.core.machine.progress import report, working
+
+if TYPE_CHECKING:
+    from cuantiza.core.inputs.corpus import Source
+
+# How much of a corpus is read: the first text of its files, or of a data set of the hub, in bytes of UTF-8. A
+# calibration needs less than one of them, an evaluation rarely more.
+FILE_BYTES, HUB_BYTES = 128_000_000, 32_000_000
+_EXAMPLES = 3
+# Rows of which so many are blank are probably the lines of longer texts.
+_BLANK = 0.1
+
+
+def read(source: Source) -> list[str]:
+    """All documents of `source` in their order, each once, without white space around them.
+
+    What is left out is said in a line each. Raises UserError where something cannot be read, or where there are fewer
+    than two documents.
+    """
+    if not source.spec:
+        raise UserError("CORPUS= is empty; give a file, a folder or a hub dataset id")
+    if source.by not in BY:
+        raise UserError(f"CORPUS_BY={source.by}: choose one from {', '.join(BY)}")
+    seen = Seen()
+    with working(f"corpus    {source.spec}"):
+        documents = list(dict.fromkeys(_documents(source, seen)))
+    if len(documents) < 2:
+        raise UserError(_too_few(source, documents, seen))
+    _say(source, documents, seen)
+    return documents
+
+
+def visible(folder: Path) -> list[Path]:
+    """The files below `folder`, sorted, without hidden ones and what systems and editors leave (`__MACOSX`, `a.txt~`)."""
+    found = []
+    for file in sorted(folder.rglob("*")):
+        parts = file.relative_to(folder).parts
+        hidden = any(part.startswith(".") or part == "__MACOSX" for part in parts) or file.name.endswith("~")
+        if not hidden and file.is_file():
+            found.append(file)
+    return found
+
+
+def _documents(source: Source, seen: Seen) -> Iterator[str]:
+    path = place(source.spec)
+    if not path.exists():
+        yield from divided(hub.hub_texts(source, HUB_BYTES, seen), source.by)
+    elif path.is_dir() and hub.is_saved(path):
+        texts = rows.texts_of(hub.saved_rows(path, source), f"CORPUS={path}", source.column, seen)
+        yield from divided(rows.bounded(texts, FILE_BYTES, seen), source.by)
+    else:
+        left = FILE_BYTES
+        for file, kind in _files(path, seen):
+            if left <= 0:
+                seen.longer = True
+                return
+            for document in divided(_texts(file, kind, source.column, left, seen), source.by):
+                left -= len(document.encode())
+                yield document
+
+
+def _files(path: Path, seen: Seen) -> list[tuple[Path, files.Kind]]:
+    """The files that are read, and how. Raises UserError where there is none."""
+    if not path.is_dir():
+        return [(path, files.kind_of(path))]
+    found: list[tuple[Path, files.Kind]] = []
+    for file in visible(path):
+        # What datasets keeps beside its data, and other JSON that is no list of rows, is none of the texts.
+        if files.is_beside(file) or not file.stat().st_size or (file.suffix == ".json" and rows.is_one_object(file)):
+            seen.skipped.append(str(file.relative_to(path)))
+            continue
+        try:
+            found.append((file, files.kind_of(file)))
+        except files.NoText:
+            seen.skipped.append(str(file.relative_to(path)))
+    if not found:
+        others = f" (but {_examples(seen.skipped)}; name a single file to read it)" if seen.skipped else ""
+        raise UserError(f"CORPUS={path}: holds no {', '.join(files.SUFFIXES)} file or other text{others}")
+    return found
+
+
+def _texts(file: Path, kind: files.Kind, column: str, most: int, seen: Seen) -> Iterable[str]:
+    if kind == "text":
+        text, longer = files.read_text(file, most)
+        seen.longer |= longer
+        return [text]
+    if kind == "lines":
+        found = rows.json_lines(file, column)
+    elif kind == "json":
+        found = rows.json_file(file, column, FILE_BYTES)
+    else:
+        found = (rows.parquet if kind == "parquet" else rows.arrow)(file, column)
+    return rows.bounded(rows.texts_of(found, str(file), column, seen), most, seen)
+
+
+def _examples(names: list[str]) -> str:
+    more = f" and {len(names) - _EXAMPLES} more" if len(names) > _EXAMPLES else ""
+    return ", ".join(names[:_EXAMPLES]) + more
+
+
+def _nulls(seen: Seen) -> str:
+    what = "1 row has" if seen.nulls == 1 else f"{seen.nulls} rows have"
+    return f"{what} no text (null) and {'is' if seen.nulls == 1 else 'are'} left out, the first in {seen.first_null}"
+
+
+def _too_few(source: Source, documents: list[str], seen: Seen) -> str:
+    why = f" ({_nulls(seen)})" if seen.nulls else ""
+    line = f"CORPUS={source.spec}: has {len(documents)} non-empty documents{why} where calibration and test need one each; "
+    if source.by == "document" and documents and has_titles(documents):
+        return line + "its articles are documents of their own with CORPUS_BY=article (--corpus-by article)"
+    if source.by == "document" and documents and is_list_of_lines(documents[0]):
+        return (
+            line + "if each of its lines is a document, say CORPUS_BY=line (--corpus-by line); "
+            f"else put lines {SEPARATOR} between documents"
+        )
+    return line + (
+        f"add files (.txt, .jsonl, .parquet), or lines {SEPARATOR} between documents, or take each line as a document "
+        "with CORPUS_BY=line"
+    )
+
+
+def _say(source: Source, documents: list[str], seen: Seen) -> None:
+    """Say what was left out, and what makes figures that the user may not have meant."""
+    start = f"corpus    {source.spec}: "
+    if seen.skipped:
+        report(f"{start}{len(seen.skipped)} files are no text and left out: {_examples(seen.skipped)}")
+    if seen.nulls:
+        report(start + _nulls(seen))
+    if seen.longer:
+        size = sum(len(text.encode()) for text in documents) / 1e6
+        report(f"{start}only its first {size:,.0f} MB of text are used, {len(documents):,} documents")
+    if source.by != "document":
+        return
+    if has_titles(documents):
+        report(
+            f"warning   {source.spec}: looks like lines or files of articles with titles ( = Title = ), of which each counts as a "
+            "document; CORPUS_BY=article (--corpus-by article) makes every article one"
+        )
+    elif seen.blank > max(10, _BLANK * seen.rows):
+        report(
+            f"warning   {source.spec}: {seen.blank} of its {seen.rows} rows are blank, so the others may be lines of longer "
+            "texts, and each is scored without those before it; join them first if so"
+        )
+    elif any(map(is_list_of_lines, documents)):
+        report(
+            f"warning   {source.spec}: looks like one document a line; if so, CORPUS_BY=line (--corpus-by line) makes each line one"
+        )

@@ -1,0 +1,126 @@
+"""Rows of data sets: of the Hugging Face Hub, downloaded or, where they are large, streamed; and of a saved folder."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cuantiza.core.errors import UserError
+from cuantiza.core.inputs.texts.rows import Row, Seen, bounded, texts_of, without_column
+from cuantiza.core.machine.progress import report
+from cuantiza.core.store.digests import digest
+
+if TYPE_CHECKING:
+    from cuantiza.core.inputs.corpus import Source
+
+_SAVED = ("state.json", "dataset_dict.json")  # what datasets' save_to_disk writes beside the data
+
+
+def is_saved(folder: Path) -> bool:
+    """Whether datasets' `save_to_disk` wrote `folder`."""
+    return any((folder / name).is_file() for name in _SAVED)
+
+
+def saved_rows(folder: Path, source: Source) -> Iterator[Row]:
+    """Rows of a data set that `save_to_disk` wrote to `folder`. Raises UserError where it lacks the split or column."""
+    import datasets
+
+    try:
+        table = datasets.load_from_disk(str(folder))
+    except (datasets.exceptions.DatasetsError, OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"CORPUS={folder}: cannot be read as a saved data set ({error}); save it again") from None
+    if isinstance(table, datasets.DatasetDict):
+        if source.split not in table:
+            raise UserError(
+                f"CORPUS={folder}: has no split {source.split!r} but {', '.join(table)}; name one with CORPUS_SPLIT="
+            )
+        table = table[source.split]
+    return _rows(table, f"CORPUS={folder}", source.column)
+
+
+def hub_texts(source: Source, most: int, seen: Seen) -> list[str]:
+    """The texts of the hub's data set `source`, until there are `most` bytes of them.
+
+    It is downloaded, or streamed where its files have more than `most` bytes; what was streamed is kept for later runs.
+    Raises UserError where the hub has none of that name, configuration and split, or it has no text in that column.
+    """
+    import datasets
+    from huggingface_hub.errors import HfHubHTTPError
+
+    name, copy = f"CORPUS={source.spec}", _copy_of(source)
+    if copy.is_file():
+        report(f"corpus    {source.spec}: its text as it was streamed before; delete {copy} to read it anew")
+        seen.longer = True
+        return [json.loads(line) for line in copy.read_text(encoding="utf-8").split("\n") if line]
+    failures = (datasets.exceptions.DatasetsError, FileNotFoundError, ConnectionError, ValueError, RuntimeError)
+    try:
+        builder = datasets.load_dataset_builder(source.spec, source.config)
+        streaming = _is_larger(builder, source.split, most)
+        if streaming:
+            report(f"corpus    {source.spec}: has more than {most / 1e6:.0f} MB, so only its beginning is streamed")
+        table = datasets.load_dataset(source.spec, source.config, split=source.split, streaming=streaming)
+        rows = (_streamed if streaming else _rows)(table, name, source.column)
+        texts = list(bounded(texts_of(rows, name, source.column, seen), most, seen))
+    except (*failures, HfHubHTTPError) as error:
+        raise UserError(
+            f"{name}: is neither a file or folder here nor a dataset that the hub gives "
+            f"(config {source.config}, split {source.split}): {error}"
+        ) from None
+    if streaming:
+        _keep(copy, texts)
+    return texts
+
+
+def _is_larger(builder: Any, split: str, most: int) -> bool:
+    """Whether the files of a data set's split have more than `most` bytes. False where they were downloaded before."""
+    from huggingface_hub import HfFileSystem
+
+    files = (builder.config.data_files or {}).get(split, [])
+    hub = HfFileSystem()
+    size = 0
+    for file in files:
+        if not str(file).startswith("hf://"):
+            return False
+        size += hub.info(str(file))["size"]
+        if size > most:
+            return not Path(builder.cache_dir).is_dir()
+    return False
+
+
+def _rows(table: Any, name: str, column: str) -> Iterator[Row]:
+    if column not in table.column_names:
+        raise without_column(name, column, table.column_names)
+    return ((f"row {number}", text) for number, text in enumerate(table[column], 1))
+
+
+def _streamed(table: Any, name: str, column: str) -> Iterator[Row]:
+    rows = iter(table)
+    first = next(rows, None)
+    if first is None:
+        return
+    if column not in first:
+        raise without_column(name, column, first)
+    for number, row in enumerate(chain([first], rows), 1):
+        yield f"row {number}", row.get(column)
+
+
+def _copy_of(source: Source) -> Path:
+    """Where the streamed beginning of a data set is kept, so that later runs have the same text and need no network."""
+    import datasets
+
+    which = digest([source.spec, source.config or "", source.split, source.column])
+    return Path(datasets.config.HF_DATASETS_CACHE) / "cuantiza" / f"{source.spec.replace('/', '--')}-{which[:16]}.jsonl"
+
+
+def _keep(copy: Path, texts: list[str]) -> None:
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    part = copy.with_suffix(f".{os.getpid()}.part")
+    try:
+        part.write_text("".join(json.dumps(text) + "\n" for text in texts), encoding="utf-8")
+        part.replace(copy)
+    finally:
+        part.unlink(missing_ok=True)

@@ -1,0 +1,204 @@
+"""Rows of tables and of JSON: the value of the text column in each of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from cuantiza.core.errors import UserError
+from cuantiza.core.inputs.texts.files import read_lines, read_text
+
+Row = tuple[str, Any]  # where it is, and the value of its text column
+_CONFIGURATION = 10_000_000  # bytes; a larger JSON file is none
+_OTHER_COLUMN = "name another with CORPUS_COLUMN="
+
+
+@dataclass
+class Seen:
+    """What was left out of a corpus, and what its rows look like, counted while it is read."""
+
+    rows: int = 0
+    blank: int = 0
+    nulls: int = 0
+    first_null: str = ""
+    skipped: list[str] = field(default_factory=list)
+    longer: bool = False
+
+
+def texts_of(rows: Iterable[Row], name: str, column: str, seen: Seen) -> Iterator[str]:
+    """The texts of `rows`; rows without one (null) are counted and left out.
+
+    Raises UserError, which begins with `name`, where a row holds something else than text.
+    """
+    for place, value in rows:
+        seen.rows += 1
+        if value is None or value != value:  # a missing value may be NaN
+            seen.nulls += 1
+            seen.first_null = seen.first_null or f"{name}: {place}"
+        elif isinstance(value, str):
+            seen.blank += not value or value.isspace()
+            yield value
+        else:
+            raise UserError(f"{name}: column {column!r} holds {_what(value)}")
+
+
+def bounded(texts: Iterable[str], most: int, seen: Seen) -> Iterator[str]:
+    """The first of `texts`, up to the one with which they have `most` bytes in UTF-8."""
+    size = 0
+    for text in texts:
+        if size >= most:
+            seen.longer = True
+            return
+        size += len(text.encode())
+        yield text
+
+
+def _what(value: Any) -> str:
+    if _is_conversation(value):
+        return (
+            "conversations (lists of messages), not text; write each as one text in the form that the model is to read, "
+            "and name that column with CORPUS_COLUMN="
+        )
+    return f"{type(value).__name__}, not text; {_OTHER_COLUMN}"
+
+
+def without_column(name: str, column: str, names: Iterable[str]) -> UserError:
+    """The error for a table that lacks the text column."""
+    return UserError(f"{name}: has no column {column!r} but {', '.join(names)}; name one with CORPUS_COLUMN=")
+
+
+def json_lines(file: Path, column: str) -> Iterator[Row]:
+    """Rows of a file with one JSON object, or one string, a line."""
+    for number, line in read_lines(file):
+        if line.strip():
+            yield f"line {number}", _column(_parsed(line), column, f"{file}: line {number}")
+
+
+def json_file(file: Path, column: str, most: int) -> Iterator[Row]:
+    """Rows of a .json file: an array of objects or strings, or JSON lines under that name.
+
+    Raises UserError where it is one object, or has more than `most` bytes, which cannot be read in part.
+    """
+    beginning = list(islice((line for _, line in read_lines(file) if line.strip()), 2))
+    if len(beginning) == 2 and isinstance(_parsed(beginning[0]), dict | str):
+        yield from json_lines(file, column)
+        return
+    text, longer = read_text(file, most)
+    if longer:
+        raise UserError(
+            f"{file}: is larger than {most / 1e6:.0f} MB, too large to be read as one JSON value; write it as .jsonl, one object a line"
+        )
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file}: is not JSON ({error}); write one object a line, as .jsonl") from None
+    if isinstance(found, dict) and isinstance(found.get(column), str):
+        found = [found]
+    if not isinstance(found, list):
+        raise UserError(f"{file}: {_one_value(found, file)}")
+    for number, row in enumerate(found, 1):
+        yield f"item {number}", _column(row, column, f"{file}: item {number}")
+
+
+def is_one_object(file: Path) -> bool:
+    """Whether a .json file is one object, such as a configuration, and no rows. False where it is broken JSON."""
+    beginning = list(islice((line for _, line in read_lines(file) if line.strip()), 2))
+    if not beginning or not beginning[0].lstrip().startswith("{") or (len(beginning) == 2 and _parsed(beginning[0])):
+        return False
+    return isinstance(_parsed(read_text(file, _CONFIGURATION)[0]), dict)
+
+
+def _parsed(line: str) -> Any:
+    """The JSON value of `line`; an empty tuple, which is none of JSON's values, where it is not JSON."""
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return ()
+
+
+def _one_value(found: Any, file: Path) -> str:
+    if not isinstance(found, dict):
+        return f"is one JSON {type(found).__name__}, not an array of objects; write one object a line, as .jsonl"
+    inner = next((key for key, value in found.items() if isinstance(value, list)), None)
+    what = f"is one JSON object with the keys {', '.join(map(repr, list(found)[:5]))}, not an array of objects; "
+    if inner is None:
+        return what + "write one object a line, as .jsonl (pandas: orient='records', lines=True)"
+    return what + (
+        f'write its array alone, for example with `python -c "import json; '
+        f"json.dump(json.load(open('{file.name}'))[{inner!r}], open('{file.stem}-rows.json', 'w'))\"`"
+    )
+
+
+def _column(row: Any, column: str, place: str) -> Any:
+    """The value of `column` in one row of JSON. Raises UserError where the row has none that `texts_of` knows."""
+    value = row.get(column, ()) if isinstance(row, dict) else row
+    if isinstance(value, str) and _is_unicode(value):
+        return value
+    if isinstance(row, dict) and (value is None or isinstance(value, float) or _is_conversation(value)):
+        return value
+    names = f" (it has {', '.join(map(repr, list(row)[:8]))})" if isinstance(row, dict) and row else ""
+    raise UserError(
+        f"{place} is not a JSON object with a text in {column!r}{names}; name its column with CORPUS_COLUMN="
+    )
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether `text` has no half of a surrogate pair, which JSON can write."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _is_conversation(value: Any) -> bool:
+    """Whether `value` is a list of messages, as chat models are fine-tuned on: {"role": .., "content": ..}."""
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and isinstance(value[0], dict)
+        and not value[0].keys().isdisjoint(("content", "value"))
+    )
+
+
+def parquet(file: Path, column: str) -> Iterator[Row]:
+    """Rows of a Parquet file, read in batches."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(file) as table:
+            if column not in table.schema_arrow.names:
+                raise without_column(str(file), column, table.schema_arrow.names)
+            yield from _numbered(batch.column(0) for batch in table.iter_batches(columns=[column]))
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: cannot be read as Parquet ({error})") from None
+
+
+def arrow(file: Path, column: str) -> Iterator[Row]:
+    """Rows of an Arrow file, in the stream format (as data sets are cached and saved) or the file format."""
+    import pyarrow
+
+    try:
+        with pyarrow.memory_map(str(file)) as source:
+            is_file = source.read(6) == b"ARROW1"
+            source.seek(0)
+            table = pyarrow.ipc.open_file(source) if is_file else pyarrow.ipc.open_stream(source)
+            if column not in table.schema.names:
+                raise without_column(str(file), column, table.schema.names)
+            batches = (table.get_batch(n) for n in range(table.num_record_batches)) if is_file else table
+            yield from _numbered(batch.column(batch.schema.get_field_index(column)) for batch in batches)
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: cannot be read as Arrow ({error})") from None
+
+
+def _numbered(columns: Iterable[Any]) -> Iterator[Row]:
+    number = 0
+    for values in columns:
+        for value in values.to_pylist():
+            number += 1
+            yield f"row {number}", value

@@ -1,0 +1,237 @@
+"""What counts as a document: files of a folder, rows, markers, lines and articles; and what the user is told."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from cuantiza.core.errors import UserError
+from cuantiza.core.inputs.corpus import Source, load_splits, write_index
+
+from helpers import CORPUS
+
+TEXTS = [f"Documento {number}: «¿qué día?»\n\nOtro párrafo {'ñ' * (number + 1)}." for number in range(11)]
+
+
+def read(path: Path, **fields: str) -> set[str]:
+    load_splits.cache_clear()
+    calibration, test = load_splits(Source(str(path), **fields))
+    assert not set(calibration.documents) & set(test.documents)
+    return {*calibration.documents, *test.documents}
+
+
+def rows(path: Path, values: list, column: str = "text") -> Path:
+    if path.suffix == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.table({column: values}), path)
+    else:
+        path.write_text("".join(json.dumps({column: value}) + "\n" for value in values))
+    return path
+
+
+# Folders
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder with one text a file."""
+    folder = tmp_path / "textos"
+    folder.mkdir()
+    for number, text in enumerate(TEXTS):
+        (folder / f"{number:02}.{'txt' if number % 2 else 'TXT'}").write_text(text, encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize(
+    "name", ["__MACOSX/._00.txt", ".ipynb_checkpoints/00-checkpoint.txt", "._01.txt", ".git/x/a.jsonl", "00.txt~"]
+)
+def test_hidden_files_are_left_out(folder: Path, name: str, capsys: pytest.CaptureFixture) -> None:
+    hidden = folder / name
+    hidden.parent.mkdir(parents=True, exist_ok=True)
+    hidden.write_bytes(b"\0\x05\x16\x07 casi lo mismo")
+    assert read(folder) == set(TEXTS) and capsys.readouterr().err == ""
+
+
+def test_a_hidden_folder_may_be_named(folder: Path) -> None:
+    assert read(folder.rename(folder.parent / ".textos")) == set(TEXTS)
+
+
+def test_hidden_files_are_no_part_of_an_index(tmp_path: Path) -> None:
+    folder = tmp_path / "indexed"
+    folder.mkdir()
+    for number, text in enumerate(TEXTS):
+        (folder / f"{number:02}.txt").write_text(text, encoding="utf-8")
+        (folder / f"._{number:02}.txt").write_bytes(b"\0\x05\x16\x07\xff")
+    write_index(folder)
+    assert read(folder) == set(TEXTS)
+
+
+def test_what_is_left_out_of_a_folder_is_said(folder: Path, capsys: pytest.CaptureFixture) -> None:
+    for name in ("README.md", "LICENSE", "tabla.csv", "config.json", "foto.bin", "vacio"):
+        (folder / name).write_bytes({"config.json": b'{"a": 1}', "foto.bin": b"\0\1", "vacio": b""}.get(name, b"texto"))
+    assert read(folder) == set(TEXTS)
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "6 files are no text and left out" in said and "LICENSE, README.md" in said
+
+
+def test_folder_of_files_without_suffix(tmp_path: Path) -> None:
+    """WikiExtractor's folders, and corpora whose suffix is the language."""
+    (tmp_path / "AA").mkdir()
+    (tmp_path / "AA" / "wiki_00").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS[:6]))
+    (tmp_path / "AA" / "texto").write_text(TEXTS[6], encoding="utf-8")
+    (tmp_path / "libros.es").write_text("\n<|endoftext|>\n".join(TEXTS[7:]), encoding="utf-8")
+    assert read(tmp_path) == set(TEXTS)
+
+
+def test_folder_with_nothing_but_other_files(tmp_path: Path) -> None:
+    (tmp_path / "a.pdf").write_bytes(b"%PDF-")
+    with pytest.raises(UserError, match=r"holds no \.txt.*a\.pdf"):
+        read(tmp_path)
+
+
+# Rows
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet", "a.json"])
+def test_rows_without_text_are_left_out_and_counted(tmp_path: Path, name: str, capsys: pytest.CaptureFixture) -> None:
+    assert read(rows(tmp_path / name, [*TEXTS[:5], None, *TEXTS[5:]])) == set(TEXTS)
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "1 row has no text (null) and is left out" in said and " 6" in said
+    assert read(rows(tmp_path / name, [None, *TEXTS, None])) == set(TEXTS)
+    assert "2 rows have no text" in capsys.readouterr().err
+
+
+def test_missing_numbers_of_pandas_are_rows_without_text(tmp_path: Path) -> None:
+    assert read(rows(tmp_path / "a.jsonl", [*TEXTS, float("nan")])) == set(TEXTS)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
+def test_conversations(tmp_path: Path, name: str) -> None:
+    for first, second in (("role", "content"), ("from", "value")):
+        values = [[{first: "user", second: text}] for text in TEXTS]
+        with pytest.raises(UserError, match=r"column 'messages' holds conversations .*CORPUS_COLUMN="):
+            read(rows(tmp_path / name, values, "messages"), column="messages")
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
+def test_column_that_is_not_there(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UserError, match=r"cuerpo.*CORPUS_COLUMN="):
+        read(rows(tmp_path / name, TEXTS, "cuerpo"))
+
+
+# Markers
+
+
+MARKED = {
+    "a line each": "".join(f"<|startoftext|>{text}<|endoftext|>\n" for text in TEXTS),
+    "one line": "".join(f"<|startoftext|>{text}<|endoftext|>" for text in TEXTS),
+    "across lines": "".join(f"<|startoftext|>\n{text}\n<|endoftext|>\n" for text in TEXTS),
+    "ends alone": "<|endoftext|>".join(TEXTS),
+    "ends with space": " <|endoftext|> ".join(TEXTS),
+    "starts alone": "".join(f"<|startoftext|>{text}\n" for text in TEXTS),
+    "starts with the end's": "".join(f"<|endoftext|>{text}\n" for text in TEXTS),
+    "lines": "\n<|endoftext|>\n".join(TEXTS),
+    "lines, and one at an end of a line": "\n<|endoftext|>\n".join(TEXTS).replace(
+        "\n<|endoftext|>", "<|endoftext|>", 1
+    ),
+    "Windows": "\r\n<|endoftext|>\r\n".join(text.replace("\n", "\r\n") for text in TEXTS),
+}
+
+
+@pytest.mark.parametrize("form", MARKED)
+def test_markers_end_documents(tmp_path: Path, form: str) -> None:
+    (tmp_path / "a.txt").write_bytes(MARKED[form].encode())
+    assert read(tmp_path / "a.txt") == set(TEXTS)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
+def test_markers_in_rows(tmp_path: Path, name: str) -> None:
+    marked = [f"<|startoftext|>{text}<|endoftext|>" for text in TEXTS[:4]]
+    marked += [f"<|endoftext|>{text}" for text in TEXTS[4:8]] + ["<|endoftext|>".join(TEXTS[8:])]
+    assert read(rows(tmp_path / name, marked)) == set(TEXTS)
+
+
+def test_markers_in_indexed_files(tmp_path: Path) -> None:
+    """The index decides the side of a file; what its markers divide stays on that side."""
+    for number, text in enumerate(TEXTS):
+        (tmp_path / f"{number:02}.txt").write_text(f"<|endoftext|>{text}<|endoftext|>Otra {number}.", encoding="utf-8")
+    write_index(tmp_path)
+    calibration, test = load_splits(Source(str(tmp_path)))
+    assert [text for text in calibration.documents if text in TEXTS] == [TEXTS[n] for n in (1, 4, 7, 10)]
+    assert len(calibration.documents) == 8 and len(test.documents) == 14
+
+
+# Lines and articles
+
+
+def test_a_line_each(tmp_path: Path) -> None:
+    lines = [f"Una frase {number} de otra cosa." for number in range(1500)]
+    (tmp_path / "a.txt").write_text("\n".join(lines), encoding="utf-8")
+    with pytest.raises(UserError, match=r"1 non-empty documents.*CORPUS_BY=line \(--corpus-by line\)"):
+        read(tmp_path / "a.txt")
+    assert read(tmp_path / "a.txt", by="line") == set(lines)
+    (tmp_path / "b.txt").write_bytes("\r\n\r\n".join(lines).encode("utf-16"))
+    assert read(tmp_path, by="line") == set(lines)
+
+
+def test_two_lists_of_lines_are_read_with_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    for name in ("train.txt", "valid.txt"):
+        (tmp_path / name).write_text("\n".join(f"{name}, frase {n}" for n in range(1200)))
+    assert len(read(tmp_path)) == 2
+    assert "CORPUS_BY=line" in capsys.readouterr().err
+    read(tmp_path, by="line")
+    assert capsys.readouterr().err == ""
+
+
+def test_lines_of_an_indexed_folder(tmp_path: Path) -> None:
+    """A line that occurs on both sides of the index calibrates only."""
+    for number in range(3):
+        (tmp_path / f"{number}.txt").write_text(f"—Sí.\nNúmero {number}.\n", encoding="utf-8")
+    write_index(tmp_path)
+    assert read(tmp_path, by="line") == {"—Sí.", "Número 0.", "Número 1.", "Número 2."}
+
+
+ARTICLES = [
+    f"= Título {n} =\n\nUna línea = otra .\n\n= = Sección = =\n\nMás de {n} .\n\n= = = Menor = = =\n\nFin ."
+    for n in range(9)
+]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet", "a.txt", "wiki.train.tokens"])
+def test_articles(tmp_path: Path, name: str, capsys: pytest.CaptureFixture) -> None:
+    """WikiText's rows are lines of articles, most of them with a space on both sides, or with a line end."""
+    lines = ["", *(line and f" {line} " for text in ARTICLES for line in (*text.split("\n"), ""))]
+    file = tmp_path / name
+    if name.startswith("a.") and name != "a.txt":
+        rows(file, [f"{line}\n" if number % 2 else line for number, line in enumerate(lines)])
+        assert len(read(file)) > len(ARTICLES)
+        assert "CORPUS_BY=article" in capsys.readouterr().err
+    else:
+        file.write_text("\n".join(lines), encoding="utf-8")
+        with pytest.raises(UserError, match="CORPUS_BY=article"):
+            read(file)
+    expected = {"\n".join(line.strip() for line in text.split("\n")) for text in ARTICLES}
+    found = read(file, by="article")
+    assert {"\n".join(line.strip() for line in text.split("\n")) for text in found} == expected
+    assert capsys.readouterr().err == ""
+
+
+def test_rows_of_lines_with_blanks_between(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    read(rows(tmp_path / "a.jsonl", [row for n in range(40) for row in (f"Frase {n}.", "")]))
+    assert "40 of its 80 rows are blank" in capsys.readouterr().err
+
+
+def test_whole_articles_and_prose_give_no_warning(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    read(rows(tmp_path / "a.jsonl", ARTICLES))
+    read(CORPUS)
+    read(Path(shutil.copytree(CORPUS, tmp_path / "es", ignore=shutil.ignore_patterns("index.json"))))
+    assert capsys.readouterr().err == ""
+
+
+def test_unknown_way_to_divide(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="CORPUS_BY=page: choose one from document, line, article"):
+        read(rows(tmp_path / "a.jsonl", TEXTS), by="page")

@@ -4,6 +4,7 @@
 (docs/python.md). Nothing heavy is imported before one of them is used.
 """
 
+import os
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,10 @@ __all__ = [
     "load",
     "quantize",
 ]
+
+# From 1.29 on, ONNX Runtime sends telemetry unless this says otherwise when it is loaded, and nothing of ours is loaded
+# before this file. Child processes inherit it. What the user has set himself stays.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 _root = Path(__file__).resolve().parent.parent
 if (_root / "pyproject.toml").is_file():

@@ -4,6 +4,7 @@
 (docs/python.md). Nothing heavy is imported before one of them is used.
 """
 
+import os
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -38,6 +39,9 @@ if sys.argv[:1] == ["-m"]:  # Python looks for the module of `python -m cuantiza
     from cuantiza.core.errors import end_quietly_while_loading
 
     end_quietly_while_loading()
+# From 1.29 on, ONNX Runtime sends telemetry unless this says otherwise when it is loaded, and nothing of ours is loaded
+# before this file. Child processes inherit it. What the user has set himself stays.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 _root = Path(__file__).resolve().parent.parent
 if (_root / "pyproject.toml").is_file():

@@ -1,6 +1,14 @@
 """The maintainers' tools: they make the figures in docs/ and attack the product. The wheel does not contain them."""
 
+import sys
 from pathlib import Path
+from typing import Any
+
+import cuantiza  # noqa: F401  (switches ONNX Runtime's telemetry off before a file of lab/ imports it)
+
+# OpenVINO sends an event as it is imported. Where it does not find this package, it takes a stub of its own.
+_modules: dict[str, Any] = sys.modules
+_modules.setdefault("openvino_telemetry", None)
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"

@@ -5,6 +5,10 @@ import { endianness } from "node:os";
 import { join } from "node:path";
 import { fileURLToPath } from "node:url";
 
+// ONNX Runtime sends telemetry unless this says otherwise when it is loaded (transformers.js says so itself). What the
+// user has set himself stays.
+process.env.ORT_DISABLE_TELEMETRY ??= "1";
+
 /** The folder js/, and the folder of its packages. */
 export const JS = fileURLToPath(new URL("..", import.meta.url));
 export const MODULES = join(JS, "node_modules");

@@ -1,9 +1,9 @@
 // Runs a job in onnxruntime-node: `node js/runtimes/node.mjs job.json`.
 
 import { join } from "node:path";
+import { runtime, version } from "./common.mjs"; // before onnxruntime-node, whose telemetry it switches off
 import ort from "onnxruntime-node";
 import { CausalLM } from "../causal_lm.mjs";
-import { runtime, version } from "./common.mjs";
 import { logits } from "./logits.mjs";
 
 const NO_LOOP = "onnxruntime-node runs graphs; it has no generation loop or tokenizer";

@@ -34,11 +34,17 @@ input()
     assert anonymous(process.pid) == (0, 0)
 
 
-def test_memory_does_not_grow_with_the_model(tmp_path):
-    """Export streams the weights from the checkpoint to the file, and rounding to nearest does so as well."""
+def test_memory_does_not_grow_with_the_model(tmp_path, monkeypatch):
+    """Export streams the weights from the checkpoint to the file, and rounding to nearest does so as well.
+
+    The checkpoint's weights would take a byte of memory for each of its bytes, and the integers of all layers a quarter
+    of one. Half of that is allowed, since a layer's nodes take 0.5 MB in Python at any width, here 0.04 of its bytes.
+    """
+    # Otherwise glibc keeps up to 32 MB of freed memory for every size of array that it has seen, more or less by chance.
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
     recipe = nearest_recipe(tmp_path)
     sizes, peaks = [], []
-    for layers in (2, 26):
+    for layers in (2, 10):
         shape = Shape(f"layers-{layers}", layers=layers, width=512, heads=8, vocabulary=8192, positions=128)
         model = checkpoint(shape, tmp_path)
         sizes.append((model / "model.safetensors").stat().st_size)
@@ -46,7 +52,7 @@ def test_memory_does_not_grow_with_the_model(tmp_path):
         nearest = step(["quantize", "--model", model, "--output", tmp_path / "out", "--recipes", recipe])
         peaks.append((export["anonymous_bytes_of_the_first"], nearest["anonymous_bytes"]))
     slopes = np.subtract(*peaks[::-1]) / np.subtract(*sizes[::-1])
-    assert slopes[0] < 0.1 and slopes[1] < 0.2, slopes
+    assert (slopes < np.array([1, 0.25]) / 2).all(), (slopes, sizes, peaks)
 
 
 def test_another_size_or_step_joins_what_was_measured(tmp_path):

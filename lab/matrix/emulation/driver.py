@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
 import platform
 import sys
 from pathlib import Path
 
 import numpy as np
+
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read when ONNX Runtime is loaded; cuantiza is imported later here
 import onnxruntime as ort
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))

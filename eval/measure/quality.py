@@ -18,7 +18,7 @@ from cuantiza.core.machine.process import Remote
 from cuantiza.core.machine.progress import track, working
 from cuantiza.core.store.digests import digest
 from cuantiza.eval.measure.engines import Engine, Subject
-from cuantiza.eval.measure.estimates import TextSize, perplexity, quality, text_size
+from cuantiza.eval.measure.estimates import TextSize, llama_cpp_perplexity, quality, text_size
 from cuantiza.eval.measure.score import score
 from cuantiza.eval.measure.size import loaded_bytes
 from cuantiza.eval.measure.windows import Window, halves, rolling
@@ -135,7 +135,7 @@ def _halves(remote: Remote, task: Task) -> dict | None:
     if not windows:
         return None
     with working("quality   llama.cpp's protocol", len(windows)) as work:
-        estimate = perplexity(score(work.count(windows), [remote])[0])
+        estimate = llama_cpp_perplexity(score(work.count(windows), [remote])[0])
     return {
         "perplexity": estimate.value,
         "perplexity_stderr": estimate.stderr,

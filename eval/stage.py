@@ -178,6 +178,7 @@ def _foreign_digest(subject: Subject, whole: bool) -> str:
 def _inputs(published: list[Artifact], test: Split, settings: Settings, onnx: dict[str, str], torch: bool) -> Inputs:
     """Collect everything that a report depends on, including the machine and the settings of the measurement."""
     from cuantiza.core.machine.hardware import machine, software
+    from cuantiza.core.machine.instructions import instruction_sets
 
     return Inputs(
         artifacts=tuple((item.manifest.name, item.digest) for item in published),  # in order: the first is the baseline
@@ -187,7 +188,7 @@ def _inputs(published: list[Artifact], test: Split, settings: Settings, onnx: di
         tokens=settings.tokens,
         window=settings.window,
         rounds=settings.rounds,
-        machine=Machine(**machine(settings.threads)),
+        machine=Machine(**machine(settings.threads), instructions=instruction_sets()),
         code=digests.code_digest("cuantiza.eval.measure.report"),
         versions=software(),
     )

@@ -83,6 +83,16 @@ class Comparison:
     notes: list[str] = field(default_factory=list)
 
     @property
+    def timed(self) -> bool:
+        """Whether any time was compared. Files that are the same in base and head are not."""
+        return any(check.unit == "ms" and check.base is not None for check in self.checks)
+
+    @property
+    def judged(self) -> bool:
+        """Whether any figure was compared at all."""
+        return any(check.change is not None for check in self.checks)
+
+    @property
     def regressions(self) -> list[Check]:
         return [check for check in self.checks if check.regression]
 

@@ -78,11 +78,13 @@ def print_table(comparison: Comparison) -> None:
 
 def _notes(comparison: Comparison) -> list[str]:
     notes = [f"{name}: new, only in head" for name in comparison.new] + comparison.notes
+    if not comparison.judged:
+        return [*notes, comparison.measured]
     explained = (
         f"Change of ln perplexity in nats, paired by document, ± {STANDARD_ERRORS:g} standard errors; of size and time in percent. "
         "A regression is an interval that lies beyond the budget as a whole"
     )
-    if any(check.unit == "ms" for check in comparison.checks):
+    if comparison.timed:
         explained += f"; {100 * FALSE_ALARMS:g} % of comparisons, at most, raise an alarm of latency by chance"
     return [*notes, comparison.measured, f"{explained} (docs/compare.md)."]
 

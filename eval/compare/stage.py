@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from cuantiza.core.errors import UserError
@@ -100,12 +101,13 @@ def _reports(base: Path, head: Path, budgets: Budgets, recipes: Sequence[str] | 
         if theirs.versions.get(name) != ours.versions.get(name)
     ]
     measured = f"Two reports on {sum(theirs.corpus.document_tokens)} tokens of {theirs.corpus.source}."
-    if latency:
+    comparison = Comparison(theirs.model, str(base), str(head), measured, checks, new, notes)
+    if comparison.timed:
         measured += (
             f" Latency is relative to {one.baseline} of the same report, on {theirs.machine.cpu}, {theirs.machine.threads} threads:"
             f" a change of {one.baseline} itself cannot be seen."
         )
-    return Comparison(theirs.model, str(base), str(head), measured, checks, new, notes)
+    return replace(comparison, measured=measured)
 
 
 def _folders(
@@ -114,10 +116,15 @@ def _folders(
     split = load_splits(corpus)[1]
     with held(base, head), working("compare"):
         model, checks, new, notes = compare_folders(base, head, budgets, recipes, split, how)
+    comparison = Comparison(model, str(base), str(head), "", checks, new, notes)
+    if not comparison.judged:
+        return replace(
+            comparison, measured="Every artifact is the same file in base and head, so nothing was measured."
+        )
     measured = f"Evaluated on {cpu_name()}, {how.threads} threads, with the test split of {corpus.spec}."
-    if how.rounds:
+    if comparison.timed:
         measured += (
             f" Latency: {how.rounds} rounds of fresh processes, base and head sample by sample in turns,"
             f" {CONFIRMING_ROUNDS} more where one looked slower. Intervals of time are of {100 * (1 - 2 * FIRST_LEVEL):g} %, wider after the second look."
         )
-    return Comparison(model, str(base), str(head), measured, checks, new, notes)
+    return replace(comparison, measured=measured)

@@ -17,6 +17,7 @@ import numpy as np
 from cuantiza.core.machine.hardware import peak_rss_bytes
 from cuantiza.core.run.runtime import Runtime
 from cuantiza.core.run.sampling import Sampling, generate
+from cuantiza.core.run.session_options import session_options
 
 # The KV cache is filled in pieces of this length, so that it takes no more memory than the prefills that are measured.
 FILL_TOKENS = 512
@@ -63,6 +64,8 @@ class Engine:
     def measure(self, ids: np.ndarray, prefill: list[int], decode: list[int]) -> dict:
         """Return raw samples in ns: {load_ns, prefill: {tokens: [..]}, decode: {position: [..]}, peak_rss_bytes}.
 
+        `session_options` are those of the session that was measured; PyTorch has none.
+
         The batch is 1, and the tokens `ids` [N] are real text. A prefill of n tokens computes the logits of the last
         token and the KV cache. A decode at position p feeds one token after a cache of p tokens. Tokenizing and
         sampling are not timed.
@@ -76,7 +79,9 @@ class Engine:
             while cache.length < position:
                 self._runtime.step(cache, ids[None, cache.length : min(cache.length + FILL_TOKENS, position)])
             samples["decode"][position] = self._time(cache, ids[position : position + 1], DECODE_SAMPLES)
-        return samples | {"load_ns": self._load_ns, "peak_rss_bytes": peak_rss_bytes()}
+        set_options = session_options(self._runtime.session) if isinstance(self._runtime, Runtime) else {}
+        alone = {"load_ns": self._load_ns, "peak_rss_bytes": peak_rss_bytes(), "session_options": set_options}
+        return samples | alone
 
     def _time(self, cache: Any, ids: np.ndarray, most: int) -> list[int]:
         """Return samples in ns of the same step after `cache`. The step runs on copies, so `cache` does not advance."""

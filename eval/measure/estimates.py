@@ -63,6 +63,20 @@ def perplexity(scores: Scores) -> Estimate:
     return Estimate(value, None if mean.stderr is None else value * mean.stderr)
 
 
+def llama_cpp_perplexity(scores: Scores) -> Estimate:
+    """Perplexity with the uncertainty that llama.cpp's perplexity tool prints beside it, so that both can be compared.
+
+    Its units are single tokens: stderr = ppl · √((E[x²] − E[x]²) / (n − 1)) over the negative log-likelihoods x of n
+    tokens (tools/perplexity/perplexity.cpp there). Tokens of one text are correlated, so it is smaller than an error
+    over documents. It is None for a single token, and where likelihoods are not finite.
+    """
+    nll = scores.nll
+    value = math.exp(mean) if (mean := float(nll.mean())) < 700 else math.inf
+    if len(nll) < 2 or not math.isfinite(value):
+        return Estimate(value, None)
+    return Estimate(value, value * math.sqrt(float(nll.var()) / (len(nll) - 1)))
+
+
 def quality(scores: Scores, size: TextSize, baseline: Scores | None) -> dict:
     """Return the quality fields of a report row (docs/report.md).
 

@@ -50,6 +50,7 @@ def _fields(rounds: list[dict], baseline: list[dict]) -> dict:
         "load_ms": median(load) / 1e6,
         "load_samples_ns": load,
         "peak_rss_bytes": max(run["peak_rss_bytes"] for run in rounds),
+        "session_options": rounds[0]["session_options"],
         "prefill": [_shape("tokens", shape, rounds, baseline, "prefill", shape) for shape in rounds[0]["prefill"]],
         "decode": [_shape("position", shape, rounds, baseline, "decode", 1) for shape in rounds[0]["decode"]],
     }

@@ -18,7 +18,7 @@ from cuantiza.core.machine.process import ChildError, Remote
 from cuantiza.core.machine.progress import track
 from cuantiza.core.store.digests import digest
 from cuantiza.eval.measure.engines import Engine, Subject
-from cuantiza.eval.measure.estimates import TextSize, perplexity, quality, text_size
+from cuantiza.eval.measure.estimates import TextSize, llama_cpp_perplexity, quality, text_size
 from cuantiza.eval.measure.score import score
 from cuantiza.eval.measure.size import loaded_bytes
 from cuantiza.eval.measure.windows import Window, halves, rolling
@@ -148,7 +148,9 @@ def _halves(name: str, remote: Remote, task: Task) -> dict | None:
     windows = task.halves
     if not windows:
         return None
-    estimate = perplexity(score(track(windows, f"quality   {name}, llama.cpp's protocol", len(windows)), [remote])[0])
+    estimate = llama_cpp_perplexity(
+        score(track(windows, f"quality   {name}, llama.cpp's protocol", len(windows)), [remote])[0]
+    )
     return {
         "perplexity": estimate.value,
         "perplexity_stderr": estimate.stderr,

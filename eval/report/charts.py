@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 
 import numpy as np
@@ -16,12 +16,22 @@ import numpy as np
 from cuantiza.core.pages import number, significant
 from cuantiza.eval.report.schema import Measured, Row
 
-WIDTH, HEIGHT, COLOURS = 400, 300, 8
+WIDTH, HEIGHT = 400, 300
 _TOP, _BOTTOM, _CHARACTER, _LINE = 26, 36, 7.2, 13
 # The longest name in a plot, in characters. Longer ones are cut.
 _LONGEST = 22
 # The axis of Δ ln perplexity is nearly linear below this value, and nearly logarithmic above.
 _LINEAR = 0.001
+# Marks whose centres are nearer than this are moved apart, sideways.
+_BESIDE = 7.0
+# A mark's outline as corners (x, y) in radii; None is a circle. Every eight colours, the rows get the next shape.
+_SHAPES: tuple[Sequence[tuple[float, float]] | None, ...] = (
+    None,
+    ((-0.9, -0.9), (0.9, -0.9), (0.9, 0.9), (-0.9, 0.9)),
+    ((0, -1.25), (1.25, 0), (0, 1.25), (-1.25, 0)),
+    ((0, -1.2), (1.15, 0.85), (-1.15, 0.85)),
+    ((0, 1.2), (1.15, -0.85), (-1.15, -0.85)),
+)
 
 
 @dataclass(frozen=True)
@@ -86,25 +96,39 @@ class Dot:
 
 
 def tradeoff(rows: Sequence[Measured], labels: dict, language: str) -> str:
-    """Draw size against Δ ln perplexity. A dot's area is proportional to decoded tokens/s, down to a least size."""
+    """Draw size against Δ ln perplexity. A dot's area is proportional to decoded tokens/s, down to a least size.
+
+    Dots at one place are drawn side by side, and smaller ones above larger ones, so that none hides another.
+    """
     errors = [row.delta_ln_ppl_stderr or 0 for row in rows]
     bottom = min(row.delta_ln_ppl - error for row, error in zip(rows, errors, strict=True))
     top = max(2 * _LINEAR, *(row.delta_ln_ppl + error for row, error in zip(rows, errors, strict=True)))
     x_axis = _linear_axis(labels["size_axis"], 0, max(row.bytes for row in rows) / 1e6 * 1.08, language)
     area = _area(x_axis, _symlog_axis(labels["delta_axis"], bottom, top, language), WIDTH - 8)
     speeds = [row.usual("decode").tokens_per_second for row in rows]
-    parts, dots, taken = [], [], []
-    for index, (row, error, speed) in enumerate(zip(rows, errors, speeds, strict=True)):
-        size, delta = row.bytes / 1e6, row.delta_ln_ppl
-        radius = max(3.0, 10 * math.sqrt(speed / max(speeds)))
-        dot = Dot(row.name, index % COLOURS, area.x(size), area.y(delta), radius)
+    dots = _side_by_side(
+        [
+            Dot(
+                row.name,
+                index,
+                area.x(row.bytes / 1e6),
+                area.y(row.delta_ln_ppl),
+                max(3.0, 10 * math.sqrt(speed / max(speeds))),
+            )
+            for index, (row, speed) in enumerate(zip(rows, speeds, strict=True))
+        ],
+        area.right,
+    )
+    parts, taken = [], []
+    for dot in sorted(dots, key=lambda dot: -dot.radius):
+        row, error, speed = rows[dot.colour], errors[dot.colour], speeds[dot.colour]
+        size, delta, radius = row.bytes / 1e6, row.delta_ln_ppl, dot.radius
         low, high = area.y(delta - error), area.y(delta + error)
         title = f"{row.name}: {number(size, 1, language)} MB, Δ {number(delta, 4, language)}, {number(speed, 0, language)} tokens/s"
         parts.append(
             f'<g class="c{dot.colour}"><title>{escape(title)}</title><line x1="{dot.x:.1f}" x2="{dot.x:.1f}" y1="{low:.1f}" y2="{high:.1f}"/>'
-            f'<circle cx="{dot.x:.1f}" cy="{dot.y:.1f}" r="{radius:.1f}"/></g>'
+            f"{_mark(dot.colour, dot.x, dot.y, radius)}</g>"
         )
-        dots.append(dot)
         taken.append(Box(dot.x - radius, dot.x + radius, dot.y - radius, dot.y + radius))
         taken.append(Box(dot.x - 1, dot.x + 1, high, low))
     plot = Box(area.left, WIDTH, _TOP, HEIGHT - _BOTTOM)
@@ -123,7 +147,7 @@ def lines(title: str, series: Sequence[Line], x_axis: Axis, y_axis: Axis) -> str
             bands.append(f'<g class="c{line.colour}"><polygon points="{points}"/></g>')
         at = [(area.x(x), area.y(y)) for x, y in line.points]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in at)
-        dots = "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.2"/>' for x, y in at)
+        dots = "".join(_mark(line.colour, x, y, 2.2) for x, y in at)
         kind = f"c{line.colour} dashed" if line.dashed else f"c{line.colour}"
         curves.append(f'<g class="{kind}"><title>{escape(line.name)}</title><polyline points="{path}"/>{dots}</g>')
     ends = [area.y(line.points[-1][1]) for line in series]
@@ -140,7 +164,7 @@ def latency(rows: Sequence[Row], labels: dict, language: str) -> str:
     for index, row in enumerate(rows):
         points = [(item.at, item.p50_ms) for item in row.decode]
         band = [(item.at, *np.quantile(item.samples_ns, [0.1, 0.9]) / 1e6) for item in row.decode]
-        series.append(Line(row.name, index % COLOURS, points, band, row.is_torch))
+        series.append(Line(row.name, index, points, band, row.is_torch))
     xs = [item.at for item in rows[0].decode]
     ys = [value for line in series for _, low, high in line.band for value in (low, high)]
     x_axis = _log_axis(labels["context"], min(xs), max(xs), [(x, number(x, 0, language)) for x in xs])
@@ -156,7 +180,7 @@ def layers(rows: Sequence[Row], labels: dict, language: str) -> str | None:
     series = [
         Line(
             name,
-            index % COLOURS,
+            index,
             [(layer, max(error, 1e-9)) for layer, error in enumerate(errors)],
             [],
         )
@@ -174,6 +198,28 @@ def layers(rows: Sequence[Row], labels: dict, language: str) -> str | None:
 def _area(x_axis: Axis, y_axis: Axis, right: float) -> Area:
     """Place the axes, with as much room on the left as the tick labels of the y axis need."""
     return Area(x_axis, y_axis, 8 + _CHARACTER * max((len(label) for _, label in y_axis.ticks), default=1), right)
+
+
+def _side_by_side(dots: Sequence[Dot], right: float) -> list[Dot]:
+    """Move dots sideways, no further than needed, so that no two centres are nearer than _BESIDE; within the plot."""
+    placed: list[Dot] = []
+    for dot in dots:
+        moves = (sign * _BESIDE * step for step in range(len(dots)) for sign in ((1, -1) if step else (1,)))
+        spots = [replace(dot, x=dot.x + move) for move in moves if 0 <= dot.x + move <= right]
+        clear = (
+            spot for spot in spots if all(math.hypot(spot.x - other.x, spot.y - other.y) >= _BESIDE for other in placed)
+        )
+        placed.append(next(clear, dot))
+    return placed
+
+
+def _mark(colour: int, x: float, y: float, radius: float) -> str:
+    """The mark of the row with that number of colour: a circle, or another shape from the ninth row on."""
+    corners = _SHAPES[colour // 8 % len(_SHAPES)]
+    if corners is None:
+        return f'<circle class="mark" cx="{x:.1f}" cy="{y:.1f}" r="{radius:.1f}"/>'
+    points = " ".join(f"{x + radius * right:.1f},{y + radius * down:.1f}" for right, down in corners)
+    return f'<path class="mark" d="M{points.replace(" ", " L")} Z"/>'
 
 
 def _short(name: str) -> str:

@@ -13,13 +13,18 @@ from cuantiza.core.pages import number, percent, plus_minus
 from cuantiza.eval.report.schema import Measured, Row
 
 NO_VALUE = "—"
+# The name of each phase, and of one of its shapes.
+_SHAPES = {
+    "en": {"prefill": ("prefill", "prefill {at}"), "decode": ("decode", "decode @{at}")},
+    "es": {"prefill": ("lectura", "lectura de {at}"), "decode": ("token", "token tras {at}")},
+}
 
 
 @dataclass(frozen=True)
 class Column:
     """A column of figures. `show(row, first, language)` is a row's cell in a table whose baseline is `first`.
 
-    Titles may hold {first}, the baseline's name, and {at}, the length that prefill or decode is shown for.
+    Titles may hold {first}, the baseline's name, {prefill} and {decode}, what `shape_title` says of the lengths shown.
     """
 
     en: str
@@ -28,8 +33,18 @@ class Column:
 
     def title(self, first: Measured | None, language: str) -> str:
         """The title; without `first`, one that fits tables with several baselines."""
-        prefill, decode = (f" {first.usual('prefill').at}", f" @{first.usual('decode').at}") if first else ("", "")
-        return getattr(self, language).format(first=first.name if first else "fp32", prefill=prefill, decode=decode)
+        prefill, decode = (first.usual("prefill").at, first.usual("decode").at) if first else (None, None)
+        shapes = {
+            "prefill": shape_title("prefill", prefill, language),
+            "decode": shape_title("decode", decode, language),
+        }
+        return getattr(self, language).format(first=first.name if first else "fp32", **shapes)
+
+
+def shape_title(phase: Literal["prefill", "decode"], at: int | None, language: str) -> str:
+    """The name of a shape, such as `prefill 512` or `decode @128`; of the phase alone where `at` is None."""
+    short, long = _SHAPES[language][phase]
+    return short if at is None else long.format(at=number(at, 0, language).replace(",", ""))
 
 
 def _megabytes(key: Literal["bytes", "model_bytes"]) -> Callable:
@@ -83,9 +98,9 @@ COLUMNS = {
     "same_top": Column(
         "same top", "mismo token", _against(lambda row, language: percent(row.top1_agreement, 1, language))
     ),
-    "bits": Column("bits/byte", "bits/byte", lambda row, first, language: number(row.bits_per_byte, 4, language)),
-    "prefill": Column("prefill{prefill}, ms", "prefill{prefill}, ms", _timed("prefill")),
-    "decode": Column("decode{decode}, ms", "decode{decode}, ms", _timed("decode")),
+    "bits": Column("bits/byte", "bits por byte", lambda row, first, language: number(row.bits_per_byte, 4, language)),
+    "prefill": Column("{prefill}, ms", "{prefill}, ms", _timed("prefill")),
+    "decode": Column("{decode}, ms", "{decode}, ms", _timed("decode")),
     "load": Column("load, ms", "carga, ms", lambda row, first, language: number(row.load_ms, 0, language)),
     "peak": Column("peak, MB", "pico, MB", lambda row, first, language: number(row.peak_rss_bytes / 1e6, 0, language)),
     "llama_cpp": Column("llama.cpp perplexity", "perplejidad de llama.cpp", _llama_cpp),

@@ -156,7 +156,7 @@ _ES = {
     "nearest": "**El más fiel a {first}: {name}**, divergencia KL de {kl} nats por token; el token más probable coincide en el "
     "{same_top} de las posiciones. {cost}",
     "all-round": "**El más equilibrado: {name}**. De aquellos cuya perplejidad sube como máximo un {close}, es el de menor producto de "
-    "tamaño, tiempo de decode y tiempo de prefill: {megabytes} MB, decode a {decode_speedup} veces y prefill a {prefill_speedup} veces "
+    "tamaño, tiempo por token y tiempo de lectura: {megabytes} MB; escribe a {decode_speedup} veces y lee a {prefill_speedup} veces "
     "la velocidad de {first}.",
     "none": "Aparte de {first} no hay ningún artefacto utilizable; `make quantize` crea otros.",
     "ruined": "**No use {name}**: su perplejidad es un {cost} más alta que la de {first}.",

@@ -11,9 +11,10 @@ from markupsafe import Markup
 
 from cuantiza.core.pages import environment
 from cuantiza.eval.report import charts
+from cuantiza.eval.report.colours import DARK_PAPER, LIGHT_PAPER, palette
 from cuantiza.eval.report.columns import MAIN, PROTOCOLS, cells, titles
 from cuantiza.eval.report.conclusion import RUINED, conclusion
-from cuantiza.eval.report.markdown import left_out, method, protocols, summary, surroundings
+from cuantiza.eval.report.markdown import left_out, method, protocols, summary, surroundings, timings
 from cuantiza.eval.report.schema import Report, Row
 from cuantiza.eval.report.wording import LABELS
 
@@ -24,6 +25,7 @@ def render(report: Report, language: str = "en") -> str:
     """Render the page of `report` in `language`, en or es. All text from the report is escaped."""
     labels, rows, first = LABELS[language], report.artifacts, report.baseline
     layers = charts.layers(rows, labels, language)
+    timing_columns, timing_rows = timings(report, language)
     template = environment(_TEMPLATES).get_template("report.html.j2")
     return template.render(
         language=language,
@@ -37,6 +39,11 @@ def render(report: Report, language: str = "en") -> str:
         latency=Markup(charts.latency(rows, labels, language)),
         layers=Markup(layers) if layers else None,
         torch=any(row.is_torch for row in rows),
+        colours=palette(len(rows)),
+        light_paper=LIGHT_PAPER,
+        dark_paper=DARK_PAPER,
+        timing_columns=timing_columns,
+        timing_rows=timing_rows,
         texts=_texts(report),
         protocols=protocols(report, language),
         protocol_columns=titles(PROTOCOLS, first, language),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from cuantiza.core.machine.terminal import new_table, show
 from cuantiza.core.pages import escape, number, table
-from cuantiza.eval.report.columns import MAIN, PROTOCOLS, cells, titles
+from cuantiza.eval.report.columns import COLUMNS, MAIN, PROTOCOLS, cells, shape_title, titles
 from cuantiza.eval.report.conclusion import conclusion
 from cuantiza.eval.report.schema import Report, Row
 from cuantiza.eval.report.wording import LABELS, METHOD
@@ -23,8 +23,9 @@ def print_table(report: Report, language: str = "en") -> None:
 
 def markdown(report: Report, language: str = "en") -> str:
     """The text of report.md in `language`."""
-    first, rows, labels = report.baseline, report.artifacts, LABELS[language]
-    shapes = table(["", *_shape_titles(first)], [[escape(row.name), *_shapes(row, language)] for row in rows])
+    rows, labels = report.artifacts, LABELS[language]
+    heads, lines = timings(report, language)
+    shapes = table(heads, [[escape(cell) for cell in line] for line in lines])
     prompt = escape(report.prompt)
     parts = [
         f"# {escape(report.model)}",
@@ -58,14 +59,20 @@ def _table(report: Report, keys: tuple[str, ...], language: str) -> str:
     return table(titles(keys, first, language), lines).rstrip()
 
 
-def _shape_titles(first: Row) -> list[str]:
-    return [f"prefill {item.at}" for item in first.prefill] + [f"decode @{item.at}" for item in first.decode]
-
-
-def _shapes(row: Row, language: str) -> list[str]:
-    """The median and 90th percentile in ms of every shape (prefill length or decode position)."""
-    timings = (*row.prefill, *row.decode)
-    return [f"{number(item.p50_ms, 2, language)} / {number(item.p90_ms, 2, language)}" for item in timings]
+def timings(report: Report, language: str) -> tuple[list[str], list[list[str]]]:
+    """The table of all latencies, (titles, rows): median / 90th percentile in ms of every shape of every row."""
+    first = report.baseline
+    heads = [
+        COLUMNS["name"].title(first, language),
+        *(shape_title("prefill", item.at, language) for item in first.prefill),
+        *(shape_title("decode", item.at, language) for item in first.decode),
+    ]
+    lines = [
+        [row.name, *(f"{number(item.p50_ms, 2, language)} / {number(item.p90_ms, 2, language)}" for item in shapes)]
+        for row in report.artifacts
+        for shapes in [(*row.prefill, *row.decode)]
+    ]
+    return heads, lines
 
 
 def _modules(row: Row, language: str) -> str:
@@ -77,17 +84,26 @@ def summary(report: Report, language: str) -> str:
     """Say in one line which text was scored."""
     corpus, labels = report.corpus, LABELS[language]
     return (
-        f"{number(report.baseline.tokens_scored, 0, language)} {labels['tokens_scored']} · {corpus.documents} {labels['of']} "
-        f"{corpus.documents_in_split} {labels['documents']} ({corpus.split}) · {corpus.source}"
+        f"{number(report.baseline.tokens_scored, 0, language)} {labels['tokens_scored']} · "
+        f"{number(corpus.documents, 0, language)} {labels['of']} {number(corpus.documents_in_split, 0, language)} "
+        f"{labels['documents']} ({_split(report, language)}) · {corpus.source}"
         + (f" ({labels['by_' + corpus.by]})" if corpus.by != "document" else "")
     )
+
+
+def _split(report: Report, language: str) -> str:
+    """The name of the split in `language`."""
+    split = report.corpus.split
+    return LABELS[language]["test"] if split == "test" else split
 
 
 def protocols(report: Report, language: str) -> list[str]:
     """Say how the perplexities in the table of other protocols are computed."""
     labels, llama = LABELS[language], report.baseline.llama_cpp
     notes = [labels["protocols_note"].format(documents=report.corpus.documents, window=report.corpus.window_tokens)]
-    if llama is not None:
+    if llama is None:
+        notes.append(labels["llama_short"].format(window=report.corpus.window_tokens))
+    else:
         scored = number(llama.tokens_scored, 0, language)
         notes.append(labels["llama_note"].format(windows=llama.windows, window=llama.window_tokens, scored=scored))
     return notes
@@ -106,6 +122,7 @@ def method(report: Report, language: str) -> list[str]:
 
 def surroundings(report: Report, language: str) -> list[tuple[str, str]]:
     """List the machine, the text and the versions as pairs (term, value)."""
+    options = next((row.session_options for row in report.artifacts if row.session_options), {})
     machine, corpus, labels = report.machine, report.corpus, LABELS[language]
     threads = f"{machine.threads} {labels['of']} {machine.processors}"
     if machine.processors_limit is not None:
@@ -115,10 +132,12 @@ def surroundings(report: Report, language: str) -> list[tuple[str, str]]:
         memory += labels["limited"].format(limit=f"{number(machine.memory_limit_bytes / 2**30, 1, language)} GiB")
     return [
         (labels["processor"], machine.cpu),
+        (labels["instructions"], ", ".join(machine.instructions) or labels["unknown"]),
         (labels["threads"], threads),
         (labels["memory"], memory),
         (labels["system"], machine.system),
+        (labels["session"], ", ".join(f"{name} {value}" for name, value in options.items()) or labels["unknown"]),
         (labels["rounds"], str(report.rounds)),
-        (labels["corpus"], f"{corpus.source} ({corpus.split}, sha256 {corpus.sha256})"),
+        (labels["corpus"], f"{corpus.source} ({_split(report, language)}, sha256 {corpus.sha256})"),
         (labels["versions"], ", ".join(f"{name} {version}" for name, version in report.versions.items())),
     ]

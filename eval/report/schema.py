@@ -60,7 +60,10 @@ class LlamaCpp(Part):
     """Perplexity by llama.cpp's protocol."""
 
     perplexity: float = Field(description="exp of the mean negative log-likelihood over the scored halves")
-    perplexity_stderr: float | None = Field(description="its standard error, over windows")
+    perplexity_stderr: float | None = Field(
+        description="its uncertainty as llama.cpp's own tool prints it: the standard error over single tokens, as if they "
+        "were independent. It is smaller than one over documents; older reports have windows as the unit"
+    )
     windows: Count = Field(description="number of windows")
     window_tokens: Count = Field(description="tokens in a window")
     tokens_scored: Count = Field(description="tokens in the second halves of all windows")
@@ -114,6 +117,11 @@ class Measured(Part):
     peak_rss_bytes: Count = Field(
         description="largest resident set, in bytes, of a process that did nothing but load and measure this row, its libraries "
         "included"
+    )
+    session_options: dict[str, str] = Field(
+        {},
+        description="ONNX Runtime's session options while latency was measured, by its own names (quality is measured in "
+        "sessions with `session.force_spinning_stop` at 1); empty for PyTorch rows and in reports from before this field",
     )
     prefill: tuple[Prefill, ...] = Field(min_length=1, description="one element per prefill length: see below")
     decode: tuple[Decode, ...] = Field(
@@ -205,6 +213,12 @@ class Machine(Part):
         None,
         exclude_if=lambda value: value is None,
         description="memory that a container may use, bytes; only where it is limited",
+    )
+
+    instructions: tuple[str, ...] = Field(
+        (),
+        description="instruction sets of the processor that matrix kernels choose between, such as `AVX2`, `AVX-512 VNNI` or "
+        "`NEON dotprod`; empty where the system does not tell, and in reports from before this field",
     )
 
 

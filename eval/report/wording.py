@@ -7,8 +7,9 @@ LABELS = {
         "conclusion": "Conclusion",
         "artifacts": "Every artifact",
         "tradeoff": "Size, quality and speed",
-        "tradeoff_note": "Lower and further left is better; the larger a dot, the more tokens a second it decodes. The vertical "
-        "scale is linear near zero and logarithmic beyond; bars are ± one standard error.",
+        "tradeoff_note": "Lower and further left is better; the larger a mark, the more tokens a second it decodes. The vertical "
+        "scale is linear near zero and logarithmic beyond; bars are ± one standard error. Marks that would cover each other are "
+        "drawn side by side.",
         "latency": "Latency by context length",
         "latency_note": "Milliseconds to decode one token after a context of that length, batch of 1. Line: median. Band: 10th "
         "to 90th percentile.",
@@ -25,9 +26,12 @@ LABELS = {
         "in windows of at most {window} tokens; every token is scored once, and the last window of a document is extended to "
         "the left. Words are split at white space.",
         "llama_note": "llama.cpp's protocol: the documents joined by an empty line, {windows} disjoint windows of {window} "
-        "tokens without a start token; the second half of each window is scored, {scored} tokens in all.",
-        "shapes": "Latency",
-        "shapes_note": "Milliseconds, p50 / p90; batch of 1.",
+        "tokens without a start token; the second half of each window is scored, {scored} tokens in all. Its ± is the one that "
+        "llama.cpp prints: the standard error over single tokens, as if they were independent. Elsewhere ± is over documents.",
+        "llama_short": "llama.cpp's protocol scores windows of {window} tokens, and this text is shorter than one.",
+        "shapes": "All latencies",
+        "shapes_note": "Milliseconds, median / 90th percentile; batch of 1. “prefill n” is n tokens into an empty cache, up to "
+        "the logits of the last one; “decode @n” is one more token after n.",
         "caption": "{cpu}, {threads} threads, onnxruntime {onnxruntime}, {rounds} interleaved rounds; times are p50, in brackets the "
         "speed-up over {first} (median of rounds); ± is one standard error over documents; Δ and KL are paired with {first}.",
         "method": "How it was measured",
@@ -40,6 +44,10 @@ LABELS = {
         "error": "relative error",
         "corpus": "corpus",
         "processor": "processor",
+        "instructions": "instruction sets",
+        "session": "ONNX Runtime's session",
+        "unknown": "not known",
+        "test": "test",
         "threads": "threads",
         "system": "system",
         "memory": "memory",
@@ -57,8 +65,9 @@ LABELS = {
         "conclusion": "Conclusión",
         "artifacts": "Todos los artefactos",
         "tradeoff": "Tamaño, calidad y velocidad",
-        "tradeoff_note": "Mejor cuanto más abajo y más a la izquierda; cuanto mayor es el punto, más tokens por segundo decodifica. "
-        "La escala vertical es lineal cerca de cero y logarítmica más allá; las barras son ± un error estándar.",
+        "tradeoff_note": "Mejor cuanto más abajo y más a la izquierda; cuanto mayor es la marca, más tokens por segundo decodifica. "
+        "La escala vertical es lineal cerca de cero y logarítmica más allá; las barras son ± un error estándar. Las marcas que se "
+        "taparían se dibujan una al lado de otra.",
         "latency": "Latencia según la longitud del contexto",
         "latency_note": "Milisegundos para decodificar un token tras un contexto de esa longitud, con un lote de 1. Línea: "
         "mediana. Banda: del percentil 10 al 90.",
@@ -76,11 +85,15 @@ LABELS = {
         "inicial, en ventanas de {window} tokens como máximo; cada token se evalúa una sola vez y la última ventana de un "
         "documento se amplía hacia la izquierda. Las palabras se separan por espacios en blanco.",
         "llama_note": "El protocolo de llama.cpp: los documentos unidos por una línea vacía, {windows} ventanas disjuntas de "
-        "{window} tokens sin token inicial; se evalúa la segunda mitad de cada ventana, {scored} tokens en total.",
-        "shapes": "Latencia",
-        "shapes_note": "Milisegundos, p50 / p90; lote de 1.",
-        "caption": "{cpu}, {threads} hilos, onnxruntime {onnxruntime}, {rounds} rondas intercaladas; los tiempos son p50, entre "
-        "paréntesis la aceleración respecto a {first} (mediana de las rondas); ± es un error estándar entre documentos; Δ y KL "
+        "{window} tokens sin token inicial; se evalúa la segunda mitad de cada ventana, {scored} tokens en total. Su ± es el que "
+        "imprime llama.cpp: el error estándar entre tokens sueltos, como si fueran independientes. En el resto, ± es entre "
+        "documentos.",
+        "llama_short": "El protocolo de llama.cpp evalúa ventanas de {window} tokens, y este texto es más corto que una.",
+        "shapes": "Todas las latencias",
+        "shapes_note": "Milisegundos, mediana / percentil 90; lote de 1. «Lectura de n» es el prefill: n tokens a partir de una "
+        "caché vacía, hasta los logits del último. «Token tras n» es un paso de decode: un token más después de n.",
+        "caption": "{cpu}, {threads} hilos, onnxruntime {onnxruntime}, {rounds} rondas intercaladas; los tiempos son medianas; entre "
+        "paréntesis, la aceleración respecto a {first} (mediana de las rondas); ± es un error estándar entre documentos; Δ y KL "
         "se toman respecto a {first}.",
         "method": "Cómo se midió",
         "environment": "Entorno",
@@ -92,6 +105,10 @@ LABELS = {
         "error": "error relativo",
         "corpus": "corpus",
         "processor": "procesador",
+        "instructions": "juegos de instrucciones",
+        "session": "sesión de ONNX Runtime",
+        "unknown": "no se sabe",
+        "test": "prueba",
         "threads": "hilos",
         "system": "sistema",
         "memory": "memoria",

@@ -227,6 +227,19 @@ def test_the_same_file_is_not_timed_again(written):
     assert [check.note for check in checks if check.recipe == "q" and check.figure == "latency"] == ["same file"]
 
 
+def test_a_page_speaks_of_times_only_where_some_were_compared(written, compare, tmp_path):
+    one, other = report(1, rounds=12), report(2, rounds=12)
+    other["inputs"]["artifacts"] = one["inputs"]["artifacts"]
+    for fields in (one, other):
+        fields["artifacts"] = fields["artifacts"][:3]
+    assert compare(written("a", one), written("b", other)).status == 0
+    page = (tmp_path / "out/compare.md").read_text()
+    assert "same file" in page and "Latency is relative" not in page and "alarm of latency" not in page
+    assert compare(written("a", one), written("b", report(2))).status == 0
+    page = (tmp_path / "out/compare.md").read_text()
+    assert "Latency is relative" in page and "alarm of latency" in page
+
+
 def test_a_new_recipe_is_listed(written, compare, tmp_path):
     base = report(1)
     del base["artifacts"][2]

@@ -151,6 +151,8 @@ def test_the_same_file_is_not_measured(es_mini_fp32, tmp_path):
     result = compare(es_mini_fp32.path.parent, folder, tmp_path)
     assert result.status == 0, result.stderr
     assert verdicts(tmp_path) == {("fp32", "all"): "same file"} and "quality" not in result.stderr
+    for text in ((tmp_path / "compare.md").read_text(), result.stdout):
+        assert "nothing was measured" in text and not re.search("rounds|threads|Change of ln perplexity", text)
 
 
 def test_larger_is_caught(es_mini_fp32, tmp_path):

@@ -6,8 +6,15 @@ import numpy as np
 import pytest
 
 from cuantiza.core.run.divergence import compare
-from cuantiza.eval.measure.estimates import TextSize, mean_per_token, perplexity, quality, text_size
-from cuantiza.eval.measure.score import score
+from cuantiza.eval.measure.estimates import (
+    TextSize,
+    llama_cpp_perplexity,
+    mean_per_token,
+    perplexity,
+    quality,
+    text_size,
+)
+from cuantiza.eval.measure.score import Scores, score
 from cuantiza.eval.measure.windows import halves, rolling
 
 
@@ -111,6 +118,25 @@ def test_standard_error_is_the_bootstraps_where_lengths_differ():
     draws = generator.integers(0, 200, (4000, 200))
     bootstrap = (sums[draws].sum(axis=1) / lengths[draws].sum(axis=1)).std()
     assert mean_per_token(values, document).stderr == pytest.approx(bootstrap, rel=0.1)
+
+
+def test_llama_cpps_uncertainty_has_tokens_as_its_units():
+    """Against the sums that llama.cpp's perplexity tool keeps: Σx and Σx² of the negative log-likelihoods."""
+    nll = np.random.default_rng(3).gamma(2.0, 2.0, 1785)
+    total, squares, count = 0.0, 0.0, len(nll)
+    for value in nll:
+        total, squares = total + value, squares + value * value
+    mean = total / count
+    printed = math.exp(mean) * math.sqrt((squares / count - mean * mean) / (count - 1))
+    found = llama_cpp_perplexity(Scores(np.arange(count) // 255, nll))
+    assert found.value == pytest.approx(math.exp(mean), rel=1e-12) and found.stderr == pytest.approx(printed, rel=1e-9)
+    # In which window a token stands makes no difference, other than for an error over documents.
+    assert llama_cpp_perplexity(Scores(np.zeros(count, int), nll)) == found
+
+
+@pytest.mark.parametrize("nll", [[1.0], [1.0, math.inf], [900.0, 901.0]])
+def test_llama_cpps_uncertainty_is_left_out_where_there_is_none(nll):
+    assert llama_cpp_perplexity(Scores(np.zeros(len(nll), int), np.array(nll))).stderr is None
 
 
 def test_bits_per_byte_and_word_perplexity_follow_from_the_sum():

@@ -10,6 +10,7 @@ from html.parser import HTMLParser
 import pytest
 
 from cuantiza.core.pages import number, percent
+from cuantiza.eval.report.colours import contrast
 from cuantiza.eval.report.conclusion import conclusion, picks
 from cuantiza.eval.report.html import render
 from cuantiza.eval.report.markdown import markdown
@@ -145,24 +146,102 @@ def test_a_text_that_many_wrote_is_shown_once(fields):
     assert "<dt>fp32, quick, small, faithful</dt>" in html and html.count("<dt>broken</dt>") == 1
 
 
-def contrast(one, other):
-    """Of two colours #rrggbb, by WCAG 2: 1 to 21."""
+def test_contrast_is_that_of_wcag():
+    assert contrast("#000000", "#ffffff") == pytest.approx(21) and contrast("#777777", "#777777") == 1
+    assert contrast("#777777", "#ffffff") == pytest.approx(4.48, abs=0.005)  # the well-known grey that just fails
 
-    def luminance(colour):
-        channels = (int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5))
-        linear = [channel / 12.92 if channel <= 0.04045 else ((channel + 0.055) / 1.055) ** 2.4 for channel in channels]
-        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
-    dark, light = sorted((luminance(one), luminance(other)))
-    return (light + 0.05) / (dark + 0.05)
+def with_rows(fields, names):
+    """`fields` with copies of its second row under further names, all measured alike."""
+    for name in names:
+        fields["artifacts"].append(copy.deepcopy(fields["artifacts"][1]) | {"name": name})
+    return fields
+
+
+@pytest.mark.parametrize("more", [0, 1, 14])
+def test_every_row_has_a_colour_of_its_own(fields, more):
+    html = render(Report.model_validate(with_rows(fields, [f"further-{number}" for number in range(3 + more)])))
+    count = len(fields["artifacts"])
+    for theme in re.findall(r":root \{(.*?)\}", html, re.DOTALL):
+        colours = dict(re.findall(r"--(c\d+): (#[0-9a-f]{6})", theme))
+        assert list(colours) == [f"c{index}" for index in range(count)] and len(set(colours.values())) == count
+    latency = html.split("<svg")[2]
+    named = re.findall(r'<text class="name c(\d+)"', latency)
+    assert sorted(map(int, named)) == list(range(count))
+    # From the ninth row on, the marks have another shape too.
+    assert latency.count('<path class="mark"') == 3 * max(0, count - 8) and latency.count("<circle") == 3 * min(
+        count, 8
+    )
+
+
+def marks(plot):
+    """The (x, y, r) of the circles of a plot, in the order in which they are drawn."""
+    found = re.findall(r'<circle class="mark" cx="([\d.-]+)" cy="([\d.-]+)" r="([\d.]+)"', plot)
+    return [tuple(map(float, mark)) for mark in found]
+
+
+@pytest.mark.parametrize("speeds", [(500, 500, 500), (500, 90, 250)])
+def test_no_dot_hides_another(fields, speeds):
+    """Artifacts of one size and one quality: side by side, the smaller ones above the larger ones."""
+    with_rows(fields, ["like", "alike"])
+    for item, speed in zip((fields["artifacts"][1], *fields["artifacts"][-2:]), speeds, strict=True):
+        for step in item["decode"]:
+            step["tokens_per_second"] = float(speed)
+    drawn = marks(render(Report.model_validate(fields)).split("<svg")[1])
+    assert len(drawn) == 7  # all but PyTorch's
+    assert [r for _, _, r in drawn] == sorted((r for _, _, r in drawn), reverse=True)
+    for index, (x, y, _) in enumerate(drawn):
+        assert all(math.hypot(x - other_x, y - other_y) >= 6.9 for other_x, other_y, _ in drawn[:index])
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_the_pages_have_every_latency_and_both_protocols(fields, language):
+    llama = {"perplexity": 64.3, "perplexity_stderr": 2.5, "windows": 7, "window_tokens": 512, "tokens_scored": 1785}
+    texts = []
+    for value in (llama, None):
+        fields["artifacts"][0]["llama_cpp"] = value
+        report = Report.model_validate(fields)
+        texts.append(("".join(Page(render(report, language)).text), markdown(report, language)))
+    for text in (*texts[0], *texts[1]):
+        for item in fields["artifacts"]:
+            for step in (*item["prefill"], *item["decode"]):
+                shown = (number(step["p50_ms"], 2, language), number(step["p90_ms"], 2, language))
+                assert " / ".join(shown) in text
+        assert ("decode @1023" if language == "en" else "token tras 1023") in text
+    said = {"en": ("7 disjoint windows", "shorter than one"), "es": ("7 ventanas disjuntas", "más corto que una")}
+    for index, pages in enumerate(texts):
+        assert all(said[language][index] in page and said[language][1 - index] not in page for page in pages)
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_the_pages_name_instruction_sets_and_session_options(fields, language):
+    report = Report.model_validate(fields)
+    assert markdown(report, language).count(LABELS[language]["unknown"]) == 2  # a report from before these fields
+    fields["machine"]["instructions"] = ["AVX2", "AVX-512 VNNI"]
+    fields["artifacts"][0]["session_options"] = {"intra_op_num_threads": "2", "session.force_spinning_stop": "0"}
+    report = Report.model_validate(fields)
+    for page in ("".join(Page(render(report, language)).text), markdown(report, language).replace("\\", "")):
+        assert "AVX2, AVX-512 VNNI" in page and "session.force_spinning_stop 0" in page
+        assert LABELS[language]["instructions"] in page and LABELS[language]["session"] in page
+
+
+def test_spanish_pages_have_no_english_words(fields):
+    """No label, title or sentence of the English pages stands in the Spanish ones."""
+    report = Report.model_validate(fields)
+    words = re.compile(
+        r"\b(the|of|and|each|with|prefill \d+|decode @|bits/byte|load|peak|test|baseline|tokens scored)\b"
+    )
+    for page in (markdown(report, "es"), "".join(Page(render(report, "es")).text)):
+        assert not words.findall(page)
 
 
 def test_every_text_can_be_read_in_light_and_dark(fields):
+    with_rows(fields, [f"further-{number}" for number in range(20)])
     themes = re.findall(r":root \{(.*?)\}", render(Report.model_validate(fields)), re.DOTALL)
     assert len(themes) == 2
     for theme in themes:
         colours = dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6})", theme))
-        texts = {"ink", "soft", "bad", *(f"c{index}" for index in range(8))}
+        texts = {"ink", "soft", "bad", *(f"c{index}" for index in range(26))}
         assert min(contrast(colours[name], colours["paper"]) for name in texts) >= 4.5
         assert contrast(colours["ink"], colours["mark"]) >= 4.5
 
@@ -175,7 +254,9 @@ def test_names_in_a_plot_do_not_overlap(fields):
         item["bytes"] += index
         fields["artifacts"].insert(5, item)
     for plot in render(Report.model_validate(fields)).split("<svg")[1:]:
-        names = re.findall(r'<text class="name c\d" text-anchor="(\w+)" x="([\d.-]+)" y="([\d.-]+)">(.*?)</text>', plot)
+        names = re.findall(
+            r'<text class="name c\d+" text-anchor="(\w+)" x="([\d.-]+)" y="([\d.-]+)">(.*?)</text>', plot
+        )
         assert len(names) >= 12
         boxes = []
         for anchor, x, y, name in names:

@@ -97,7 +97,8 @@ def test_every_column_has_a_title_and_a_cell(language):
     shown = dict(zip(COLUMNS, cells(list(COLUMNS), other, first, language), strict=True))
     assert shown["ratio"] == ("1.000" if language == "en" else "1,000") and shown["llama_cpp"] == "—"
     assert titles(["prefill", "decode", "ratio"], first, "en") == ["prefill 512, ms", "decode @128, ms", "× fp32"]
-    assert titles(["prefill", "decode", "ratio"], None, "es") == ["prefill, ms", "decode, ms", "× fp32"]
+    assert titles(["prefill", "decode"], first, "es") == ["lectura de 512, ms", "token tras 128, ms"]
+    assert titles(["prefill", "decode", "ratio"], None, "es") == ["lectura, ms", "token, ms", "× fp32"]
 
 
 def test_what_measures_does_not_depend_on_the_pages():

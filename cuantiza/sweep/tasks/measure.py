@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from cuantiza.core.machine.hardware import machine
+from cuantiza.core.machine.instructions import instruction_sets
 from cuantiza.eval.measure.engines import Engine
 from cuantiza.eval.measure.latency import measure_latency
 from cuantiza.eval.measure.score import Scores, score
@@ -91,4 +92,4 @@ class Latency:
     def run(self) -> dict:
         subjects = [made.subject() for made in (self.baseline, self.artifact) if made is not None]
         found = measure_latency(subjects, self.ids, self.longest, self.rounds, self.threads)
-        return found[subjects[-1].name] | {"machine": machine(self.threads)}
+        return found[subjects[-1].name] | {"machine": machine(self.threads) | {"instructions": instruction_sets()}}

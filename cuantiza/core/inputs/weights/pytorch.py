@@ -42,9 +42,13 @@ def pytorch_loader(
 
         return _explained(load_other, folder, advice)
     gpt2, checkpoint = transformers.GPT2LMHeadModel, read_checkpoint(folder)
-    if not checkpoint.repaired:
+
+    def load_as_it_is() -> Any:
         mended = {"config": transformers.GPT2Config.from_dict(fields)} if fields != given else {}
-        return _explained(lambda: gpt2.from_pretrained(folder, **mended, **options, **local).eval(), folder, advice)
+        return gpt2.from_pretrained(folder, **mended, **options, **local).eval()
+
+    if not checkpoint.repaired:
+        return _explained(load_as_it_is, folder, advice)
 
     def assemble() -> Any:
         tied = "lm_head.weight" not in checkpoint.weights

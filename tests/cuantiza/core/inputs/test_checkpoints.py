@@ -19,7 +19,7 @@ from cuantiza.core.errors import UserError
 from cuantiza.core.inputs.checkpoints import model_name, resolve_model, weight_files
 from cuantiza.core.store.artifact import open_artifact
 
-from helpers import ES_MINI, ROOT, Result, assert_nothing_published, assert_user_error, stage, tiny_gpt2
+from helpers import ES_MINI, ROOT, Result, assert_nothing_published, assert_user_error, copy_tokenizer, stage, tiny_gpt2
 from hub_stub import Files, Hub, files_of, serving
 
 REPOSITORY = "datificate/gpt2-small-spanish"
@@ -138,6 +138,7 @@ def test_revision(hub: Hub, in_bin: Files, tiny_folder: Path, resolve: Callable[
 def test_sharded(hub: Hub, tmp_path: Path, tiny_folder: Path, resolve: Callable[..., Result]) -> None:
     shards = tmp_path / "shards"
     tiny_gpt2().save_pretrained(shards, max_shard_size="400KB")
+    copy_tokenizer(shards, ("tokenizer.json",))
     files = files_of(shards)
     hub.add("owner/sharded", files | UNUSED | {"pytorch_model.bin": bytes(300_000)})
     result = resolve("owner/sharded")
@@ -149,6 +150,7 @@ def test_leftover_shards_stay_on_the_hub(hub: Hub, tmp_path: Path, resolve: Call
     """What the index does not name belongs to another model: it is neither downloaded nor missed offline."""
     shards, leftover = tmp_path / "shards", "model-00007-of-00009.safetensors"
     tiny_gpt2().save_pretrained(shards, max_shard_size="400KB")
+    copy_tokenizer(shards, ("tokenizer.json",))
     files = files_of(shards)
     hub.add("owner/sharded", files | {leftover: bytes(300_000)})
     result = resolve("owner/sharded")
@@ -161,7 +163,7 @@ def test_leftover_shards_stay_on_the_hub(hub: Hub, tmp_path: Path, resolve: Call
 @pytest.mark.parametrize("shard", ["../model.safetensors", "sub/model-00001-of-00001.safetensors", "/etc/hostname"])
 def test_an_index_on_the_hub_that_leads_elsewhere(hub: Hub, resolve: Callable[..., Result], shard: str) -> None:
     index = json.dumps({"weight_map": {"wte.weight": shard}}).encode()
-    hub.add("owner/astray", {"config.json": b"{}", "model.safetensors.index.json": index})
+    hub.add("owner/astray", {"config.json": b"{}", "tokenizer.json": b"{}", "model.safetensors.index.json": index})
     assert_user_error(resolve("owner/astray"), shard, "same folder")
 
 

@@ -21,7 +21,7 @@ from cuantiza.core import contract
 from cuantiza.core.errors import UserError
 from cuantiza.core.inputs.checkpoints import files_to_read
 from cuantiza.core.inputs.model_types import OPTIMUM_TYPES
-from cuantiza.core.inputs.weights.checkpoint import check_other_family
+from cuantiza.core.inputs.weights.checkpoint import read_for_transformers
 from cuantiza.core.inputs.weights.files import check_finite
 from cuantiza.core.machine import child
 from cuantiza.core.onnx import file as onnx_file
@@ -130,7 +130,7 @@ def _prepare(checkpoint: Path, config: dict, folder: Path) -> None:
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     # Damaged files get a clear message here. transformers would use random weights in their place, or compute NaN.
-    for name, tensor in check_other_family(checkpoint, config).items():
+    for name, tensor in read_for_transformers(checkpoint, config).items():
         if tensor.is_float:
             check_finite(name, tensor.read(), checkpoint)
     for name in files_to_read(checkpoint):

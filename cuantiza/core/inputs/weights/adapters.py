@@ -131,7 +131,13 @@ def merge(weights: Mapping[str, Weight], adapter: Adapter) -> dict[str, Weight]:
 def describe(adapter: Adapter) -> str:
     """The file and size of an adapter, as a line for users names it."""
     modules = len({found["module"] for name in adapter.tensors if (found := _PART.fullmatch(name))})
-    return f"{adapter.file} (r {adapter.fields.get('r')}, alpha {adapter.fields.get('lora_alpha')}, {modules} modules)"
+    return f"{adapter.file.name} (r {adapter.fields.get('r')}, alpha {adapter.fields.get('lora_alpha')}, {modules} modules)"
+
+
+def base_name(adapter: Adapter, base: Path) -> str:
+    """What a line for users calls the folder `base`: its path, or the hub id where it lies in the hub's cache."""
+    spec = str(adapter.fields.get("base_model_name_or_path"))
+    return str(base) if Path(spec).name in ("", "..", base.name) else spec
 
 
 @dataclass(frozen=True)

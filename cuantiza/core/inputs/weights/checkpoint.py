@@ -55,18 +55,19 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         weights = adapters.merge(weights, adapter)
         what = f"The LoRA adapter {adapters.describe(adapter)} was merged into"
         warnings.append(
-            f"{what} the weights beside it; if those are merged already, remove the adapter's files."
+            f"{what} the weights beside it; if those are merged already, remove adapter_config.json and that file."
             if base == folder
-            else f"{what} its base, {base}."
+            else f"{what} its base {adapters.base_name(adapter, base)}."
         )
     repaired = layout.repaired or bool(eight) or adapter is not None or _index_is_bare(base)
     return Checkpoint(fields, weights, dtypes, tuple(warnings), repaired)
 
 
-def check_other_family(folder: Path, fields: Mapping[str, Any]) -> dict[str, Weight]:
-    """Return the tensors of a model that is no GPT-2, which transformers reads, by their names on disk.
+def read_for_transformers(folder: Path, fields: Mapping[str, Any]) -> dict[str, Weight]:
+    """Return the tensors of a model of any family, by their names on disk, if transformers can read them as they are.
 
-    Raises UserError where they are damaged, quantized or of no language model, or where an adapter lies beside them.
+    Raises UserError where they are damaged, quantized or of no language model, where an adapter lies beside them, or
+    where they are a GPT-2 in another layout.
     """
     if adapters.read_adapter(folder) is not None:
         raise UserError(
@@ -75,6 +76,10 @@ def check_other_family(folder: Path, fields: Mapping[str, Any]) -> dict[str, Wei
     tensors = read_tensors(folder)
     check_not_quantized(fields, tensors, folder)
     check_task(fields, tensors, folder)
+    if fields.get("model_type") == "gpt2" and read_checkpoint(folder).repaired:
+        raise UserError(
+            f"{folder}: is a GPT-2 whose weights transformers does not read as they are; export it without EXPORTER=optimum"
+        )
     return tensors
 
 

@@ -66,8 +66,11 @@ def read_tensors(folder: Path) -> dict[str, Weight]:
     if not names:
         found = [file.name for file in folder.iterdir() if file.suffix in _UNREAD]
         kind = f", only {', '.join(sorted(found))}, which cannot be read" if found else ""
+        torch = any(name.endswith((".pt", ".pth", ".ckpt")) for name in found)
+        rename = ", or rename the file that torch saved it in to pytorch_model.bin" if torch else ""
         raise UserError(
-            f"{folder}: has no model.safetensors and no pytorch_model.bin{kind}; save the model with transformers' save_pretrained"
+            f"{folder}: has no model.safetensors and no pytorch_model.bin{kind}; "
+            f"save the model with transformers' save_pretrained{rename}"
         )
     tensors: dict[str, Weight] = {}
     for name in names:

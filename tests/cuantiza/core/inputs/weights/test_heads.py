@@ -50,6 +50,14 @@ def test_a_classifier_of_another_family(folder: Path, refused: Callable[..., str
     refused("is a LlamaForSequenceClassification", "score.weight", options=("--exporter", "optimum"))
 
 
+def test_a_layout_that_only_the_default_exporter_reads(
+    written: Callable[..., Path], state: State, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPTIMUM_PYTHON", "/bin/true")
+    written({f"module.{name}": tensor for name, tensor in state.items()})
+    refused("without EXPORTER=optimum", options=("--exporter", "optimum"))
+
+
 def test_bare_and_double_heads(folder: Path, model) -> None:
     for name, left_out in (("GPT2Model", None), ("GPT2DoubleHeadsModel", "multiple_choice_head.summary.weight")):
         saved = getattr(transformers, name)(model.config).eval()

@@ -8,8 +8,10 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from cuantiza.core.errors import UserError
-from cuantiza.core.inputs.tokenizer_files import MERGES, OWN, SETTINGS, VOCABULARY, WORDS
+from cuantiza.core.inputs.tokenizer_files import MERGES, OWN, SENTENCEPIECE, SETTINGS, VOCABULARY, WORDS
+from cuantiza.export.tokenizer.readers import PLAIN
 from cuantiza.export.tokenizer.settings import read_json, tidy, write_json
+from cuantiza.export.tokenizer.spm import WITH_OWN_IDS, from_sentencepiece, read_model
 
 
 def convert(
@@ -30,6 +32,14 @@ def convert(
     if WORDS in files and (named is None or not isinstance(named, str) or named.startswith("GPT2")):
         named = "BertTokenizer"
         warnings = (f"no file names the class of the tokenizer; {WORDS} is read as BertTokenizer's",)
+    model = next((checkpoint / given for name, given in files.items() if name in SENTENCEPIECE), None)
+    if model is not None and (not isinstance(named, str) or named.removesuffix("Fast") in WITH_OWN_IDS):
+        fields, settings = from_sentencepiece(model, settings)
+        if named in ("T5Tokenizer", "T5TokenizerFast"):
+            _add_extra_ids(fields, settings, config)
+        return fields, {**settings, "tokenizer_class": PLAIN}, warnings
+    if model is not None:
+        read_model(model)  # transformers takes what is no such model for another kind of file
     with TemporaryDirectory() as temporary:
         prepared, saved = Path(temporary, "prepared"), Path(temporary, "saved")
         prepared.mkdir()
@@ -57,6 +67,16 @@ def convert(
         {**made, **({"chat_template": settings["chat_template"]} if "chat_template" in settings else {})},
         warnings,
     )
+
+
+def _add_extra_ids(fields: dict[str, Any], settings: dict[str, Any], config: dict[str, Any]) -> None:
+    """Add the tokens <extra_id_N> that T5Tokenizer puts after the model's own, the last first, if the model has them."""
+    count, first = settings.get("extra_ids", 100), len(fields["model"]["vocab"])
+    if isinstance(count, int) and first + count <= config.get("vocab_size", 0):
+        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        for number in range(count):
+            content = f"<extra_id_{count - 1 - number}>"
+            fields["added_tokens"].append({"id": first + number, "content": content, **flags, "special": True})
 
 
 def _run_transformers(checkpoint: Path, prepared: Path, saved: Path) -> None:

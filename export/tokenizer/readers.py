@@ -130,7 +130,9 @@ def _told(named: str, fields: dict[str, Any]) -> str:
     )
 
 
-def _asked(settings: dict[str, Any], fields: dict[str, Any], config: dict[str, Any]) -> tuple[str, bool, dict[str, Any]]:
+def _asked(
+    settings: dict[str, Any], fields: dict[str, Any], config: dict[str, Any]
+) -> tuple[str, bool, dict[str, Any]]:
     """The class that transformers 5 takes, whether it keeps to `fields`, and the special tokens that it assumes."""
     from transformers import AutoTokenizer
     from transformers.utils import logging

@@ -87,6 +87,7 @@ def quantize_one(parent: Artifact, target: Path, name: str, recipe: Recipe, sour
     there = artifact.up_to_date(target, inputs)
     if isinstance(there, Artifact):
         report(f"quantize  {target}: up to date")
+        _warn(there)
         return there
     report(f"quantize  {target}: {there}")
     # This import is here because a run that finds everything up to date does not need it.
@@ -109,7 +110,14 @@ def quantize_one(parent: Artifact, target: Path, name: str, recipe: Recipe, sour
         )
     before, after = parent.model.stat().st_size, made.model.stat().st_size
     report(f"          {after / 1e6:.1f} MB, graph × fp32: {after / before:.3f}")
+    _warn(made)
     return made
+
+
+def _warn(made: Artifact) -> None:
+    """Print what the user should know of an artifact."""
+    for text in made.manifest.details.get("warnings", []):
+        report(f"warning   {text}")
 
 
 def inputs_of(parent: Artifact, recipe: Recipe, calibration: Split | None) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import onnx_ir as ir
 from cuantiza.core import contract
 from cuantiza.core.inputs.model_config import max_positions, read_config
 from cuantiza.core.onnx import file as onnx_file
-from cuantiza.core.onnx.genai_config import GENAI_CONFIG, genai_config
+from cuantiza.core.onnx.genai_config import GENAI_CONFIG, genai_config, tokenizer_warning
 from cuantiza.core.store import artifact
 from cuantiza.quantize.rewrite.fuse_attention import check_attention, fuse_attention
 from cuantiza.quantize.settings import Target
@@ -32,13 +32,17 @@ def write_graph(parent: Path, work: Path, target: Target, rewrite: Callable[[ir.
     details = rewrite(model)
     if target == "ort":
         details["fused_attention"] = fuse_attention(model)
-        _write_genai_config(model.graph, parent, work)
+        if warnings := _write_genai_config(model.graph, parent, work):
+            details["warnings"] = warnings
     onnx_file.save(model, work)
     return details
 
 
-def _write_genai_config(graph: ir.Graph, parent: Path, work: Path) -> None:
-    """Write genai_config.json, so that onnxruntime-genai can load the graph, which updates its KV cache in place."""
+def _write_genai_config(graph: ir.Graph, parent: Path, work: Path) -> list[str]:
+    """Write genai_config.json, so that onnxruntime-genai can load the graph, which updates its KV cache in place.
+
+    Returns warnings.
+    """
     keys = [value for value in graph.inputs if contract.is_past(value.name) and value.name.endswith(".key")]
     config = read_config(parent)
     fields = genai_config(
@@ -52,3 +56,5 @@ def _write_genai_config(graph: ir.Graph, parent: Path, work: Path) -> None:
         in_place=True,
     )
     (work / GENAI_CONFIG).write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")
+    warning = tokenizer_warning(json.loads((parent / "tokenizer.json").read_text(encoding="utf-8")))
+    return [warning] if warning else []

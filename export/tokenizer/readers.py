@@ -14,6 +14,8 @@ from cuantiza.export.tokenizer.settings import NAMED, write_json
 PLAIN = "PreTrainedTokenizerFast"
 _PLAIN = (PLAIN, "PreTrainedTokenizer", "TokenizersBackend")
 _GPT2 = ("GPT2Tokenizer", "GPT2TokenizerFast")
+# Without token types, which no graph of ours has as an input; GPT-2 in PyTorch would add the embedding of token 0.
+_INPUTS = ["input_ids", "attention_mask"]
 _END = "<|endoftext|>"
 # What transformers 5 builds for GPT2Tokenizer from the vocabulary and the merges alone, without what is false or empty.
 _GPT2_PARTS = {
@@ -49,7 +51,7 @@ def settle_class(
         return _plain({**made, **defaults}, fields, config), warnings
     built, same, defaults = _asked(made, fields, config)
     if same and built not in _PLAIN:
-        return made, warnings
+        return {**made, "model_input_names": _INPUTS}, warnings
     if not same:
         warnings = (*warnings, _told(named or "the model's type", fields))
     return _plain({**defaults, **made}, fields, config), warnings
@@ -57,9 +59,7 @@ def settle_class(
 
 def _plain(settings: dict[str, Any], fields: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
     """`settings` of the class that reads the file as it is."""
-    made = {**settings, "tokenizer_class": PLAIN}
-    # The model has no input for token types. GPT-2 in PyTorch would add the embedding of token 0 for each of them.
-    made["model_input_names"] = ["input_ids", "attention_mask"]
+    made = {**settings, "tokenizer_class": PLAIN, "model_input_names": _INPUTS}
     if not any(key in made for key in NAMED):
         special = {token["id"]: token["content"] for token in fields["added_tokens"] if token["special"]}
         for key in ("bos_token", "eos_token", "pad_token"):

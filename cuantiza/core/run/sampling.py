@@ -16,6 +16,7 @@ from tokenizers import Tokenizer
 from cuantiza.core.errors import UserError
 from cuantiza.core.run.runtime import Runtime
 
+
 @dataclass(frozen=True)
 class Sampling:
     """How a token is drawn from logits. Raises UserError if a value is out of range.

@@ -46,12 +46,11 @@ def convert(
         for name, given in files.items():
             shutil.copyfile(checkpoint / given, prepared / name)
         if VOCABULARY in files:
-            # Words of the vocabulary keep their ids, so the added tokens become words.
-            vocabulary = read_json(checkpoint / files[VOCABULARY])
-            write_json(
-                prepared / VOCABULARY,
-                vocabulary | {text: token["id"] for text, token in added.items() if text not in vocabulary},
-            )
+            # Words of the vocabulary keep their ids, so the added tokens become words, unless their ids are taken.
+            words = read_json(checkpoint / files[VOCABULARY])
+            taken = {number for number in words.values() if isinstance(number, int)}
+            free = {text: token["id"] for text, token in added.items() if token["id"] not in taken}
+            write_json(prepared / VOCABULARY, free | words)
         left_out = ("added_tokens_decoder", "chat_template")
         told = {key: value for key, value in settings.items() if key not in left_out}
         write_json(prepared / SETTINGS, told | ({"tokenizer_class": named} if isinstance(named, str) else {}))
@@ -61,12 +60,11 @@ def convert(
         made = tidy(read_json(saved / SETTINGS), checkpoint / SETTINGS)
     if MERGES in files:
         _check_merges(fields["model"], checkpoint / files[MERGES], len(added))
+    # What transformers made of the added tokens is left out: their ids and flags are those that `added` says.
+    fields["added_tokens"] = [token for token in fields["added_tokens"] if token["content"] not in added]
     made = {key: value for key, value in made.items() if key != "added_tokens_decoder"}
-    return (
-        fields,
-        {**made, **({"chat_template": settings["chat_template"]} if "chat_template" in settings else {})},
-        warnings,
-    )
+    template = {"chat_template": settings["chat_template"]} if "chat_template" in settings else {}
+    return fields, {**made, **template}, warnings
 
 
 def _add_extra_ids(fields: dict[str, Any], settings: dict[str, Any], config: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from cuantiza.core.inputs.tokenizer_files import OWN, SETTINGS
-from cuantiza.export.tokenizer.settings import NAMED, write_json
+from cuantiza.export.tokenizer.settings import NAMED, special_tokens, write_json
 
 # The class that reads tokenizer.json as it is, in transformers 4 and 5, transformers.js and onnxruntime-genai.
 PLAIN = "PreTrainedTokenizerFast"
@@ -152,6 +152,7 @@ def _asked(
     side = {"padding_side": tokenizer.padding_side} if tokenizer.padding_side != "right" else {}
     same = _parts(read) == _parts(fields) and _vocabulary(read) == _vocabulary(fields)
     known = _words(fields)
+    same = same and known.issuperset(tokenizer.get_vocab().keys() - set(special_tokens(settings)))
     defaults = {key: value for key, value in named.items() if value in known}
     return type(tokenizer).__name__, same, {**defaults, **side}
 

@@ -12,7 +12,7 @@ import onnx_ir as ir
 from cuantiza.core import contract
 from cuantiza.core.inputs.model_config import max_positions, read_config
 from cuantiza.core.onnx import file as onnx_file
-from cuantiza.core.onnx.genai_config import GENAI_CONFIG, genai_config
+from cuantiza.core.onnx.genai_config import GENAI_CONFIG, genai_config, tokenizer_warning
 from cuantiza.core.store import artifact
 from cuantiza.quantize.rewrite.fuse_attention import check_attention, fuse_attention, not_fusable
 from cuantiza.quantize.settings import Target
@@ -33,15 +33,18 @@ def write_graph(parent: Path, work: Path, target: Target, rewrite: Callable[[ir.
     if target == "ort":
         kept = not_fusable(model)
         details["fused_attention"] = 0 if kept else fuse_attention(model)
-        if kept:
-            details["warnings"] = [kept]
-        _write_genai_config(model, parent, work)
+        warnings = [*([kept] if kept else []), *_write_genai_config(model, parent, work)]
+        if warnings:
+            details["warnings"] = warnings
     onnx_file.save(model, work)
     return details
 
 
-def _write_genai_config(model: ir.Model, parent: Path, work: Path) -> None:
-    """Write genai_config.json, so that onnxruntime-genai can load the graph and knows how to give it its KV cache."""
+def _write_genai_config(model: ir.Model, parent: Path, work: Path) -> list[str]:
+    """Write genai_config.json, so that onnxruntime-genai can load the graph and knows how to give it its KV cache.
+
+    Returns warnings.
+    """
     graph = model.graph
     keys = [value for value in graph.inputs if contract.is_past(value.name) and value.name.endswith(".key")]
     config = read_config(parent)
@@ -56,3 +59,5 @@ def _write_genai_config(model: ir.Model, parent: Path, work: Path) -> None:
         in_place=contract.IN_PLACE in model.metadata_props,
     )
     (work / GENAI_CONFIG).write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")
+    warning = tokenizer_warning(json.loads((parent / "tokenizer.json").read_text(encoding="utf-8")))
+    return [warning] if warning else []

@@ -8,8 +8,10 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from cuantiza.core.errors import UserError
-from cuantiza.core.inputs.tokenizer_files import MERGES, OWN, SETTINGS, VOCABULARY, WORDS
+from cuantiza.core.inputs.tokenizer_files import MERGES, OWN, SENTENCEPIECE, SETTINGS, VOCABULARY, WORDS
+from cuantiza.export.tokenizer.readers import PLAIN
 from cuantiza.export.tokenizer.settings import read_json, tidy, write_json
+from cuantiza.export.tokenizer.spm import WITH_OWN_IDS, from_sentencepiece, read_model
 
 
 def convert(
@@ -30,18 +32,25 @@ def convert(
     if WORDS in files and (named is None or not isinstance(named, str) or named.startswith("GPT2")):
         named = "BertTokenizer"
         warnings = (f"no file names the class of the tokenizer; {WORDS} is read as BertTokenizer's",)
+    model = next((checkpoint / given for name, given in files.items() if name in SENTENCEPIECE), None)
+    if model is not None and (not isinstance(named, str) or named.removesuffix("Fast") in WITH_OWN_IDS):
+        fields, settings = from_sentencepiece(model, settings)
+        if named in ("T5Tokenizer", "T5TokenizerFast"):
+            _add_extra_ids(fields, settings, config)
+        return fields, {**settings, "tokenizer_class": PLAIN}, warnings
+    if model is not None:
+        read_model(model)  # transformers takes what is no such model for another kind of file
     with TemporaryDirectory() as temporary:
         prepared, saved = Path(temporary, "prepared"), Path(temporary, "saved")
         prepared.mkdir()
         for name, given in files.items():
             shutil.copyfile(checkpoint / given, prepared / name)
         if VOCABULARY in files:
-            # Words of the vocabulary keep their ids, so the added tokens become words.
-            vocabulary = read_json(checkpoint / files[VOCABULARY])
-            write_json(
-                prepared / VOCABULARY,
-                vocabulary | {text: token["id"] for text, token in added.items() if text not in vocabulary},
-            )
+            # Words of the vocabulary keep their ids, so the added tokens become words, unless their ids are taken.
+            words = read_json(checkpoint / files[VOCABULARY])
+            taken = {number for number in words.values() if isinstance(number, int)}
+            free = {text: token["id"] for text, token in added.items() if token["id"] not in taken}
+            write_json(prepared / VOCABULARY, free | words)
         left_out = ("added_tokens_decoder", "chat_template")
         told = {key: value for key, value in settings.items() if key not in left_out}
         write_json(prepared / SETTINGS, told | ({"tokenizer_class": named} if isinstance(named, str) else {}))
@@ -51,12 +60,21 @@ def convert(
         made = tidy(read_json(saved / SETTINGS), checkpoint / SETTINGS)
     if MERGES in files:
         _check_merges(fields["model"], checkpoint / files[MERGES], len(added))
+    # What transformers made of the added tokens is left out: their ids and flags are those that `added` says.
+    fields["added_tokens"] = [token for token in fields["added_tokens"] if token["content"] not in added]
     made = {key: value for key, value in made.items() if key != "added_tokens_decoder"}
-    return (
-        fields,
-        {**made, **({"chat_template": settings["chat_template"]} if "chat_template" in settings else {})},
-        warnings,
-    )
+    template = {"chat_template": settings["chat_template"]} if "chat_template" in settings else {}
+    return fields, {**made, **template}, warnings
+
+
+def _add_extra_ids(fields: dict[str, Any], settings: dict[str, Any], config: dict[str, Any]) -> None:
+    """Add the tokens <extra_id_N> that T5Tokenizer puts after the model's own, the last first, if the model has them."""
+    count, first = settings.get("extra_ids", 100), len(fields["model"]["vocab"])
+    if isinstance(count, int) and first + count <= config.get("vocab_size", 0):
+        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        for number in range(count):
+            content = f"<extra_id_{count - 1 - number}>"
+            fields["added_tokens"].append({"id": first + number, "content": content, **flags, "special": True})
 
 
 def _run_transformers(checkpoint: Path, prepared: Path, saved: Path) -> None:
@@ -71,7 +89,7 @@ def _run_transformers(checkpoint: Path, prepared: Path, saved: Path) -> None:
     except Exception as error:  # for a broken file, the Rust library and transformers raise many kinds of exception
         reason = " ".join(str(error).replace(str(prepared), str(checkpoint)).split())[:300]
         raise UserError(
-            f"{checkpoint}: its tokenizer files are broken ({reason}); take those of the original checkpoint"
+            f"{checkpoint}: transformers cannot read its tokenizer files ({reason}); take those of the original checkpoint"
         ) from None
 
 

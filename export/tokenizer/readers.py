@@ -8,12 +8,14 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from cuantiza.core.inputs.tokenizer_files import OWN, SETTINGS
-from cuantiza.export.tokenizer.settings import NAMED, write_json
+from cuantiza.export.tokenizer.settings import NAMED, special_tokens, write_json
 
 # The class that reads tokenizer.json as it is, in transformers 4 and 5, transformers.js and onnxruntime-genai.
 PLAIN = "PreTrainedTokenizerFast"
 _PLAIN = (PLAIN, "PreTrainedTokenizer", "TokenizersBackend")
 _GPT2 = ("GPT2Tokenizer", "GPT2TokenizerFast")
+# Without token types, which no graph of ours has as an input; GPT-2 in PyTorch would add the embedding of token 0.
+_INPUTS = ["input_ids", "attention_mask"]
 _END = "<|endoftext|>"
 # What transformers 5 builds for GPT2Tokenizer from the vocabulary and the merges alone, without what is false or empty.
 _GPT2_PARTS = {
@@ -49,7 +51,7 @@ def settle_class(
         return _plain({**made, **defaults}, fields, config), warnings
     built, same, defaults = _asked(made, fields, config)
     if same and built not in _PLAIN:
-        return made, warnings
+        return {**made, "model_input_names": _INPUTS}, warnings
     if not same:
         warnings = (*warnings, _told(named or "the model's type", fields))
     return _plain({**defaults, **made}, fields, config), warnings
@@ -57,9 +59,7 @@ def settle_class(
 
 def _plain(settings: dict[str, Any], fields: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
     """`settings` of the class that reads the file as it is."""
-    made = {**settings, "tokenizer_class": PLAIN}
-    # The model has no input for token types. GPT-2 in PyTorch would add the embedding of token 0 for each of them.
-    made["model_input_names"] = ["input_ids", "attention_mask"]
+    made = {**settings, "tokenizer_class": PLAIN, "model_input_names": _INPUTS}
     if not any(key in made for key in NAMED):
         special = {token["id"]: token["content"] for token in fields["added_tokens"] if token["special"]}
         for key in ("bos_token", "eos_token", "pad_token"):
@@ -152,6 +152,7 @@ def _asked(
     side = {"padding_side": tokenizer.padding_side} if tokenizer.padding_side != "right" else {}
     same = _parts(read) == _parts(fields) and _vocabulary(read) == _vocabulary(fields)
     known = _words(fields)
+    same = same and known.issuperset(tokenizer.get_vocab().keys() - set(special_tokens(settings)))
     defaults = {key: value for key, value in named.items() if value in known}
     return type(tokenizer).__name__, same, {**defaults, **side}
 

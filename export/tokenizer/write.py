@@ -141,9 +141,19 @@ def _check(fields: dict[str, Any], work: Path, checkpoint: Path, vocabulary: int
 
 
 def _agreeing(settings: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
-    """`settings` without an added_tokens_decoder that is not tokenizer.json's."""
-    ids = {str(token["id"]): token["content"] for token in fields["added_tokens"]}
+    """`settings` without an added_tokens_decoder that says other than tokenizer.json's `fields`, or less.
+
+    Some classes of transformers 5 believe it, and not tokenizer.json.
+    """
+    listed = {
+        str(token["id"]): {key: value for key, value in token.items() if key != "id"}
+        for token in fields["added_tokens"]
+    }
     decoder = settings.get("added_tokens_decoder") or {}
-    if all(ids.get(number) == token.get("content") for number, token in decoder.items()):
-        return settings
-    return {key: value for key, value in settings.items() if key != "added_tokens_decoder"}
+    told = {
+        number: {key: value for key, value in token.items() if key != "__type"} if isinstance(token, dict) else token
+        for number, token in decoder.items()
+    }
+    return (
+        settings if told == listed else {key: value for key, value in settings.items() if key != "added_tokens_decoder"}
+    )

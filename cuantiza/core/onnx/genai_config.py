@@ -14,6 +14,27 @@ GENAI_CONFIG = "genai_config.json"
 _TYPE = "decoder"
 
 
+def tokenizer_warning(tokenizer: dict[str, Any]) -> str | None:
+    """Why onnxruntime-genai gives other token ids than `tokenizer`, the fields of tokenizer.json; None if it does not.
+
+    Found by trying release 0.18: its reader knows byte-level BPE, with any regular expression before it, and overlooks
+    normalizers and `add_prefix_space`. Other kinds get wrong ids or an error.
+    """
+    steps = [step for step in (tokenizer.get("normalizer"), tokenizer.get("pre_tokenizer")) if step]
+    kinds = [str(step.get("type")) for step in steps]
+    before = tokenizer.get("pre_tokenizer") or {}
+    parts = before.get("pretokenizers") or [before]
+    bytes_last = parts[-1].get("type") == "ByteLevel" and not parts[-1].get("add_prefix_space")
+    splits = all(part.get("type") == "Split" for part in parts[:-1]) if parts[:-1] else before.get("use_regex", True)
+    model = tokenizer["model"].get("type", "BPE")
+    if model == "BPE" and bytes_last and splits and not tokenizer.get("normalizer"):
+        return None
+    return (
+        f"onnxruntime-genai does not read this kind of tokenizer ({', '.join([*kinds, model])}) as tokenizer.json says; "
+        "give it token ids that another tokenizer made"
+    )
+
+
 def genai_config(
     config: dict[str, Any],
     generation: dict[str, Any],

@@ -19,6 +19,7 @@ from onnxruntime.quantization.shape_inference import quant_pre_process
 from onnxruntime.transformers.optimizer import optimize_model
 
 from cuantiza.core.contract import window_feeds
+from cuantiza.core.inputs.gpt2_config import canonical_fields, is_gpt2
 from cuantiza.core.inputs.model_config import read_config
 from cuantiza.core.machine.progress import track
 from cuantiza.core.onnx import file as onnx_file
@@ -64,9 +65,9 @@ def _prepare(model: Path, work: Path) -> Path:
     os.chdir(work)  # the tools leave temporary files in the working directory; this recipe has a process of its own
     logging.getLogger().setLevel(logging.ERROR)  # the tools log a warning for every node that they skip
     onnxruntime.set_default_logger_severity(3)  # each session would warn that num_logits_to_keep is not a constant
-    config = read_config(model.parent)
+    config = canonical_fields(read_config(model.parent))
     # Only GPT-2 is optimized: the optimizer's other model types are not those that optimum's exporter writes.
-    if config.get("model_type", "gpt2") == "gpt2":
+    if is_gpt2(config):
         optimized = optimize_model(
             str(model), "gpt2", num_heads=config["n_head"], hidden_size=config["n_embd"], opt_level=0
         )

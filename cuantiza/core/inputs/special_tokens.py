@@ -216,15 +216,14 @@ def _warnings(known: _Vocabulary, faults: _Faults, start: _Id, end: list[_Id]) -
     if faults.places:
         both = f"start and end with {first}, from {start}" if first == last else f"{begin_with}, and {end_with}"
         warnings.append(f"{faults}; texts {both}")
-    named = known.named_start
-    if named and named.id != start.id:
+    others = []
+    if (named := known.named_start) and named.id != start.id:
+        others.append(f"texts {begin_with}, but {named} names {known.describe(named.id)}")
+    if (named := known.named_end) and named.id not in [one.id for one in end]:
+        others.append(f"texts {end_with}, but {named} names {known.describe(named.id)}")
+    if others:
         warnings.append(
-            f"texts {begin_with}, but {named} names {known.describe(named.id)}; if that one is right, write it as bos_token_id in config.json"
-        )
-    named = known.named_end
-    if named and named.id not in [one.id for one in end]:
-        warnings.append(
-            f"texts {end_with}, but {named} names {known.describe(named.id)}; if that one is right, write it as eos_token_id in config.json"
+            f"{'; '.join(others)}; if the tokenizer is right, write its ids into config.json and generation_config.json"
         )
     if known.own_start is None and (fault := known.fault(start.id)):
         warnings.append(f"texts {begin_with}, which {fault}; if that is wrong, correct bos_token_id in config.json")

@@ -133,7 +133,8 @@ def test_config_wins_over_the_tokenizer_and_both_are_named(tmp_path: Path) -> No
     fields = {"model_type": "gpt2", "bos_token_id": 0, "eos_token_id": 8194}
     found = resolve_special_tokens(tmp_path, fields, tokenizer, tmp_path, 8195)
     assert (found.start, found.end) == (0, (8194,))
-    start, end = found.warnings
+    (line,) = found.warnings
+    start, end, _ = line.split("; ")
     assert "0 (<|endoftext|>)" in start and "8192 (<s>)" in start and "bos_token" in start
     assert "8194 (<usuario>)" in end and "8193 (</s>)" in end and "eos_token" in end
 

@@ -6,7 +6,7 @@ VENV          ?= .venv## environment of the pipeline and the tests
 OPTIMUM_VENV  ?= .venv-optimum## environment for EXPORTER=optimum
 RAY_VENV      ?= .venv-ray## environment for RAY=
 MODEL         ?= models/es-mini## checkpoint: folder or owner/name[@revision]
-CORPUS        ?= corpus/es## text: file, folder or owner/name (CORPUS_CONFIG=, CORPUS_SPLIT=, CORPUS_COLUMN=)
+CORPUS        ?= corpus/es## text: file, folder or owner/name (CORPUS_CONFIG=, CORPUS_SPLIT=, CORPUS_COLUMN=, CORPUS_BY=line)
 RECIPES       ?= int8-dynamic int8-static## how to quantize: `python -m cuantiza recipes` lists them
 RECIPE        ?= int8-dynamic## the one artifact of `generate` and `demo`
 OUT           ?= artifacts## folder for artifacts
@@ -25,7 +25,8 @@ ARTIFACT ?= $(OUT)/$(NAME)/$(RECIPE)
 run       = $(VENV)/bin/python -m
 ready     = $(VENV)/.stamp
 corpus    = --corpus "$(CORPUS)" $(if $(CORPUS_CONFIG),--corpus-config "$(CORPUS_CONFIG)") \
-            $(if $(CORPUS_SPLIT),--corpus-split "$(CORPUS_SPLIT)") $(if $(CORPUS_COLUMN),--corpus-column "$(CORPUS_COLUMN)")
+            $(if $(CORPUS_SPLIT),--corpus-split "$(CORPUS_SPLIT)") $(if $(CORPUS_COLUMN),--corpus-column "$(CORPUS_COLUMN)") \
+            $(if $(CORPUS_BY),--corpus-by "$(CORPUS_BY)")
 
 .DEFAULT_GOAL := help
 .PHONY: export quantize eval compare bundle generate demo sweep optimum ray js test lint clean help

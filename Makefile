@@ -15,7 +15,7 @@ VENV          ?= .venv## environment of the pipeline and the tests
 OPTIMUM_VENV  ?= .venv-optimum## environment for EXPORTER=optimum
 RAY_VENV      ?= .venv-ray## environment for RAY=
 MODEL         ?= models/es-mini## checkpoint: folder or owner/name[@revision]
-CORPUS        ?= corpus/es## text: file, folder or owner/name (CORPUS_CONFIG=, CORPUS_SPLIT=, CORPUS_COLUMN=)
+CORPUS        ?= corpus/es## text: file, folder or owner/name (CORPUS_CONFIG=, CORPUS_SPLIT=, CORPUS_COLUMN=, CORPUS_BY=line)
 RECIPES       ?= int8-dynamic int8-static## how to quantize: `python -m cuantiza recipes` lists them
 RECIPE        ?= int8-dynamic## the one artifact of `generate` and `demo`
 OUT           ?= artifacts## folder for artifacts
@@ -40,7 +40,8 @@ model     = --model=$(call quote,$(MODEL))
 artifact  = $(call quote,$(or $(ARTIFACT),$(OUT)/$(NAME)/$(RECIPE)))
 artifacts = --artifacts=$(call quote,$(OUT))
 corpus    = --corpus=$(call quote,$(CORPUS))$(call option, --corpus-config,$(CORPUS_CONFIG))$(call option, \
-            --corpus-split,$(CORPUS_SPLIT))$(call option, --corpus-column,$(CORPUS_COLUMN))
+            --corpus-split,$(CORPUS_SPLIT))$(call option, --corpus-column,$(CORPUS_COLUMN))$(call option, \
+            --corpus-by,$(CORPUS_BY))
 
 .DEFAULT_GOAL := help
 .PHONY: export quantize eval compare bundle generate demo sweep optimum ray js test lint clean help

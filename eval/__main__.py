@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="further ONNX files, or folders with a model.onnx, of the same interface",
     )
     parser.add_argument("--without-torch", action="store_true", help="leave out the PyTorch rows")
-    add_number(parser, "--tokens", TOKENS, "score whole documents until this many tokens")
+    add_number(parser, "--tokens", TOKENS, "score documents until this many tokens")
     add_number(parser, "--window", WINDOW, "longest context of a scored token, in tokens")
     add_number(parser, "--rounds", ROUNDS, "interleaved rounds of latency")
     add_threads(parser)

@@ -97,7 +97,7 @@ def _sha256(text: str) -> str:
 
 def _listed(folder: Path) -> list[Path]:
     """The `.txt` files of `folder` that its index lists, sorted."""
-    return [file for file in documents.visible(folder) if file.parent == folder and file.suffix == ".txt"]
+    return [file for file in documents.visible(folder) if file.parent == folder and file.suffix.lower() == ".txt"]
 
 
 def _indexed(folder: Path, by: str) -> tuple[list[str], list[str]]:

@@ -75,11 +75,17 @@ def _documents(source: Source, seen: Seen) -> Iterator[str]:
 def _files(path: Path, seen: Seen) -> list[tuple[Path, files.Kind]]:
     """The files that are read, and how. Raises UserError where there is none."""
     if not path.is_dir():
+        if not path.is_file():
+            raise UserError(f"CORPUS={path}: is neither a file nor a folder; write the text to a file first")
         return [(path, files.kind_of(path))]
     found: list[tuple[Path, files.Kind]] = []
     for file in visible(path):
         # What datasets keeps beside its data, and other JSON that is no list of rows, is none of the texts.
-        if files.is_beside(file) or not file.stat().st_size or (file.suffix == ".json" and rows.is_one_object(file)):
+        if (
+            files.is_beside(file)
+            or not file.stat().st_size
+            or (files.suffix_of(file) == ".json" and rows.is_one_object(file))
+        ):
             seen.skipped.append(str(file.relative_to(path)))
             continue
         try:
@@ -112,8 +118,9 @@ def _examples(names: list[str]) -> str:
 
 
 def _nulls(seen: Seen) -> str:
-    what = "1 row has" if seen.nulls == 1 else f"{seen.nulls} rows have"
-    return f"{what} no text (null) and {'is' if seen.nulls == 1 else 'are'} left out, the first in {seen.first_null}"
+    if seen.nulls == 1:
+        return f"1 row has no text (null) and is left out: {seen.first_null}"
+    return f"{seen.nulls:,} rows have no text (null) and are left out, the first is {seen.first_null}"
 
 
 def _too_few(source: Source, documents: list[str], seen: Seen) -> str:
@@ -136,7 +143,8 @@ def _say(source: Source, documents: list[str], seen: Seen) -> None:
     """Say what was left out, and what makes figures that the user may not have meant."""
     start = f"corpus    {source.spec}: "
     if seen.skipped:
-        report(f"{start}{len(seen.skipped)} files are no text and left out: {_examples(seen.skipped)}")
+        what = "1 file is" if len(seen.skipped) == 1 else f"{len(seen.skipped):,} files are"
+        report(f"{start}{what} left out, as they hold no text or stand beside texts: {_examples(seen.skipped)}")
     if seen.nulls:
         report(start + _nulls(seen))
     if seen.longer:

@@ -137,7 +137,10 @@ def kind_of(file: Path) -> Kind:
             raise NoText(f"{file}: {what.format(**remedy)}")
     if head[257:262] == b"ustar":
         raise NoText(f"{file}: {_UNPACK}")
-    return SUFFIXES.get(suffix) or _sniffed(file, head)
+    kind = SUFFIXES.get(suffix)
+    if kind == "text" and head.startswith(b"{"):
+        return "lines" if _is_json(head.split(b"\n", 1)[0]) else "text"
+    return kind or _sniffed(file, head)
 
 
 def _sniffed(file: Path, head: bytes) -> Kind:
@@ -159,7 +162,7 @@ def _sniffed(file: Path, head: bytes) -> Kind:
     return "lines" if line.startswith("{") and (_is_json(line) or len(head) == _HEAD == len(line.encode())) else "text"
 
 
-def _is_json(line: str) -> bool:
+def _is_json(line: str | bytes) -> bool:
     try:
         json.loads(line)
     except (ValueError, RecursionError):

@@ -98,6 +98,10 @@ def _rows(table: Any, name: str, column: str) -> Iterator[Row]:
 
 
 def _streamed(table: Any, name: str, column: str) -> Iterator[Row]:
+    if table.column_names:  # of Parquet; of JSON the first row says them
+        if column not in table.column_names:
+            raise without_column(name, column, table.column_names)
+        table = table.select_columns([column])
     rows = iter(table)
     first = next(rows, None)
     if first is None:

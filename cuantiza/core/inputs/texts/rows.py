@@ -38,7 +38,7 @@ def texts_of(rows: Iterable[Row], name: str, column: str, seen: Seen) -> Iterato
         seen.rows += 1
         if value is None or value != value:  # a missing value may be NaN
             seen.nulls += 1
-            seen.first_null = seen.first_null or f"{name}: {place}"
+            seen.first_null = seen.first_null or f"{place} of {Path(name).name}"
         elif isinstance(value, str):
             seen.blank += not value or value.isspace()
             yield value

@@ -75,7 +75,7 @@ def test_what_is_left_out_of_a_folder_is_said(folder: Path, capsys: pytest.Captu
         (folder / name).write_bytes({"config.json": b'{"a": 1}', "foto.bin": b"\0\1", "vacio": b""}.get(name, b"texto"))
     assert read(folder) == set(TEXTS)
     said = capsys.readouterr().err
-    assert said.count("\n") == 1 and "6 files are no text and left out" in said and "LICENSE, README.md" in said
+    assert said.count("\n") == 1 and "6 files are left out" in said and "LICENSE, README.md" in said
 
 
 def test_folder_of_files_without_suffix(tmp_path: Path) -> None:
@@ -100,7 +100,7 @@ def test_folder_with_nothing_but_other_files(tmp_path: Path) -> None:
 def test_rows_without_text_are_left_out_and_counted(tmp_path: Path, name: str, capsys: pytest.CaptureFixture) -> None:
     assert read(rows(tmp_path / name, [*TEXTS[:5], None, *TEXTS[5:]])) == set(TEXTS)
     said = capsys.readouterr().err
-    assert said.count("\n") == 1 and "1 row has no text (null) and is left out" in said and " 6" in said
+    assert said.count("\n") == 1 and "1 row has no text (null) and is left out" in said and f" 6 of {name}" in said
     assert read(rows(tmp_path / name, [None, *TEXTS, None])) == set(TEXTS)
     assert "2 rows have no text" in capsys.readouterr().err
 

@@ -81,7 +81,7 @@ def test_names_of_plain_text(tmp_path: Path, name: str) -> None:
     assert read(written(tmp_path / name, PLAIN)) == set(TEXTS)
 
 
-@pytest.mark.parametrize("name", ["a.JSONL", "a.ndjson", "a.json", "wiki_00", "part-00000"])
+@pytest.mark.parametrize("name", ["a.JSONL", "a.ndjson", "a.json", "wiki_00", "part-00000", "a.txt"])
 def test_names_of_json_lines(tmp_path: Path, name: str) -> None:
     assert read(written(tmp_path / name, LINES)) == set(TEXTS)
 

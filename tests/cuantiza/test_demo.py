@@ -218,6 +218,19 @@ def test_sampling():
 
 
 @needs_packages
+def test_sigterm_ends_it_and_leaves_nothing(int8, tmp_path):
+    command = [sys.executable, "-u", "-m", "cuantiza.demo", "--artifact", int8, "--port", "0"]
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
+    ) as process:
+        assert b"http://" in process.stdout.readline() and list(tmp_path.iterdir())
+        process.terminate()
+        _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors, list(tmp_path.iterdir())) == (128 + signal.SIGTERM, b"", [])
+
+
+@needs_packages
 def test_a_broken_name_is_not_found(int8):
     with served("cuantiza.demo", "--artifact", int8, "--port", 0) as url, pytest.raises(HTTPError, match="404"):
         urlopen(f"{url}%00")

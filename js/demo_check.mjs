@@ -1,6 +1,6 @@
 // Uses the demo page like a visitor, in a real Chromium: `node js/demo_check.mjs check.json`. The file says what to do:
 // { url, language, viewport: { width, height }, dark, noSimd, processors, screenshots: { name: path },
-//   runs: [{ prompt, length, temperature, topK, seed, stopAfter }] }
+//   runs: [{ prompt, length, temperature, topK, seed, stopAfter }], reload }
 // The script prints its observations as JSON. Screenshots can be named start, download, writing (needs a run with
 // stopAfter) and end.
 
@@ -61,7 +61,14 @@ try {
       await page.click("#stop");
     }
     await page.waitForSelector("#go", { visible: true });
+    const focused = await page.evaluate(() => document.activeElement.id);
+    const visible = await page.evaluate(() => {
+      const at = document.getElementById("written").getClientRects();
+      return at.length > 0 && at[0].top >= 0 && at[0].top < window.innerHeight;
+    });
     seen.runs.push({
+      focused, // which element has the focus at the end
+      visible, // whether the first line of the continuation can be seen without scrolling
       given: await text("#given"),
       written: await text("#written"),
       perSecond: await text("#per-second"),
@@ -86,6 +93,13 @@ try {
       .filter((node) => !node.labels?.length && !node.ariaLabel && !node.textContent.trim())
       .map((node) => node.id),
   );
+  if (check.reload) {
+    await page.reload({ waitUntil: "networkidle0", timeout: 0 });
+    seen.reloaded = await page.evaluate(() =>
+      Object.fromEntries([...document.querySelectorAll("textarea, input")].map((field) => [field.id, field.value])),
+    );
+    seen.reloaded.title = await page.title();
+  }
   console.log(JSON.stringify(seen));
 } finally {
   await browser.close();

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -151,3 +152,32 @@ def test_make_runs_nothing_of_any_variable(tmp_path: Path) -> None:
         command = ["make", "-n", "VENV=.venv", *sorted(goals), *given]
         subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, timeout=60)
         assert not list(tmp_path.iterdir())
+
+
+def test_ending_make_ends_the_server(tmp_path: Path) -> None:
+    """make hands SIGTERM to its child, which is the server itself and no shell."""
+    python, told = tmp_path / "bin/python", tmp_path / "pid"
+    python.parent.mkdir()
+    lines = [
+        f"#!{sys.executable} -IS",
+        "import os, pathlib, time",
+        f"pathlib.Path({str(told)!r}).write_text(f'{{os.getpid()}} ')",
+        "time.sleep(60)",
+    ]
+    python.write_text("\n".join(lines))
+    python.chmod(0o755)
+    for name in (".stamp", "manifest.json"):
+        (tmp_path / name).touch()
+    command = ["make", "-o", "js/node_modules/.stamp", "demo", f"VENV={tmp_path}", f"ARTIFACT={tmp_path}"]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL) as make:
+        while not (told.exists() and told.read_text().endswith(" ")):
+            assert make.poll() is None
+            time.sleep(0.01)
+        server = int(told.read_text())
+        make.terminate()
+        make.wait(timeout=60)
+    end = time.monotonic() + 30
+    while Path(f"/proc/{server}").exists() and time.monotonic() < end:
+        time.sleep(0.01)
+    with pytest.raises(ProcessLookupError):
+        os.kill(server, 0)

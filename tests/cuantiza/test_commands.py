@@ -92,3 +92,63 @@ def test_the_defaults_are_found_from_any_folder(tmp_path: Path) -> None:
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True)
+
+
+INTERRUPTED = """
+import os, signal, sys
+
+class Interrupt:
+    def find_spec(self, name, path=None, target=None):
+        if name == os.environ["WHILE"]:
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Interrupt())
+"""
+
+
+@pytest.mark.parametrize(
+    ("command", "while_loading"),
+    [
+        (("cuantiza.generate",), "cuantiza.core.cli"),
+        (("cuantiza.generate",), "numpy"),
+        (("cuantiza.generate",), "onnxruntime"),
+        (("cuantiza", "generate"), "numpy"),
+        (("cuantiza.demo",), "cuantiza.demo.site"),
+        (("cuantiza.bundle",), "cuantiza.eval.report.read"),
+        (("export",), "cuantiza.core.cli"),
+        (("eval",), "cuantiza.eval.stage"),
+    ],
+)
+def test_ctrl_c_while_a_command_loads(
+    tmp_path: Path, command: tuple[str, ...], while_loading: str, es_mini_fp32
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(INTERRUPTED)
+    options = ("--artifact", es_mini_fp32.path) if "generate" in command[-1] else ()
+    done = stage(*command, *options, env={"PYTHONPATH": str(tmp_path), "WHILE": while_loading})
+    assert done.status in (130, -2) and done.stderr == "", done.stderr
+
+
+def test_a_program_that_imports_cuantiza_keeps_its_own_ctrl_c(tmp_path: Path) -> None:
+    """Also one that `python -m` runs, which imports it while Python looks for the module."""
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs/__init__.py").write_text("import cuantiza\n")
+    (tmp_path / "theirs/__main__.py").write_text(
+        "import signal; print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)\n"
+    )
+    done = stage("theirs", env={"PYTHONPATH": str(tmp_path)})
+    assert done.stdout == "True\n", done.stderr
+
+
+@pytest.mark.parametrize("value", ["-Hola", "--hola", "-5", "-h,i", "- "])
+def test_a_value_may_begin_with_a_dash(value: str) -> None:
+    from cuantiza.core.cli import Parser
+
+    parser = Parser("generate", "", "")
+    parser.add_argument("--prompt")
+    parser.add_argument("--tokens", type=int)
+    for words in (["--prompt", value, "--tokens", "-3"], [f"--prompt={value}", "--tokens=-3"]):
+        args = parser.parse_args(words)
+        assert (args.prompt, args.tokens) == (value, -3)
+    for words in (["--prompt", "--tokens", "3"], ["--prompt", "--tok=3"], ["--prompt", "-h"], ["--prompt"]):
+        with pytest.raises(UserError, match="--prompt: expected one argument"):
+            parser.parse_args(words)

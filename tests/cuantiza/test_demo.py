@@ -115,8 +115,11 @@ def test_the_page_continues_text_as_python_does(int8, es_mini_fp32, tmp_path):
     runs = [asks(), asks(temperature=0.8, length=16), asks(temperature=0.8, length=16, seed=2)]
     runs += [runs[1], asks(temperature=1.5, topK=1), asks(length=256, stopAfter=20)]
     with served("cuantiza.demo", "--artifact", int8, "--port", 0) as url:
-        seen = visit(url, tmp_path, runs=runs, language="es", processors=4)
+        seen = visit(url, tmp_path, runs=runs, language="es", processors=4, reload=True)
     assert_undisturbed(seen)
+    assert {run["focused"] for run in seen["runs"]} == {"go"}, "after the end, and after Stop"
+    assert all(run["visible"] for run in seen["runs"])
+    assert seen["reloaded"] == {name: str(value) for name, value in asks(length=256).items()} | {"title": seen["title"]}
     assert seen["isolated"] and seen["title"] == "Continúa el texto"
     first, drawn, other, again, narrow, stopped = seen["runs"]
     _, tokens, margins = greedy(int8, 24)
@@ -132,6 +135,22 @@ def test_the_page_continues_text_as_python_does(int8, es_mini_fp32, tmp_path):
     assert drawn["written"] == again["written"] != other["written"]
     assert narrow["written"] == first["written"], "the likeliest token alone, however hot"
     assert stopped["status"] == "Parado." and 20 <= int(stopped["tokens"]) < 256
+
+
+@in_browser
+@pytest.mark.parametrize("viewport", [{"width": 1280, "height": 720}, {"width": 390, "height": 844}])
+def test_a_long_prompt_leaves_the_continuation_in_sight(int8, tmp_path, viewport):
+    """Of a long prompt the last words stand in front of the continuation; all of it is what the model is given."""
+    words = " ".join(f"palabra{number}" for number in range(400))
+    runs = [asks(prompt=prompt, length=8) for prompt in (words, "línea\n" * 60, "á" * 2000, PROMPT)]
+    with served("cuantiza.demo", "--artifact", int8, "--port", 0) as url:
+        seen = visit(url, tmp_path, runs=runs, language="en", viewport=viewport)
+    long, lines, unbroken, short = seen["runs"]
+    assert [run["visible"] for run in seen["runs"]] == [True] * 4
+    assert long["given"].startswith("… palabra") and long["given"].endswith(" palabra399") and len(long["given"]) <= 301
+    assert lines["given"] == "…" + "línea\n" * 5 and unbroken["given"] == "…" + "á" * 300
+    assert short["given"] == PROMPT
+    assert "were ignored" in long["status"], "the model was given all of it"
 
 
 @in_browser
@@ -196,6 +215,19 @@ def test_sampling():
     shares = np.bincount(found["drawn"], minlength=5) / 20000
     np.testing.assert_allclose(shares, [0.1, 0.2, 0, 0.5, 0.2], atol=0.015)
     assert found["medians"] == [None, 3, 2, 3]
+
+
+@needs_packages
+def test_sigterm_ends_it_and_leaves_nothing(int8, tmp_path):
+    command = [sys.executable, "-u", "-m", "cuantiza.demo", "--artifact", int8, "--port", "0"]
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
+    ) as process:
+        assert b"http://" in process.stdout.readline() and list(tmp_path.iterdir())
+        process.terminate()
+        _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors, list(tmp_path.iterdir())) == (128 + signal.SIGTERM, b"", [])
 
 
 @needs_packages

@@ -4,6 +4,9 @@ import { TEXTS } from "./texts.js";
 
 const element = (id) => document.getElementById(id);
 const DASH = "–";
+const FIELDS = ["prompt", "length", "temperature", "topK", "seed"];
+const KEPT = `cuantiza-demo ${location.pathname}`;
+const [LINES, CHARACTERS] = [6, 300]; // of the prompt, in front of the continuation
 
 // (module (func (result v128) i32.const 0 i8x16.splat)), which is only valid if the browser supports SIMD.
 const SIMD = [0, 97, 115, 109, 1, 0, 0, 0, 1, 5, 1, 96, 0, 1, 123, 3, 2, 1, 0, 10, 8, 1, 6, 0, 65, 0, 253, 15, 11];
@@ -45,8 +48,12 @@ function showSettings() {
 function showState() {
   const texts = TEXTS[language];
   const { running, ready, progress, report, status, problem } = shown;
-  element("go").hidden = running;
-  element("stop").hidden = !running;
+  // A button that is hidden loses the focus: the one in its place takes it.
+  const [shownNow, hiddenNow] = running ? [element("stop"), element("go")] : [element("go"), element("stop")];
+  const focused = document.activeElement === hiddenNow;
+  shownNow.hidden = false;
+  hiddenNow.hidden = true;
+  if (focused) shownNow.focus({ preventScroll: true });
   const sizes = about && [about.bytes.model, about.bytes.runtime].map(megabytes);
   element("note").textContent = sizes && !ready && !running && !problem ? texts.beforehand(...sizes) : "";
   element("download").hidden = !progress;
@@ -77,7 +84,7 @@ function update(changes) {
 function start() {
   worker ??= makeWorker();
   const prompt = element("prompt").value;
-  element("given").textContent = prompt;
+  element("given").textContent = ending(prompt);
   update({
     running: true,
     report: { text: "", tokens: 0, first: null, perSecond: null },
@@ -93,6 +100,35 @@ function start() {
     topK: element("topK").valueAsNumber,
     seed: element("seed").valueAsNumber,
   });
+  element("text").scrollIntoView({ block: "nearest" });
+}
+
+/** The end of a prompt, which is what the continuation continues: a long one would push it out of sight. */
+function ending(prompt) {
+  const lines = prompt.split("\n").slice(-LINES).join("\n");
+  const end = [...lines].slice(-CHARACTERS).join("");
+  if (end === prompt) return prompt;
+  return "…" + (end === lines ? end : end.replace(/^\S*(?=\s)/, "")); // the first word may have lost its beginning
+}
+
+/** Keep what the page was told, for when it is loaded again in this tab. */
+function remember() {
+  const values = Object.fromEntries(FIELDS.map((name) => [name, element(name).value]));
+  try {
+    sessionStorage.setItem(KEPT, JSON.stringify({ language, values }));
+  } catch {
+    // A browser may forbid it, and has little room; the page works without.
+  }
+}
+
+function recall() {
+  try {
+    const kept = JSON.parse(sessionStorage.getItem(KEPT));
+    if (kept.language in TEXTS) language = kept.language;
+    for (const name of FIELDS) if (typeof kept.values[name] === "string") element(name).value = kept.values[name];
+  } catch {
+    // Nothing is kept, or not by this page.
+  }
 }
 
 /** The number of threads: half of the processors, at most 4. The other half often shares the arithmetic units of the
@@ -135,6 +171,7 @@ element("form").addEventListener("submit", (event) => {
   start();
 });
 element("settings").addEventListener("input", showSettings);
+document.addEventListener("input", remember);
 // A field with an invalid value must be visible.
 element("settings").addEventListener("invalid", () => (element("settings").open = true), true);
 element("stop").addEventListener("click", () => worker.postMessage({ type: "stop" }));
@@ -145,17 +182,20 @@ for (const button of document.querySelectorAll(".examples button")) {
   button.addEventListener("click", () => {
     element("prompt").value = button.textContent;
     element("prompt").focus();
+    remember();
   });
 }
 for (const button of document.querySelectorAll("[data-language]")) {
   button.addEventListener("click", () => {
     language = button.dataset.language;
+    remember();
     show();
   });
 }
 
 // On a phone the open settings would push the text off the screen.
 element("settings").open = matchMedia("(min-width: 56rem)").matches;
+recall();
 show();
 if (typeof WebAssembly === "undefined" || !WebAssembly.validate(new Uint8Array(SIMD))) {
   element("go").disabled = true;

@@ -3,14 +3,19 @@
 They give the results that our recipes have to beat, and serve users who want exactly these tools. Both recipes follow
 ONNX Runtime's documentation for transformers: first the transformer optimizer (formerly the package onnxruntime-tools,
 now onnxruntime.transformers), then quant_pre_process, then quantize_dynamic or quantize_static.
+
+Between these steps, weights are kept in files of their own: a protobuf message, which is what the tools write otherwise,
+ends at 2 GB.
 """
 
 from __future__ import annotations
 
 import logging
-import os
+import tempfile
 from collections.abc import Iterator
+from contextlib import chdir, contextmanager
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import onnxruntime
@@ -18,8 +23,8 @@ from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_
 from onnxruntime.quantization.shape_inference import quant_pre_process
 from onnxruntime.transformers.optimizer import optimize_model
 
-from cuantiza.core.contract import window_feeds
-from cuantiza.core.inputs.gpt2_config import canonical_fields, is_gpt2
+from cuantiza.core import contract
+from cuantiza.core.inputs.gpt2_config import is_gpt2
 from cuantiza.core.inputs.model_config import read_config
 from cuantiza.core.machine.progress import track
 from cuantiza.core.onnx import file as onnx_file
@@ -32,7 +37,9 @@ def ort_dynamic(model: Path, work: Path) -> None:
     time.
     """
     model, work = model.resolve(), work.resolve()
-    quantize_dynamic(_prepare(model, work), work / "quantized.onnx", weight_type=QuantType.QInt8)
+    with _temporary_files_in(work):
+        prepared = _prepare(model, work)
+        quantize_dynamic(prepared, work / "quantized.onnx", weight_type=QuantType.QInt8, use_external_data_format=True)
     _finish(work)
 
 
@@ -48,33 +55,59 @@ def ort_static(model: Path, work: Path, windows: np.ndarray) -> None:
     Activations become uint8, with the range from minimum to maximum over `windows` int64 [n, T]. Weights become int8.
     """
     model, work = model.resolve(), work.resolve()
-    prepared = _prepare(model, work)
-    reader = _Windows(prepared, windows)
-    quantize_static(
-        prepared,
-        work / "quantized.onnx",
-        reader,
-        op_types_to_quantize=_STATIC_OPERATORS,
-        activation_type=QuantType.QUInt8,
-        weight_type=QuantType.QInt8,
-    )
+    with _temporary_files_in(work):
+        prepared = _prepare(model, work)
+        quantize_static(
+            prepared,
+            work / "quantized.onnx",
+            _Windows(prepared, windows),
+            op_types_to_quantize=_STATIC_OPERATORS,
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+            use_external_data_format=True,
+        )
     _finish(work)
 
 
+@contextmanager
+def _temporary_files_in(work: Path) -> Iterator[None]:
+    """Have the tools leave their temporary files, each as large as the model, in `work` and not in the system's place."""
+    before = tempfile.tempdir
+    tempfile.tempdir = str(work)
+    try:
+        with chdir(work):
+            yield
+    finally:
+        tempfile.tempdir = before
+
+
 def _prepare(model: Path, work: Path) -> Path:
-    os.chdir(work)  # the tools leave temporary files in the working directory; this recipe has a process of its own
     logging.getLogger().setLevel(logging.ERROR)  # the tools log a warning for every node that they skip
     onnxruntime.set_default_logger_severity(3)  # each session would warn that num_logits_to_keep is not a constant
-    config = canonical_fields(read_config(model.parent))
+    prepared = work / "prepared.onnx"
     # Only GPT-2 is optimized: the optimizer's other model types are not those that optimum's exporter writes.
-    if is_gpt2(config):
-        optimized = optimize_model(
-            str(model), "gpt2", num_heads=config["n_head"], hidden_size=config["n_embd"], opt_level=0
-        )
+    if is_gpt2(read_config(model.parent)):
+        heads, width = _heads(model)
+        optimized = optimize_model(str(model), "gpt2", num_heads=heads, hidden_size=heads * width, opt_level=0)
         model = work / "optimized.onnx"
-        optimized.save_model_to_file(str(model))
-    quant_pre_process(model, work / "prepared.onnx")
-    return work / "prepared.onnx"
+        optimized.save_model_to_file(str(model), use_external_data_format=True)
+    quant_pre_process(
+        model,
+        prepared,
+        save_as_external_data=True,
+        all_tensors_to_one_file=True,
+        external_data_location=f"{prepared.name}.data",
+    )
+    return prepared
+
+
+def _heads(model: Path) -> tuple[int, int]:
+    """Return (number of heads, width of a head) of the ONNX file `model`, from the shape of its KV cache.
+
+    They are not read from config.json, which may have them under several names.
+    """
+    past = next(value for value in onnx_file.load(model).graph.inputs if contract.is_past(value.name))
+    return cast("int", past.shape[1]), cast("int", past.shape[3])
 
 
 def _finish(work: Path) -> None:
@@ -95,4 +128,4 @@ class _Windows(CalibrationDataReader):
 
     def get_next(self) -> dict[str, np.ndarray] | None:
         window = next(self._windows, None)
-        return None if window is None else window_feeds(self._inputs, window)
+        return None if window is None else contract.window_feeds(self._inputs, window)

@@ -87,9 +87,8 @@ class Runtime:
         self._past = contract.past_names(max(self.layers, 1))
         self._present = contract.present_names(max(self.layers, 1))
         self._outputs = outputs or [contract.LOGITS, *self._present]
-        self._check_names(model, set(inputs))
-        for name in self._past:
-            self._check_cache(model, inputs[name])
+        self._check_names(set(inputs))
+        self._check_types(inputs)
         _, self.heads, _, self.head_dim = inputs[self._past[0]].shape
         self._takes_positions = contract.POSITION_IDS in inputs
         self.in_place = options.in_place and contract.IN_PLACE in self.session.get_modelmeta().custom_metadata_map
@@ -98,26 +97,31 @@ class Runtime:
         self._keep_last = ort.OrtValue.ortvalue_from_numpy(np.array(1, np.int64)) if keeps else None
         self._chunk = options.chunk
 
-    def _check_names(self, model: Path, inputs: set[str]) -> None:
+    def _check_names(self, inputs: set[str]) -> None:
         found = inputs | {item.name for item in self.session.get_outputs()}
         wanted = {contract.INPUT_IDS, contract.ATTENTION_MASK, *self._past, *self._outputs}
+        told = []
         if missing := sorted(wanted - found):
-            raise UserError(
-                f"{model}: has no {', '.join(missing[:3])}; only graphs with the inputs and outputs of the contract in "
-                "docs/artifact.md are measured"
-            )
+            told.append(f"has no {', '.join(missing[:3])}")
         if unknown := sorted(inputs - wanted - {contract.POSITION_IDS}):
+            told.append(f"asks for {', '.join(unknown[:3])}")
+        if told:
             raise UserError(
-                f"{model}: asks for {', '.join(unknown[:3])}, which the contract in docs/artifact.md does not know"
+                f"{self._model}: {' and '.join(told)}; only graphs with the inputs and outputs of the contract in "
+                "docs/artifact.md are measured, such as those of optimum's task text-generation-with-past"
             )
 
-    @staticmethod
-    def _check_cache(model: Path, item: ort.NodeArg) -> None:
-        if item.type != "tensor(float)" or [*map(type, item.shape[1::2])] != [int, int]:
-            raise UserError(
-                f"{model}: {item.name} is {item.type} {item.shape} where the contract in docs/artifact.md has "
-                "float32 [B, heads, P, width]"
-            )
+    def _check_types(self, inputs: dict[str, ort.NodeArg]) -> None:
+        """Raise UserError where a tensor has another type or rank than in the contract, whose numbers would mislead."""
+        logits = next((item for item in self.session.get_outputs() if item.name == contract.LOGITS), None)
+        tokens = (contract.INPUT_IDS, contract.ATTENTION_MASK, contract.POSITION_IDS)
+        told = [
+            *(_unlike(inputs[name], "int64", "[B, T]", 2) for name in tokens if name in inputs),
+            *(_unlike(inputs[name], "float", "[B, heads, P, width]", 4) for name in self._past),
+            _unlike(logits, "float", "[B, T, V]", 3) if logits is not None else None,
+        ]
+        if first := next((text for text in told if text), None):
+            raise UserError(f"{self._model}: {first}")
 
     def forward(self, ids: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
         """Logits float32 [B, T, V] of token ids [B, T], computed without a cache; `mask` [B, T] is 0 on padding."""
@@ -147,7 +151,21 @@ class Runtime:
         feeds = values | dict(zip(self._past, past, strict=True))
         with _refusals(self._model, "run"):
             outputs: list[ort.OrtValue] = self.session.run_with_ort_values(self._outputs, feeds)
+        self._check_lengths(dict(zip(self._outputs, outputs, strict=True)), ids.shape[1], mask.shape[1])
         return outputs
+
+    def _check_lengths(self, outputs: dict[str, ort.OrtValue], count: int, total: int) -> None:
+        """Raise UserError unless `outputs` hold the logits of `count` tokens, and keys and values of `total` ones.
+
+        Other files have outputs of these names too: with the last token's logits alone, or without the past.
+        """
+        wanted = {contract.LOGITS: (1, count), self._present[0]: (2, total)}
+        for name, (axis, length) in wanted.items():
+            if name in outputs and (shape := outputs[name].shape())[axis] != length:
+                raise UserError(
+                    f"{self._model}: {name} is {shape} for {count} new tokens of {total}, where the contract in "
+                    f"docs/artifact.md has {length} in place of {shape[axis]}; export the model again"
+                )
 
     def empty_past(self, batch: int) -> list[ort.OrtValue]:
         """The past of a sequence without tokens: L × (key, value), each [B, H, 0, d]."""
@@ -207,6 +225,7 @@ class Runtime:
             self.session.run_with_iobinding(binding)
         logits, *grown = binding.get_outputs()
         if cache.binding is None:
+            self._check_lengths({self._present[0]: grown[0]}, ids.shape[1], cache.length)
             cache.past = grown
         computed: np.ndarray = logits.numpy()
         return computed
@@ -221,6 +240,20 @@ class Runtime:
         if not self._takes_positions:
             del feeds[contract.POSITION_IDS]
         return feeds
+
+
+def _unlike(item: ort.NodeArg, type_: str, shape: str, rank: int) -> str | None:
+    """Say how an input or output differs from the contract's type and shape; None if it does not.
+
+    The heads and the width of the cache (`rank` 4) have to be numbers. A file may leave out a shape as a whole.
+    """
+    numbers = rank == 4 and [*map(type, item.shape[1::2])] != [int, int]
+    if item.type == f"tensor({type_})" and len(item.shape) in ({rank} if rank == 4 else {0, rank}) and not numbers:
+        return None
+    return (
+        f"{item.name} is {item.type} {item.shape} where the contract in docs/artifact.md has "
+        f"tensor({type_}) {shape}; export the model again, in fp32 and with a cache"
+    )
 
 
 def open_session(

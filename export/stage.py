@@ -78,49 +78,25 @@ def _warn(warnings: list[str]) -> None:
 
 def _export(model: Model, target: Path, exporter: str, opset: int, inputs: dict[str, Any]) -> Artifact:
     # These imports are slow, and a run that finds everything up to date does not need them.
-    from cuantiza.core.inputs.checkpoints import base_folder, tokenizer_folder
-    from cuantiza.core.inputs.gpt2_config import canonical_fields, odd_fields, parse_config
     from cuantiza.core.inputs.model_config import max_positions
-    from cuantiza.core.inputs.model_types import check_model_type, refuse_other_formats
-    from cuantiza.core.inputs.special_tokens import resolve_special_tokens
-    from cuantiza.core.inputs.tokenizer import load_tokenizer
-    from cuantiza.core.inputs.weights.adapters import read_fields
-    from cuantiza.core.inputs.weights.checkpoint import read_checkpoint
     from cuantiza.core.onnx import file as onnx_file
-    from cuantiza.export.companions import write_configs
+    from cuantiza.export.examine import examine
     from cuantiza.export.gpt2 import build
     from cuantiza.export.parity import check_parity
-    from cuantiza.export.tokenizer.write import write_tokenizer
 
-    base, tokenizer = base_folder(model.folder), tokenizer_folder(model.folder)  # others for an adapter alone
-    refuse_other_formats(base)
-    path = base / "config.json"
-    given = read_fields(model.folder)
-    fields = canonical_fields(given)
-    check_model_type(fields, path, exporter)
-    if exporter == "optimum":
-        from cuantiza.export.optimum import check_optimum, export_optimum
-
-        check_optimum(fields, path)
-    else:
-        config = parse_config(given, path)
-    vocabulary, positions = fields["vocab_size"], max_positions(fields)
-    warnings = [*odd_fields(given)]  # one sentence each; the manifest keeps them
     with folders.staging(target) as work:
-        warnings += write_tokenizer(tokenizer, work, vocabulary, fields)
-        tokens = resolve_special_tokens(base, given, load_tokenizer(work), tokenizer, vocabulary)
-        warnings += tokens.warnings
-        write_configs(fields, tokens, base, work)
-        if exporter == "optimum":
+        found = examine(model.folder, work, exporter)
+        positions, warnings = max_positions(found.fields), [*found.warnings]
+        if found.config is None or found.checkpoint is None:
+            from cuantiza.export.optimum import export_optimum
+
             with working("optimum's exporter"):
-                export_optimum(model.folder, tokens.put_into(fields), work, opset)
+                export_optimum(model.folder, found.tokens.put_into(found.fields), work, opset)
         else:
-            checkpoint = read_checkpoint(model.folder)
-            warnings += checkpoint.warnings
-            graph = build(config, checkpoint.weights, opset, model.folder)
+            graph = build(found.config, found.checkpoint.weights, opset, model.folder)
             with working("export    weights"):
                 onnx_file.save(graph, work)
-            del graph, checkpoint
+            del graph, found
             # Reference cycles would keep the graph in memory, and with it a whole checkpoint of torch's legacy format.
             gc.collect()
         _warn(warnings)

@@ -156,8 +156,10 @@ def checkpoint_digest(folder: Path) -> str:
     return digest(found if base == folder else found | {"base": checkpoint_digest(base)})
 
 
-def resolve_model(spec: str) -> Model:
+def resolve_model(spec: str, weights: bool = True) -> Model:
     """Find model `spec` on disk, or download it from the hub (an interrupted download is resumed).
+
+    Without `weights`, the weights of a model on the hub are not downloaded, unless an adapter is among its files.
 
     Offline, the hub's local cache is used. Raises UserError if `spec` is neither a folder nor a hub id, or cannot be
     downloaded. An adapter's base is found and downloaded too.
@@ -171,7 +173,7 @@ def resolve_model(spec: str) -> Model:
     match = _HUB_ID.fullmatch(spec)
     if path.exists() or match is None or spec.startswith("."):
         raise _no_model(f"MODEL={spec}")
-    folder = _download(f"MODEL={spec}", match["repo"], match["revision"])
+    folder = _download(f"MODEL={spec}", match["repo"], match["revision"], weights)
     base_folder(folder, f"MODEL={spec}")
     return Model(model_name(spec), folder)
 
@@ -182,10 +184,10 @@ def _no_model(label: str) -> UserError:
     )
 
 
-def _download(label: str, repo: str, revision: str | None) -> Path:
+def _download(label: str, repo: str, revision: str | None, wanted: bool = True) -> Path:
     """Download the files of `repo` that an export reads; returns their folder in the hub's cache.
 
-    Messages begin with `label`.
+    Messages begin with `label`. Weights are left out if they are not `wanted` and no adapter has to find them.
     """
     import httpx2 as http
     from huggingface_hub import HfApi, snapshot_download
@@ -212,6 +214,8 @@ def _download(label: str, repo: str, revision: str | None) -> Path:
             )
         if weights:
             vocabulary_files(names, label)  # raises before gigabytes are downloaded
+        if not wanted and ADAPTER[0] not in names:
+            weights = []
         if index := next((name for name in weights if name.endswith(".index.json")), None):
             folder = Path(snapshot_download(repo, revision=revision, allow_patterns=[index]))
             weights = [index, *index_shards(folder / index)]

@@ -1,0 +1,89 @@
+"""Read all that an export needs of a checkpoint, and say what is wrong with it, before anything slow is done.
+
+`cuantiza inspect` prints what is found here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from cuantiza.core.errors import UserError
+from cuantiza.core.inputs.checkpoints import base_folder, tokenizer_folder
+from cuantiza.core.inputs.gpt2_config import GPT2Config, canonical_fields, odd_fields, parse_config
+from cuantiza.core.inputs.model_types import check_model_type, refuse_other_formats
+from cuantiza.core.inputs.special_tokens import SpecialTokens, resolve_special_tokens
+from cuantiza.core.inputs.tokenizer import load_tokenizer
+from cuantiza.core.inputs.weights.adapters import read_fields
+from cuantiza.core.inputs.weights.checkpoint import Checkpoint, read_checkpoint
+from cuantiza.export.companions import write_configs
+from cuantiza.export.tokenizer.write import write_tokenizer
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What a checkpoint is.
+
+    `base` is the folder of its weights and config.json, whose canonical fields are `fields`. `config` and `checkpoint`
+    are those of a GPT-2; both are None for the exporter "optimum", and `checkpoint` is where weights were not asked
+    for. `warnings` are a sentence each.
+    """
+
+    base: Path
+    fields: dict[str, Any]
+    tokenizer: Tokenizer
+    tokens: SpecialTokens
+    config: GPT2Config | None
+    checkpoint: Checkpoint | None
+    warnings: tuple[str, ...]
+
+
+def examine(folder: Path, work: Path, exporter: str, weights: bool = True) -> Findings:
+    """Examine the checkpoint in `folder` for `exporter`, and write an artifact's tokenizer and configurations to `work`.
+
+    No tensor is read, and without `weights` no weight file is opened. Raises UserError where the checkpoint cannot be
+    exported. Faults of its configuration, its tokenizer and its weights are told together.
+    """
+    base, tokenizer_files = base_folder(folder), tokenizer_folder(folder)  # others for an adapter alone
+    refuse_other_formats(base)
+    given = read_fields(folder)
+    fields = canonical_fields(given)
+    check_model_type(fields, base / "config.json", exporter)
+    faults: list[str] = []
+    config, checkpoint, tokenizer, tokens = None, None, None, None
+    warnings = [*odd_fields(given)]
+    with _kept(faults):
+        if exporter == "optimum":
+            from cuantiza.export.optimum import check_optimum
+
+            check_optimum(fields, base / "config.json")
+        else:
+            config = parse_config(given, base / "config.json")
+    if isinstance(vocabulary := fields.get("vocab_size"), int):
+        with _kept(faults):
+            warnings += write_tokenizer(tokenizer_files, work, vocabulary, fields)
+            tokenizer = load_tokenizer(work)
+            tokens = resolve_special_tokens(base, given, tokenizer, work, vocabulary)  # work's settings are complete
+            warnings += tokens.warnings
+            write_configs(fields, tokens, base, work)
+    if weights and exporter != "optimum":
+        with _kept(faults):
+            checkpoint = read_checkpoint(folder)
+            warnings += checkpoint.warnings
+    if faults or tokenizer is None or tokens is None:
+        raise UserError("; ".join(faults))
+    return Findings(base, fields, tokenizer, tokens, config, checkpoint, tuple(warnings))
+
+
+@contextmanager
+def _kept(faults: list[str]) -> Iterator[None]:
+    """Keep the message of a UserError, and go on."""
+    try:
+        yield
+    except UserError as error:
+        faults.append(str(error))

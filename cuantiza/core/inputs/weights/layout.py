@@ -78,6 +78,11 @@ def arrange(tensors: Mapping[str, Weight], tied: bool, folder: Path) -> Layout:
     if EMBEDDING not in weights and HEAD in weights and tied:
         weights[EMBEDDING] = weights.pop(HEAD)
         repaired = True
+    if not tied and HEAD not in weights and EMBEDDING in weights:
+        raise UserError(
+            f"{folder}: has no {HEAD}, though config.json says that the head is not the embedding (tie_word_embeddings "
+            "false); add the head, or set that to true if the model was trained so"
+        )
     weights, transposed = _as_conv1d({name: _squeezed(weight) for name, weight in weights.items()})
     absent = _check_complete(weights, others, folder)
     weights |= {name: _zeros(shape) for name, shape in absent.items()}

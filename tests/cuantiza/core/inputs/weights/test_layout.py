@@ -247,6 +247,13 @@ def test_untied_head_without_an_embedding(written: Callable[..., Path], state: S
         read_checkpoint(written(renamed(state, ("transformer.wte", "lm_head"))))
 
 
+def test_untied_without_a_head(folder: Path, model) -> None:
+    model.transformer.save_pretrained(folder)
+    edit_config(folder, tie_word_embeddings=False)
+    with pytest.raises(UserError, match=r"no lm_head\.weight.*tie_word_embeddings false"):
+        read_checkpoint(folder)
+
+
 def test_exported_with_parity_and_a_pytorch_row(
     written: Callable[..., Path], state: State, exported: Callable[..., Artifact]
 ) -> None:

@@ -195,7 +195,8 @@ def _follows(embedding: Weight, weights: Mapping[str, Weight], adapter: Adapter)
     Of such a pair, peft trains a copy of the embedding alone if modules_to_save names that alone; an embedding
     that was stored because it was resized is the head too.
     """
-    copied = any(canonical_module(str(name)) == "wte" for name in adapter.fields.get("modules_to_save") or ())
+    names = adapter.fields.get("modules_to_save")
+    copied = isinstance(names, list) and any(canonical_module(str(name)) == "wte" for name in names)
     grown = embedding.shape != weights[EMBEDDING].shape
     return grown or not copied
 
@@ -248,7 +249,7 @@ def _scale(name: str, r: int, adapter: Adapter) -> float:
         if found:
             alpha = value
             break
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not -1e9 < alpha < 1e9:
         raise UserError(f"{path}: alpha of {name} is {alpha!r} where a number is needed")
     if not fields.get("rank_pattern") and fields.get("r", 8) != r:
         raise UserError(f"{path}: r is {fields.get('r')!r}, but {name} has {r}; take the files of one adapter")

@@ -23,10 +23,10 @@ _NORMS = ("ln_1", "ln_2")
 # LayerNorms gamma and beta.
 _KINDS = dict.fromkeys(("weight", "w", "g", "gamma", "kernel", "scale", "embedding"), "weight")
 _KINDS |= dict.fromkeys(("bias", "b", "beta"), "bias")
-_MODULE = rf"wte|wpe|ln_f|lm_head|h\.\d+\.(?:{'|'.join(map(re.escape, (*_NORMS, *_LINEAR)))})"
+_MODULE = rf"wte|wpe|ln_f|lm_head|h\.\d{{1,6}}\.(?:{'|'.join(map(re.escape, (*_NORMS, *_LINEAR)))})"
 # OpenAI's TensorFlow code stores embedding matrices under the name of their module alone, and writes h0 for h.0.
 _NAME = re.compile(rf"(?P<prefix>(?:.*\.)?)(?P<module>{_MODULE})(?:\.(?P<kind>{'|'.join(_KINDS)}))?")
-_LAYER_OF_TF = re.compile(r"(^|\.)h(\d+)\.")
+_LAYER_OF_TF = re.compile(r"(^|\.)h(\d{1,6})\.")
 # Modules that training puts around a whole model or around single layers: torch.compile, FSDP, checkpointing.
 _WRAPPERS = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 # Buffers that old checkpoints store among their weights: the causal mask, and the value used instead of -inf.

@@ -175,6 +175,8 @@ REFUSED: dict[str, tuple[dict, str]] = {
     "classifier": ({"task_type": "SEQ_CLS"}, "SEQ_CLS"),
     "another rank": ({"r": 16}, "r is 16, but transformer.h.0.attn.c_attn has 4"),
     "no alpha": ({"lora_alpha": "8"}, "alpha"),
+    "endless alpha": ({"lora_alpha": 10**400}, "alpha"),
+    "patterns in a list": ({"alpha_pattern": ["c_attn"]}, "alpha_pattern"),
     "broken pattern": ({"alpha_pattern": {"(": 2}}, "regular expression"),
 }
 

@@ -54,7 +54,7 @@ def index_shards(path: Path) -> list[str]:
         shards = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: broken index ({error}); download it again") from None
-    if odd := [name for name in shards if not isinstance(name, str) or Path(name).name != name]:
+    if odd := [name for name in shards if not isinstance(name, str) or Path(name).name != name or {*name} & {*"*?["}]:
         raise UserError(f"{path}: names {odd[0]!r}, which is not a file of the same folder; download it again")
     return sorted(shards)
 

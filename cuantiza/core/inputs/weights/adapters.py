@@ -108,10 +108,11 @@ def read_fields(folder: Path) -> dict[str, Any]:
     return fields
 
 
-def merge(weights: Mapping[str, Weight], adapter: Adapter) -> dict[str, Weight]:
+def merge(weights: Mapping[str, Weight], adapter: Adapter, tied: bool) -> dict[str, Weight]:
     """Return `weights`, in transformers' layout, with `adapter` merged into them when they are read.
 
-    If the adapter changes only one of a tied pair, the result has both, as the adapted model computes with both.
+    `tied` says that head and embedding of the base share a matrix. If the adapter changes only one of such a pair, the
+    result has both, as the adapted model computes with both.
     Raises UserError where the adapter does not fit the weights.
     """
     merged = {HEAD: weights[EMBEDDING], **weights}
@@ -119,7 +120,7 @@ def merge(weights: Mapping[str, Weight], adapter: Adapter) -> dict[str, Weight]:
     for name, tensor in whole.items():
         _check_replacement(name, tensor, merged, adapter)
         merged[name] = tensor
-    if EMBEDDING in whole and HEAD not in whole and _stays_tied(weights, whole[EMBEDDING], adapter):
+    if EMBEDDING in whole and HEAD not in whole and tied and _follows(whole[EMBEDDING], weights, adapter):
         merged[HEAD] = whole[EMBEDDING]
     for module, parts in factors.items():
         merged |= _adapted(module, parts, merged, adapter)
@@ -188,15 +189,16 @@ def _check_replacement(name: str, tensor: Weight, weights: Mapping[str, Weight],
         )
 
 
-def _stays_tied(weights: Mapping[str, Weight], embedding: Weight, adapter: Adapter) -> bool:
-    """Whether the head follows an `embedding` that replaces the base's.
+def _follows(embedding: Weight, weights: Mapping[str, Weight], adapter: Adapter) -> bool:
+    """Whether the head of a tied pair follows an `embedding` that replaces the base's.
 
-    Of a pair that was tied, peft trains a copy of the embedding alone if modules_to_save names that alone; an embedding
+    Of such a pair, peft trains a copy of the embedding alone if modules_to_save names that alone; an embedding
     that was stored because it was resized is the head too.
     """
-    copied = any(canonical_module(str(name)) == "wte" for name in adapter.fields.get("modules_to_save") or ())
+    names = adapter.fields.get("modules_to_save")
+    copied = isinstance(names, list) and any(canonical_module(str(name)) == "wte" for name in names)
     grown = embedding.shape != weights[EMBEDDING].shape
-    return HEAD not in weights and (grown or not copied)
+    return grown or not copied
 
 
 def _adapted(module: str, factors: _Factors, weights: Mapping[str, Weight], adapter: Adapter) -> dict[str, Weight]:
@@ -247,7 +249,7 @@ def _scale(name: str, r: int, adapter: Adapter) -> float:
         if found:
             alpha = value
             break
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not -1e9 < alpha < 1e9:
         raise UserError(f"{path}: alpha of {name} is {alpha!r} where a number is needed")
     if not fields.get("rank_pattern") and fields.get("r", 8) != r:
         raise UserError(f"{path}: r is {fields.get('r')!r}, but {name} has {r}; take the files of one adapter")

@@ -43,7 +43,8 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     tensors = read_tensors(base)
     check_not_quantized(fields, tensors, base)
     check_task(fields, tensors, base)
-    layout = arrange(tensors, fields.get("tie_word_embeddings") is not False, base)
+    tied = fields.get("tie_word_embeddings") is not False
+    layout = arrange(tensors, tied, base)
     check_floats(layout.weights, base)
     weights, warnings = layout.weights, [*layout.warnings, *left_out(layout.others)]
     dtypes = _dtypes(weights)
@@ -52,7 +53,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         warnings.append(f"Its weights have 8 bits ({', '.join(eight)}); what that rounding lost stays lost.")
     adapter = adapters.read_adapter(folder)
     if adapter is not None:
-        weights = adapters.merge(weights, adapter)
+        weights = adapters.merge(weights, adapter, tied)
         what = f"The LoRA adapter {adapters.describe(adapter)} was merged into"
         warnings.append(
             f"{what} the weights beside it; if those are merged already, remove adapter_config.json and that file."

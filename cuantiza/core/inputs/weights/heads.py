@@ -44,10 +44,11 @@ def check_task(fields: Mapping[str, Any], names: Collection[str], folder: Path) 
     if not architecture.endswith(tuple(_TASKS.values())):
         if task is None:
             return
-        architecture = f"GPT2{task}" if fields.get("model_type", "gpt2") == "gpt2" else task.removeprefix("For")
+        if not architecture or "LM" in architecture:
+            architecture = f"GPT2{task}" if fields.get("model_type", "gpt2") == "gpt2" else task.removeprefix("For")
     if any(name.endswith("lm_head.weight") for name in names):
         return  # its own head is there, so it still is a language model
-    because = f" (it has {tensor})" if tensor else " (config.json says so)"
+    because = f" (it has {tensor})" if tensor else " (architectures in config.json says so)"
     raise UserError(
         f"{folder}: is a {architecture}{because}, and only language models are exported; "
         "give the language model that it was trained from, because the rest of this one no longer predicts text"

@@ -23,10 +23,10 @@ _NORMS = ("ln_1", "ln_2")
 # LayerNorms gamma and beta.
 _KINDS = dict.fromkeys(("weight", "w", "g", "gamma", "kernel", "scale", "embedding"), "weight")
 _KINDS |= dict.fromkeys(("bias", "b", "beta"), "bias")
-_MODULE = rf"wte|wpe|ln_f|lm_head|h\.\d+\.(?:{'|'.join(map(re.escape, (*_NORMS, *_LINEAR)))})"
+_MODULE = rf"wte|wpe|ln_f|lm_head|h\.\d{{1,6}}\.(?:{'|'.join(map(re.escape, (*_NORMS, *_LINEAR)))})"
 # OpenAI's TensorFlow code stores embedding matrices under the name of their module alone, and writes h0 for h.0.
 _NAME = re.compile(rf"(?P<prefix>(?:.*\.)?)(?P<module>{_MODULE})(?:\.(?P<kind>{'|'.join(_KINDS)}))?")
-_LAYER_OF_TF = re.compile(r"(^|\.)h(\d+)\.")
+_LAYER_OF_TF = re.compile(r"(^|\.)h(\d{1,6})\.")
 # Modules that training puts around a whole model or around single layers: torch.compile, FSDP, checkpointing.
 _WRAPPERS = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 # Buffers that old checkpoints store among their weights: the causal mask, and the value used instead of -inf.
@@ -78,6 +78,11 @@ def arrange(tensors: Mapping[str, Weight], tied: bool, folder: Path) -> Layout:
     if EMBEDDING not in weights and HEAD in weights and tied:
         weights[EMBEDDING] = weights.pop(HEAD)
         repaired = True
+    if not tied and HEAD not in weights and EMBEDDING in weights:
+        raise UserError(
+            f"{folder}: has no {HEAD}, though config.json says that the head is not the embedding (tie_word_embeddings "
+            "false); add the head, or set that to true if the model was trained so"
+        )
     weights, transposed = _as_conv1d({name: _squeezed(weight) for name, weight in weights.items()})
     absent = _check_complete(weights, others, folder)
     weights |= {name: _zeros(shape) for name, shape in absent.items()}

@@ -160,7 +160,9 @@ def test_leftover_shards_stay_on_the_hub(hub: Hub, tmp_path: Path, resolve: Call
     assert offline.stdout == result.stdout, offline.stderr
 
 
-@pytest.mark.parametrize("shard", ["../model.safetensors", "sub/model-00001-of-00001.safetensors", "/etc/hostname"])
+@pytest.mark.parametrize(
+    "shard", ["../model.safetensors", "sub/model-00001-of-00001.safetensors", "/etc/hostname", "*"]
+)
 def test_an_index_on_the_hub_that_leads_elsewhere(hub: Hub, resolve: Callable[..., Result], shard: str) -> None:
     index = json.dumps({"weight_map": {"wte.weight": shard}}).encode()
     hub.add("owner/astray", {"config.json": b"{}", "tokenizer.json": b"{}", "model.safetensors.index.json": index})

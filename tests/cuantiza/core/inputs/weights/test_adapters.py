@@ -20,7 +20,7 @@ from cuantiza.core.inputs.weights.checkpoint import read_checkpoint
 from cuantiza.core.inputs.weights.pytorch import pytorch_loader
 from cuantiza.core.store.artifact import Artifact
 
-from helpers import TOKENIZER_FILES, edit_config, tiny_gpt2
+from helpers import TOKENIZER_FILES, edit_config, edit_weights, tiny_gpt2
 
 IDS = torch.tensor([[0, 5, 17, 300, 8191]])
 CONFIG = {
@@ -42,7 +42,7 @@ def factors(r: int = 4, name: str = C_ATTN, inputs: int = 32, outputs: int = 96)
     generator = torch.Generator().manual_seed(7)
     shapes = {"lora_A.weight": (r, inputs), "lora_B.weight": (outputs, r)}
     return {
-        f"{name.format(layer)}.{part}": torch.randn(shape, generator=generator)
+        f"{name.format(layer)}.{part}": torch.randn(shape, generator=generator) / 4
         for layer in (0, 1)
         for part, shape in shapes.items()
     }
@@ -89,6 +89,30 @@ def test_formula(folder: Path, model, kind: str, fields: dict, scale: float) -> 
     assert "lm_head.weight" not in found
 
 
+@pytest.mark.parametrize("stored", [True, False], ids=["head stored", "embedding alone"])
+def test_other_names_of_an_adapters_tensors(folder: Path, model, stored: bool) -> None:
+    """With the adapter's own name in them, as in a state_dict; and an embedding that grew is the head of a tied pair."""
+    if stored:
+        edit_weights(
+            folder, lambda weights: weights.update({"lm_head.weight": weights["transformer.wte.weight"].clone()})
+        )
+    grown, norm = torch.randn(8200, 32), torch.randn(32)
+    tensors = {name.replace(".weight", ".default.weight"): tensor for name, tensor in factors().items()}
+    tensors |= {
+        "base_model.model.transformer.wte.weight": grown,
+        "base_model.model.transformer.ln_f.original_module.weight": torch.zeros(32),
+        "base_model.model.transformer.ln_f.modules_to_save.default.weight": norm,
+    }
+    found = read_checkpoint(write_adapter(folder, tensors, modules_to_save=["ln_f"]))
+    base = model.state_dict()["transformer.h.1.attn.c_attn.weight"].double().numpy()
+    merged = (base + 2 * delta(factors()).T).astype(np.float32)
+    np.testing.assert_array_equal(found.weights["h.1.attn.c_attn.weight"].read(), merged)
+    np.testing.assert_array_equal(found.weights["ln_f.weight"].read(), norm.numpy())
+    for name in {"wte.weight", "lm_head.weight"} & found.weights.keys():
+        np.testing.assert_array_equal(found.weights[name].read(), grown.numpy())
+    assert found.fields["vocab_size"] == 8200 and "lm_head.weight" not in found.weights
+
+
 def test_exported_beside_the_weights(folder: Path, exported: Callable[..., Artifact]) -> None:
     """The adapter's name stands in a warning, and the digest depends on the adapter."""
     digest = checkpoint_digest(folder)
@@ -119,7 +143,7 @@ def test_exported_instead_of_the_weights(
 
 def test_own_tokenizer_beside_an_adapter(folder: Path, tmp_path: Path, exported: Callable[..., Artifact]) -> None:
     """Where tokens were added, the adapter brings the tokenizer and the whole embedding matrix."""
-    embedding = torch.randn(8194, 32) / 5
+    embedding = torch.randn(8194, 32, generator=torch.Generator().manual_seed(1)) / 5
     tensors = factors() | {
         "base_model.model.transformer.wte.weight": embedding,
         "base_model.model.lm_head.weight": embedding.clone(),
@@ -151,6 +175,8 @@ REFUSED: dict[str, tuple[dict, str]] = {
     "classifier": ({"task_type": "SEQ_CLS"}, "SEQ_CLS"),
     "another rank": ({"r": 16}, "r is 16, but transformer.h.0.attn.c_attn has 4"),
     "no alpha": ({"lora_alpha": "8"}, "alpha"),
+    "endless alpha": ({"lora_alpha": 10**400}, "alpha"),
+    "patterns in a list": ({"alpha_pattern": ["c_attn"]}, "alpha_pattern"),
     "broken pattern": ({"alpha_pattern": {"(": 2}}, "regular expression"),
 }
 

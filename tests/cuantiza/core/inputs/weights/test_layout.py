@@ -192,9 +192,10 @@ def test_missing_weights_are_all_named(written: Callable[..., Path], state: Stat
         (lambda state: prefixed(state, "teacher.") | prefixed(state, "student."), ("'student.transformer.'", "'teacher.transformer.'")),
         (lambda state: state | {"h.0.ln_1.g": torch.ones(32)}, ("'transformer.'", "''")),
         (lambda state: state | {"transformer.h.0.ln_1.g": torch.ones(32)}, ("h.0.ln_1.weight", "transformer.h.0.ln_1.g")),
+        (lambda state: renamed(state, ("h.1.", f"h.{'9' * 5000}.")) | {"h.1.ln_1.weight": torch.ones(32)}, ("'transformer.'",)),
         (lambda state: state | {"lm_head.bias": torch.ones(8192)}, ("lm_head.bias", "not a GPT-2")),
     ],
-    ids=["other layers", "other model", "two models", "two prefixes", "twice", "bias of the head"],
+    ids=["other layers", "other model", "two models", "two prefixes", "twice", "a layer of 5000 digits", "bias of the head"],
 )  # fmt: skip
 def test_names_that_are_there_are_told(
     written: Callable[..., Path], state: State, change: Callable[[State], State], said: tuple[str, ...]
@@ -245,6 +246,13 @@ def test_untied_head_without_an_embedding(written: Callable[..., Path], state: S
     edit_config(folder, tie_word_embeddings=False)
     with pytest.raises(UserError, match=r"has no weight wte\.weight"):
         read_checkpoint(written(renamed(state, ("transformer.wte", "lm_head"))))
+
+
+def test_untied_without_a_head(folder: Path, model) -> None:
+    model.transformer.save_pretrained(folder)
+    edit_config(folder, tie_word_embeddings=False)
+    with pytest.raises(UserError, match=r"no lm_head\.weight.*tie_word_embeddings false"):
+        read_checkpoint(folder)
 
 
 def test_exported_with_parity_and_a_pytorch_row(

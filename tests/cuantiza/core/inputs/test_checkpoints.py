@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -16,10 +17,10 @@ import torch
 from safetensors.torch import load_file
 
 from cuantiza.core.errors import UserError
-from cuantiza.core.inputs.checkpoints import model_name, resolve_model, weight_files
+from cuantiza.core.inputs.checkpoints import checkpoint_digest, model_name, resolve_model, weight_files
 from cuantiza.core.store.artifact import open_artifact
 
-from helpers import ES_MINI, ROOT, Result, assert_nothing_published, assert_user_error, stage, tiny_gpt2
+from helpers import ES_MINI, ROOT, Result, assert_nothing_published, assert_user_error, copy_tokenizer, stage, tiny_gpt2
 from hub_stub import Files, Hub, files_of, serving
 
 REPOSITORY = "datificate/gpt2-small-spanish"
@@ -138,6 +139,7 @@ def test_revision(hub: Hub, in_bin: Files, tiny_folder: Path, resolve: Callable[
 def test_sharded(hub: Hub, tmp_path: Path, tiny_folder: Path, resolve: Callable[..., Result]) -> None:
     shards = tmp_path / "shards"
     tiny_gpt2().save_pretrained(shards, max_shard_size="400KB")
+    copy_tokenizer(shards)
     files = files_of(shards)
     hub.add("owner/sharded", files | UNUSED | {"pytorch_model.bin": bytes(300_000)})
     result = resolve("owner/sharded")
@@ -310,3 +312,34 @@ def test_local_folders_need_no_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 )
 def test_weight_files(names: set[str], wanted: list[str]) -> None:
     assert weight_files(names) == wanted
+
+
+@pytest.mark.parametrize("name", ["spiece.model", "none"])
+def test_a_tokenizer_that_cannot_be_read_is_told_before_weights_are_downloaded(
+    hub: Hub, in_bin: Files, resolve: Callable[..., Result], name: str
+) -> None:
+    if name == "spiece.model" and importlib.util.find_spec("sentencepiece") is not None:
+        pytest.skip("sentencepiece is installed here")
+    files = {path: data for path, data in in_bin.items() if path not in ("vocab.json", "merges.txt", "tokenizer.json")}
+    hub.add("owner/other", files | ({name: b"\n"} if name != "none" else {}))
+    result = resolve("owner/other")
+    line = assert_user_error(result, "MODEL=owner/other", "has no tokenizer" if name == "none" else "sentencepiece")
+    assert not hub.transferred(), line
+
+
+def test_what_a_tokenizer_is_made_of_is_downloaded_and_counts(
+    hub: Hub, in_bin: Files, resolve: Callable[..., Result]
+) -> None:
+    """Whatever the file is called, another content is another checkpoint."""
+    more = {"chat_template.jinja": b"a", "additional_chat_templates/rag.jinja": b"b", "aitextgen-vocab.json": b"{}"}
+    more |= {"vocab.txt": b"x", "added_tokens.json": b"{}"}
+    hub.add("owner/other", in_bin | more)
+    folder = Path(resolve("owner/other").stdout.strip())
+    for name, data in more.items():
+        assert (folder / name).read_bytes() == data
+    copy = shutil.copytree(folder, folder.parent / "copy")
+    seen = {checkpoint_digest(copy)}
+    for name in more:
+        (copy / name).write_bytes(b"changed")
+        seen.add(checkpoint_digest(copy))
+    assert len(seen) == len(more) + 1

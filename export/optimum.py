@@ -44,10 +44,14 @@ main_export(sys.argv[1], output=sys.argv[2], task="text-generation-with-past", o
 def check_optimum(fields: dict, path: Path) -> None:
     """Raise UserError where an export of the model with `fields` of config.json, at `path`, is bound to fail.
 
-    This is told before anything slow: a rotary embedding that cannot be exported, no size of the vocabulary, or no
-    second environment.
+    This is told before anything slow: a rotary embedding that cannot be exported, an encoder that it needs, no size of
+    the vocabulary, or no second environment.
     """
     _legacy_config(fields, path)
+    if fields.get("add_cross_attention") is True:
+        raise UserError(
+            f"{path}: add_cross_attention is true: it is the decoder of an encoder-decoder; only models without an encoder are exported"
+        )
     vocabulary = fields.get("vocab_size")
     if type(vocabulary) is not int or vocabulary < 1:
         raise UserError(f"{path}: vocab_size is {vocabulary!r} where a positive whole number is needed")

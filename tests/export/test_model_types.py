@@ -63,9 +63,10 @@ def test_an_encoder_decoder_with_gpt2(folder: Path, refused: Callable[..., str],
     refused(str(folder / "config.json"), "encoder-decoder", options=("--exporter", exporter))
 
 
-def test_a_decoder_with_cross_attention(folder: Path, refused: Callable[..., str]) -> None:
+@pytest.mark.parametrize("exporter", ["graph", "optimum"])
+def test_a_decoder_with_cross_attention(folder: Path, refused: Callable[..., str], exporter: str) -> None:
     edit_config(folder, add_cross_attention=True)
-    refused(str(folder / "config.json"), "add_cross_attention", "encoder-decoder")
+    refused(str(folder / "config.json"), "add_cross_attention", "encoder-decoder", options=("--exporter", exporter))
 
 
 def only(folder: Path, *names: str, keep: tuple[str, ...] = ("config.json",)) -> None:

@@ -292,6 +292,8 @@ def test_a_rope_for_each_layer_type_is_refused() -> None:
         ({"max_seq_len": 64}, 64),
         ({}, 1024),
         ({"n_positions": None}, 1024),
+        ({"n_positions": True, "max_position_embeddings": 256.0}, 256),
+        ({"max_position_embeddings": 1e300}, 1024),
     ],
 )
 def test_positions_under_every_name(fields: dict, positions: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import reprlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ _ALIASES = {
     "n_positions": ("max_position_embeddings",),
 }
 _OLD_LENGTH = "n_ctx"
+_EXACT = 2**53  # below it, every whole number is a float
 # GPT-SW3's model is GPT-2; only its tokenizer is another. transformers reads this type with GPT2Config.
 _TYPES = ("gpt2", "gpt-sw3")
 # A file without model_type is a GPT-2 if it has one of GPT-2's own names and none of its relatives'.
@@ -73,7 +75,7 @@ def canonical_fields(fields: dict[str, Any]) -> dict[str, Any]:
         canonical[key] = _whole(_given(fields, key, default))
     if "n_inner" in fields:
         canonical["n_inner"] = _whole(fields["n_inner"])
-    if type(epsilon := fields.get("layer_norm_epsilon")) is int:
+    if type(epsilon := fields.get("layer_norm_epsilon")) is int and epsilon < _EXACT:
         canonical["layer_norm_epsilon"] = float(epsilon)
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         ids = _ids(fields.get(key))
@@ -97,7 +99,7 @@ def parse_config(fields: dict[str, Any], path: Path) -> GPT2Config:
         value = canonical[key] if canonical.get(key) is not None else default
         name = next((name for name in (key, *_ALIASES.get(key, ()), _OLD_LENGTH) if name in fields), key)
         if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**31:
-            wrong.append(f"{name} is {value!r} where a positive whole number is needed")
+            wrong.append(f"{name} is {reprlib.repr(value)} where a positive whole number is needed")
             return 1
         return value
 
@@ -169,7 +171,7 @@ def _given(fields: dict[str, Any], key: str, default: int | None) -> Any:
 
 def _whole(value: Any) -> Any:
     """Return `value` as an int where it is a whole number written as 1024.0, else as it is."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
+    return int(value) if isinstance(value, float) and value.is_integer() and abs(value) < _EXACT else value
 
 
 def _ids(value: Any) -> list[int] | None:

@@ -70,11 +70,12 @@ def max_positions(config: dict[str, Any]) -> int:
 
     If no field says so, it is 1024, the smallest default of the model types that may leave the field out.
     """
-    given = (config[key] for key in _POSITIONS if isinstance(config.get(key), int) and config[key] > 0)
-    return next(given, 1024)
+    given = (config.get(key) for key in _POSITIONS)
+    numbers = (int(value) for value in given if type(value) in (int, float) and 0 < value < 2**31)
+    return next(numbers, 1024)
 
 
-def _ids(value: object) -> list[int]:
+def _ids(value: Any) -> list[int]:
     """The token ids of `value`, one or a list of them; none if something else is among them."""
     found = value if isinstance(value, list) else [value]
     return found if all(type(item) is int for item in found) else []

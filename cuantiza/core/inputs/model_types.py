@@ -87,10 +87,15 @@ def check_model_type(fields: dict[str, Any], path: Path, exporter: str) -> None:
 
 
 def other_format(names: set[str]) -> str | None:
-    """Say what a folder with files `names` (paths in it) is, where it is no checkpoint of transformers; None if unknown.
+    """Say what a folder with files `names` (paths in it) is, where it is no checkpoint of transformers.
+
+    None if that is unknown, or if it is an adapter, which others read.
 
     The result is the rest of a line that begins with the folder's name.
     """
+
+    if "adapter_config.json" in names:
+        return None
 
     def ending(*suffixes: str) -> str:
         return next((name for name in sorted(names) if name.lower().endswith(suffixes)), "")
@@ -108,7 +113,7 @@ def other_format(names: set[str]) -> str | None:
     if found := ending(".onnx"):
         return f"has {found}, a model that is exported already; give the checkpoint that it was made of, or measure the file by `cuantiza eval --onnx`"
     if "hparams.json" in names or "encoder.json" in names or ending(".ckpt.index", ".ckpt.meta"):
-        return "has TensorFlow's files of OpenAI's GPT-2 code; convert it with transformers' convert_gpt2_original_tf_checkpoint_to_pytorch"
+        return "has the TensorFlow files of OpenAI's GPT-2 code, which cannot be read; take the model in transformers' format, such as openai-community/gpt2"
     for suffix, whose in _UNREAD.items():
         if found := ending(suffix):
             return (

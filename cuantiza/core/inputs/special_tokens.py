@@ -21,6 +21,7 @@ and the token that the tokenizer's files name where another was taken.
 
 from __future__ import annotations
 
+import reprlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,7 @@ class _Faults:
     places: dict[tuple[str, str], list[tuple[str, str]]] = field(default_factory=dict)
 
     def add(self, value: object, reason: str, key: str, file: str) -> None:
-        places = self.places.setdefault((f"{value!r}", reason), [])
+        places = self.places.setdefault((reprlib.repr(value), reason), [])
         if (key, file) not in places:
             places.append((key, file))
 

@@ -254,6 +254,8 @@ def test_only_other_frameworks(hub: Hub, in_bin: Files, resolve: Callable[..., R
     """The repository is refused before anything is downloaded."""
     hub.add("owner/tf", {name: data for name, data in in_bin.items() if name != "pytorch_model.bin"})
     assert_user_error(resolve("owner/tf"), "MODEL=owner/tf", "TensorFlow", "save_pretrained")
+    hub.add("owner/gguf", {"modelo-Q4_K_M.gguf": b"GGUF", "README.md": b"# GGUF"})
+    assert_user_error(resolve("owner/gguf"), "MODEL=owner/gguf", "modelo-Q4_K_M.gguf", "llama.cpp")
     assert not hub.transferred()
 
 

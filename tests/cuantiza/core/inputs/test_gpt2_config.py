@@ -119,6 +119,19 @@ def test_a_wrong_value_is_named_as_it_stands(alias: str) -> None:
         parse_config({**ALIASES, alias: "x"}, PATH)
 
 
+@pytest.mark.parametrize("value", [1e300, 10**400, float("inf"), True, [32], {}, "32"])
+@pytest.mark.parametrize("key", ["n_embd", "vocab_size", "n_inner"])
+def test_what_is_no_size(key: str, value: object) -> None:
+    with pytest.raises(UserError, match=f"{key} is .* where a positive whole number is needed"):
+        parse_config({**SIZES, key: value}, PATH)
+
+
+@pytest.mark.parametrize("value", [0, -1, 10**400, float("nan"), float("inf"), True, "1e-5", None])
+def test_what_is_no_epsilon(value: object) -> None:
+    with pytest.raises(UserError, match="layer_norm_epsilon is"):
+        parse_config({**SIZES, "layer_norm_epsilon": value}, PATH)
+
+
 def test_n_positions_counts_and_n_ctx_is_told() -> None:
     fields = {"model_type": "gpt2", **SIZES, "n_ctx": 64}
     assert parse_config(fields, PATH).n_positions == 128 == canonical_fields(fields)["n_positions"]

@@ -94,6 +94,14 @@ def test_long_first_line_of_json(tmp_path: Path) -> None:
     assert read(written(tmp_path / "wiki_00", content)) == {*TEXTS, long.strip()}
 
 
+def test_texts_that_begin_as_packed_files_do(tmp_path: Path) -> None:
+    for text in ("BZh, dijo", "{no es JSON}", "[ni esto]"):
+        content = f"{text}\n<|endoftext|>\nOtro texto."
+        for name in ("a.txt", "a"):
+            assert read(written(tmp_path / name, content.encode())) == {text, "Otro texto."}
+            load_splits.cache_clear()
+
+
 def test_what_wikiextractor_writes_as_text(tmp_path: Path) -> None:
     assert read(written(tmp_path / "wiki_00", EXTRACTED)) == set(TEXTS)
 

@@ -219,10 +219,12 @@ def test_saved_data_sets(tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=fragment):
             read(tmp_path / "dos", **fields)
-    (tmp_path / "uno" / "state.json").write_text("{")
-    load_splits.cache_clear()
-    with pytest.raises(UserError, match="saved data set"):
-        read(tmp_path / "uno")
+    shutil.copy(tmp_path / "uno" / "data-00000-of-00001.arrow", tmp_path / "outside.arrow")
+    for content in ('{"_data_files": [{"filename": "../outside.arrow"}]}', "{", "[]", '{"_data_files": []}'):
+        (tmp_path / "uno" / "state.json").write_text(content)
+        load_splits.cache_clear()
+        with pytest.raises(UserError, match="saved data set"):
+            read(tmp_path / "uno")
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.parquet"])

@@ -27,7 +27,7 @@ def divided(texts: Iterable[str], by: str) -> Iterator[str]:
     or with `by` = "line" every line of it; "article" joins the lines of all texts from one title of level one to the
     next.
     """
-    documents = (document for text in texts for document in _marked(text))
+    documents: Iterator[str] = (document for text in texts for document in _marked(text))
     if by == "line":
         documents = (line for text in documents for line in text.split("\n"))
     elif by == "article":

@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import Any, Literal
 
 from cuantiza.core.errors import UserError
 
@@ -70,7 +70,7 @@ class NoText(UserError):
 
 
 @contextmanager
-def opened(file: Path) -> Iterator[io.BufferedReader]:
+def opened(file: Path) -> Iterator[io.BufferedReader[Any]]:
     """Open `file` for reading, unpacked where its first bytes are those of gzip, bzip2, xz or zstd.
 
     Raises UserError where the packed content is broken.
@@ -78,7 +78,9 @@ def opened(file: Path) -> Iterator[io.BufferedReader]:
     with ExitStack() as held:
         raw = held.enter_context(file.open("rb"))
         unpacked = _unpacked(raw, file)
-        stream = raw if unpacked is None else held.enter_context(io.BufferedReader(unpacked))  # type: ignore[type-var]
+        stream: io.BufferedReader[Any] = raw
+        if unpacked is not None:
+            stream = held.enter_context(io.BufferedReader(unpacked))
         try:
             yield stream
         except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
@@ -87,14 +89,15 @@ def opened(file: Path) -> Iterator[io.BufferedReader]:
             raise UserError(f"{file}: its packed content is broken ({error}); download or pack it again") from None
 
 
-def _unpacked(raw: io.BufferedReader, file: Path) -> BinaryIO | None:
-    head = raw.peek(6)
+def _unpacked(raw: io.BufferedReader[Any], file: Path) -> Any:
+    """A stream of what `raw` has packed; None where it is not packed."""
+    head = raw.peek(10)
     if head.startswith(b"\x1f\x8b"):
-        return gzip.open(raw)  # type: ignore[return-value]
-    if head.startswith(b"BZh"):
-        return bz2.open(raw)  # type: ignore[return-value]
+        return gzip.open(raw)
+    if head.startswith(b"BZh") and head[4:10] == b"1AY&SY":
+        return bz2.open(raw)
     if head.startswith(b"\xfd7zXZ\x00"):
-        return lzma.open(raw)  # type: ignore[return-value]
+        return lzma.open(raw)
     if head.startswith(_FRAME):
         import pyarrow  # Python's own module for zstd is of 3.14
 

@@ -30,8 +30,12 @@ def saved_rows(folder: Path, source: Source) -> Iterator[Row]:
     import datasets
 
     try:
+        for state in folder.rglob("state.json"):
+            for file in json.loads(state.read_text(encoding="utf-8"))["_data_files"]:
+                if Path(file["filename"]).name != file["filename"]:
+                    raise ValueError(f"{state.relative_to(folder)} names a file outside of its folder")
         table = datasets.load_from_disk(str(folder))
-    except (datasets.exceptions.DatasetsError, OSError, ValueError, KeyError, TypeError) as error:
+    except (datasets.exceptions.DatasetsError, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(f"CORPUS={folder}: cannot be read as a saved data set ({error}); save it again") from None
     if isinstance(table, datasets.DatasetDict):
         if source.split not in table:
@@ -49,7 +53,7 @@ def hub_texts(source: Source, most: int, seen: Seen) -> list[str]:
     Raises UserError where the hub has none of that name, configuration and split, or it has no text in that column.
     """
     import datasets
-    from huggingface_hub.errors import HfHubHTTPError
+    import httpx2 as http
 
     name, copy = f"CORPUS={source.spec}", _copy_of(source)
     if copy.is_file():
@@ -65,7 +69,7 @@ def hub_texts(source: Source, most: int, seen: Seen) -> list[str]:
         table = datasets.load_dataset(source.spec, source.config, split=source.split, streaming=streaming)
         rows = (_streamed if streaming else _rows)(table, name, source.column)
         texts = list(bounded(texts_of(rows, name, source.column, seen), most, seen))
-    except (*failures, HfHubHTTPError) as error:
+    except (*failures, http.HTTPError) as error:
         raise UserError(
             f"{name}: is neither a file or folder here nor a dataset that the hub gives "
             f"(config {source.config}, split {source.split}): {error}"

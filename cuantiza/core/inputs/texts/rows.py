@@ -191,9 +191,15 @@ def arrow(file: Path, column: str) -> Iterator[Row]:
             if column not in table.schema.names:
                 raise without_column(str(file), column, table.schema.names)
             batches = (table.get_batch(n) for n in range(table.num_record_batches)) if is_file else table
-            yield from _numbered(batch.column(batch.schema.get_field_index(column)) for batch in batches)
+            yield from _numbered(_valid(batch.column(batch.schema.get_field_index(column))) for batch in batches)
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{file}: cannot be read as Arrow ({error})") from None
+
+
+def _valid(values: Any) -> Any:
+    """`values`, after a check of the offsets that a broken file may have. Raises ArrowInvalid."""
+    values.validate(full=True)
+    return values
 
 
 def _numbered(columns: Iterable[Any]) -> Iterator[Row]:

@@ -94,6 +94,14 @@ def test_long_first_line_of_json(tmp_path: Path) -> None:
     assert read(written(tmp_path / "wiki_00", content)) == {*TEXTS, long.strip()}
 
 
+def test_texts_that_begin_as_packed_files_do(tmp_path: Path) -> None:
+    for text in ("BZh, dijo", "{no es JSON}", "[ni esto]"):
+        content = f"{text}\n<|endoftext|>\nOtro texto."
+        for name in ("a.txt", "a"):
+            assert read(written(tmp_path / name, content.encode())) == {text, "Otro texto."}
+            load_splits.cache_clear()
+
+
 def test_what_wikiextractor_writes_as_text(tmp_path: Path) -> None:
     assert read(written(tmp_path / "wiki_00", EXTRACTED)) == set(TEXTS)
 
@@ -211,10 +219,12 @@ def test_saved_data_sets(tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=fragment):
             read(tmp_path / "dos", **fields)
-    (tmp_path / "uno" / "state.json").write_text("{")
-    load_splits.cache_clear()
-    with pytest.raises(UserError, match="saved data set"):
-        read(tmp_path / "uno")
+    shutil.copy(tmp_path / "uno" / "data-00000-of-00001.arrow", tmp_path / "outside.arrow")
+    for content in ('{"_data_files": [{"filename": "../outside.arrow"}]}', "{", "[]", '{"_data_files": []}'):
+        (tmp_path / "uno" / "state.json").write_text(content)
+        load_splits.cache_clear()
+        with pytest.raises(UserError, match="saved data set"):
+            read(tmp_path / "uno")
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.parquet"])

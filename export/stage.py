@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from cuantiza.core.errors import UserError
+from cuantiza.core.errors import UserError, naming
 from cuantiza.core.inputs.checkpoints import Model, checkpoint_digest, resolve_model
 from cuantiza.core.inputs.defaults import ARTIFACTS, MODEL
 from cuantiza.core.machine.progress import report, working
@@ -43,7 +43,7 @@ def export(
     found = resolve_model(str(model))
     folder = Path(output) / found.name
     target = folder / NAME
-    with folders.locked(folder):
+    with folders.locked(folder), naming(found.folder.absolute(), model):  # a hub id's folder is deep in a cache
         inputs = _inputs(found.folder, exporter, opset)
         there = artifact.up_to_date(target, inputs)
         if isinstance(there, Artifact):

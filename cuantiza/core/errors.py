@@ -9,7 +9,8 @@ import errno
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from types import FrameType
 from typing import NoReturn
@@ -43,6 +44,16 @@ TRACEBACK = "CUANTIZA_TRACEBACK"
 
 class UserError(Exception):
     """Bad input. The message is one line: the file or option, what is wrong with it, and how to mend it."""
+
+
+@contextmanager
+def naming(place: object, given: object) -> Iterator[None]:
+    """Let a UserError of the block name `given`, as the user did, where it names `place`: a cache, a temporary folder."""
+    try:
+        yield
+    except UserError as error:
+        error.args = (str(error).replace(str(place), str(given).rstrip("/")),)
+        raise
 
 
 def unexpected(error: BaseException) -> str:

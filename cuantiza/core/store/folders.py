@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from cuantiza.core.errors import UserError
+from cuantiza.core.errors import UserError, naming
 
 LOCK = ".cuantiza.lock"
 
@@ -86,10 +86,8 @@ def staging(target: Path) -> Iterator[Path]:
     """
     folder = Path(tempfile.mkdtemp(prefix=".tmp-", dir=target.parent))
     try:
-        yield folder
-    except UserError as error:
-        error.args = (str(error).replace(str(folder), str(target)),)
-        raise
+        with naming(folder, target):
+            yield folder
     except OSError as error:
         if error.filename is None:  # a failed write names no file; `target` at least tells the disk
             error.filename = str(target)

@@ -221,6 +221,15 @@ def test_killed_run_is_taken_up(
     assert (Path(result.stdout.strip()) / "pytorch_model.bin").read_bytes() == in_bin["pytorch_model.bin"]
 
 
+@pytest.mark.parametrize("spoilt", ["config.json", "vocab.json"])
+def test_an_error_names_the_repository_and_not_the_cache(
+    hub: Hub, in_bin: Files, export: Callable[..., Result], spoilt: str
+) -> None:
+    hub.add(REPOSITORY, in_bin | {spoilt: b"{"})
+    line = assert_user_error(export(REPOSITORY), REPOSITORY)
+    assert "snapshots" not in line and ".tmp-" not in line
+
+
 def test_missing_repository(export: Callable[..., Result], tmp_path: Path) -> None:
     assert_user_error(export("datificate/gpt2-small-spanihs"), "MODEL=datificate/gpt2-small-spanihs", "spelling")
     assert_nothing_published(tmp_path / "artifacts")

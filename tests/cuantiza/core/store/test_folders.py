@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from cuantiza.core.errors import UserError
-from cuantiza.core.store.folders import locked
+from cuantiza.core.store.folders import locked, staging
 
 from helpers import ROOT
 
@@ -91,3 +91,13 @@ def test_file_in_the_place_of_the_folder(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"file: is a file.*OUT="), locked(tmp_path / "file"):
         pass
+
+
+def test_an_error_names_the_target_and_not_the_temporary_folder(tmp_path: Path) -> None:
+    with pytest.raises(UserError) as raised, staging(tmp_path / "int8") as work:
+        raise UserError(f"{work}/model.onnx: ONNX Runtime cannot load it ({work}/model.onnx.data)")
+    assert (
+        str(raised.value)
+        == f"{tmp_path}/int8/model.onnx: ONNX Runtime cannot load it ({tmp_path}/int8/model.onnx.data)"
+    )
+    assert not list(tmp_path.iterdir())

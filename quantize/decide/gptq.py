@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from cuantiza.quantize.decide.rounding import COLUMNS, Grid, IntWeight, choose_scale
+from cuantiza.quantize.decide.rounding import COLUMNS, Grid, IntWeight, choose_scale, round_to_nearest
 
 # GPTQ updates this many rows one by one, and then all later rows at once. The number affects only the speed, and the
 # last digits of floats.
@@ -23,8 +23,11 @@ def gptq(weight: np.ndarray, gram: np.ndarray, grid: Grid) -> IntWeight:
     This is algorithm 1 of GPTQ, arXiv 2210.17323, which is greedy. The weights of one input after another are rounded,
     and their error is distributed over the weights that are not yet rounded, by the Cholesky factor of the inverse
     Hessian. With per-channel scales, the inputs with the largest energy come first ("act-order" in the authors' code);
-    with blocks, the inputs keep their order.
+    with blocks, the inputs keep their order. Where the squares of huge inputs are beyond float32, `gram` says nothing, and
+    the weights are rounded to nearest.
     """
+    if not np.isfinite(gram).all():
+        return round_to_nearest(weight, grid)
     inputs = len(weight)
     diagonal = gram.diagonal().astype(np.float64)
     mean = diagonal.clip(0).mean() or 1.0
@@ -55,8 +58,6 @@ def _damped_factor(hessian: np.ndarray, damping: float) -> np.ndarray:
         try:
             return _inverse_factor(hessian)
         except np.linalg.LinAlgError:
-            if not np.isfinite(hessian).all():
-                raise
             added, damping = damping, 10 * damping
 
 

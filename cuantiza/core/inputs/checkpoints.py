@@ -28,6 +28,8 @@ TOKENIZER = (
     "vocab.json",
     "merges.txt",
 )
+# What a bundle passes on: the model card and the texts of the licence.
+LICENCES = ("README.md", "LICENSE*", "LICENCE*", "COPYING*", "NOTICE*")
 _HUB_ID = re.compile(r"(?P<repo>[\w.-]+(/[\w.-]+)?)(@(?P<revision>[\w./-]+))?")
 
 
@@ -108,7 +110,7 @@ def _download(spec: str, repo: str, revision: str | None) -> Path:
                 "convert it with transformers' save_pretrained first"
             )
         patterns = [*weights, *(name for name in (*CONFIGS, *TOKENIZER) if name in names)]
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=[*patterns, *LICENCES]))
     except HFValidationError:
         raise _no_model(spec) from None
     except GatedRepoError:

@@ -12,11 +12,11 @@ from pathlib import Path
 
 from cuantiza.bundle.card import card, rows_of
 from cuantiza.bundle.files import assemble, open_all
+from cuantiza.bundle.licence import licence_of
 from cuantiza.core.cli import Parser, add_folder, add_model
 from cuantiza.core.errors import UserError, run
 from cuantiza.core.inputs.checkpoints import checkpoint_digest, model_name, resolve_model
 from cuantiza.core.inputs.defaults import ARTIFACTS, DIST, REPORTS
-from cuantiza.core.inputs.model_config import read_config
 from cuantiza.core.machine.progress import report as say
 from cuantiza.core.store import folders
 from cuantiza.eval.report.read import read_report
@@ -59,9 +59,8 @@ def _bundle(args: argparse.Namespace, name: str, source: Path, path: Path) -> No
     hub_id = None if Path(args.model).is_dir() else args.model.split("@")[0]
     target = args.output / name
     with folders.locked(args.output), folders.staging(target) as work:
-        assemble(
-            artifacts, checkpoint, card(report, rows, name, checkpoint, read_config(artifacts[0].path), hub_id), work
-        )
+        licence = licence_of(checkpoint, hub_id)
+        assemble(artifacts, licence.files, card(report, rows, name, artifacts[0].path, licence, hub_id), work)
         work.chmod(0o755)
         folders.replace(work, target)
     say(f"bundle    {target}: {len(artifacts)} graphs; upload it by `hf upload owner/{name} {target}`")

@@ -6,8 +6,12 @@ from pathlib import Path
 
 import yaml
 
+from cuantiza.bundle.examples import exact_set, examples, opening
 from cuantiza.bundle.files import DTYPES, graph_name
+from cuantiza.bundle.licence import Licence
 from cuantiza.core.errors import UserError
+from cuantiza.core.inputs.model_config import read_config, start_token
+from cuantiza.core.inputs.tokenizer import load_tokenizer
 from cuantiza.core.pages import count, table
 from cuantiza.core.store.artifact import Artifact
 from cuantiza.eval.report.columns import cells, titles
@@ -15,30 +19,17 @@ from cuantiza.eval.report.schema import Report, Row
 
 _FIGURES = ("graph_size", "perplexity", "delta", "decode")
 
-_PYTHON = """from optimum.onnxruntime import ORTModelForCausalLM
-from transformers import AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained("{id}")
-model = ORTModelForCausalLM.from_pretrained("{id}")  # or file_name="{small}"
-tokens = model.generate(**tokenizer("{prompt}", return_tensors="pt"), max_new_tokens=40)
-print(tokenizer.decode(tokens[0]))"""
-_JAVASCRIPT = """import {{ pipeline }} from "@huggingface/transformers";
-
-const generator = await pipeline("text-generation", "{id}", {{ dtype: "{dtype}" }});
-console.log(await generator("{prompt}", {{ max_new_tokens: 40 }}));"""
-_PLAIN = """import numpy as np, onnxruntime as ort
-from tokenizers import Tokenizer
-
-ids = np.array([Tokenizer.from_file("tokenizer.json").encode("{prompt}").ids])
-session = ort.InferenceSession("onnx/{small}")
-feeds = {{"input_ids": ids, "attention_mask": np.ones_like(ids), "position_ids": np.arange(ids.shape[1])[None]}}
-for past in session.get_inputs():
-    if past.name.startswith("past_key_values."):
-        feeds[past.name] = np.zeros((1, past.shape[1], 0, past.shape[3]), np.float32)
-logits = session.run(["logits"], feeds)[0]  # [1, tokens, vocabulary]"""
 # This note goes into cards of artifacts with int8 matmuls.
 _WITHOUT_VNNI = """On x86-64 without VNNI (AMD before Zen 4, most of Intel before 2019), ONNX Runtime multiplies int8 exactly only with the \
-session option `session.x64quantprecision` at `1`: `options.add_session_config_entry("session.x64quantprecision", "1")`."""
+session option `session.x64quantprecision` at `1`. Δ above was measured {how}."""
+_HOW = {
+    True: "with it, as the examples set it; leave the line out on other processors, where it only costs time",
+    False: "without it, on a processor that needs no such option; elsewhere take the line with it into the code",
+}
+# For a start token that cannot be written as text.
+_UNPARSED = " in the last example. In the others, put the id {id} before the prompt's ids: its text gives other tokens."
+_TELEMETRY = """ONNX Runtime from 1.29 on reports its use to its makers unless `ORT_DISABLE_TELEMETRY=1` is in the environment before it \
+is imported."""
 
 
 def rows_of(report: Report, artifacts: list[Artifact], path: Path) -> list[Row]:
@@ -53,29 +44,22 @@ def rows_of(report: Report, artifacts: list[Artifact], path: Path) -> list[Row]:
     return [rows[item.manifest.name] for item in artifacts]
 
 
-def front_matter(checkpoint: Path) -> dict:
-    """The YAML front matter of the checkpoint's own card; empty if there is none."""
-    try:
-        text = (checkpoint / "README.md").read_text(encoding="utf-8")
-        found = yaml.safe_load(text[4 : text.index("\n---\n", 3)]) if text.startswith("---\n") else {}
-    except (OSError, ValueError, yaml.YAMLError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def card(report: Report, rows: list[Row], model: str, checkpoint: Path, config: dict, hub_id: str | None) -> str:
+def card(report: Report, rows: list[Row], model: str, folder: Path, licence: Licence, hub_id: str | None) -> str:
     """The text of a bundle's README.md.
 
-    `config` has the fields of config.json. `hub_id` is the checkpoint's id on the Hub; None if it was a folder.
+    `folder` is that of the fp32 artifact: its tokenizer and configuration are the bundle's. `hub_id` is the checkpoint's
+    id on the Hub; None if it was a folder.
     """
-    own = front_matter(checkpoint)
-    head = {key: own[key] for key in ("language", "license", "license_name", "license_link") if key in own}
-    head |= {"library_name": "onnx", "pipeline_tag": "text-generation"}
+    config = read_config(folder)
+    head = licence.head | {"library_name": "onnx", "pipeline_tag": "text-generation"}
     if hub_id:
         head["base_model"] = hub_id
     kind = [str(config["model_type"])] if isinstance(config.get("model_type"), str) else []
-    prompt, small = report.prompt, graph_name(rows[1 if len(rows) > 1 else 0].name)
-    fill = {"id": f"owner/{model}", "prompt": prompt, "small": small, "dtype": DTYPES[rows[-1].name]}
+    shown = rows[1 if len(rows) > 1 else 0]
+    begin = opening(load_tokenizer(folder), start_token(folder), report.prompt)
+    optimum, javascript, plain = examples(
+        f"owner/{model}", report.prompt, begin, shown, graph_name(shown.name), DTYPES[shown.name]
+    )
     corpus, machine = report.corpus, report.machine
     lines = [
         "---",
@@ -93,32 +77,42 @@ def card(report: Report, rows: list[Row], model: str, checkpoint: Path, config: 
         f"paired with fp32. Decode is the time of one token after a context of that many, in brackets the speed-up over fp32, on "
         f"{machine.cpu} with {count(machine.threads, 'thread')}, onnxruntime {report.versions.get('onnxruntime', 'unknown')}.",
         "",
+        f"The examples continue the report's prompt with `{graph_name(shown.name)}`, the likeliest token each time, as the "
+        f"report did. Every text was measured after the start token, `{begin.text}` (id {begin.start}), so they begin with it"
+        + (". Tokenizers do not add it by themselves." if begin.parsed else _UNPARSED.format(id=begin.start)),
+        "",
         "## Python, with optimum",
         "",
         "```python",
-        _PYTHON.format(**fill),
+        optimum,
         "```",
         "",
         "## Node and the browser, with transformers.js",
         "",
         "```js",
-        _JAVASCRIPT.format(**fill),
+        javascript,
         "```",
         "",
         "## ONNX Runtime alone",
         "",
         "```python",
-        _PLAIN.format(**fill),
+        plain,
         "```",
         "",
-        *([_WITHOUT_VNNI, ""] if any(row.name.startswith("int8-") for row in rows) else []),
+        *([_WITHOUT_VNNI.format(how=_HOW[exact_set(rows)]), ""] if any(_is_int8(row) for row in rows) else []),
+        _TELEMETRY,
+        "",
         "Past keys and values go in as `past_key_values.*` and come out as `present.*`; the graphs are standard operators.",
         "",
         "## Licence",
         "",
-        _licence(own, checkpoint, hub_id),
+        licence.sentence,
     ]
     return "\n".join(lines) + "\n"
+
+
+def _is_int8(row: Row) -> bool:
+    return row.name.startswith("int8-")
 
 
 def _table(rows: list[Row]) -> str:
@@ -128,12 +122,3 @@ def _table(rows: list[Row]) -> str:
         for row in rows
     ]
     return table(["file in `onnx/`", "dtype", "recipe", *titles(_FIGURES, first, "en")], lines, left=(0, 1, 2)).rstrip()
-
-
-def _licence(own: dict, checkpoint: Path, hub_id: str | None) -> str:
-    if "license" in own:
-        return f"That of the checkpoint: {own.get('license_name', own['license'])}."
-    if any(checkpoint.glob("LICENSE*")):
-        return "That of the checkpoint, in this folder."
-    source = f"at https://huggingface.co/{hub_id}" if hub_id else "beside the checkpoint"
-    return f"That of the checkpoint, {source}: look there before you pass these files on, and name it at the head of this card."

@@ -43,8 +43,10 @@ def open_all(folder: Path, recipes: list[str]) -> list[Artifact]:
     return opened
 
 
-def assemble(artifacts: list[Artifact], checkpoint: Path, card: str, folder: Path) -> None:
-    """Fill the empty folder `folder` with onnx/, configurations, tokenizer, model card and the checkpoint's licence."""
+def assemble(artifacts: list[Artifact], others: dict[str, Path], card: str, folder: Path) -> None:
+    """Fill the empty folder `folder` with onnx/, configurations, tokenizer, model card and `others`, files by name."""
+    for name, path in others.items():  # first, so that none of them replaces a file of the bundle's own
+        shutil.copyfile(path, folder / name)
     first = artifacts[0]
     (folder / "onnx").mkdir()
     external = {}
@@ -61,6 +63,4 @@ def assemble(artifacts: list[Artifact], checkpoint: Path, card: str, folder: Pat
     if external:
         config = read_config(first.path) | {"transformers.js_config": {"use_external_data_format": external}}
         (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    for licence in sorted(path for path in checkpoint.glob("LICENSE*") if path.is_file()):
-        shutil.copyfile(licence, folder / licence.name)
     (folder / "README.md").write_text(card, encoding="utf-8")

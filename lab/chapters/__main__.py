@@ -49,6 +49,8 @@ MODELS, ACCURACY = (
     ("es-mini", "es-mini-twin"),
     ("ort-dynamic", "int8-dynamic", "int8-static", "int4-weight", "int4-weight-nearest"),
 )
+# Steps that are copied from docs/data/big-models.json: how long a reader with the exercise's model has to wait.
+BIG = ("export", "int8-dynamic", "int8-static", "eval")
 _MAKE = "run `make chapters`"
 
 
@@ -107,6 +109,7 @@ def _measure(found: dict[str, artifact.Artifact], report: dict) -> dict:
         **measured,
         "report": pick_report(report),
         "accuracy": pick_accuracy(DATA / "accuracy.json"),
+        "gpt2": pick_big(DATA / "big-models.json"),
         "exercise": [asdict(kind) for kind in modules_by_kind(MODEL)],
     }
 
@@ -173,6 +176,20 @@ def pick_accuracy(path: Path) -> dict:
         }
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: lacks what the chapters quote ({error}); run `make accuracy`") from None
+
+
+def pick_big(path: Path) -> dict:
+    """Read how long each step took with a model of GPT-2 small's size from docs/data/big-models.json.
+
+    Returns {cpu, processors, tokens, seconds: {step: s}}. Raises UserError if the file lacks that size or one of BIG.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        steps = next(row["steps"] for row in found["rows"] if row["shape"] == "gpt2")
+        seconds = {name: steps[name]["seconds"] for name in BIG}
+        return {key: found[key] for key in ("cpu", "processors", "tokens")} | {"seconds": seconds}
+    except (OSError, ValueError, KeyError, TypeError, StopIteration) as error:
+        raise UserError(f"{path}: lacks what the chapters quote ({error}); run `python -m lab.big_models`") from None
 
 
 def rounded(value: object) -> object:

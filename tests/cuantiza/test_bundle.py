@@ -19,6 +19,10 @@ from helpers import ES_MINI, ROOT, assert_user_error, stage
 RECIPES = ("int8-dynamic", "int4-weight", "fp16")
 OPTIMUM = ROOT / ".venv-optimum/bin/python"
 PROMPT = "Me gusta mucho el futbol"
+needs_js = pytest.mark.skipif(
+    shutil.which("node") is None or not (ROOT / "js/node_modules").is_dir(),
+    reason="no node here, or no js/node_modules; `make js` creates it",
+)
 
 # Continues a prompt with each library's usual classes.
 _OPTIMUM = """
@@ -81,7 +85,15 @@ def test_the_folder(built):
     files = {str(path.relative_to(bundle)) for path in bundle.rglob("*") if path.is_file()}
     graphs = {"onnx/model.onnx", "onnx/model_quantized.onnx", "onnx/model_q4.onnx", "onnx/model_fp16.onnx"}
     assert (
-        graphs | {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "README.md"}
+        graphs
+        | {
+            "config.json",
+            "generation_config.json",
+            "tokenizer.json",
+            "tokenizer_config.json",
+            "README.md",
+            "CHECKPOINT.md",
+        }
         == files
     )
     for recipe, name in zip(("fp32", *RECIPES), ("", "_quantized", "_q4", "_fp16"), strict=True):
@@ -95,22 +107,52 @@ def test_the_card_has_the_measured_figures(built):
     yaml = pytest.importorskip("yaml")
     head = yaml.safe_load(card.split("---\n")[1])
     assert head["language"] == "es" and head["pipeline_tag"] == "text-generation" and "onnx" in head["tags"]
-    assert "base_model" not in head and head["license"] == "other"
+    assert "base_model" not in head and head["license"] == "other" and head["license_link"] == "CHECKPOINT.md"
+    assert (bundle / "CHECKPOINT.md").read_bytes() == (ES_MINI / "README.md").read_bytes()
     for row in report["artifacts"]:
         line = next(line for line in card.splitlines() if line.startswith("|") and f"| {row['name']} |" in line)
         assert f"{row['perplexity']:.2f}" in line and f"{row['model_bytes'] / 1e6:.1f}" in line
 
 
-def test_the_cards_plain_example_runs(built):
-    code = (built[2] / "README.md").read_text(encoding="utf-8").split("```python\n")[2].split("```")[0]
+def example(bundle, language, number):
+    """An example of the card, with the bundle's folder in place of the id that it would have on the hub."""
+    code = (bundle / "README.md").read_text(encoding="utf-8").split(f"```{language}\n")[number].split("```")[0]
+    return code.replace('"owner/es-mini"', json.dumps(str(bundle) if language == "python" else bundle.name))
+
+
+def in_the_report(built):
+    """The prompt and its continuation by the artifact that the examples use."""
+    report = json.loads((built[1] / "es-mini/report.json").read_text(encoding="utf-8"))
+    row = next(row for row in report["artifacts"] if row["name"] == "int8-dynamic")
+    return report["prompt"] + row["continuation"]
+
+
+def test_the_cards_plain_example_gives_the_reports_text(built, monkeypatch, capsys):
+    monkeypatch.chdir(built[2])
     names: dict = {}
-    before = os.getcwd()  # noqa: PTH109
-    os.chdir(built[2])
-    try:
-        exec(code, names)
-    finally:
-        os.chdir(before)
-    assert names["logits"].shape == (1, names["ids"].shape[1], 8192)
+    exec(example(built[2], "python", 2), names)
+    assert names["text"] == in_the_report(built) and capsys.readouterr().out == names["text"] + "\n"
+    assert names["logits"].shape == (1, 1, 8192) and len(names["made"]) == 32
+
+
+@pytest.mark.skipif(not OPTIMUM.exists(), reason="no .venv-optimum here; `make optimum` creates it")
+def test_the_cards_optimum_example_gives_the_reports_text(built):
+    command = [OPTIMUM, "-c", example(built[2], "python", 1)]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.rstrip("\n") == in_the_report(built)
+
+
+@needs_js
+def test_the_cards_javascript_example_gives_the_reports_text(built):
+    imports, code = example(built[2], "js", 1).split("\n", 1)
+    local = "import { env } from '@huggingface/transformers'; env.allowRemoteModels = false;"
+    local += f" env.localModelPath = {json.dumps(str(built[2].parent))};"
+    command = ["node", "--input-type=module", "-e", "\n".join([imports, local, code])]
+    done = subprocess.run(command, cwd=ROOT / "js", capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.rstrip("\n") == in_the_report(built)
 
 
 @pytest.mark.skipif(not OPTIMUM.exists(), reason="no .venv-optimum here; `make optimum` creates it")
@@ -127,8 +169,7 @@ def test_optimum_loads_it(built):
     assert made[1] == greedy(artifacts / "int8-dynamic/model.onnx", ids)
 
 
-@pytest.mark.skipif(shutil.which("node") is None, reason="no node here")
-@pytest.mark.skipif(not (ROOT / "js/node_modules").is_dir(), reason="no js/node_modules here; `make js` creates it")
+@needs_js
 def test_transformers_js_loads_it_by_dtype(built):
     artifacts, _, bundle = built
     command = ["node", "--input-type=module", "-e", _TRANSFORMERS_JS, bundle.parent, bundle.name, PROMPT]
@@ -163,7 +204,7 @@ def test_weights_beside_the_graph_get_names_of_their_own(built, tmp_path, monkey
         assert onnx_file.DATA in published.manifest.files
         parent = parent or published.digest
     (tmp_path / "bundle").mkdir()
-    assemble(open_all(tmp_path / "es-mini", ["fp16"]), ES_MINI, "card", tmp_path / "bundle")
+    assemble(open_all(tmp_path / "es-mini", ["fp16"]), {}, "card", tmp_path / "bundle")
     ids = np.asarray([[0, 300, 301]])
     for name, recipe in (("model", "fp32"), ("model_fp16", "fp16")):
         graph = tmp_path / "bundle/onnx" / f"{name}.onnx"

@@ -13,6 +13,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from cuantiza.core.errors import UserError
 from cuantiza.core.inputs.corpus import Source
 from cuantiza.core.store.artifact import Artifact
 from cuantiza.quantize.decide.activation import PerRow, PerTensor
@@ -229,6 +230,14 @@ def test_both_languages_have_the_same_numbers_figures_and_commands():
     assert headings[0] == headings[1]
 
 
+def test_the_times_of_gpt2_small_are_those_of_the_page_on_big_models():
+    assert DATA["gpt2"] == chapters.rounded(chapters.pick_big(DOCS / "data/big-models.json"))
+    for language, text in TEXTS.items():
+        assert "big-models.md" in text and f"{DATA['gpt2']['seconds']['int8-dynamic']:.0f} s" in text, language
+    with pytest.raises(UserError, match="big_models"):
+        chapters.pick_big(DOCS / "data/accuracy.json")
+
+
 @pytest.mark.parametrize("language", PAGES)
 def test_a_page_is_made_of_its_json_alone(language):
     assert page(language, DATA) == TEXTS[language], "edit the template and run `python -m lab.chapters`"
@@ -271,7 +280,7 @@ def test_every_command_that_the_pages_show_exists():
         if words[0] == "make":
             for word in words[1:]:
                 name = word.partition("=")[0]
-                pattern = rf"^{name}\s*\?=" if "=" in word else rf"^{name}:"
+                pattern = rf"^{name}\s*\?=|\$\({name}\)" if "=" in word else rf"^(?:[a-z]+ )*{name}(?: [a-z]+)*:"
                 assert re.search(pattern, makefile, flags=re.MULTILINE), f"{line}: make knows no {name}"
         else:
             assert words[1] == "-m", line

@@ -1,4 +1,4 @@
-"""docs/python.md: its code runs as it is written, as a script and without a guard for child processes."""
+"""docs/python.md and docs/use.md: their code runs as it is written, as a script and without a guard for child processes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from cuantiza.bundle.files import DTYPES, graph_name
+from cuantiza.core.store.artifact import Artifact
+from cuantiza.model import load
+
 from helpers import ROOT
+
+OPTIMUM = ROOT / ".venv-optimum/bin/python"
 
 
 def test_the_page_runs_as_written(tmp_path: Path) -> None:
@@ -29,3 +37,43 @@ def test_the_page_runs_as_written(tmp_path: Path) -> None:
     assert folder.startswith("artifacts/es-mini/int8-dynamic ") and shape.endswith(", 8192)") and any(story)
     assert [row.split()[0] for row in rows[:2]] == ["fp32", "int8-dynamic"]
     assert (tmp_path / "artifacts/es-mini/int8-dynamic/manifest.json").is_file()
+
+
+def blocks(page: str) -> list[str]:
+    """The blocks of Python of a page."""
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    return re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize(
+    ("number", "python"),
+    [
+        pytest.param(0, Path(sys.executable), id="onnxruntime"),
+        pytest.param(
+            1,
+            OPTIMUM,
+            id="optimum",
+            marks=pytest.mark.skipif(not OPTIMUM.exists(), reason="no .venv-optimum here; `make optimum` creates it"),
+        ),
+    ],
+)
+def test_programs_without_cuantiza_give_the_reports_text(
+    number: int, python: Path, es_mini_fp32: Artifact, tmp_path: Path
+) -> None:
+    (tmp_path / "artifacts/es-mini").mkdir(parents=True)
+    (tmp_path / "artifacts/es-mini/int8-dynamic").symlink_to(es_mini_fp32.path)
+    assert len(blocks("use.md")) == 2
+    (tmp_path / "script.py").write_text(blocks("use.md")[number], encoding="utf-8")
+    command = [python, "script.py"]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-2000:]
+    prompt = "Me gusta mucho el futbol"
+    expected = load(es_mini_fp32).generate(prompt, 32, temperature=0, no_repeat_ngram=0)
+    assert done.stdout.rstrip("\n") == prompt + expected
+
+
+def test_the_recipes_that_bundle_are_those_of_the_page() -> None:
+    text = (ROOT / "docs/use.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `([\w-]+)` \| `(\w+)` \| `([\w.]+)` \|$", text, re.MULTILINE)
+    assert rows == [(recipe, dtype, graph_name(recipe)) for recipe, dtype in DTYPES.items()]

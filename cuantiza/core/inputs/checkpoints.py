@@ -26,6 +26,8 @@ WEIGHTS = (
 # A LoRA adapter of peft, beside the weights or instead of them.
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 CONFIGS = ("config.json", "generation_config.json")
+# What a bundle passes on: the model card and the texts of the licence.
+LICENCES = ("README.md", "LICENSE*", "LICENCE*", "COPYING*", "NOTICE*")
 _HUB_ID = re.compile(r"(?P<repo>[\w.-]+(/[\w.-]+)?)(@(?P<revision>[\w./-]+))?")
 
 
@@ -220,7 +222,7 @@ def _download(label: str, repo: str, revision: str | None, wanted: bool = True) 
             folder = Path(snapshot_download(repo, revision=revision, allow_patterns=[index]))
             weights = [index, *index_shards(folder / index)]
         more = (name for name in (*CONFIGS, *ADAPTER) if name in names)
-        patterns = [*weights, *more, *tokenizer_files(names)]
+        patterns = [*weights, *more, *tokenizer_files(names), *LICENCES]
         return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
     except HFValidationError:
         raise _no_model(label) from None

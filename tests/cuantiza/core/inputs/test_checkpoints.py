@@ -27,9 +27,10 @@ REPOSITORY = "datificate/gpt2-small-spanish"
 UNUSED = {
     "tf_model.h5": bytes(200_000),
     "flax_model.msgpack": bytes(200_000),
-    "README.md": b"# GPT2-small-spanish",
     ".gitattributes": b"*.bin",
 }
+# What a bundle passes on.
+CARD = {"README.md": b"# GPT2-small-spanish", "LICENSE.txt": b"the licence"}
 
 
 @pytest.fixture
@@ -45,7 +46,7 @@ def in_bin(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Files
     for name in ("config.json", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json"):
         shutil.copy(tiny_folder / name, folder)
     torch.save(load_file(tiny_folder / "model.safetensors"), folder / "pytorch_model.bin")
-    return files_of(folder) | UNUSED
+    return files_of(folder) | UNUSED | CARD
 
 
 @pytest.fixture

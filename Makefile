@@ -96,8 +96,9 @@ js: js/node_modules/.stamp ## the packages of the browser page
 js/node_modules/.stamp: js/package.json js/package-lock.json
 	@cd js && npm ci --ignore-scripts --no-audit --no-fund && touch node_modules/.stamp
 
+# A process for each processor. The tests of one file stay together, since they share what they build.
 test: $(ready) ## the tests; TESTS=tests/quantize for some of them
-	@$(run) pytest $(TESTS)
+	@$(run) pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(TESTS)
 
 lint: $(ready) ## linter, format, import rules and types
 	@$(run) ruff check .

@@ -110,7 +110,7 @@ def _runs(interpreter: str, abi: str) -> bool:
 
 def kept_hashes(text: str, name: str) -> set[str]:
     """The hashes of a package that a file of pins already has."""
-    block = re.search(rf"^{re.escape(name)}==.*(?:\\\n.*)*", text, re.MULTILINE)
+    block = re.search(rf"^{re.escape(name)}==(?:.*\\\n)*.*", text, re.MULTILINE)
     return set(re.findall(r"sha256:([0-9a-f]{64})", block[0])) if block else set()
 
 

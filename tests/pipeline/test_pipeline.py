@@ -5,20 +5,19 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from cuantiza.core.store.artifact import open_artifact
+from cuantiza.core.store.artifact import Artifact, open_artifact
 
 from helpers import CORPUS, assert_user_error, copy_tokenizer, stage, tiny_gpt2
 
 
-@pytest.fixture(params=["zip", "legacy"])
-def checkpoint_of_2020(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+def checkpoint_of_2020(folder: Path, zipped: bool) -> Path:
     """As datificate/gpt2-small-spanish lies on the hub, in either of torch's formats."""
-    folder = tmp_path / "checkpoint"
     copy_tokenizer(folder, ("vocab.json", "merges.txt", "special_tokens_map.json"))
     (folder / "tokenizer_config.json").write_text('{"model_max_length": 64}')
     model = tiny_gpt2(n_positions=64)
@@ -26,7 +25,7 @@ def checkpoint_of_2020(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     for layer in range(2):
         mask = torch.tril(torch.ones(64, 64, dtype=torch.uint8))
         state |= {f"transformer.h.{layer}.attn.bias": mask[None, None]}
-    torch.save(state, folder / "pytorch_model.bin", _use_new_zipfile_serialization=request.param == "zip")
+    torch.save(state, folder / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
     (folder / "config.json").write_text(
         json.dumps(
             {
@@ -40,14 +39,20 @@ def checkpoint_of_2020(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return folder
 
 
-def test_the_three_stages_on_a_checkpoint_of_2020(checkpoint_of_2020: Path, tmp_path: Path) -> None:
+def test_both_formats_of_2020_are_read(exported: Callable[..., Artifact], tmp_path: Path) -> None:
+    made = [exported(checkpoint_of_2020(tmp_path / f"zipped-{zipped}", zipped)) for zipped in (True, False)]
+    assert made[0].model.read_bytes() == made[1].model.read_bytes()
+
+
+def test_the_three_stages_on_a_checkpoint_of_2020(tmp_path: Path) -> None:
+    checkpoint = checkpoint_of_2020(tmp_path / "checkpoint", zipped=False)
     artifacts, reports = tmp_path / "artifacts", tmp_path / "reports"
     for command in (
         ("export", "--output", artifacts),
         ("quantize", "--output", artifacts, "--corpus", CORPUS),
         ("eval", "--artifacts", artifacts, "--output", reports, "--corpus", CORPUS, "--tokens", 500, "--rounds", 1),
     ):
-        result = stage(*command, "--model", checkpoint_of_2020)
+        result = stage(*command, "--model", checkpoint)
         assert result.status == 0, result.stderr
     report = json.loads((reports / "checkpoint/report.json").read_text(encoding="utf-8"))
     rows = {row["name"]: row for row in report["artifacts"]}
@@ -56,7 +61,7 @@ def test_the_three_stages_on_a_checkpoint_of_2020(checkpoint_of_2020: Path, tmp_
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path):
+def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 3 MB: room for the tiny fp32 artifact, and not for more than one other."""
     folder = tmp_path / "disk"
     folder.mkdir()

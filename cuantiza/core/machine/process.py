@@ -143,20 +143,44 @@ def _hidden_main() -> Iterator[None]:
 
 
 def _start(process: BaseProcess) -> None:
-    """Start `process` with SIGINT blocked.
+    """Start `process` with SIGINT blocked in it; a signal to this process is answered when the child has started.
 
-    Otherwise a Ctrl-C while the child imports its modules, before `_serve`, would print the child's own traceback.
-    A SIGINT to this process is delivered as soon as the child has started.
+    Otherwise a Ctrl-C while the child imports its modules, before `_serve`, would print the child's own traceback. So
+    would one that kept this process from telling the child what to do: the child would find nothing to read.
     """
     if not hasattr(signal, "pthread_sigmask"):
         process.start()
         return
     resource_tracker.ensure_running()  # otherwise the first start of a child would start it, and it unblocks SIGINT
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    with _answered_later():
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextlib.contextmanager
+def _answered_later() -> Iterator[None]:
+    """Call the handlers of signals that come in the block after it.
+
+    Blocking a signal in this thread would not do: another thread takes it, and Python calls its handler in the main
+    thread all the same.
+    """
+    came: list[tuple[int, Any]] = []
+    handlers: dict[int, Callable[[int, Any], Any]] = {}
+    if threading.current_thread() is threading.main_thread():
+        found = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        handlers = {number: handler for number, handler in found.items() if callable(handler)}
+    for number in handlers:
+        signal.signal(number, lambda number, frame: came.append((number, frame)))
     try:
-        process.start()
+        yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    for number, frame in came:
+        handlers[number](number, frame)
 
 
 class _Call:

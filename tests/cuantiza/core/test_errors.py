@@ -37,6 +37,37 @@ def test_ctrl_c_while_a_child_starts(tmp_path: Path, delay_s: float) -> None:
     assert (done.returncode, done.stderr) == (130, "")
 
 
+IN_THE_START = """
+import os, signal, sys, threading, time
+from multiprocessing import util
+sys.path.insert(0, sys.argv[1])
+from cuantiza.core.errors import run
+from cuantiza.core.machine.process import isolated
+other = threading.Thread(target=time.sleep, args=[600], daemon=True)
+spawn = util.spawnv_passfds
+def spawn_and_signal(*args):
+    pid = spawn(*args)
+    signal.pthread_kill(other.ident, int(sys.argv[2]))
+    time.sleep(0.1)
+    return pid
+def main():
+    other.start()
+    from multiprocessing import resource_tracker
+    resource_tracker.ensure_running()
+    util.spawnv_passfds = spawn_and_signal
+    isolated(time.sleep, 60)
+run(main)
+"""
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_before_the_child_knows_what_to_do(number: int, status: int) -> None:
+    """Another thread takes the signal, between the child's start and what it is told; so blocking it does not help."""
+    command = [sys.executable, "-c", IN_THE_START, ROOT, str(int(number))]
+    done = subprocess.run(command, capture_output=True, text=True, start_new_session=True)
+    assert (done.returncode, done.stderr) == (status, "")
+
+
 @pytest.mark.parametrize("name", ["export", "quantize"])
 @pytest.mark.parametrize("delay_s", [0.1, 0.2])
 def test_ctrl_c_while_a_stage_loads_its_modules(tmp_path: Path, name: str, delay_s: float) -> None:

@@ -178,7 +178,7 @@ def _tensor(
     count = len(energy)
     smoothing = smooth.Smoothing(np.ones(count, np.float32), np.zeros(count, np.float32), None)
     if group is not None:
-        smoothing = _search_smoothing(moments, weights, energy, group.shift is not None, plan)
+        smoothing = _search_smoothing(moments, weights, energy, group, plan)
         moments = moments.transformed(smoothing.scale, smoothing.shift)
     tensor = _Tensor(name, projections, group, smoothing, moments, energy, np.ones(count, bool))
     if plan.float_channels and not any(projection.weight in tables for projection in projections):
@@ -188,15 +188,17 @@ def _tensor(
 
 
 def _search_smoothing(
-    moments: Moments, weights: list[np.ndarray], energy: np.ndarray, may_shift: bool, plan: Plan
+    moments: Moments, weights: list[np.ndarray], energy: np.ndarray, group: smooth.Group, plan: Plan
 ) -> smooth.Smoothing:
     """Find the smoothing exponent, or none, with the least expected error of activations and weights together."""
-    shift = moments.mean.astype(np.float32) if may_shift else np.zeros(len(energy), np.float32)
-    weight_max = np.max([np.abs(weight).max(axis=1) for weight in weights], axis=0)
+    shift = moments.mean.astype(np.float32) if group.shift is not None else np.zeros(len(energy), np.float32)
+    weight_max = group.shared(np.max([np.abs(weight).max(axis=1) for weight in weights], axis=0))
     low, high = moments.low - shift, moments.high - shift
     output = _expected_output(moments.rows, energy)
     options: list[tuple[float | None, np.ndarray]] = [(None, np.ones(len(energy), np.float32))]
-    options += [(alpha, smooth.candidate(low, high, weight_max, alpha)) for alpha in plan.alphas]
+    options += [
+        (alpha, smooth.candidate(-group.shared(-low), group.shared(high), weight_max, alpha)) for alpha in plan.alphas
+    ]
 
     def cost(scale: np.ndarray) -> float:
         rows = (moments.rows - shift) / scale

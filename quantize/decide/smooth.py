@@ -1,8 +1,9 @@
 """Smoothing: rescale activations so that they are easier to quantize, and rescale the weights around them to match.
 
-The model computes the same as before, because x·W = ((x − z) / s) · (s·W) + z·W. The layer before x takes the division
-by s and the shift by z: the scale and bias of a LayerNorm, or the value columns of the linear layer that feeds
-attention. The linear layer that reads x takes s into the rows of its weight and z·W into its bias.
+The model computes the same as before, because x·W = ((x − z) / s) · (s·W) + z·W. What computes x takes the division by
+s and the shift by z: the scale and bias of a LayerNorm, the scale of an RMSNorm, the value columns of the linear layer
+that feeds attention, or the linear layer that is multiplied with a gate (SwiGLU). The linear layer that reads x takes s
+into the rows of its weight and z·W into its bias.
 
 Each channel has its own s = max|x|^α / max|W|^(1−α), as in SmoothQuant (arXiv 2211.10438); α is searched for each
 tensor. The shift z by the mean of each channel is that of Outlier Suppression+ (arXiv 2304.09145).
@@ -29,13 +30,23 @@ class Group:
 
     `scales` are pairs (initializer, first channel): from that channel on, its last axis is divided by s. `shift` is the
     vector among these from which z is subtracted before the division. It is None, and there is no shift, where one of
-    the linear layers has no bias that could take z·W.
+    the linear layers has no bias that could take z·W. Where several channels of x are copies of one channel before it
+    (grouped-query attention), `source` int [K] says of which, and these channels must have the same s.
     """
 
     x: str
     projections: tuple[Projection, ...]
     scales: tuple[tuple[ir.Value, int], ...]
     shift: ir.Value | None
+    source: np.ndarray | None = None
+
+    def shared(self, values: np.ndarray) -> np.ndarray:
+        """Replace each of `values` [K] by the largest among the channels that must have the same s."""
+        if self.source is None:
+            return values
+        largest = np.full(self.source.max() + 1, -np.inf, values.dtype)
+        np.maximum.at(largest, self.source, values)
+        return largest[self.source]
 
 
 @dataclass(frozen=True)
@@ -57,12 +68,14 @@ def find_groups(graph: ir.Graph) -> dict[str, Group]:
         x = projections[0].x
         if not all(_may_scale(projection, graph) for projection in projections):
             continue
-        found = _find_norm(x, projections) or _find_values(x, projections)
+        if not _feeds_only(x, len(projections)):
+            continue
+        found = _find_norm(x) or _find_gated(x) or _find_values(x, projections)
         if found is not None:
-            scales, shift = found
-            if not all(bias_of(projection) for projection in projections):
+            scales, shift, source = found
+            if source is not None or not all(bias_of(projection) for projection in projections):
                 shift = None
-            groups[name] = Group(name, tuple(projections), scales, shift)
+            groups[name] = Group(name, tuple(projections), scales, shift, source)
     return groups
 
 
@@ -93,9 +106,11 @@ def apply(graph: ir.Graph, group: Group, smoothing: Smoothing) -> None:
     The rescaled matrices are not stored: they are computed again each time they are read.
     """
     scale, shift = smoothing.scale.astype(np.float64), smoothing.shift.astype(np.float64)
+    # Before x, a channel that several channels of x copy occurs once.
+    once = slice(None) if group.source is None else np.unique(group.source, return_index=True)[1]
     for value, first in group.scales:
         start = shift if value is group.shift else 0.0
-        _set(value, partial(_divide, value.const_value, first, scale, start))
+        _set(value, partial(_divide, value.const_value, first, scale[once], start))
     for projection in group.projections:
         if group.shift is not None:
             bias = bias_of(projection)
@@ -138,26 +153,59 @@ def _unscale_embeddings(graph: ir.Graph, group: Group, factor: np.ndarray) -> No
             graph.insert_after(embedding.node, back)
 
 
-def _find_norm(x: ir.Value, projections: list[Projection]) -> tuple | None:
-    """Find a LayerNormalization that computes x, has a scale and bias of its own, and feeds only linear layers."""
+# What `_find_norm`, `_find_gated` and `_find_values` return: the fields scales, shift and source of a Group.
+_Found = tuple[tuple[tuple[ir.Value, int], ...], ir.Value | None, np.ndarray | None]
+_RMS_NORMS = ("RMSNormalization", "SimplifiedLayerNormalization")
+
+
+def _find_norm(x: ir.Value) -> _Found | None:
+    """Find the scale of its own with which a norm ends that computes x, and the bias of a LayerNormalization.
+
+    An RMSNorm is one node, or ends with a Mul by its scale. Such a Mul takes any s, whatever it multiplies.
+    """
     node = x.producer()
-    if node is None or node.op_type != "LayerNormalization" or len(node.inputs) < 3:
+    if node is None:
         return None
-    scale, bias = node.inputs[1:3]
-    if len(x.uses()) != len(projections) or not (_is_own_vector(scale) and _is_own_vector(bias)):
-        return None
-    return ((scale, 0), (bias, 0)), bias
+    if node.op_type == "LayerNormalization" and len(node.inputs) == 3:
+        scale, bias = node.inputs[1:3]
+        return (((scale, 0), (bias, 0)), bias, None) if _is_own_vector(scale) and _is_own_vector(bias) else None
+    if node.op_type in _RMS_NORMS:
+        return (((node.inputs[1], 0),), None, None) if _is_own_vector(node.inputs[1]) else None
+    if node.op_type == "Mul":
+        return next(((((value, 0),), None, None) for value in node.inputs if _is_own_vector(value)), None)
+    return None
 
 
-def _find_values(x: ir.Value, projections: list[Projection]) -> tuple | None:
+def _find_gated(x: ir.Value) -> _Found | None:
+    """Find the linear layer that computes one factor of x, where x is a gated activation such as SwiGLU's.
+
+    In x = act(g) · u, the linear layer that computes u can take the division by s. It cannot take a shift, because the
+    gate multiplies it.
+    """
+    node = x.producer()
+    if node is None or node.op_type != "Mul":
+        return None
+    for factor in node.inputs:
+        source = factor.producer()
+        if source is None or len(factor.uses()) != 1:
+            continue
+        for feeding in find_projections(source.graph):
+            bias = bias_of(feeding)
+            ends = feeding.node if bias is None or feeding.bias is not None else _only_reader(feeding.node.outputs[0])
+            if ends is source and feeding.channel_axis == 1 and _is_own(feeding.weight):
+                scales = ((feeding.weight, 0),) if bias is None else ((feeding.weight, 0), (bias, 0))
+                return scales, None, None
+    return None
+
+
+def _find_values(x: ir.Value, projections: list[Projection]) -> _Found | None:
     """Find the value columns of the linear layer that feeds attention, where x is the output of attention.
 
     The attention weights of a token sum to 1, so a shift of all values is the same shift of the output. The nodes are
-    x <- (Slice <-) Reshape <- Transpose <- MatMul(softmax, v <- Concat(past) <- Transpose <- Reshape <- (Split <-)
-    Add(bias)). The Slice keeps some of the tokens and does not change them.
+    x <- (Slice <-) Reshape <- Transpose <- MatMul(softmax, v <- (Reshape <- Expand <- Unsqueeze <-) Concat(past) <-
+    Transpose <- Reshape <- (Split <-) (Add(bias) <-) linear layer). The Slice keeps some of the tokens and does not
+    change them. The Unsqueeze, Expand and Reshape repeat each head of grouped-query attention.
     """
-    if len(x.uses()) != len(projections):
-        return None
     whole = _input_of(x, "Slice")
     if whole is not None and len(whole.uses()) != 1:
         return None
@@ -165,26 +213,47 @@ def _find_values(x: ir.Value, projections: list[Projection]) -> tuple | None:
     matmul = context.producer() if context is not None else None
     if matmul is None or matmul.op_type != "MatMul":
         return None
-    softmax, cached = (value.producer() for value in matmul.inputs)
-    if softmax is None or softmax.op_type != "Softmax" or cached is None or cached.op_type != "Concat":
+    repeated = _input_of(matmul.inputs[1], "Reshape", "Expand", "Unsqueeze")
+    cached = (matmul.inputs[1] if repeated is None else repeated).producer()
+    if cached is None or cached.op_type != "Concat":
         return None
     values = _input_of(cached.inputs[1], "Transpose", "Reshape")
     if values is None:
         return None
     source, first = values.producer(), 0
+    width = projections[0].matrix.shape[0]
     if source is not None and source.op_type == "Split":
-        first = (
-            list(source.outputs).index(values) * projections[0].weight.shape.numpy()[1 - projections[0].channel_axis]
-        )
+        first = list(source.outputs).index(values) * width
         source = source.inputs[0].producer()
-    if source is None:
+    if source is None or (repeated is not None and first):
         return None
     for feeding in find_projections(source.graph):
         bias = bias_of(feeding)
-        adds = feeding.node is source or feeding.node in [value.producer() for value in source.inputs]
-        if adds and bias is not None and bias in source.inputs and feeding.channel_axis == 1:
-            return ((feeding.weight, first), (bias, first)), bias
+        added = bias is not None and bias in source.inputs
+        adds = feeding.node is source or (added and feeding.node in [value.producer() for value in source.inputs])
+        if not adds or feeding.channel_axis != 1 or not _is_own(feeding.weight):
+            continue
+        copies = _copies(cached.inputs[0], width, feeding.matrix.shape[1]) if repeated is not None else None
+        if repeated is not None and copies is None:
+            return None
+        if bias is None:
+            return ((feeding.weight, first),), None, copies
+        if feeding.bias is not None or added:
+            sums_to_one = matmul.inputs[0].producer().op_type == "Softmax"
+            return ((feeding.weight, first), (bias, first)), bias if sums_to_one else None, copies
     return None
+
+
+def _copies(past: ir.Value, width: int, kept: int) -> np.ndarray | None:
+    """Return of which of the `kept` value channels each of the `width` channels of attention's output is made.
+
+    Each head of the values is repeated for the heads that share it, one after the other. Its width is the last axis of
+    `past` [B, H, P, head width]. None if that is unknown.
+    """
+    head = past.shape[-1] if past.shape is not None and len(past.shape) == 4 else None
+    if not isinstance(head, int) or kept % head or width % kept:
+        return None
+    return np.arange(kept).reshape(-1, 1, head).repeat(width // kept, axis=1).ravel()
 
 
 def _input_of(value: ir.Value, *operators: str) -> ir.Value | None:
@@ -205,14 +274,23 @@ def _may_scale(projection: Projection, graph: ir.Graph) -> bool:
     return all(use.node in readers for use in projection.weight.uses())
 
 
+def _feeds_only(x: ir.Value, projections: int) -> bool:
+    """Whether only so many linear layers read the values of x. A Shape does not read them."""
+    return sum(use.node.op_type != "Shape" for use in x.uses()) == projections
+
+
+def _only_reader(value: ir.Value) -> ir.Node | None:
+    uses = list(value.uses())
+    return uses[0].node if len(uses) == 1 else None
+
+
 def _is_own_vector(value: ir.Value | None) -> bool:
-    return (
-        value is not None
-        and value.is_initializer()
-        and value.dtype == ir.DataType.FLOAT
-        and len(value.shape) == 1
-        and len(value.uses()) == 1
-    )
+    return _is_own(value) and value.dtype == ir.DataType.FLOAT and len(value.shape) == 1
+
+
+def _is_own(value: ir.Value | None) -> bool:
+    """Whether `value` is a constant that one node reads."""
+    return value is not None and value.is_initializer() and len(value.uses()) == 1
 
 
 def _set(value: ir.Value, compute: Callable[[], np.ndarray]) -> None:

@@ -64,19 +64,29 @@ def read_tensors(folder: Path) -> dict[str, Weight]:
     """
     names = files_to_read(folder)
     if not names:
-        found = [file.name for file in folder.iterdir() if file.suffix in _UNREAD]
-        kind = f", only {', '.join(sorted(found))}, which cannot be read" if found else ""
-        torch = any(name.endswith((".pt", ".pth", ".ckpt")) for name in found)
-        rename = ", or rename the file that torch saved it in to pytorch_model.bin" if torch else ""
-        raise UserError(
-            f"{folder}: has no model.safetensors and no pytorch_model.bin{kind}; "
-            f"save the model with transformers' save_pretrained{rename}"
-        )
+        raise _no_weights(folder)
     tensors: dict[str, Weight] = {}
     for name in names:
         if not name.endswith(".index.json"):
             tensors |= read_file(folder / name)
     return tensors
+
+
+def _no_weights(folder: Path) -> UserError:
+    """Say what `folder` has instead of weights that can be read."""
+    files = sorted(file.name for file in folder.iterdir())
+    inside = [name for name in files if (folder / name).is_dir() and files_to_read(folder / name)]
+    shards = [name for name in files if "-of-" in name and name.endswith((".safetensors", ".bin"))]
+    unread = [name for name in files if name.endswith(_UNREAD)]
+    advice = "save the model with transformers' save_pretrained"
+    if inside:
+        advice = f"give the folder that has them: {', '.join(inside)}"
+    elif shards:
+        advice = f"download the index of {shards[0]} too"
+    elif any(name.endswith((".pt", ".pth", ".ckpt")) for name in unread):
+        advice += ", or rename the file that torch saved it in to pytorch_model.bin"
+    only = f", only {', '.join(unread)}, which cannot be read" if unread else ""
+    return UserError(f"{folder}: has no model.safetensors and no pytorch_model.bin{only}; {advice}")
 
 
 def read_file(path: Path) -> dict[str, Weight]:

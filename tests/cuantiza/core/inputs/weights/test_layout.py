@@ -242,6 +242,21 @@ def test_one_transposed_layer_is_a_mistake(
     refused("h.1.mlp.c_proj.weight", "[32, 128]", "[128, 32]", "transpose")
 
 
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [
+        ("checkpoint-500/model.safetensors", "give the folder that has them: checkpoint-500"),
+        ("model-00001-of-00002.safetensors", "index of model-00001-of-00002.safetensors"),
+        ("ckpt.pt", "rename the file"),
+    ],
+)
+def test_weights_lie_elsewhere(folder: Path, place: str, said: str) -> None:
+    (folder / place).parent.mkdir(exist_ok=True)
+    (folder / "model.safetensors").rename(folder / place)
+    with pytest.raises(UserError, match=said):
+        read_checkpoint(folder)
+
+
 def test_untied_head_without_an_embedding(written: Callable[..., Path], state: State, folder: Path) -> None:
     edit_config(folder, tie_word_embeddings=False)
     with pytest.raises(UserError, match=r"has no weight wte\.weight"):

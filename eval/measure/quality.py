@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from cuantiza.core.errors import UserError
 from cuantiza.core.inputs.corpus import Split
 from cuantiza.core.inputs.model_config import end_tokens, max_positions, read_config, start_token
-from cuantiza.core.inputs.tokenizer import load_tokenizer, markers, take
+from cuantiza.core.inputs.tokenizer import load_tokenizer, markers, take, token_ids
 from cuantiza.core.machine.hardware import memory_bytes
 from cuantiza.core.machine.process import ChildError, Remote
 from cuantiza.core.machine.progress import track
@@ -66,7 +66,7 @@ def make_task(folder: Path, test: Split, tokens: int, window: int) -> Task:
     if sum(map(len, documents)) < 2:
         raise UserError("CORPUS=: its test split has fewer than 2 tokens; give more text")
     longest = max_positions(read_config(folder))
-    stream = np.asarray(tokenizer.encode("\n\n".join(texts), add_special_tokens=False).ids, np.int64)
+    stream = np.asarray(token_ids(tokenizer, "\n\n".join(texts)), np.int64)
     return Task(tokenizer, documents, text_size(texts), start, longest, min(window, longest), stream)
 
 

@@ -80,7 +80,7 @@ def _prefix_space(settings: dict[str, Any], fields: dict[str, Any]) -> tuple[dic
     own, said = bool(before.get("add_prefix_space")), settings.get("add_prefix_space")
     if own == bool(said):
         return settings, ()
-    warnings = ()
+    warnings: tuple[str, ...] = ()
     if said is not None:
         warnings = (
             f"add_prefix_space is {json.dumps(said)} in {SETTINGS} and {json.dumps(own)} in {OWN}, which decides",

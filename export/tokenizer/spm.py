@@ -35,6 +35,7 @@ def from_sentencepiece(path: Path, settings: dict[str, Any]) -> tuple[dict[str, 
     trained, normalized = proto.trainer_spec, proto.normalizer_spec
     pieces = [(piece.piece, piece.score) for piece in proto.pieces]
     unknown = pieces[trained.unk_id][0] if 0 <= trained.unk_id < len(pieces) else None
+    model: Unigram | BPE
     if trained.model_type == _UNIGRAM:
         model = Unigram(pieces, unk_id=trained.unk_id, byte_fallback=trained.byte_fallback)
     elif trained.model_type == _BPE:

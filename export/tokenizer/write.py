@@ -89,7 +89,7 @@ def _name_missing(fields: dict[str, Any], settings: dict[str, Any], vocabulary: 
         if tokenizer.token_to_id(text) is None:
             tokenizer.add_special_tokens([text])
             number = tokenizer.token_to_id(text)
-            if number >= vocabulary:
+            if number is None or number >= vocabulary:
                 beyond.append(f"{text!r} ({number})")
             else:
                 flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,15 +72,14 @@ def take(
     """Encode `documents` without special tokens, up to the one that reaches `enough` tokens.
 
     This one is cut where `enough` is reached if the whole of it would be more than a quarter too much, and more than
-    1024 tokens; no more than needed of a long document is encoded. `marked` are markers, which are removed from the
-    beginning and end of documents: the start token stands before each of them anyway.
+    1024 tokens; no more than needed of a long document is encoded. `marked` are markers, at which documents are
+    divided further: the start token stands before each of them anyway, and no marker is scored.
     """
     encoded: list[Encoded] = []
     count = 0
-    for text in documents:
+    for text in (part for document in documents for part in _divided(document, marked)):
         if enough is not None and count >= enough:
             break
-        text = _unmarked(text, marked)
         if enough is None:
             encoded.append(Encoded(text, token_ids(tokenizer, text)))
         else:
@@ -91,16 +91,16 @@ def take(
 def encode(
     tokenizer: Tokenizer, documents: Iterable[str], enough: int | None = None, marked: tuple[str, ...] = ()
 ) -> list[list[int]]:
-    """Token ids of each document, as `take` gives them."""
+    """The token ids of what `take` gives."""
     return [document.ids for document in take(tokenizer, documents, enough, marked)]
 
 
-def _unmarked(text: str, marked: tuple[str, ...]) -> str:
-    while found := next((mark for mark in marked if text.startswith(mark)), None):
-        text = text.removeprefix(found).lstrip()
-    while found := next((mark for mark in marked if text.endswith(mark)), None):
-        text = text.removesuffix(found).rstrip()
-    return text
+def _divided(text: str, marked: tuple[str, ...]) -> list[str]:
+    """The parts of `text` between markers, without the white space around these; `text` itself where it has none."""
+    if not any(mark in text for mark in marked):
+        return [text]
+    parts = re.split("|".join(map(re.escape, marked)), text)
+    return [part.strip() for part in parts if part.strip()]
 
 
 def _beginning(tokenizer: Tokenizer, text: str, tokens: int, slack: int) -> Encoded:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 # calibration needs less than one of them, an evaluation rarely more.
 FILE_BYTES, HUB_BYTES = 128_000_000, 32_000_000
 _EXAMPLES = 3
+# What ends a document in texts that were prepared for other tokenizers.
+_OTHER_MARKER = re.compile(r"</s>|\[(?:EOS|SEP)\]|<\|?(?:eos|end_of_text|endofdoc)\|?>", re.IGNORECASE)
 # Rows of which so many are blank are probably the lines of longer texts.
 _BLANK = 0.1
 
@@ -128,6 +131,8 @@ def _too_few(source: Source, documents: list[str], seen: Seen) -> str:
     line = f"CORPUS={source.spec}: has {len(documents)} non-empty documents{why} where calibration and test need one each; "
     if source.by == "document" and documents and has_titles(documents):
         return line + "its articles are documents of their own with CORPUS_BY=article (--corpus-by article)"
+    if documents and (marker := _OTHER_MARKER.search(documents[0])):
+        return f"{line}if {marker[0]} ends a document of it, put a line {SEPARATOR} in the place of each"
     if source.by == "document" and documents and is_list_of_lines(documents[0]):
         return (
             line + "if each of its lines is a document, say CORPUS_BY=line (--corpus-by line); "

@@ -140,6 +140,9 @@ def _column(row: Any, column: str, place: str) -> Any:
         return value
     if isinstance(row, dict) and (value is None or isinstance(value, float) or _is_conversation(value)):
         return value
+    talks = [key for key, item in row.items() if _is_conversation(item)] if isinstance(row, dict) else []
+    if talks:
+        raise UserError(f"{place} has no text in {column!r}; {talks[0]!r} holds {_what(row[talks[0]])}")
     names = f" (it has {', '.join(map(repr, list(row)[:8]))})" if isinstance(row, dict) and row else ""
     raise UserError(
         f"{place} is not a JSON object with a text in {column!r}{names}; name its column with CORPUS_COLUMN="

@@ -56,9 +56,9 @@ def test_start_and_end_in_the_text_are_not_tokens_of_it(tokenizer: Tokenizer, ki
         texts = tuple(before + text + after for text in SPANISH)
         assert take(used, texts, marked=marked) == plain
         assert take(used, texts, 1000, marked) == plain
-    # Without markers, and in the midst of a text, a special token is what the text says.
-    inside = f"Uno {start} dos."
-    assert used.token_to_id(start) in encode(used, [inside], marked=marked)[0]
+    # Several documents in one text, as they are where only the tokenizer knows its markers.
+    assert take(used, ["".join(f"{start}{text}{end}\n" for text in SPANISH)], marked=marked) == plain
+    assert used.token_to_id(start) in encode(used, [f"Uno {start} dos."])[0]
 
 
 def test_whole_documents_until_there_are_enough(tokenizer: Tokenizer, novel: str) -> None:

@@ -115,6 +115,8 @@ def test_conversations(tmp_path: Path, name: str) -> None:
         values = [[{first: "user", second: text}] for text in TEXTS]
         with pytest.raises(UserError, match=r"column 'messages' holds conversations .*CORPUS_COLUMN="):
             read(rows(tmp_path / name, values, "messages"), column="messages")
+        with pytest.raises(UserError, match=r"'?messages'?.*CORPUS_COLUMN="):
+            read(tmp_path / name)
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
@@ -146,6 +148,15 @@ MARKED = {
 def test_markers_end_documents(tmp_path: Path, form: str) -> None:
     (tmp_path / "a.txt").write_bytes(MARKED[form].encode())
     assert read(tmp_path / "a.txt") == set(TEXTS)
+
+
+@pytest.mark.parametrize("marker", ["</s>", "[EOS]", "<|end_of_text|>"])
+def test_markers_of_other_tokenizers_in_one_file(tmp_path: Path, marker: str) -> None:
+    """Without the model's tokenizer they might be text, so that the user is told what to write instead."""
+    (tmp_path / "a.txt").write_text(f"{marker}\n".join(TEXTS), encoding="utf-8")
+    with pytest.raises(UserError, match=r"a line <.endoftext.> in the place of each") as raised:
+        read(tmp_path / "a.txt")
+    assert f"if {marker} ends a document" in str(raised.value)
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])

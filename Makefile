@@ -61,8 +61,12 @@ compare: $(ready) ## is HEAD= worse than BASE= (folders of artifacts, or reports
 bundle: override RECIPES := $(if $(filter file,$(origin RECIPES)),int8-dynamic int4-weight fp16,$(RECIPES))
 # The report goes to a folder of its own, so that the one of other recipes stays.
 bundle: override REPORTS := $(REPORTS)/bundle
-bundle: eval ## artifacts -> a folder for the Hugging Face Hub with a model card, in DIST=
+bundle: .bundle-names eval ## artifacts -> a folder for the Hugging Face Hub with a model card, in DIST=
 	@$(run) cuantiza.bundle $(model) --recipes $(RECIPES) $(artifacts) --reports=$(call quote,$(REPORTS)) --output=$(call quote,$(DIST))
+
+# What a bundle cannot hold is told before anything is measured. No file has this name, so it is asked each time.
+.bundle-names: $(ready)
+	@$(run) cuantiza.bundle --recipes $(RECIPES) --names > /dev/null
 
 # `generate` and `demo` build their artifact where it is missing.
 built := $(shell [ -f $(artifact)/manifest.json ] && echo yes)

@@ -11,7 +11,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from cuantiza.bundle.card import card, rows_of
-from cuantiza.bundle.files import assemble, open_all
+from cuantiza.bundle.files import FIRST, assemble, check_names, graph_name, open_all
 from cuantiza.bundle.licence import licence_of
 from cuantiza.core.cli import Parser, add_folder, add_model
 from cuantiza.core.errors import UserError, run
@@ -32,8 +32,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--recipes", nargs="+", default=BUNDLED, metavar="NAME", help=f"artifacts besides fp32 ({' '.join(BUNDLED)})"
     )
+    parser.add_argument(
+        "--names",
+        action="store_true",
+        help="print how the graph of each recipe is called in a bundle, and write nothing",
+    )
     add_folder(parser, "--output", DIST, "folder of the bundles")
     args = parser.parse_args(arguments)
+    check_names(args.recipes)  # before anything is opened
+    if args.names:
+        print(*(f"{recipe}: onnx/{graph_name(recipe)}" for recipe in dict.fromkeys([FIRST, *args.recipes])), sep="\n")
+        return 0
     name = model_name(args.model)
     source, path = args.artifacts / name, args.reports / name / "report.json"
     if not source.is_dir():

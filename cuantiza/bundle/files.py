@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import onnx_ir as ir
@@ -26,15 +27,20 @@ def graph_name(recipe: str) -> str:
     return f"model{_SUFFIXES[DTYPES[recipe]]}.onnx"
 
 
+def check_names(recipes: Sequence[str]) -> None:
+    """Raise UserError if a recipe has no name in a bundle; all such recipes are named."""
+    if unknown := [recipe for recipe in recipes if recipe not in DTYPES]:
+        raise UserError(
+            f"--recipes {' '.join(unknown)}: no dtype name in transformers.js; choose from {', '.join(DTYPES)}"
+        )
+
+
 def open_all(folder: Path, recipes: list[str]) -> list[Artifact]:
     """Open and verify the artifacts of `recipes` in `folder`. fp32 is always included and comes first.
 
     Raises UserError if one is missing or broken, has no name in a bundle, or was made from another fp32 artifact.
     """
-    if unknown := [recipe for recipe in recipes if recipe not in DTYPES]:
-        raise UserError(
-            f"--recipes {unknown[0]}: has no dtype name in transformers.js; choose from {', '.join(DTYPES)}"
-        )
+    check_names(recipes)
     opened = [artifact.open_artifact(folder / recipe) for recipe in dict.fromkeys([FIRST, *recipes])]
     first = opened[0]
     for other in opened[1:]:

@@ -25,6 +25,8 @@ FIGURES: dict[str, Callable[[float], str]] = {
     "top1_agreement": lambda value: f"{100 * value:.1f} %",
 }
 
+_WORDS = "s8, u8: signed and unsigned integers of 8 bits. mse: the range with the least expected squared error."
+
 
 def costs_of(accuracy: dict) -> dict:
     """Return the content of costs.json: the FIGURES of every recipe in `accuracy`, the JSON of the accuracy page.
@@ -80,8 +82,15 @@ def recipe_table(models: list[dict]) -> Table:
     columns += [(model, f"{model['model']}\nΔ ln ppl, top", ("delta_ln_ppl", "top1_agreement")) for model in models]
     for _, title, _ in columns:
         table.add_column(title, justify="right", no_wrap=True)
+    table.caption = _WORDS
     if models:
-        table.caption = "Top: share of positions whose likeliest token is fp32's. The sizes are the first model's."
+        table.caption = (
+            f"graph × fp32: bytes of {models[0]['model']}'s ONNX file over those of its fp32 file.\n"
+            "Δ ln ppl: rise of ln perplexity over fp32's, in nats per token; 0 is no loss.\n"
+            "top: share of positions whose likeliest token is fp32's.\n"
+            "Each model has a column of its own; docs/accuracy.md says which they are, and has more figures.\n"
+            f"Nothing: not measured. A form -ort has the weights and integers of the form without it.\n{_WORDS}"
+        )
     for name, recipe in RECIPES.items():
         cells = []
         for model, _, figures in columns:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 
@@ -9,6 +10,7 @@ import numpy as np
 import onnx
 import pytest
 
+from cuantiza.core.errors import UserError
 from cuantiza.core.onnx import file as onnx_file
 from cuantiza.core.run.runtime import Runtime
 from cuantiza.core.store.artifact import open_artifact
@@ -235,3 +237,21 @@ def test_bad_input(built, tmp_path):
     refused("--reports", tmp_path / "reports", fragments=("did not measure", "int8-dynamic"))
     (stale / "report.json").write_text("[]", encoding="utf-8")
     refused("--reports", tmp_path / "reports", fragments=("report.json", "make eval"))
+
+
+def test_names_are_checked_before_anything_is_opened(tmp_path, capsys):
+    """Neither artifacts nor a report are there; make asks for the names before it measures for minutes."""
+    from cuantiza.bundle.__main__ import main
+
+    assert main(["--names", "--recipes", "int4-weight", "fp32"]) == 0
+    assert capsys.readouterr().out.split("\n") == ["fp32: onnx/model.onnx", "int4-weight: onnx/model_q4.onnx", ""]
+    for more in ([], ["--names"], ["--artifacts", str(tmp_path)]):
+        with pytest.raises(UserError, match=r"--recipes int8-dynamic-ort fp32-ort: no dtype name .*int8-static"):
+            main(["--recipes", "int8-dynamic-ort", "fp16", "fp32-ort", *more])
+
+
+def test_make_checks_the_names_first():
+    told = subprocess.run(["make", "-n", "bundle"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    commands = [line for line in told.splitlines() if " -m " in line]
+    (names,) = (number for number, line in enumerate(commands) if "cuantiza.bundle" in line and "--names" in line)
+    assert names < min(number for number, line in enumerate(commands) if re.search(r"-m (export|quantize|eval) ", line))

@@ -89,6 +89,9 @@ def test_costs_stand_beside_the_recipes_where_they_were_measured(tmp_path):
         "twin\nΔ ln ppl, top": "0.0100, 94.6 %",
     }
     assert set(list(table.columns[2].cells)[3:]) == {""}  # not measured
+    for heading in (*columns, "Nothing"):  # the footer explains every heading, and the empty cells
+        words = heading.removeprefix("twin\n").removeprefix("es-mini\n").replace("\n", " ").split(", ")
+        assert all(f"{word}: " in table.caption for word in words)
     for broken in ("{", "[]", '{"schema": "cuantiza/costs/2"}', json.dumps({"schema": "cuantiza/costs/1"})):
         path.write_text(broken)
         with pytest.raises(UserError, match=r"costs\.json: is broken .* lab\.accuracy"):

@@ -196,9 +196,9 @@ def test_no_dot_hides_another(fields, speeds):
 def test_no_dot_hides_another_where_all_are_alike(fields):
     """Eight, of nearly one size, at the right end of the plot."""
     fields["artifacts"] = fields["artifacts"][:1]
-    for number in range(7):
-        item = copy.deepcopy(fields["artifacts"][0]) | {"name": f"like-{number}"}
-        fields["artifacts"].append(item | {"bytes": item["bytes"] + 29_000 * number})
+    for step in range(7):
+        item = copy.deepcopy(fields["artifacts"][0]) | {"name": f"like-{step}"}
+        fields["artifacts"].append(item | {"bytes": item["bytes"] + 29_000 * step})
     drawn = marks(render(Report.model_validate(fields)).split("<svg")[1])
     assert len(drawn) == 8 and apart(drawn) and all(0 <= x <= 400 for x, _, _ in drawn)
 

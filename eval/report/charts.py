@@ -204,7 +204,7 @@ def _side_by_side(dots: Sequence[Dot], right: float) -> list[Dot]:
     """Move dots sideways, no further than needed, so that no two centres are nearer than _BESIDE; within the plot."""
     placed: list[Dot] = []
     for dot in dots:
-        moves = (sign * _BESIDE * step for step in range(len(dots)) for sign in ((1, -1) if step else (1,)))
+        moves = (sign * _BESIDE * step for step in range(4 * len(dots)) for sign in ((1, -1) if step else (1,)))
         spots = [replace(dot, x=dot.x + move) for move in moves if 0 <= dot.x + move <= right]
         clear = (
             spot for spot in spots if all(math.hypot(spot.x - other.x, spot.y - other.y) >= _BESIDE for other in placed)

@@ -190,8 +190,22 @@ def test_no_dot_hides_another(fields, speeds):
     drawn = marks(render(Report.model_validate(fields)).split("<svg")[1])
     assert len(drawn) == 7  # all but PyTorch's
     assert [r for _, _, r in drawn] == sorted((r for _, _, r in drawn), reverse=True)
-    for index, (x, y, _) in enumerate(drawn):
-        assert all(math.hypot(x - other_x, y - other_y) >= 6.9 for other_x, other_y, _ in drawn[:index])
+    assert apart(drawn)
+
+
+def test_no_dot_hides_another_where_all_are_alike(fields):
+    """Eight, of nearly one size, at the right end of the plot."""
+    fields["artifacts"] = fields["artifacts"][:1]
+    for step in range(7):
+        item = copy.deepcopy(fields["artifacts"][0]) | {"name": f"like-{step}"}
+        fields["artifacts"].append(item | {"bytes": item["bytes"] + 29_000 * step})
+    drawn = marks(render(Report.model_validate(fields)).split("<svg")[1])
+    assert len(drawn) == 8 and apart(drawn) and all(0 <= x <= 400 for x, _, _ in drawn)
+
+
+def apart(drawn):
+    """Whether no two marks have nearly the same centre."""
+    return all(math.hypot(x - u, y - v) >= 6.9 for index, (x, y, _) in enumerate(drawn) for u, v, _ in drawn[:index])
 
 
 @pytest.mark.parametrize("language", LANGUAGES)

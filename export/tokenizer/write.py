@@ -10,12 +10,15 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from cuantiza.core.errors import UserError
-from cuantiza.core.inputs.tokenizer import RARE, load_tokenizer
+from cuantiza.core.inputs.tokenizer import RARE, load_tokenizer, token_ids
 from cuantiza.core.inputs.tokenizer_files import OWN, SETTINGS, TEMPLATE, names_in, vocabulary_files
 from cuantiza.export.tokenizer.added import read_added, settle
 from cuantiza.export.tokenizer.convert import convert
 from cuantiza.export.tokenizer.readers import settle_class
 from cuantiza.export.tokenizer.settings import read_json, read_settings, special_tokens, write_json
+
+# Letters of scripts that no vocabulary has together.
+_FOREIGN = "ꙮ᚛𒀀"
 
 
 def write_tokenizer(checkpoint: Path, work: Path, vocabulary: int, config: dict[str, Any]) -> tuple[str, ...]:
@@ -133,6 +136,12 @@ def _check(fields: dict[str, Any], work: Path, checkpoint: Path, vocabulary: int
         )
     try:
         tokenizer.encode(RARE)
+        known = token_ids(tokenizer, "a")
+        if all(token_ids(tokenizer, f"a{letter}") == known for letter in _FOREIGN):
+            warnings.append(
+                "the tokenizer leaves out characters that its vocabulary does not have, without a token for them; "
+                "figures per byte and per word count them all the same"
+            )
     except Exception as error:  # the library raises bare Exception
         warnings.append(
             f"the tokenizer has no token for what is not in its vocabulary ({error}); such texts are refused"

@@ -170,6 +170,16 @@ def test_a_token_beyond_the_embedding_is_named(checkpoint: Path, written: Callab
     assert warnings == () and token_ids(load_tokenizer(folder), "Hola [PAD]")[-1] == 8192
 
 
+def test_a_tokenizer_that_drops_characters_says_so(checkpoint: Path, written: Callable[..., tuple]) -> None:
+    metaspace(checkpoint)
+    fields = read(checkpoint / "tokenizer.json")
+    fields["model"]["unk_token"] = None
+    (checkpoint / "tokenizer.json").write_text(json.dumps(fields))
+    folder, warnings = written(17, eos_token_id=1)
+    assert token_ids(load_tokenizer(folder), "h中") == token_ids(load_tokenizer(folder), "h")
+    assert any("leaves out characters" in warning for warning in warnings)
+
+
 def test_words_beyond_the_embedding_are_refused(written: Callable[..., tuple]) -> None:
     with pytest.raises(UserError, match=r"ids up to 8191.*ends at 8190"):
         written(8191)

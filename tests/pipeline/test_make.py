@@ -159,12 +159,15 @@ def test_a_kill_leaves_whole_artifacts_or_none(clone: Path, make: Callable[..., 
 def test_the_goals_after_the_pipeline(clone: Path, make: Callable[..., Result]) -> None:
     """What is missing is built; the report of other recipes stays as it is."""
     (clone / "js").symlink_to(ROOT / "js")
+    made = make("generate", "RECIPE=fp32", "PROMPT=-Hola", "GENERATE=--tokens 1")
+    assert made.status == 0 and "-Hola" in made.stdout, made.stderr
+    assert {path.name for path in (clone / "artifacts/tiny").glob("[!.]*")} == {"fp32"}
     made = make("generate", "RECIPE=fp16", "PROMPT=¿Y $HOME?", "GENERATE=--tokens 5 --seed 1")
     assert made.status == 0 and "¿Y $HOME?" in made.stdout, made.stderr  # within make, make says where it is first
     assert {path.name for path in (clone / "artifacts/tiny").glob("[!.]*")} == {"fp32", "fp16"}
     made = make("demo", "RECIPE=fp16", "BUILD=site")
     assert made.status == 0 and (clone / "site/index.html").is_file(), made.stderr
-    assert make("eval", "RECIPES=fp16").status == 0
+    assert make("eval", "RECIPES=fp32 fp16").status == 0
     before = (clone / "reports/tiny/report.json").read_bytes()
     made = make("bundle", "RECIPES=int8-dynamic")
     assert made.status == 0, made.stderr

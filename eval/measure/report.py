@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from cuantiza.core.errors import UserError
-from cuantiza.core.inputs.corpus import Source, Split
+from cuantiza.core.inputs.corpus import Split
 from cuantiza.core.store.digests import digest
 from cuantiza.eval.measure.engines import Subject
 from cuantiza.eval.measure.latency import measure_latency
@@ -18,18 +18,19 @@ def measure(
     subjects: list[Subject],
     baseline: Path,
     test: Split,
-    corpus: Source,
+    source: str,
     inputs: Inputs,
     *,
     tokens: int,
     window: int,
     rounds: int,
     threads: int,
+    by: str = "document",
 ) -> Report:
     """Return the report on `subjects`. All are compared with the first, the artifact in the folder `baseline`.
 
-    `test` is the split of `corpus`; `inputs` is everything that the report depends on. Raises UserError
-    where two subjects have the same name, or where one cannot be loaded.
+    `test` is the split of the corpus `source`, divided `by` document, line or article; `inputs` is everything that the
+    report depends on. Raises UserError where two subjects have the same name, or where one cannot be loaded.
     """
     names = [subject.name for subject in subjects]
     if clash := next((name for name in names if names.count(name) > 1), None):
@@ -46,9 +47,9 @@ def measure(
             size = {"bytes": weights + companion_bytes(baseline), "model_bytes": weights}
         kind = "onnx" if subject.kind == "onnx" else "torch"
         rows.append(Row(name=subject.name, kind=kind, **size, **quality[subject.name], **latency[subject.name]))
-    scored = Corpus(
-        source=corpus.spec,
-        by=corpus.by,
+    corpus = Corpus(
+        source=source,
+        by=by,
         split=test.name,
         sha256=test.sha256,
         documents=len(task.documents),
@@ -62,7 +63,7 @@ def measure(
     return Report(
         schema=SCHEMA,
         model=baseline.parent.name,
-        corpus=scored,
+        corpus=corpus,
         machine=inputs.machine,
         versions=inputs.versions,
         rounds=rounds,

@@ -59,11 +59,11 @@ def evaluate(
 ) -> Report:
     """Measure perplexity, KL divergence, size, memory and latency of `artifacts`; the first is the baseline.
 
-    tokens: documents of the test split are scored until this many tokens; whole, but for a long last one. window: the longest context of a scored
-    token, in tokens. rounds: interleaved rounds of latency. threads: threads of every runtime (all processors). onnx:
-    further ONNX files, or folders with a model.onnx, of the same interface. checkpoint: the model that the baseline was
-    exported from; if it is given, PyTorch is measured too. output: a folder for the report and its pages in `language`;
-    if an up-to-date report is there, it is read and nothing is measured.
+    tokens: documents of the test split are scored until this many tokens, whole but for a long last one. window: the
+    longest context of a scored token, in tokens. rounds: interleaved rounds of latency. threads: threads of every
+    runtime (all processors). onnx: further ONNX files, or folders with a model.onnx, of the same interface. checkpoint:
+    the model that the baseline was exported from; if it is given, PyTorch is measured too. output: a folder for the
+    report and its pages in `language`; if an up-to-date report is there, it is read and nothing is measured.
 
     A file that cannot be measured does not stop the others: the report's `left_out` names it and says why. Raises
     UserError if the baseline cannot be measured, if an artifact is broken, two have one name, a number is out of range or
@@ -114,13 +114,14 @@ def _evaluate(
             subjects,
             published[0].path,
             test,
-            corpus,
+            corpus.spec,
             inputs,
             tokens=settings.tokens,
             window=settings.window,
             rounds=settings.rounds,
             threads=settings.threads,
             left_out=broken,
+            by=corpus.by,
         )
     else:
         _tell(report.left_out)

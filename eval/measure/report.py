@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cuantiza.core.errors import UserError
-from cuantiza.core.inputs.corpus import Source, Split
+from cuantiza.core.inputs.corpus import Split
 from cuantiza.core.machine.process import ChildError
 from cuantiza.core.machine.progress import report as say
 from cuantiza.core.store.digests import digest
@@ -21,20 +21,21 @@ def measure(
     subjects: list[Subject],
     baseline: Path,
     test: Split,
-    corpus: Source,
+    source: str,
     inputs: Inputs,
     *,
     tokens: int,
     window: int,
     rounds: int,
     threads: int,
+    by: str = "document",
     left_out: Sequence[LeftOut] = (),
 ) -> Report:
     """Return the report on `subjects`. All are compared with the first, the artifact in the folder `baseline`.
 
-    `test` is the split of `corpus`; `inputs` is everything that the report depends on. A subject that cannot be
-    measured is left out, and `left_out`, which begins with what the caller left out, says why. Raises UserError where
-    two subjects have the same name, or where the first cannot be measured.
+    `test` is the split of the corpus `source`, divided `by` document, line or article; `inputs` is everything that the
+    report depends on. A subject that cannot be measured is left out, and `left_out`, which begins with what the caller
+    left out, says why. Raises UserError where two subjects have the same name, or where the first cannot be measured.
     """
     names = [subject.name for subject in subjects]
     if clash := next((name for name in names if names.count(name) > 1), None):
@@ -51,9 +52,9 @@ def measure(
             size = {"bytes": weights + companion_bytes(baseline), "model_bytes": weights}
         kind = "onnx" if subject.kind == "onnx" else "torch"
         rows.append(Row(name=subject.name, kind=kind, **size, **quality[subject.name], **latency[subject.name]))
-    scored = Corpus(
-        source=corpus.spec,
-        by=corpus.by,
+    corpus = Corpus(
+        source=source,
+        by=by,
         split=test.name,
         sha256=test.sha256,
         documents=len(task.documents),
@@ -67,7 +68,7 @@ def measure(
     return Report(
         schema=SCHEMA,
         model=baseline.parent.name,
-        corpus=scored,
+        corpus=corpus,
         machine=inputs.machine,
         versions=inputs.versions,
         rounds=rounds,

@@ -125,14 +125,14 @@ LABELS = {
 }
 METHOD = {
     "en": (
-        "Quality: whole documents, each after one start token, in windows of at most {window} tokens; every token is scored "
+        "Quality: whole documents (but for a long last one), each after one start token, in windows of at most {window} tokens; every token is scored "
         "once. Differences are paired with {first} token by token; ± is one standard error over documents.",
         "Latency (rounds: {rounds}, threads: {threads}, batch: 1): each artifact in a fresh process with nothing else loaded; in "
         "brackets the speed-up over {first}, the median of the rounds. Tokenizing and sampling are not timed.",
         "Size: every file that inference needs. Peak: the largest resident set of the process that measured the latency.",
     ),
     "es": (
-        "Calidad: documentos enteros, cada uno tras un token inicial, en ventanas de {window} tokens como máximo; cada token se "
+        "Calidad: documentos enteros (salvo uno último muy largo), cada uno tras un token inicial, en ventanas de {window} tokens como máximo; cada token se "
         "evalúa una sola vez. Las diferencias se toman token a token frente a {first}; ± es un error estándar entre documentos.",
         "Latencia (rondas: {rounds}, hilos: {threads}, lote: 1): cada artefacto en un proceso nuevo, sin nada más cargado; entre "
         "paréntesis, la aceleración respecto a {first}, mediana de las rondas. No se cronometran ni la tokenización ni el muestreo.",

@@ -36,9 +36,10 @@ def write_tokenizer(checkpoint: Path, work: Path, vocabulary: int, config: dict[
     settings = read_settings(checkpoint)
     added = read_added(checkpoint, settings)
     given: dict[str, Any] | None = None
+    warnings: tuple[str, ...] = ()
     if OWN in files:
         path = checkpoint / files[OWN]
-        fields, warnings = _read_own(path), ()
+        fields = _read_own(path)
         given = copy.deepcopy(fields)
     else:
         fields, settings, warnings = convert(checkpoint, files, settings, config, added)

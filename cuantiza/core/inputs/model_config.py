@@ -70,9 +70,9 @@ def max_positions(config: dict[str, Any]) -> int:
 
     If no field says so, it is 1024, the smallest default of the model types that may leave the field out.
     """
-    given = (config.get(key) for key in _POSITIONS)
-    numbers = (int(value) for value in given if type(value) in (int, float) and 0 < value < 2**31)
-    return next(numbers, 1024)
+    given = [config.get(key) for key in _POSITIONS]
+    numbers = [value for value in given if isinstance(value, int | float) and not isinstance(value, bool)]
+    return next((int(value) for value in numbers if 0 < value < 2**31), 1024)
 
 
 def _ids(value: Any) -> list[int]:

@@ -21,17 +21,18 @@ def machine(threads: int) -> dict[str, Any]:
 
     Where a container may use less of it, `processors_limit` and `memory_limit_bytes` say how much.
     """
-    described = {
+    physical = _physical_bytes()
+    described: dict[str, Any] = {
         "cpu": cpu_name(),
         "processors": os.cpu_count(),
         "threads": threads,
-        "memory_bytes": _physical_bytes(),
+        "memory_bytes": physical,
         "system": platform.platform(),
     }
     processors, memory = limits.processors(), limits.memory_bytes()
     if processors is not None and processors < (os.cpu_count() or 1):
         described["processors_limit"] = processors
-    if memory is not None and memory < described["memory_bytes"]:
+    if memory is not None and memory < physical:
         described["memory_limit_bytes"] = memory
     return described
 

@@ -83,6 +83,7 @@ async function generate({ threads, prompt, length, temperature, topK, seed }) {
   const { about, model, tokenizer } = await loading;
   const random = generator(seed);
   const text = prompt ? tokenizer.encode(prompt, { add_special_tokens: false }).ids : [];
+  while (text[0] === about.start) text.shift(); // a prompt may begin with the start token's own text
   const count = Math.min(length, about.positions - 2);
   // If the text is too long for the model's context, its beginning is cut off, so that the answer still fits.
   const kept = text.slice(Math.max(0, text.length - (about.positions - 1 - count)));

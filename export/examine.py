@@ -22,7 +22,10 @@ from cuantiza.core.inputs.tokenizer import load_tokenizer
 from cuantiza.core.inputs.weights.adapters import read_fields
 from cuantiza.core.inputs.weights.checkpoint import Checkpoint, read_checkpoint
 from cuantiza.export.companions import write_configs
+from cuantiza.export.gpt2 import build
 from cuantiza.export.tokenizer.write import write_tokenizer
+
+_ANY_OPSET = 21
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ class Findings:
 def examine(folder: Path, work: Path, exporter: str, weights: bool = True) -> Findings:
     """Examine the checkpoint in `folder` for `exporter`, and write an artifact's tokenizer and configurations to `work`.
 
-    No tensor is read, and without `weights` no weight file is opened. Raises UserError where the checkpoint cannot be
+    No tensor is read but a head beside the embedding, and without `weights` no weight file is opened. Raises UserError where the checkpoint cannot be
     exported. Faults of its configuration, its tokenizer and its weights are told together.
     """
     base, tokenizer_files = base_folder(folder), tokenizer_folder(folder)  # others for an adapter alone
@@ -75,6 +78,9 @@ def examine(folder: Path, work: Path, exporter: str, weights: bool = True) -> Fi
         with _kept(faults):
             checkpoint = read_checkpoint(folder)
             warnings += checkpoint.warnings
+    if config is not None and checkpoint is not None:
+        with _kept(faults):  # sizes that contradict config.json; the graph itself is made again, with the weights
+            build(config, checkpoint.weights, _ANY_OPSET, folder)
     if faults or tokenizer is None or tokens is None:
         raise UserError("; ".join(faults))
     return Findings(base, fields, tokenizer, tokens, config, checkpoint, tuple(warnings))

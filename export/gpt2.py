@@ -43,7 +43,9 @@ def build(config: GPT2Config, weights: dict[str, Weight], opset: int, folder: Pa
         source = weights[name]
         if source.shape != shape:
             turned = ", which is its transpose" if source.shape == shape[::-1] != shape else ""
-            raise UserError(f"{folder}: {name} is {list(source.shape)} where config.json says {list(shape)}{turned}")
+            raise UserError(
+                f"{folder}: {name} is {list(source.shape)} where config.json says {list(shape)}{turned}; take the config.json of the same checkpoint"
+            )
         tensor = ir.LazyTensor(
             lambda: ir.tensor(np.ascontiguousarray(check_finite(name, source.read(), folder))),
             DataType.FLOAT,

@@ -28,6 +28,8 @@ ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bi
 CONFIGS = ("config.json", "generation_config.json")
 # What a bundle passes on: the model card and the texts of the licence.
 LICENCES = ("README.md", "LICENSE*", "LICENCE*", "COPYING*", "NOTICE*")
+# What a file begins with that Git LFS has not fetched yet.
+_POINTER = b"version https://git-lfs."
 _HUB_ID = re.compile(r"(?P<repo>[\w.-]+(/[\w.-]+)?)(@(?P<revision>[\w./-]+))?")
 
 
@@ -168,7 +170,8 @@ def resolve_model(spec: str, weights: bool = True) -> Model:
     """
     path = place(spec)
     if path.is_dir():
-        base_folder(path)
+        _refuse_pointers(path)
+        _refuse_pointers(base_folder(path))
         return Model(model_name(spec), path)
     if path.is_file():
         raise UserError(f"MODEL={spec}: {described_file(path.name)}")
@@ -178,6 +181,22 @@ def resolve_model(spec: str, weights: bool = True) -> Model:
     folder = _download(f"MODEL={spec}", match["repo"], match["revision"], weights)
     base_folder(folder, f"MODEL={spec}")
     return Model(model_name(spec), folder)
+
+
+def _refuse_pointers(folder: Path) -> None:
+    """Raise UserError where a file that an export reads is a pointer, as a clone without Git LFS leaves it."""
+    names = names_in(folder)
+    read = [*weight_files(names), *tokenizer_files(names), *(name for name in (*CONFIGS, *ADAPTER) if name in names)]
+    pointers = []
+    for name in read:
+        with (folder / name).open("rb") as file:
+            if file.read(len(_POINTER)) == _POINTER:
+                pointers.append(name)
+    if pointers:
+        raise UserError(
+            f"{folder}: was cloned without the content of {', '.join(pointers)}, which Git LFS keeps; run `git lfs pull` there, "
+            "or download the files from the hub's page"
+        )
 
 
 def _no_model(label: str) -> UserError:

@@ -145,9 +145,15 @@ def refuse_other_formats(folder: Path) -> None:
             raise UserError(f"{folder}: {found}")
     elif {"modules.json", "config_sentence_transformers.json", "model_index.json"} & names:
         raise UserError(f"{folder}: {other_format(names)}")
-    nested = sorted(path.parent for pattern in ("*", "snapshots/*") for path in folder.glob(f"{pattern}/config.json"))
+    # The last of checkpoint-500 and checkpoint-1000 is the one of the most steps.
+    places = (f"{where}/{name}" for where in ("*", "snapshots/*") for name in ("config.json", "adapter_config.json"))
+    nested = sorted(
+        (path for place in places for path in folder.glob(place)), key=lambda path: (len(path.parent.name), path)
+    )
     if not config and not weights and nested:
-        raise UserError(f"{folder}: has no config.json, but {nested[-1]} has; give that folder")
+        raise UserError(
+            f"{folder}: has no config.json, but {nested[-1].parent} has {nested[-1].name}; give that folder"
+        )
 
 
 def _optimum_takes(fields: dict[str, Any]) -> bool:

@@ -50,6 +50,16 @@ _TRAINING |= {"megatron_config", "megatron_core", "merge_weights", "peft_version
 _TRAINING |= {"runtime_config", "target_modules", "velora_config"}
 # Other values of init_lora_weights change the base's own weights before training.
 _KEEP_BASE = (None, True, False, "gaussian", "eva", "orthogonal")
+# Kinds of adapters that no merge turns into weights.
+_PROMPTS = (
+    "PROMPT_TUNING",
+    "MULTITASK_PROMPT_TUNING",
+    "P_TUNING",
+    "PREFIX_TUNING",
+    "ADAPTION_PROMPT",
+    "CPT",
+    "CARTRIDGE",
+)
 _MERGE = "merge it with peft's merge_and_unload and give the merged model"
 # The name of the adapter, such as `default`, stands in files that were saved without peft's save_pretrained.
 _PART = re.compile(
@@ -80,6 +90,11 @@ def read_adapter(folder: Path) -> Adapter | None:
     if not files:
         raise UserError(f"{path}: has no {ADAPTER[1]} beside it; add the adapter's weights, or remove {ADAPTER[0]}")
     kind = fields.get("peft_type")
+    if kind in _PROMPTS:
+        raise UserError(
+            f"{path}: peft_type is {kind!r}, which puts trained vectors before every text; no weights hold those, so it cannot "
+            "be merged or exported; only LORA is"
+        )
     if kind != "LORA":
         raise UserError(f"{path}: peft_type is {kind!r}, and only LORA is merged here; {_MERGE}")
     if fields.get("task_type") not in (None, "CAUSAL_LM"):
@@ -165,12 +180,18 @@ def _sorted(adapter: Adapter) -> tuple[dict[str, Weight], dict[str, _Factors]]:
             key = found["part"] + (".bias" if found["kind"] == "bias" else "")
         else:
             place, key = whole, canonical_name(_WHOLE.sub("", name)) or ""
+        if place is whole and key in whole and _equal(whole[key], tensor):  # peft stores a resized one twice
+            continue
         if not key or place is None or key in place:
             raise UserError(f"{adapter.file}: has a tensor {name}, which is not merged here; {_MERGE}")
         place[key] = tensor
     if not whole and not factors:
         raise UserError(f"{adapter.file}: holds no tensors of an adapter; take the file of the original adapter")
     return whole, factors
+
+
+def _equal(one: Weight, other: Weight) -> bool:
+    return one.shape == other.shape and np.array_equal(one.read(), other.read())
 
 
 def _plain(module: str) -> str:

@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from cuantiza.core.errors import UserError
 from cuantiza.core.inputs.checkpoints import base_folder, files_to_read
 from cuantiza.core.inputs.weights import adapters
 from cuantiza.core.inputs.weights.files import Weight, read_tensors
 from cuantiza.core.inputs.weights.heads import check_task, left_out
-from cuantiza.core.inputs.weights.layout import arrange
+from cuantiza.core.inputs.weights.layout import EMBEDDING, HEAD, arrange
 from cuantiza.core.inputs.weights.quantized import check_floats, check_not_quantized
 
 
@@ -36,7 +38,7 @@ class Checkpoint:
 def read_checkpoint(folder: Path) -> Checkpoint:
     """Read the checkpoint in `folder`, and merge the LoRA adapter that lies beside or instead of its weights.
 
-    No tensor is read before its `read()` is called. Raises UserError where weights are missing, damaged, quantized
+    No tensor is read before its `read()` is called, but a head that lies beside the embedding. Raises UserError where weights are missing, damaged, quantized
     already, or of a model that is no language model, or where the adapter cannot be merged.
     """
     base, fields = base_folder(folder), adapters.read_fields(folder)
@@ -47,6 +49,11 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     layout = arrange(tensors, tied, base)
     check_floats(layout.weights, base)
     weights, warnings = layout.weights, [*layout.warnings, *left_out(layout.others)]
+    if tied and HEAD in weights and not np.array_equal(weights[HEAD].read(), weights[EMBEDDING].read()):
+        warnings.append(
+            "lm_head.weight differs from wte.weight, though config.json does not say so (tie_word_embeddings false); both are "
+            "kept, as transformers 5 does, but transformers 4 takes wte.weight for both."
+        )
     dtypes = _dtypes(weights)
     eight = [name for name in dtypes if name.startswith("float8")]
     if eight:

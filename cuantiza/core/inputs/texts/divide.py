@@ -7,11 +7,19 @@ from collections.abc import Iterable, Iterator
 
 SEPARATOR = "<|endoftext|>"
 BY = ("document", "line", "article")
-_MARKER = re.compile(r"<\|(?:startoftext|endoftext)\|>")
-_START = "<|startoftext|>"
-_ALONE = re.compile(r"^\s*<\|endoftext\|>\s*$", re.MULTILINE)
-# In a file whose separators have lines of their own, a marker between two words of a sentence is text.
-_NOT_IN_PROSE = re.compile(r"(?<!\S )<\|endoftext\|>|<\|endoftext\|>(?! \S)")
+# Scripts write the markers in capitals and with spaces inside as well.
+_NAMES = r"<\| ?(?:start|end)oftext ?\|>"
+_MARKER = re.compile(_NAMES, re.IGNORECASE)
+_START = re.compile(r"<\| ?startoftext ?\|>", re.IGNORECASE)
+_ALONE = re.compile(r"^\s*<\| ?endoftext ?\|>\s*$", re.MULTILINE | re.IGNORECASE)
+# A text that speaks of a marker quotes it, or goes on after it with a comma or a full stop.
+_QUOTED = rf"(?:(?<=[\s(][`'\"«“‘(])|(?<=^[`'\"«“‘(])|(?<=``)){_NAMES}(?=[`'\"»”’)])"
+_SPOKEN_OF = re.compile(rf"{_QUOTED}|(?<=\w ){_NAMES}(?=[,.;:)](?:\s|\Z))", re.IGNORECASE | re.MULTILINE)
+# In a file whose separators have lines of their own, a marker between two words is text as well. Elsewhere it is if it
+# stands amid a sentence, and if all markers of the text, which are few then, do: texts in small letters are divided.
+_BETWEEN_WORDS = re.compile(rf"(?<=\S ){_NAMES}(?= \S)", re.IGNORECASE)
+_AMID_SENTENCE = re.compile(rf"(?<=[\w,] )(?i:{_NAMES})(?= [^\W\d_A-ZÁÉÍÓÚÑÜ])")
+_FEW_MARKERS = 3
 # A title of level one as WikiText writes it: ` = Title = `; those below are ` = = Section = = `.
 _TITLE = re.compile(r"^ ?= (?!=)[^\n]*(?<![= ]) = ?$", re.MULTILINE)
 # An article as WikiExtractor writes it, unless it is told to write JSON.
@@ -38,9 +46,20 @@ def divided(texts: Iterable[str], by: str) -> Iterator[str]:
 def _marked(text: str) -> list[str]:
     if text.startswith("<doc ") and (extracted := _EXTRACTED.findall(text)):
         return extracted
-    if SEPARATOR not in text and _START not in text:
+    if "<|" not in text:
         return [text]
-    return (_NOT_IN_PROSE if _START not in text and _ALONE.search(text) else _MARKER).split(text)
+    markers = [found for found in _MARKER.finditer(text) if not _SPOKEN_OF.match(text, found.start())]
+    if not _START.search(text) and _ALONE.search(text):
+        markers = [found for found in markers if not _BETWEEN_WORDS.match(text, found.start())]
+    elif len(markers) <= _FEW_MARKERS and all(_AMID_SENTENCE.match(text, found.start()) for found in markers):
+        markers = []
+    ends = [0, *(place for found in markers for place in found.span()), len(text)]
+    return [text[start:end] for start, end in zip(ends[::2], ends[1::2], strict=True)]
+
+
+def speaks_of_markers(text: str) -> bool:
+    """Whether a document has a marker amid its text, where it did not divide."""
+    return "<|" in text and bool(_MARKER.search(text))
 
 
 def _articles(texts: Iterable[str]) -> Iterator[str]:

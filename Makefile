@@ -9,6 +9,12 @@ GIVEN  = PYTHON VENV OPTIMUM_VENV RAY_VENV MODEL CORPUS CORPUS_BY CORPUS_CONFIG 
 fix    = $(foreach name,$(1),$(if $(filter $(2),$(origin $(name))),$(eval override $(name) := $$(value $(name)))))
 $(call fix,$(.VARIABLES),command)
 $(call fix,$(GIVEN),environment)
+# Each line of a recipe is a shell of its own, so that only a prompt may have several.
+define line-end
+
+
+endef
+$(foreach name,$(filter-out PROMPT,$(GIVEN)),$(if $(findstring $(line-end),$(value $(name))),$(error $(name)= has several lines; write one)))
 
 PYTHON        ?= python3## the interpreter that makes the environments, 3.11 or newer
 VENV          ?= .venv## environment of the pipeline and the tests

@@ -47,7 +47,7 @@ def _prompt(given: str) -> str:
         text = sys.stdin.buffer.read().decode().rstrip("\n") if given == "-" else given
         text.encode()
     except UnicodeError:
-        raise UserError("--prompt: is not UTF-8; convert it, for example with `iconv -f latin1 -t utf8`") from None
+        raise UserError("--prompt: is not UTF-8; convert it, for example with `iconv -f cp1252 -t utf8`") from None
     return text
 
 

@@ -15,12 +15,22 @@ from cuantiza.core.inputs.texts.files import SUFFIXES
 from cuantiza.core.machine.hardware import check_threads, default_threads
 
 
+class _Store(argparse.Action):
+    """What argparse does without an action, but of `--onnx a.onnx --onnx b.onnx` it would keep the last alone."""
+
+    def __call__(self, _parser: Any, namespace: argparse.Namespace, values: Any, _option: str | None = None) -> None:
+        before = getattr(namespace, self.dest)
+        more = isinstance(values, list) and before is not self.default
+        setattr(namespace, self.dest, [*before, *values] if more else values)
+
+
 class Parser(argparse.ArgumentParser):
     """The parser of `cuantiza COMMAND`. Bad options raise UserError instead of printing the usage and exiting."""
 
     def __init__(self, command: str, description: str | None, example: str) -> None:
         super().__init__(prog=f"cuantiza {command}", description=description)
         self._example = example
+        self.register("action", None, _Store)
 
     def format_help(self) -> str:
         return f"example: {self._example}\n\n{super().format_help()}"
@@ -62,7 +72,14 @@ def add_model(parser: argparse._ActionsContainer) -> None:
 
 def add_folder(parser: argparse._ActionsContainer, option: str, default: Path, text: str) -> None:
     """Add `option`, which names a folder."""
-    parser.add_argument(option, type=Path, default=default, metavar="FOLDER", help=f"{text} (default {default})")
+    parser.add_argument(option, type=_folder, default=default, metavar="FOLDER", help=f"{text} (default {default})")
+
+
+def _folder(text: str) -> Path:
+    """`text` as a path. An empty one, such as of `OUT=`, would be the folder that the command runs in."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("is empty; name a folder, or . for this one")
+    return Path(text)
 
 
 def add_number(parser: argparse._ActionsContainer, option: str, default: int, text: str) -> None:

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from cuantiza.core.errors import UserError
 from cuantiza.core.inputs.corpus import Split
 from cuantiza.core.inputs.model_config import end_tokens, max_positions, read_config, start_token
-from cuantiza.core.inputs.tokenizer import load_tokenizer, markers, take, token_ids
+from cuantiza.core.inputs.tokenizer import load_tokenizer, markers, parts, take, token_ids
 from cuantiza.core.machine.hardware import memory_bytes
 from cuantiza.core.machine.process import ChildError, Remote
 from cuantiza.core.machine.progress import track
@@ -30,7 +30,10 @@ KEY_TOKENS = 128  # how many tokens of the text are used for the error of the ke
 
 @dataclass(frozen=True)
 class Task:
-    """The test text as tokens. Every subject is scored on it, in windows of at most `window` tokens."""
+    """The test text as tokens. Every subject is scored on it, in windows of at most `window` tokens.
+
+    `in_split` counts the documents of the whole split, of which `documents` are the first.
+    """
 
     tokenizer: Tokenizer
     documents: list[list[int]]
@@ -39,6 +42,7 @@ class Task:
     longest: int
     window: int
     stream: np.ndarray
+    in_split: int
 
     @property
     def rolling(self) -> list[Window]:
@@ -61,13 +65,14 @@ def make_task(folder: Path, test: Split, tokens: int, window: int) -> Task:
     """
     tokenizer, start = load_tokenizer(folder), start_token(folder)
     marked = markers(tokenizer, {start, *end_tokens(folder)})
-    taken = [item for item in take(tokenizer, sorted(test.documents, key=digest), tokens, marked) if item.ids]
+    whole = [part for text in sorted(test.documents, key=digest) for part in parts(text, marked)]
+    taken = [item for item in take(tokenizer, whole, tokens) if item.ids]
     documents, texts = [item.ids for item in taken], tuple(item.text for item in taken)
     if sum(map(len, documents)) < 2:
         raise UserError("CORPUS=: its test split has fewer than 2 tokens; give more text")
     longest = max_positions(read_config(folder))
     stream = np.asarray(token_ids(tokenizer, "\n\n".join(texts)), np.int64)
-    return Task(tokenizer, documents, text_size(texts), start, longest, min(window, longest), stream)
+    return Task(tokenizer, documents, text_size(texts), start, longest, min(window, longest), stream, len(whole))
 
 
 def measure_quality(subjects: list[Subject], task: Task, threads: int) -> dict[str, dict]:

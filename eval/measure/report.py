@@ -58,7 +58,7 @@ def measure(
         split=test.name,
         sha256=test.sha256,
         documents=len(task.documents),
-        documents_in_split=len(test.documents),
+        documents_in_split=task.in_split,
         bytes=task.size.bytes,
         words=task.size.words,
         document_tokens=tuple(map(len, task.documents)),

@@ -11,6 +11,7 @@ import pytest
 
 import cuantiza
 from cuantiza.__main__ import COMMANDS
+from cuantiza.core.cli import Parser, add_folder
 from cuantiza.core.errors import EXTRAS, UserError
 
 from helpers import ROOT, assert_user_error, stage
@@ -49,6 +50,23 @@ def test_bad_words_are_one_line() -> None:
     assert_user_error(stage("cuantiza", "eval", "--tokens", "many"), "--tokens", "many", "cuantiza eval --help")
     assert_user_error(stage("cuantiza", "eval", "--frobnicate"), "--frobnicate", "cuantiza eval --help")
     assert_user_error(stage("export", "--opset"), "--opset", "cuantiza export --help")
+
+
+def test_an_option_of_several_words_may_be_given_again() -> None:
+    parser = Parser("x", None, "x")
+    parser.add_argument("--onnx", nargs="*", default=["fp32"])
+    assert parser.parse_args([]).onnx == ["fp32"]
+    assert parser.parse_args(["--onnx", "a", "b"]).onnx == ["a", "b"]
+    assert parser.parse_args(["--onnx", "a", "b", "--onnx", "c"]).onnx == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("option", ["--output=", "--output= "])
+def test_an_empty_folder_is_not_the_current_one(option: str) -> None:
+    parser = Parser("x", None, "x")
+    add_folder(parser, "--output", Path("artifacts"), "folder")
+    assert parser.parse_args([]).output == Path("artifacts")
+    with pytest.raises(UserError, match="--output: is empty"):
+        parser.parse_args([option])
 
 
 @pytest.mark.parametrize("module, extra", [("torch", "export"), ("datasets", "corpora"), ("matplotlib", "plots")])

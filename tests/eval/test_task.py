@@ -79,3 +79,11 @@ def test_markers_of_the_models_own_tokenizer(tmp_path: Path) -> None:
     marked = make_task(folder, Split("test", tuple(f"<s>{text}</s>" for text in texts)), 10**6, 512)
     assert sorted(marked.documents) == sorted(plain.documents) and marked.size == plain.size
     assert not {8192, 8193} & {token for ids in marked.documents for token in ids}
+
+
+def test_a_document_about_markers_is_one_and_the_split_counts_parts(es_mini: Path) -> None:
+    """The model's own start token, inside a sentence, is text; at the end of a sentence it divides."""
+    about = "El marcador <|endoftext|> separa los textos."
+    assert make_task(es_mini, Split("test", (about,)), 10**6, 512).in_split == 1
+    task = make_task(es_mini, Split("test", ("Uno.<|endoftext|>Dos.<|endoftext|>Tres y más.", about)), 2, 512)
+    assert len(task.documents) < task.in_split == 4

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 from tokenizers import Encoding, Tokenizer
 
 from cuantiza.core.errors import UserError
+from cuantiza.core.inputs.texts.divide import divided_at
 
 # Characters that few vocabularies have.
 RARE = "\0 a ñ 中 \U0010ffff"
@@ -77,7 +77,7 @@ def take(
     """
     encoded: list[Encoded] = []
     count = 0
-    for text in (part for document in documents for part in _divided(document, marked)):
+    for text in (part for document in documents for part in parts(document, marked)):
         if enough is not None and count >= enough:
             break
         if enough is None:
@@ -95,12 +95,11 @@ def encode(
     return [document.ids for document in take(tokenizer, documents, enough, marked)]
 
 
-def _divided(text: str, marked: tuple[str, ...]) -> list[str]:
+def parts(text: str, marked: tuple[str, ...]) -> list[str]:
     """The parts of `text` between markers, without the white space around these; `text` itself where it has none."""
     if not any(mark in text for mark in marked):
         return [text]
-    parts = re.split("|".join(map(re.escape, marked)), text)
-    return [part.strip() for part in parts if part.strip()]
+    return [part.strip() for part in divided_at(text, marked) if part.strip()]
 
 
 def _beginning(tokenizer: Tokenizer, text: str, tokens: int, slack: int) -> Encoded:

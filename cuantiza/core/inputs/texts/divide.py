@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 SEPARATOR = "<|endoftext|>"
 BY = ("document", "line", "article")
-_MARKER = re.compile(r"<\|(?:startoftext|endoftext)\|>")
-_START = "<|startoftext|>"
-_ALONE = re.compile(r"^\s*<\|endoftext\|>\s*$", re.MULTILINE)
-# In a file whose separators have lines of their own, a marker between two words of a sentence is text.
-_NOT_IN_PROSE = re.compile(r"(?<!\S )<\|endoftext\|>|<\|endoftext\|>(?! \S)")
+# Scripts write the markers in capitals and with spaces inside as well.
+_NAMES = r"(?i:<\| ?(?:start|end)oftext ?\|>)"
+_FEW = 3
 # A title of level one as WikiText writes it: ` = Title = `; those below are ` = = Section = = `.
 _TITLE = re.compile(r"^ ?= (?!=)[^\n]*(?<![= ]) = ?$", re.MULTILINE)
 # An article as WikiExtractor writes it, unless it is told to write JSON.
@@ -38,9 +38,59 @@ def divided(texts: Iterable[str], by: str) -> Iterator[str]:
 def _marked(text: str) -> list[str]:
     if text.startswith("<doc ") and (extracted := _EXTRACTED.findall(text)):
         return extracted
-    if SEPARATOR not in text and _START not in text:
-        return [text]
-    return (_NOT_IN_PROSE if _START not in text and _ALONE.search(text) else _MARKER).split(text)
+    return _Markers.of(_NAMES).divide(text) if "<|" in text else [text]
+
+
+def divided_at(text: str, marks: Iterable[str]) -> list[str]:
+    """The parts of `text` between `marks`, markers that a tokenizer has, by the rules of `<|endoftext|>`."""
+    return _Markers.of("|".join(map(re.escape, marks))).divide(text)
+
+
+@dataclass(frozen=True)
+class _Markers:
+    """Regular expressions of markers, and of where they are no marker but a text speaks of them."""
+
+    marker: re.Pattern[str]
+    alone: re.Pattern[str]
+    spoken_of: re.Pattern[str]
+    between_words: re.Pattern[str]
+    amid_sentence: re.Pattern[str]
+
+    @staticmethod
+    @functools.cache
+    def of(names: str) -> _Markers:
+        """Those of the markers that the expression `names` finds."""
+        name = f"(?:{names})"
+        # A text that speaks of a marker quotes it, or goes on after it with a comma or a full stop.
+        quoted = rf"(?:(?<=[\s(][`'\"«“‘(])|(?<=^[`'\"«“‘(])|(?<=``)){name}(?=[`'\"»”’)])"
+        return _Markers(
+            re.compile(name),
+            re.compile(rf"^\s*{name}\s*$", re.MULTILINE),
+            re.compile(rf"{quoted}|(?<=\w ){name}(?=[,.;:)](?:\s|\Z))", re.MULTILINE),
+            re.compile(rf"(?<=\S ){name}(?= \S)"),
+            re.compile(rf"(?<=[\w,] ){name}(?= [^\W\d_A-ZÁÉÍÓÚÑÜ])"),
+        )
+
+    def divide(self, text: str) -> list[str]:
+        """The parts of `text` between markers.
+
+        Where markers have lines of their own, and there is one kind of them, one between two words is text. Elsewhere it
+        is if it stands amid a sentence, and if all markers of the text, which are few then, do: texts in small letters
+        are divided.
+        """
+        found = [mark for mark in self.marker.finditer(text) if not self.spoken_of.match(text, mark.start())]
+        kinds = {mark[0].lower() for mark in found}
+        if len(kinds) == 1 and self.alone.search(text):
+            found = [mark for mark in found if not self.between_words.match(text, mark.start())]
+        elif len(found) <= _FEW and all(self.amid_sentence.match(text, mark.start()) for mark in found):
+            found = []
+        ends = [0, *(place for mark in found for place in mark.span()), len(text)]
+        return [text[start:end] for start, end in zip(ends[::2], ends[1::2], strict=True)]
+
+
+def speaks_of_markers(text: str) -> bool:
+    """Whether a document has a marker amid its text, where it did not divide."""
+    return "<|" in text and bool(_Markers.of(_NAMES).marker.search(text))
 
 
 def _articles(texts: Iterable[str]) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING
 from cuantiza.core.errors import UserError
 from cuantiza.core.inputs.defaults import place
 from cuantiza.core.inputs.texts import files, hub, rows
-from cuantiza.core.inputs.texts.divide import BY, SEPARATOR, divided, has_titles, is_list_of_lines
+from cuantiza.core.inputs.texts.divide import BY, SEPARATOR, divided, has_titles, is_list_of_lines, speaks_of_markers
 from cuantiza.core.inputs.texts.rows import Seen
 from cuantiza.core.machine.progress import report, working
 
@@ -39,7 +40,9 @@ def read(source: Source) -> list[str]:
         raise UserError(f"CORPUS_BY={source.by}: choose one from {', '.join(BY)}")
     seen = Seen()
     with working(f"corpus    {source.spec}"):
-        documents = list(dict.fromkeys(_documents(source, seen)))
+        found = list(_documents(source, seen))
+        documents = list(dict.fromkeys(found))
+        seen.copies = len(found) - len(documents)
     if len(documents) < 2:
         raise UserError(_too_few(source, documents, seen))
     _say(source, documents, seen)
@@ -48,13 +51,20 @@ def read(source: Source) -> list[str]:
 
 def visible(folder: Path) -> list[Path]:
     """The files below `folder`, sorted, without hidden ones and what systems and editors leave (`__MACOSX`, `a.txt~`)."""
-    found = []
-    for file in sorted(folder.rglob("*")):
-        parts = file.relative_to(folder).parts
-        hidden = any(part.startswith(".") or part == "__MACOSX" for part in parts) or file.name.endswith("~")
-        if not hidden and file.is_file():
-            found.append(file)
-    return found
+    found, walked = [], set()
+    for where, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(where)
+        if real in walked:  # a link to a folder above it
+            folders.clear()
+            continue
+        walked.add(real)
+        folders[:] = sorted(name for name in folders if not _is_hidden(name))
+        found += [Path(where, name) for name in names if not _is_hidden(name)]
+    return sorted(file for file in found if file.is_file())
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name == "__MACOSX" or name.endswith("~")
 
 
 def _documents(source: Source, seen: Seen) -> Iterator[str]:
@@ -65,6 +75,12 @@ def _documents(source: Source, seen: Seen) -> Iterator[str]:
         texts = rows.texts_of(hub.saved_rows(path, source), f"CORPUS={path}", source.column, seen)
         yield from divided(rows.bounded(texts, FILE_BYTES, seen), source.by)
     else:
+        if source.split != type(source).split or source.config:
+            raise UserError(
+                f"CORPUS={source.spec}: is no data set with a split {source.split!r}"
+                + (f" and a configuration {source.config!r}" if source.config else "")
+                + "; give the files of that split alone, without CORPUS_SPLIT= and CORPUS_CONFIG="
+            )
         left = FILE_BYTES
         for file, kind in _files(path, seen):
             if left <= 0:
@@ -127,7 +143,8 @@ def _nulls(seen: Seen) -> str:
 
 
 def _too_few(source: Source, documents: list[str], seen: Seen) -> str:
-    why = f" ({_nulls(seen)})" if seen.nulls else ""
+    left_out = [_nulls(seen)] * (seen.nulls > 0) + [f"{seen.copies:,} copies count once"] * (seen.copies > 0)
+    why = f" ({'; '.join(left_out)})" if left_out else ""
     line = f"CORPUS={source.spec}: has {len(documents)} non-empty documents{why} where calibration and test need one each; "
     if source.by == "document" and documents and has_titles(documents):
         return line + "its articles are documents of their own with CORPUS_BY=article (--corpus-by article)"
@@ -152,9 +169,17 @@ def _say(source: Source, documents: list[str], seen: Seen) -> None:
         report(f"{start}{what} left out, as they hold no text or stand beside texts: {_examples(seen.skipped)}")
     if seen.nulls:
         report(start + _nulls(seen))
+    if seen.copies:
+        what = "1 document is a copy" if seen.copies == 1 else f"{seen.copies:,} documents are copies"
+        report(f"{start}{what} of another and left out")
     if seen.longer:
         size = sum(len(text.encode()) for text in documents) / 1e6
         report(f"{start}only its first {size:,.0f} MB of text are used, {len(documents):,} documents")
+    if speaking := sum(map(speaks_of_markers, documents)):
+        report(
+            f"warning   {source.spec}: {speaking:,} of its documents have {SEPARATOR} or <|startoftext|> amid their text, where it is "
+            "taken as a mention and divides nothing"
+        )
     if source.by != "document":
         return
     if has_titles(documents):

@@ -141,9 +141,7 @@ def kind_of(file: Path) -> Kind:
     if head[257:262] == b"ustar":
         raise NoText(f"{file}: {_UNPACK}")
     kind = SUFFIXES.get(suffix)
-    if kind == "text" and head.startswith(b"{"):
-        return "lines" if _is_json(head.split(b"\n", 1)[0]) else "text"
-    return kind or _sniffed(file, head)
+    return _json_or_text(head) if kind == "text" else kind or _sniffed(file, head)
 
 
 def _sniffed(file: Path, head: bytes) -> Kind:
@@ -155,9 +153,18 @@ def _sniffed(file: Path, head: bytes) -> Kind:
     encoding = _encoding(head)
     if encoding == "utf-8-sig" and b"\0" in head:
         raise NoText(f"{file}: is binary; give .txt, .jsonl or .parquet files")
-    text = codecs.getincrementaldecoder(encoding)(errors="replace").decode(head).lstrip()
+    text = _decoded(head)
     if text.startswith("<?xml") or text[:9].lower() in ("<!doctype", "<html>"):
         raise NoText(f"{file}: is markup; write its text to a .txt or .jsonl file")
+    return _json_or_text(head)
+
+
+def _decoded(head: bytes) -> str:
+    return codecs.getincrementaldecoder(_encoding(head))(errors="replace").decode(head).lstrip()
+
+
+def _json_or_text(head: bytes) -> Kind:
+    text = _decoded(head)
     line = text.split("\n", 1)[0]
     if line.startswith("["):
         return "json" if _is_json(line) or line.strip() in ("[", "[{") or line.startswith(('["', '[{"')) else "text"
@@ -222,4 +229,4 @@ def _checked_encoding(file: Path, head: bytes) -> str:
 def _not_utf8(file: Path, encoding: str, place: str) -> str:
     if encoding != "utf-8-sig":
         return f"{file}: has the byte order mark of {encoding.upper()} and is not in it ({place}); save it as UTF-8"
-    return f"{file}: is not UTF-8 ({place}); convert it, for example with `iconv -f latin1 -t utf8`"
+    return f"{file}: is not UTF-8 ({place}); convert it, for example with `iconv -f cp1252 -t utf8`"

@@ -24,6 +24,7 @@ class Seen:
     rows: int = 0
     blank: int = 0
     nulls: int = 0
+    copies: int = 0
     first_null: str = ""
     skipped: list[str] = field(default_factory=list)
     longer: bool = False
@@ -143,6 +144,14 @@ def _column(row: Any, column: str, place: str) -> Any:
     talks = [key for key, item in row.items() if _is_conversation(item)] if isinstance(row, dict) else []
     if talks:
         raise UserError(f"{place} has no text in {column!r}; {talks[0]!r} holds {_what(row[talks[0]])}")
+    if row == ():
+        raise UserError(f"{place} is not JSON; each line has to be one whole object, or string")
+    if isinstance(value, str):
+        raise UserError(
+            f"{place} has half of a surrogate pair (\\ud800 to \\udfff) in {column!r}; write that text again"
+        )
+    if isinstance(row, dict) and column in row:
+        raise UserError(f"{place}: column {column!r} holds {_what(value)}")
     names = f" (it has {', '.join(map(repr, list(row)[:8]))})" if isinstance(row, dict) and row else ""
     raise UserError(
         f"{place} is not a JSON object with a text in {column!r}{names}; name its column with CORPUS_COLUMN="

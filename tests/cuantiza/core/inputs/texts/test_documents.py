@@ -93,7 +93,43 @@ def test_folder_with_nothing_but_other_files(tmp_path: Path) -> None:
         read(tmp_path)
 
 
+def test_links_are_followed_once(folder: Path, tmp_path: Path) -> None:
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    (corpus / "enlace").symlink_to(folder)
+    (folder / "arriba").symlink_to(corpus)
+    assert read(corpus) == set(TEXTS)
+
+
+def test_copies_are_counted(folder: Path, capsys: pytest.CaptureFixture) -> None:
+    (folder / "copia.txt").write_text(TEXTS[0], encoding="utf-8")
+    assert read(folder) == set(TEXTS) and "1 document is a copy" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("fields", [{"split": "test"}, {"config": "es"}])
+def test_files_have_no_split(folder: Path, fields: dict[str, str]) -> None:
+    with pytest.raises(UserError, match=r"give the files of that split alone, without CORPUS_SPLIT="):
+        read(folder, **fields)
+
+
 # Rows
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_json_under_the_name_of_a_text(tmp_path: Path, encoding: str) -> None:
+    (tmp_path / "a.txt").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS[:6]), encoding)
+    (tmp_path / "b.txt").write_text(json.dumps([{"text": text} for text in TEXTS[6:]], indent=1), encoding)
+    assert read(tmp_path) == set(TEXTS)
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [('{"text": ["a"]}', "holds list"), ('{"text": "a', "is not JSON;"), ('{"text": "\\ud83d"}', "surrogate")],
+)
+def test_what_is_wrong_with_a_line(tmp_path: Path, line: str, said: str) -> None:
+    (tmp_path / "a.jsonl").write_text(line + "\n")
+    with pytest.raises(UserError, match=f"line 1.* {said}"):
+        read(tmp_path / "a.jsonl")
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.parquet", "a.json"])
@@ -137,6 +173,8 @@ MARKED = {
     "starts alone": "".join(f"<|startoftext|>{text}\n" for text in TEXTS),
     "starts with the end's": "".join(f"<|endoftext|>{text}\n" for text in TEXTS),
     "lines": "\n<|endoftext|>\n".join(TEXTS),
+    "capitals": "\n<|ENDOFTEXT|>\n".join(TEXTS),
+    "spaces inside": "<| endoftext |>".join(TEXTS),
     "lines, and one at an end of a line": "\n<|endoftext|>\n".join(TEXTS).replace(
         "\n<|endoftext|>", "<|endoftext|>", 1
     ),
@@ -174,6 +212,34 @@ def test_markers_in_indexed_files(tmp_path: Path) -> None:
     calibration, test = load_splits(Source(str(tmp_path)))
     assert [text for text in calibration.documents if text in TEXTS] == [TEXTS[n] for n in (1, 4, 7, 10)]
     assert len(calibration.documents) == 8 and len(test.documents) == 14
+
+
+@pytest.mark.parametrize(
+    "mention",
+    [
+        "El marcador <|endoftext|> separa textos.",
+        "GPT-2 escribe `<|endoftext|>` al final; otros, «<|startoftext|>» al principio.",
+        'Su nombre ("<|endoftext|>") lo dice.',
+        "El último es <|endoftext|>.",
+        "Tras <|endoftext|>, empieza otro.",
+    ],
+)
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt"])
+def test_a_text_about_markers_stays_whole(
+    tmp_path: Path, mention: str, name: str, capsys: pytest.CaptureFixture
+) -> None:
+    texts = [*TEXTS, mention]
+    if name == "a.txt":
+        (tmp_path / name).write_text("\n<|endoftext|>\n".join(texts), encoding="utf-8")
+    else:
+        rows(tmp_path / name, texts)
+    assert read(tmp_path / name) == set(texts)
+    assert "1 of its documents have <|endoftext|>" in capsys.readouterr().err
+
+
+def test_texts_in_small_letters_are_divided(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(" <|endoftext|> ".join(["uno", "dos", "tres", "cuatro", "cinco"]))
+    assert read(tmp_path / "a.txt") == {"uno", "dos", "tres", "cuatro", "cinco"}
 
 
 # Lines and articles

@@ -55,6 +55,9 @@ _MERGE = "merge it with peft's merge_and_unload and give the merged model"
 _PART = re.compile(
     r"(?P<module>.+)\.lora_(?P<part>(?:embedding_)?[AB])(?:\.(?!weight$|bias$)[\w-]+)?(?:\.(?P<kind>weight|bias))?"
 )
+# Patterns of adapter_config.json, a file from anywhere, on which Python's matcher could work for ever: with a repeated
+# group, or with more repetitions than these.
+_REPEATED_GROUP, _REPETITION, _MOST_REPETITIONS, _LONGEST_NAME = re.compile(r"\)[*+{]"), re.compile(r"[*+?{]"), 4, 128
 _WHOLE = re.compile(r"\.(?:base_layer|modules_to_save(?:\.[\w-]+(?=\.\w+$))?)(?=\.)")
 
 
@@ -242,9 +245,17 @@ def _scale(name: str, r: int, adapter: Adapter) -> float:
     if not isinstance(patterns, dict) or not isinstance(fields.get("rank_pattern") or {}, dict):
         raise UserError(f"{path}: alpha_pattern and rank_pattern have to be objects; take the original adapter's file")
     for pattern, value in patterns.items():
+        if (
+            _REPEATED_GROUP.search(pattern)
+            or len(_REPETITION.findall(pattern)) > _MOST_REPETITIONS
+            or len(name) > _LONGEST_NAME
+        ):
+            raise UserError(
+                f"{path}: alpha_pattern {pattern[:80]!r} may take very long on {name[:80]}; write names of modules instead of it"
+            )
         try:
             found = re.match(rf"(.*\.)?({pattern})$", name)
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise UserError(f"{path}: alpha_pattern {pattern!r} is no regular expression ({error})") from None
         if found:
             alpha = value

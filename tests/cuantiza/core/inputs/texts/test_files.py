@@ -17,7 +17,7 @@ import pytest
 
 from cuantiza.core.errors import UserError
 from cuantiza.core.inputs.corpus import Source, load_splits
-from cuantiza.core.inputs.texts import documents
+from cuantiza.core.inputs.texts import documents, files
 
 TEXTS = [f"Documento {number}: «¿qué día?»\n\nOtro párrafo {'ñ' * (number + 1)}." for number in range(11)]
 
@@ -242,3 +242,12 @@ def test_only_the_beginning_of_a_large_corpus_is_read(
     found = read(file)
     assert len(found & set(TEXTS)) >= 4 and len("".join(found).encode()) <= size + 100
     assert f"{len(found)} documents" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.xz", "a.json.gz"])
+def test_a_line_without_end_is_not_read_whole(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few kilobytes unpack to gigabytes of one line."""
+    monkeypatch.setattr(files, "_LINE", 1_000_000)
+    packed = PACKERS[Path(name).suffix](b'[{"text": "' + b"a" * 3_000_000)
+    with pytest.raises(UserError, match=r"line 1 is longer than 1 MB; .*\.jsonl"):
+        read(written(tmp_path / name, packed))

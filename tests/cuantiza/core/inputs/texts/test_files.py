@@ -219,6 +219,10 @@ def test_saved_data_sets(tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=fragment):
             read(tmp_path / "dos", **fields)
+    (tmp_path / "dos" / "dataset_dict.json").write_text('{"splits": ["train", "../uno"]}')
+    load_splits.cache_clear()
+    with pytest.raises(UserError, match=r"'../uno', which is outside"):
+        read(tmp_path / "dos")
     shutil.copy(tmp_path / "uno" / "data-00000-of-00001.arrow", tmp_path / "outside.arrow")
     for content in ('{"_data_files": [{"filename": "../outside.arrow"}]}', "{", "[]", '{"_data_files": []}'):
         (tmp_path / "uno" / "state.json").write_text(content)

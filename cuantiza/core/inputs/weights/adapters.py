@@ -214,8 +214,8 @@ def _adapted(module: str, factors: _Factors, weights: Mapping[str, Weight], adap
         raise UserError(f"{adapter.file}: has no A and B of two axes for {factors.name}; take the original adapter")
     # transformers' Conv1D is [inputs, outputs], as is an embedding; nn.Linear, of which the head is one, is the opposite.
     turned = module != "lm_head"
-    product = (a.shape[1], b.shape[0]) if turned else (b.shape[0], a.shape[1])
-    if product != base.shape or a.shape[0] != b.shape[1]:
+    change = (a.shape[1], b.shape[0]) if turned else (b.shape[0], a.shape[1])
+    if change != base.shape or a.shape[0] != b.shape[1]:
         raise UserError(
             f"{adapter.file}: {factors.name} has A {list(a.shape)} and B {list(b.shape)}, which do not fit the base's "
             f"{list(base.shape)}; give the base that it was trained on"

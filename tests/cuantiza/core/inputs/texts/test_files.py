@@ -235,7 +235,7 @@ def test_saved_data_sets(tmp_path: Path) -> None:
 def test_only_the_beginning_of_a_large_corpus_is_read(
     tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    """The text up to the document that reaches the limit is used, which is said; whatever stands behind is not read."""
+    """The text up to the document that reaches the limit is used, which is said; what follows is not read."""
     monkeypatch.setattr(documents, "FILE_BYTES", size := len("".join(TEXTS[:6]).encode()) - 5)
     file = tmp_path / name
     if name == "a.parquet":

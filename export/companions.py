@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from cuantiza.core.inputs.model_config import read_object
 from cuantiza.core.inputs.special_tokens import SpecialTokens
-from cuantiza.export.tokenizer.settings import read_json, write_json
+from cuantiza.export.tokenizer.settings import write_json
 
 
 def write_configs(fields: dict, tokens: SpecialTokens, checkpoint: Path, work: Path) -> None:
@@ -14,6 +15,6 @@ def write_configs(fields: dict, tokens: SpecialTokens, checkpoint: Path, work: P
     Both get the ids of `tokens`, so that whoever reads one of them starts and ends texts as the stages do.
     """
     given = checkpoint / "generation_config.json"
-    generation = read_json(given) if given.is_file() else {"_from_model_config": True}
+    generation = read_object(given) if given.is_file() else {"_from_model_config": True}
     write_json(work / "config.json", tokens.put_into(fields))
     write_json(work / "generation_config.json", tokens.put_into(generation))

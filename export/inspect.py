@@ -21,6 +21,7 @@ from cuantiza.core.inputs.tokenizer import load_tokenizer, token_ids
 from cuantiza.core.pages import number
 from cuantiza.core.store.artifact import MANIFEST, open_artifact
 from cuantiza.export.examine import Findings, examine
+from cuantiza.export.stage import EXPORTERS
 
 _SHOWN = 12  # tokens of the example
 
@@ -87,8 +88,8 @@ def parameters(config: GPT2Config) -> int:
     """The number of weights of a GPT-2; a head that is tied to the embedding counts once."""
     width, inner = config.n_embd, config.n_inner
     layer = (width + 1) * 3 * width + (width + 1) * width + (width + 1) * inner + (inner + 1) * width + 4 * width
-    tables = config.vocab_size * (1 if config.tie_word_embeddings else 2) + config.n_positions
-    return tables * width + config.n_layer * layer + 2 * width
+    embeddings = config.vocab_size * (1 if config.tie_word_embeddings else 2) + config.n_positions
+    return embeddings * width + config.n_layer * layer + 2 * width
 
 
 def _architecture(config: GPT2Config) -> str:
@@ -146,6 +147,6 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "model", nargs="?", default=MODEL, help=f"folder of a checkpoint or an artifact, or hub id ({MODEL})"
     )
-    parser.add_argument("--exporter", choices=("graph", "optimum"), default="graph", help="who would export it (graph)")
+    parser.add_argument("--exporter", choices=EXPORTERS, default="graph", help="who would export it (graph)")
     parser.add_argument("--json", action="store_true", help="print JSON")
     return parser.parse_args(arguments)

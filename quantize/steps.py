@@ -22,8 +22,9 @@ def write_graph(parent: Path, work: Path, target: Target, rewrite: Callable[[ir.
     """Write work/model.onnx: the graph of the fp32 artifact `parent`, after `rewrite` changed it in place.
 
     Attention is fused for the `target` "ort" only, where ONNX Runtime can. Returns `details` for the manifest: those that
-    `rewrite` returned, the number of layers with fused attention, and "warnings" if attention stays as it was. Raises UserError if the target is "ort" and the graph's attention is
-    not the one that export/gpt2.py writes.
+    `rewrite` returned, the number of layers with fused attention, and "warnings": attention that stays as it was, and a
+    tokenizer that onnxruntime-genai misreads. Raises UserError if the target is "ort" and the graph's attention is not the
+    one that export/gpt2.py writes.
     """
     path = parent / artifact.MODEL
     model = onnx_file.load(path)

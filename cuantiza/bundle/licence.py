@@ -14,6 +14,7 @@ from cuantiza.core.inputs.checkpoints import LICENCES
 # The checkpoint's own card, in a bundle, whose README.md is another card.
 CARD = "CHECKPOINT.md"
 _README = "README.md"
+_FIELDS = ("language", "license", "license_name", "license_link")
 
 
 @dataclass(frozen=True)
@@ -31,9 +32,9 @@ class Licence:
 
 def licence_of(checkpoint: Path, hub_id: str | None) -> Licence:
     """The licence of the checkpoint in the folder `checkpoint`, which is `hub_id` on the hub (None: only a folder)."""
-    own = front_matter(checkpoint)
+    own = {key: value for key, value in front_matter(checkpoint).items() if key in _FIELDS and _is_text(value)}
     files = {CARD if path.name == _README else path.name: path for path in _documents(checkpoint)}
-    head = {key: own[key] for key in ("language", "license", "license_name", "license_link") if own.get(key)}
+    head = {key: own[key] for key in _FIELDS if own.get(key)}
     texts = [name for name in files if name != CARD]
     if link := head.pop("license_link", None):
         target = _link(str(link), checkpoint, hub_id, files)
@@ -49,9 +50,14 @@ def front_matter(checkpoint: Path) -> dict[str, Any]:
     try:
         text = (checkpoint / _README).read_text(encoding="utf-8-sig")
         found = yaml.safe_load(text[4 : text.index("\n---", 3)]) if text.startswith("---\n") else {}
-    except (OSError, ValueError, yaml.YAMLError):
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def _is_text(value: object) -> bool:
+    """Whether `value` is a text or a list of texts. YAML can nest lists so that a kilobyte is gigabytes as text."""
+    return all(isinstance(item, str | int | float) for item in (value if isinstance(value, list) else [value]))
 
 
 def _documents(checkpoint: Path) -> list[Path]:

@@ -126,7 +126,7 @@ def surroundings(report: Report, language: str) -> list[tuple[str, str]]:
     machine, corpus, labels = report.machine, report.corpus, LABELS[language]
     threads = f"{machine.threads} {labels['of']} {machine.processors}"
     if machine.processors_limit is not None:
-        threads += labels["limited"].format(limit=f"{number(machine.processors_limit, 1, language)}")
+        threads += labels["limited"].format(limit=number(machine.processors_limit, 1, language))
     memory = f"{number(machine.memory_bytes / 2**30, 0, language)} GiB"
     if machine.memory_limit_bytes is not None:
         memory += labels["limited"].format(limit=f"{number(machine.memory_limit_bytes / 2**30, 1, language)} GiB")

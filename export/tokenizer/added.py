@@ -9,8 +9,9 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from cuantiza.core.errors import UserError
+from cuantiza.core.inputs.model_config import read_object
 from cuantiza.core.inputs.tokenizer_files import ADDED_TOKENS, SETTINGS
-from cuantiza.export.tokenizer.settings import content, read_json, special_tokens
+from cuantiza.export.tokenizer.settings import content, special_tokens
 
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
@@ -23,10 +24,9 @@ def read_added(checkpoint: Path, settings: dict[str, Any]) -> dict[str, dict[str
     named = special_tokens(settings)
     found: dict[str, dict[str, Any]] = {}
     path = checkpoint / ADDED_TOKENS
-    if path.is_file():
-        for text, number in read_json(path).items():
-            special = text in named
-            found[text] = _token(text, number, {"normalized": not special, "special": special}, path)
+    for text, number in read_object(path).items():
+        special = text in named
+        found[text] = _token(text, number, {"normalized": not special, "special": special}, path)
     path = checkpoint / SETTINGS
     decoder = settings.get("added_tokens_decoder") or {}
     if not isinstance(decoder, dict):

@@ -8,9 +8,10 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from cuantiza.core.errors import UserError
+from cuantiza.core.inputs.model_config import read_object
 from cuantiza.core.inputs.tokenizer_files import MERGES, OWN, SENTENCEPIECE, SETTINGS, VOCABULARY, WORDS
 from cuantiza.export.tokenizer.readers import PLAIN
-from cuantiza.export.tokenizer.settings import read_json, tidy, write_json
+from cuantiza.export.tokenizer.settings import tidy, write_json
 from cuantiza.export.tokenizer.spm import WITH_OWN_IDS, from_sentencepiece, read_model
 
 
@@ -47,7 +48,7 @@ def convert(
             shutil.copyfile(checkpoint / given, prepared / name)
         if VOCABULARY in files:
             # Words of the vocabulary keep their ids, so the added tokens become words, unless their ids are taken.
-            words = read_json(checkpoint / files[VOCABULARY])
+            words = read_object(checkpoint / files[VOCABULARY])
             taken = {number for number in words.values() if isinstance(number, int)}
             free = {text: token["id"] for text, token in added.items() if token["id"] not in taken}
             write_json(prepared / VOCABULARY, free | words)
@@ -56,8 +57,8 @@ def convert(
         write_json(prepared / SETTINGS, told | ({"tokenizer_class": named} if isinstance(named, str) else {}))
         write_json(prepared / "config.json", {"model_type": config.get("model_type", "gpt2")})
         _run_transformers(checkpoint, prepared, saved)
-        fields = read_json(saved / OWN)
-        made = tidy(read_json(saved / SETTINGS), checkpoint / SETTINGS)
+        fields = read_object(saved / OWN)
+        made = tidy(read_object(saved / SETTINGS), checkpoint / SETTINGS)
     if MERGES in files:
         _check_merges(fields["model"], checkpoint / files[MERGES], len(added))
     # What transformers made of the added tokens is left out: their ids and flags are those that `added` says.

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cuantiza.core.errors import UserError
+from cuantiza.core.inputs.model_config import read_object
 from cuantiza.core.inputs.tokenizer_files import SETTINGS, SPECIAL_TOKENS, TEMPLATE, TEMPLATES
 
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -38,9 +39,9 @@ def read_settings(checkpoint: Path) -> dict[str, Any]:
     of their own replace those of tokenizer_config.json. Raises UserError if a file is broken.
     """
     path = checkpoint / SETTINGS
-    fields = read_json(path) if path.is_file() else {}
-    if "added_tokens_decoder" not in fields and (checkpoint / SPECIAL_TOKENS).is_file():
-        fields |= {key: value for key, value in read_json(checkpoint / SPECIAL_TOKENS).items() if value is not None}
+    fields = read_object(path)
+    if "added_tokens_decoder" not in fields:
+        fields |= {key: value for key, value in read_object(checkpoint / SPECIAL_TOKENS).items() if value is not None}
     return tidy({**fields, **_templates(checkpoint)}, path)
 
 
@@ -71,17 +72,6 @@ def special_tokens(settings: dict[str, Any]) -> list[str]:
     """The texts of all special tokens that `settings` names, each once."""
     more = settings.get("additional_special_tokens") or []
     return list(dict.fromkeys([*(settings[key] for key in NAMED if settings.get(key) is not None), *more]))
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`. Raises UserError if there is none."""
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: is not valid JSON ({error}); take the file of the original checkpoint") from None
-    if not isinstance(fields, dict):
-        raise UserError(f"{path}: is not a JSON object; take the file of the original checkpoint")
-    return fields
 
 
 def write_json(path: Path, fields: dict[str, Any]) -> None:

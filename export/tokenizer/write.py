@@ -10,12 +10,13 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from cuantiza.core.errors import UserError
+from cuantiza.core.inputs.model_config import read_object
 from cuantiza.core.inputs.tokenizer import RARE, load_tokenizer, token_ids
 from cuantiza.core.inputs.tokenizer_files import OWN, SETTINGS, TEMPLATE, names_in, vocabulary_files
 from cuantiza.export.tokenizer.added import read_added, settle
 from cuantiza.export.tokenizer.convert import convert
 from cuantiza.export.tokenizer.readers import settle_class
-from cuantiza.export.tokenizer.settings import read_json, read_settings, special_tokens, write_json
+from cuantiza.export.tokenizer.settings import read_settings, special_tokens, write_json
 
 # Letters of scripts that no vocabulary has together.
 _FOREIGN = "ꙮ᚛𒀀"
@@ -60,7 +61,7 @@ def write_tokenizer(checkpoint: Path, work: Path, vocabulary: int, config: dict[
 
 def _read_own(path: Path) -> dict[str, Any]:
     """The fields of a tokenizer.json. Raises UserError if the library cannot read it."""
-    fields = read_json(path)
+    fields = read_object(path)
     try:
         tokenizer = Tokenizer.from_str(json.dumps(fields))
         del tokenizer

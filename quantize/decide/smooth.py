@@ -70,7 +70,8 @@ def find_groups(graph: ir.Graph) -> dict[str, Group]:
             continue
         if not _feeds_only(x, len(projections)):
             continue
-        found = _find_norm(x) or _find_gated(x) or _find_values(x, projections)
+        width = projections[0].weight.shape[1 - projections[0].channel_axis]
+        found = _find_norm(x, width) or _find_gated(x) or _find_values(x, projections)
         if found is not None:
             scales, shift, source = found
             if source is not None or not all(bias_of(projection) for projection in projections):
@@ -158,10 +159,11 @@ _Found = tuple[tuple[tuple[ir.Value, int], ...], ir.Value | None, np.ndarray | N
 _RMS_NORMS = ("RMSNormalization", "SimplifiedLayerNormalization")
 
 
-def _find_norm(x: ir.Value) -> _Found | None:
+def _find_norm(x: ir.Value, width: int) -> _Found | None:
     """Find the scale of its own with which a norm ends that computes x, and the bias of a LayerNormalization.
 
-    An RMSNorm is one node, or ends with a Mul by its scale. Such a Mul takes any s, whatever it multiplies.
+    An RMSNorm is one node, or ends with a Mul by its scale. Such a Mul takes any s, whatever it multiplies; a Mul by a
+    single number, and not by one for each of the `width` channels of x, takes none.
     """
     node = x.producer()
     if node is None:
@@ -172,7 +174,10 @@ def _find_norm(x: ir.Value) -> _Found | None:
     if node.op_type in _RMS_NORMS:
         return (((node.inputs[1], 0),), None, None) if _is_own_vector(node.inputs[1]) else None
     if node.op_type == "Mul":
-        return next(((((value, 0),), None, None) for value in node.inputs if _is_own_vector(value)), None)
+        return next(
+            ((((value, 0),), None, None) for value in node.inputs if _is_own_vector(value) and value.shape[0] == width),
+            None,
+        )
     return None
 
 

@@ -16,6 +16,8 @@ from helpers import ES_MINI, report_fields, report_row
 
 ID = "owner/name"
 MIT = "---\nlicense: mit\n---\n# a model\n"
+# Lists of lists: 30 lines, and half a billion words where they are written out.
+NESTED = "l0: &l0 [mit, mit]\n" + "".join(f"l{n}: &l{n} [*l{n - 1}, *l{n - 1}]\n" for n in range(1, 30))
 LINKED = "---\nlicense: other\nlicense_name: house\nlicense_link: {}\n---\n# a model\n"
 
 
@@ -87,6 +89,7 @@ def checkpoint(tmp_path: Path):
         ),
         ({"README.md": "# no front matter"}, None, {}, {"CHECKPOINT.md"}, "look there before"),
         ({"README.md": "---\nlicense: [\n---\n"}, ID, {}, {"CHECKPOINT.md"}, "look there before"),
+        ({"README.md": f"---\n{NESTED}license: *l29\n---\n"}, ID, {}, {"CHECKPOINT.md"}, "look there before"),
         ({}, ID, {}, set(), f"at https://huggingface.co/{ID}: look there"),
     ],
 )

@@ -1,6 +1,6 @@
 """ONNX Runtime and OpenVINO send no telemetry from our processes: they leave no device id and ask for no name.
 
-Every test that sees nothing has a twin in which the user allowed telemetry, where the same means see it.
+Every test that sees nothing has a counterpart in which the user allowed telemetry, where the same means see it.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from typing import Any
 
 from cuantiza.core.errors import MENDS, UserError
 from cuantiza.core.inputs.defaults import place
+from cuantiza.core.inputs.model_config import read_object
 from cuantiza.core.inputs.model_types import described_file, other_format
 from cuantiza.core.inputs.tokenizer_files import PATTERNS, holds_vocabulary, names_in, tokenizer_files, vocabulary_files
 from cuantiza.core.store.digests import digest, sha256_file
@@ -125,17 +126,11 @@ def _base_on_hub(label: str, spec: str, revision: object) -> Path:
 def adapter_fields(folder: Path) -> dict[str, Any]:
     """The fields of adapter_config.json. Raises UserError where it is not a JSON object."""
     path = folder / ADAPTER[0]
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.is_file():
         raise UserError(
             f"{folder}: has an adapter's weights but no {ADAPTER[0]}; put it beside them, or remove the adapter"
-        ) from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: is not JSON ({error}); take the file of the original adapter") from None
-    if not isinstance(fields, dict):
-        raise UserError(f"{path}: is not a JSON object; take the file of the original adapter")
-    return fields
+        )
+    return read_object(path, "adapter")
 
 
 def model_name(spec: str) -> str:

@@ -14,27 +14,24 @@ _POSITIONS = ("n_positions", "max_position_embeddings", "n_ctx", "seq_length", "
 def read_config(folder: Path) -> dict[str, Any]:
     """The fields of config.json in a checkpoint or artifact. Raises UserError if it is missing or not a JSON object."""
     path = folder / "config.json"
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{folder}: has no config.json; take the one of the original checkpoint") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: is not JSON ({error}); take the file of the original checkpoint") from None
-    if not isinstance(fields, dict):
-        raise UserError(f"{path}: is not a JSON object; take the file of the original checkpoint")
-    return fields
+    if not path.is_file():
+        raise UserError(f"{folder}: has no config.json; take the one of the original checkpoint")
+    return read_object(path)
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    """The fields of a JSON object that may be missing (then none). Raises UserError if it is something else."""
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+def read_object(path: Path, whose: str = "checkpoint") -> dict[str, Any]:
+    """The fields of the JSON object in `path`; none where there is no such file. Raises UserError if it holds no object.
+
+    `whose` says in the message what the file is of.
+    """
+    if not path.is_file():
         return {}
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: is not valid JSON ({error}); take the file of the original checkpoint") from None
+        raise UserError(f"{path}: is not JSON ({error}); take the file of the original {whose}") from None
     if not isinstance(fields, dict):
-        raise UserError(f"{path}: is not a JSON object; take the file of the original checkpoint")
+        raise UserError(f"{path}: is not a JSON object; take the file of the original {whose}")
     return fields
 
 

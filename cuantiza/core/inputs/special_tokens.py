@@ -31,13 +31,13 @@ from tokenizers import Tokenizer
 from cuantiza.core.errors import UserError
 from cuantiza.core.inputs.gpt2_config import is_gpt2
 from cuantiza.core.inputs.model_config import read_object
+from cuantiza.core.inputs.tokenizer_files import SETTINGS, SPECIAL_TOKENS
 
 _KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _STARTS = ("<|endoftext|>", "<|startoftext|>", "<s>", "<bos>", "[BOS]", "</s>", "<eos>", "[EOS]", "[CLS]", "[SEP]")
 _ENDS = ("<|endoftext|>", "</s>", "<eos>", "[EOS]", "[SEP]")
 # GPT2Config's default of bos_token_id and eos_token_id, and the vocabulary in which it is `<|endoftext|>`.
 _DEFAULT, _DEFAULT_VOCABULARY = 50256, 50257
-_TOKENIZER_FILES = ("tokenizer_config.json", "special_tokens_map.json")
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class _Vocabulary:
 
     def __init__(self, folder: Path, tokenizer: Tokenizer, size: int) -> None:
         self.size, self._tokenizer = size, tokenizer
-        self._files = {name: read_object(folder / name) for name in _TOKENIZER_FILES}
+        self._files = {name: read_object(folder / name) for name in (SETTINGS, SPECIAL_TOKENS)}
         texts = {_text(value) for file in self._files.values() for key, value in file.items() if key.endswith("_token")}
         self._special = {tokenizer.token_to_id(text) for text in (*_STARTS, *texts)}
         self._special |= set(tokenizer.get_added_tokens_decoder())

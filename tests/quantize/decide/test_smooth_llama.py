@@ -1,4 +1,4 @@
-"""Smoothing of Llama-shaped layers, as exporters write them: behind RMSNorm, through a gate, through grouped heads."""
+"""Smoothing of Llama-shaped layers, as exporters write them: after RMSNorm, through a gate, through grouped heads."""
 
 from __future__ import annotations
 

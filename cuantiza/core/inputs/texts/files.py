@@ -30,6 +30,7 @@ SUFFIXES: dict[str, Kind] = {
 }
 PACKED = (".gz", ".bz2", ".xz", ".zst")
 _HEAD = 1 << 16  # how many bytes of a file say what it holds
+_LINE = 128_000_000  # characters; a longer line would be read into memory whole, however small it is while packed
 _FRAME = b"\x28\xb5\x2f\xfd"  # of zstd
 _UTF16 = "looks like UTF-16 without a byte order mark; convert it, for example with `iconv -f utf-16le -t utf8`"
 _BY_PANDAS = (
@@ -204,7 +205,7 @@ def read_text(file: Path, most: int) -> tuple[str, bool]:
 
 
 def read_lines(file: Path) -> Iterator[tuple[int, str]]:
-    """The lines of `file`, numbered from 1, as they are read; errors as of `read_text`.
+    """The lines of `file`, numbered from 1, as they are read; errors as of `read_text`, and for a line without end.
 
     Unicode's other line ends do not end a line: JSON may contain them.
     """
@@ -212,7 +213,13 @@ def read_lines(file: Path) -> Iterator[tuple[int, str]]:
     with opened(file) as stream:
         encoding = _checked_encoding(file, stream.peek(1 << 12))
         try:
-            for number, line in enumerate(io.TextIOWrapper(stream, encoding), 1):
+            text = io.TextIOWrapper(stream, encoding)
+            while line := text.readline(_LINE + 1):
+                number += 1
+                if len(line) > _LINE:
+                    raise UserError(
+                        f"{file}: line {number} is longer than {_LINE / 1e6:.0f} MB; write one object a line, as .jsonl"
+                    )
                 yield number, line
         except UnicodeDecodeError:
             raise UserError(_not_utf8(file, encoding, f"after line {number}")) from None

@@ -29,13 +29,16 @@ def saved_rows(folder: Path, source: Source) -> Iterator[Row]:
     """Rows of a data set that `save_to_disk` wrote to `folder`. Raises UserError where it lacks the split or column."""
     import datasets
 
+    broken = (datasets.exceptions.DatasetsError, OSError, ValueError, LookupError, TypeError, AttributeError)
     try:
         for state in folder.rglob("state.json"):
-            for file in json.loads(state.read_text(encoding="utf-8"))["_data_files"]:
-                if Path(file["filename"]).name != file["filename"]:
-                    raise ValueError(f"{state.relative_to(folder)} names a file outside of its folder")
+            _check_inside(
+                state, [file["filename"] for file in json.loads(state.read_text(encoding="utf-8"))["_data_files"]]
+            )
+        if (splits := folder / "dataset_dict.json").is_file():
+            _check_inside(splits, json.loads(splits.read_text(encoding="utf-8"))["splits"])
         table = datasets.load_from_disk(str(folder))
-    except (datasets.exceptions.DatasetsError, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except (*broken, RecursionError) as error:
         raise UserError(f"CORPUS={folder}: cannot be read as a saved data set ({error}); save it again") from None
     if isinstance(table, datasets.DatasetDict):
         if source.split not in table:
@@ -44,6 +47,12 @@ def saved_rows(folder: Path, source: Source) -> Iterator[Row]:
             )
         table = table[source.split]
     return _rows(table, f"CORPUS={folder}", source.column)
+
+
+def _check_inside(file: Path, names: list[str]) -> None:
+    """Raise ValueError if one of `names`, which `file` gives, is none of a file or folder beside it."""
+    if odd := next((name for name in names if Path(name).name != name or name == ".."), None):
+        raise ValueError(f"{file.name} names {odd!r}, which is outside of its folder")
 
 
 def hub_texts(source: Source, most: int, seen: Seen) -> list[str]:

@@ -65,6 +65,9 @@ _MERGE = "merge it with peft's merge_and_unload and give the merged model"
 _PART = re.compile(
     r"(?P<module>.+)\.lora_(?P<part>(?:embedding_)?[AB])(?:\.(?!weight$|bias$)[\w-]+)?(?:\.(?P<kind>weight|bias))?"
 )
+# Patterns of adapter_config.json, a file from anywhere, on which Python's matcher could work for ever: with a repeated
+# group, or with more repetitions than these.
+_REPEATED_GROUP, _REPETITION, _MOST_REPETITIONS, _LONGEST_NAME = re.compile(r"\)[*+{]"), re.compile(r"[*+?{]"), 4, 128
 _WHOLE = re.compile(r"\.(?:base_layer|modules_to_save(?:\.[\w-]+(?=\.\w+$))?)(?=\.)")
 
 
@@ -232,8 +235,8 @@ def _adapted(module: str, factors: _Factors, weights: Mapping[str, Weight], adap
         raise UserError(f"{adapter.file}: has no A and B of two axes for {factors.name}; take the original adapter")
     # transformers' Conv1D is [inputs, outputs], as is an embedding; nn.Linear, of which the head is one, is the opposite.
     turned = module != "lm_head"
-    product = (a.shape[1], b.shape[0]) if turned else (b.shape[0], a.shape[1])
-    if product != base.shape or a.shape[0] != b.shape[1]:
+    change = (a.shape[1], b.shape[0]) if turned else (b.shape[0], a.shape[1])
+    if change != base.shape or a.shape[0] != b.shape[1]:
         raise UserError(
             f"{adapter.file}: {factors.name} has A {list(a.shape)} and B {list(b.shape)}, which do not fit the base's "
             f"{list(base.shape)}; give the base that it was trained on"
@@ -263,9 +266,17 @@ def _scale(name: str, r: int, adapter: Adapter) -> float:
     if not isinstance(patterns, dict) or not isinstance(fields.get("rank_pattern") or {}, dict):
         raise UserError(f"{path}: alpha_pattern and rank_pattern have to be objects; take the original adapter's file")
     for pattern, value in patterns.items():
+        if (
+            _REPEATED_GROUP.search(pattern)
+            or len(_REPETITION.findall(pattern)) > _MOST_REPETITIONS
+            or len(name) > _LONGEST_NAME
+        ):
+            raise UserError(
+                f"{path}: alpha_pattern {pattern[:80]!r} may take very long on {name[:80]}; write names of modules instead of it"
+            )
         try:
             found = re.match(rf"(.*\.)?({pattern})$", name)
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise UserError(f"{path}: alpha_pattern {pattern!r} is no regular expression ({error})") from None
         if found:
             alpha = value

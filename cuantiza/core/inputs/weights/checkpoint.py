@@ -57,15 +57,17 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     dtypes = _dtypes(weights)
     eight = [name for name in dtypes if name.startswith("float8")]
     if eight:
-        warnings.append(f"Its weights have 8 bits ({', '.join(eight)}); what that rounding lost stays lost.")
+        warnings.append(
+            f"the checkpoint's weights have 8 bits ({', '.join(eight)}); what that rounding lost stays lost"
+        )
     adapter = adapters.read_adapter(folder)
     if adapter is not None:
         weights = adapters.merge(weights, adapter, tied)
-        what = f"The LoRA adapter {adapters.describe(adapter)} was merged into"
+        what = f"the LoRA adapter {adapters.describe(adapter)} was merged into"
         warnings.append(
-            f"{what} the weights beside it; if those are merged already, remove adapter_config.json and that file."
+            f"{what} the weights beside it; if those are merged already, remove adapter_config.json and that file"
             if base == folder
-            else f"{what} its base {adapters.base_name(adapter, base)}."
+            else f"{what} its base {adapters.base_name(adapter, base)}"
         )
     repaired = layout.repaired or bool(eight) or adapter is not None or _index_is_bare(base)
     return Checkpoint(fields, weights, dtypes, tuple(warnings), repaired)

@@ -61,13 +61,13 @@ def left_out(others: Collection[str]) -> list[str]:
     for module, what in _BESIDE.items():
         if names := _under(module, rest):
             rest -= {*names}
-            warnings.append(f"Left out: {what} ({some(names)}).")
+            warnings.append(f"the export leaves out {what} ({some(names)})")
     for module in _TASKS:
         if names := _under(module, rest):
             rest -= {*names}
-            warnings.append(f"Left out: the head of another task ({some(names)}).")
+            warnings.append(f"the export leaves out the head of another task ({some(names)})")
     if rest:
-        warnings.append(f"Left out: tensors that no GPT-2 has ({some(rest)}).")
+        warnings.append(f"the export leaves out tensors that no GPT-2 has ({some(rest)})")
     return warnings
 
 

@@ -89,11 +89,11 @@ def arrange(tensors: Mapping[str, Weight], tied: bool, folder: Path) -> Layout:
     warnings = []
     if transposed:
         warnings.append(
-            "Its linear layers are stored as [outputs, inputs], as nn.Linear has them, and were transposed."
+            "the checkpoint stores linear layers as [outputs, inputs], as nn.Linear has them, and they were transposed"
         )
     if absent:
         kinds = dict.fromkeys(_LAYER.sub("", name) for name in absent)
-        warnings.append(f"It has no biases ({', '.join(kinds)}), and zeros take their place.")
+        warnings.append(f"the checkpoint has no biases ({', '.join(kinds)}), and zeros take their place")
     return Layout(weights, others, tuple(warnings), repaired or transposed or bool(absent))
 
 

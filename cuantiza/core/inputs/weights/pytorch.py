@@ -21,8 +21,9 @@ def pytorch_loader(
     transformers reads the files itself wherever it reads them right, so that a comparison with it also checks our
     reading. Only where files had to be repaired or an adapter was merged (`Checkpoint.repaired`) does it get our arrays.
     `attention` is transformers' attn_implementation. `config` is a folder with a repaired config.json, for a model that
-    is no GPT-2, where transformers may not load that of `folder`; a GPT-2's is repaired here. Raises UserError as `read_checkpoint` does; so does the function
-    that is returned, with `advice` at the end, where transformers cannot load the model.
+    is no GPT-2, where transformers may not load that of `folder`; a GPT-2's is repaired here. Raises UserError as
+    `read_checkpoint` does; so does the function that is returned, with `advice` at the end, where transformers cannot
+    load the model.
     """
     import torch
 

@@ -17,7 +17,7 @@ import pytest
 
 from cuantiza.core.errors import UserError
 from cuantiza.core.inputs.corpus import Source, load_splits
-from cuantiza.core.inputs.texts import documents
+from cuantiza.core.inputs.texts import documents, files
 
 TEXTS = [f"Documento {number}: «¿qué día?»\n\nOtro párrafo {'ñ' * (number + 1)}." for number in range(11)]
 
@@ -219,6 +219,10 @@ def test_saved_data_sets(tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=fragment):
             read(tmp_path / "dos", **fields)
+    (tmp_path / "dos" / "dataset_dict.json").write_text('{"splits": ["train", "../uno"]}')
+    load_splits.cache_clear()
+    with pytest.raises(UserError, match=r"'../uno', which is outside"):
+        read(tmp_path / "dos")
     shutil.copy(tmp_path / "uno" / "data-00000-of-00001.arrow", tmp_path / "outside.arrow")
     for content in ('{"_data_files": [{"filename": "../outside.arrow"}]}', "{", "[]", '{"_data_files": []}'):
         (tmp_path / "uno" / "state.json").write_text(content)
@@ -231,7 +235,7 @@ def test_saved_data_sets(tmp_path: Path) -> None:
 def test_only_the_beginning_of_a_large_corpus_is_read(
     tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    """The text up to the document that reaches the limit is used, which is said; whatever stands behind is not read."""
+    """The text up to the document that reaches the limit is used, which is said; what follows is not read."""
     monkeypatch.setattr(documents, "FILE_BYTES", size := len("".join(TEXTS[:6]).encode()) - 5)
     file = tmp_path / name
     if name == "a.parquet":
@@ -242,3 +246,12 @@ def test_only_the_beginning_of_a_large_corpus_is_read(
     found = read(file)
     assert len(found & set(TEXTS)) >= 4 and len("".join(found).encode()) <= size + 100
     assert f"{len(found)} documents" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.xz", "a.json.gz"])
+def test_a_line_without_end_is_not_read_whole(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few kilobytes unpack to gigabytes of one line."""
+    monkeypatch.setattr(files, "_LINE", 1_000_000)
+    packed = PACKERS[Path(name).suffix](b'[{"text": "' + b"a" * 3_000_000)
+    with pytest.raises(UserError, match=r"line 1 is longer than 1 MB; .*\.jsonl"):
+        read(written(tmp_path / name, packed))

@@ -96,7 +96,7 @@ def test_streamed_until_there_is_enough(
     assert found[2] == [list(split.documents) for split in load_splits(Source(str(tmp_path / "few.jsonl")))]
     assert "no column 'cuerpo' but n, text" in found[3] and "column 'n' holds int, not text" in found[4]
     assert said.count("only its beginning is streamed") == 4 and "owner/poco: has" not in said
-    # The shards behind the text that is used were not asked for.
+    # The shards that follow the text that is used were not asked for.
     assert "train-00000-of-00012.jsonl" in hub.transferred() and "train-00000-of-00012.parquet" in hub.transferred()
     assert not {name for name in hub.transferred() if name.startswith(("train-00008", "train-00011"))}
 

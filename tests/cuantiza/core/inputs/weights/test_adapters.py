@@ -178,6 +178,8 @@ REFUSED: dict[str, tuple[dict, str]] = {
     "endless alpha": ({"lora_alpha": 10**400}, "alpha"),
     "patterns in a list": ({"alpha_pattern": ["c_attn"]}, "alpha_pattern"),
     "broken pattern": ({"alpha_pattern": {"(": 2}}, "regular expression"),
+    "pattern that repeats a group": ({"alpha_pattern": {r"([\w.]+)+!": 2}}, "very long"),
+    "pattern of many repetitions": ({"alpha_pattern": {r"\w?" * 30 + "!": 2}}, "very long"),
 }
 
 

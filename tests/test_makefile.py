@@ -60,9 +60,10 @@ def _note(arguments: list[str], prompt: str | None) -> dict:
 def test_paths_arrive_as_typed(called: Callable[..., list[dict]], odd: str, by: str) -> None:
     given = {name: f"{odd} {name}" for name in ("MODEL", "CORPUS", "CORPUS_COLUMN", "OUT", "REPORTS", "DIST")}
     notes = called("bundle", **given) if by == "command line" else called("bundle", environment=given)
-    export, quantize, measure, bundle = notes
-    assert [note["module"] for note in notes] == ["export", "quantize", "eval", "cuantiza.bundle"]
-    assert {note["--model"] for note in notes} == {given["MODEL"]}
+    names, export, quantize, measure, bundle = notes
+    assert [note["module"] for note in notes] == ["cuantiza.bundle", "export", "quantize", "eval", "cuantiza.bundle"]
+    assert "--names" in names["words"]
+    assert {note["--model"] for note in notes[1:]} == {given["MODEL"]}
     assert export["--output"] == quantize["--output"] == measure["--artifacts"] == bundle["--artifacts"] == given["OUT"]
     assert quantize["--corpus"] == measure["--corpus"] == given["CORPUS"]
     assert quantize["--corpus-column"] == given["CORPUS_COLUMN"]

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import cuantiza.core.inputs.gpt2_config
+import cuantiza.export.examine
 from cuantiza.core.store.artifact import Artifact
 from cuantiza.export.parity import ATOL, RTOL, _beyond
 
@@ -64,9 +64,9 @@ def test_a_graph_of_another_configuration_is_refused(
     factor: float,
 ) -> None:
     """The graph is built for `wrong`, whose logits are close; PyTorch reads config.json as it is."""
-    real = cuantiza.core.inputs.gpt2_config.parse_config
+    real = cuantiza.export.examine.parse_config
     monkeypatch.setattr(
-        cuantiza.core.inputs.gpt2_config,
+        cuantiza.export.examine,
         "parse_config",
         lambda *args, **kwargs: dataclasses.replace(real(*args, **kwargs), **wrong),
     )

@@ -13,6 +13,9 @@ from cuantiza.export.tokenizer.readers import PLAIN
 from cuantiza.export.tokenizer.settings import read_json, tidy, write_json
 from cuantiza.export.tokenizer.spm import WITH_OWN_IDS, from_sentencepiece, read_model
 
+# So many pieces of a sentencepiece model a class of transformers may replace by its own special tokens.
+_FEW = 8
+
 
 def convert(
     checkpoint: Path,
@@ -38,8 +41,11 @@ def convert(
         if named in ("T5Tokenizer", "T5TokenizerFast"):
             _add_extra_ids(fields, settings, config)
         return fields, {**settings, "tokenizer_class": PLAIN}, warnings
+    pieces = 0
     if model is not None:
-        read_model(model)  # transformers takes what is no such model for another kind of file
+        # transformers takes what is no such model for another kind of file, and a file of another name for none at all.
+        pieces = len(read_model(model).pieces)
+        files = dict.fromkeys(SENTENCEPIECE, model.name)
     with TemporaryDirectory() as temporary:
         prepared, saved = Path(temporary, "prepared"), Path(temporary, "saved")
         prepared.mkdir()
@@ -58,6 +64,11 @@ def convert(
         _run_transformers(checkpoint, prepared, saved)
         fields = read_json(saved / OWN)
         made = tidy(read_json(saved / SETTINGS), checkpoint / SETTINGS)
+    if model is not None and len(fields["model"]["vocab"]) < pieces - _FEW:
+        raise UserError(
+            f"{model}: has {pieces} pieces, of which {named} of transformers keeps {len(fields['model']['vocab'])}; put a tokenizer.json "
+            "beside it that was made for this model"
+        )
     if MERGES in files:
         _check_merges(fields["model"], checkpoint / files[MERGES], len(added))
     # What transformers made of the added tokens is left out: their ids and flags are those that `added` says.

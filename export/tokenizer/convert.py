@@ -100,7 +100,8 @@ def _run_transformers(checkpoint: Path, prepared: Path, saved: Path) -> None:
     except Exception as error:  # for a broken file, the Rust library and transformers raise many kinds of exception
         reason = " ".join(str(error).replace(str(prepared), str(checkpoint)).split())[:300]
         raise UserError(
-            f"{checkpoint}: transformers cannot read its tokenizer files ({reason}); take those of the original checkpoint"
+            f"{checkpoint}: transformers cannot read its tokenizer files ({reason}); take those of the original checkpoint, "
+            "or put a tokenizer.json beside them"
         ) from None
 
 

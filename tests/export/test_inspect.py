@@ -98,3 +98,10 @@ def test_a_head_that_differs_is_told(folder: Path) -> None:
     assert "lm_head.weight differs from wte.weight" in warning
     edit_config(folder, tie_word_embeddings=False)
     assert "warnings" not in of_checkpoint(str(folder))
+
+
+def test_a_tokenizer_that_has_no_token_for_the_example(folder: Path) -> None:
+    words = {"<|endoftext|>": 0, "hola": 1}
+    model = {"type": "WordLevel", "vocab": words, "unk_token": "<unk>"}
+    (folder / "tokenizer.json").write_text(json.dumps({"version": "1.0", "added_tokens": [], "model": model}))
+    assert "no token for" in str(of_checkpoint(str(folder))["example"])

@@ -170,10 +170,12 @@ def test_a_sentencepiece_model(
 
 
 @needs_sentencepiece
-def test_a_class_that_shifts_the_ids(checkpoint: Path, written: Callable[..., tuple], models: Path) -> None:
-    """XLMRobertaTokenizer puts four tokens of fairseq first."""
-    shutil.copy(models / "rinna.model", checkpoint / "sentencepiece.bpe.model")
+@pytest.mark.parametrize("file", ["sentencepiece.bpe.model", "spiece.model"])
+def test_a_class_that_shifts_the_ids(checkpoint: Path, written: Callable[..., tuple], models: Path, file: str) -> None:
+    """XLMRobertaTokenizer puts four tokens of fairseq first, and knows its model by the first of these names only."""
+    shutil.copy(models / "rinna.model", checkpoint / file)
     (checkpoint / "tokenizer_config.json").write_text('{"tokenizer_class": "XLMRobertaTokenizer"}')
     folder, _ = written(702)
     found = AutoTokenizer.from_pretrained(folder)
     assert [found.bos_token_id, found.pad_token_id, found.eos_token_id, found.unk_token_id] == [0, 1, 2, 3]
+    assert len(load_tokenizer(folder).get_vocab()) == 702

@@ -70,6 +70,16 @@ def test_byte_pairs_under_other_names(checkpoint: Path, written: Callable[..., t
     assert (found.bos_token_id, found.eos_token_id, len(found)) == (0, 0, 8192)
 
 
+@pytest.mark.parametrize("named", ["LlamaTokenizer", "BertTokenizer", "XLMRobertaTokenizer"])
+def test_a_class_that_does_not_read_byte_pairs(checkpoint: Path, written: Callable[..., tuple], named: str) -> None:
+    """transformers builds it without a word, from its special tokens alone."""
+    for name in ("vocab.json", "merges.txt"):
+        shutil.copy(ES_MINI / name, checkpoint / name)
+    (checkpoint / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": named}))
+    with pytest.raises(UserError, match=rf"vocab\.json: has 8192 tokens, of which {named} of transformers keeps \d+; "):
+        written(8192)
+
+
 @pytest.mark.parametrize("told", ["tokenizer_config.json", "config.json", None])
 def test_a_list_of_words(checkpoint: Path, written: Callable[..., tuple], told: str | None) -> None:
     """vocab.txt of a BertTokenizer, as Chinese GPT-2s have it; each id is the number of the line."""

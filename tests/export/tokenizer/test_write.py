@@ -336,7 +336,7 @@ def test_every_recipe_and_the_bundle_have_the_same_tokenizer(
     fp32 = exported(folder)
     made = quantize_one(fp32, fp32.path.parent / "fp16", "fp16", RECIPES["fp16"], Source("unused"))
     (tmp_path / "bundle").mkdir()
-    assemble([fp32, made], folder, "card", tmp_path / "bundle")
+    assemble([fp32, made], {}, "card", tmp_path / "bundle")
     text = " ".join(SPANISH) * 3
     ids = token_ids(load_tokenizer(ES_MINI), text)
     assert len(ids) > 64

@@ -13,6 +13,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from cuantiza.core.cli import Parser
+from cuantiza.core.errors import UserError
 from cuantiza.core.inputs.checkpoints import base_folder, files_to_read, model_name, resolve_model
 from cuantiza.core.inputs.defaults import MODEL, PROMPT, place
 from cuantiza.core.inputs.gpt2_config import GPT2Config
@@ -128,7 +129,10 @@ def _tokenizer(tokenizer: Tokenizer) -> str:
 
 
 def _example(tokenizer: Tokenizer) -> str:
-    ids = token_ids(tokenizer, PROMPT)
+    try:
+        ids = token_ids(tokenizer, PROMPT)
+    except UserError:
+        return f"«{PROMPT}» has parts that the tokenizer has no token for"
     pieces = "|".join(tokenizer.decode([id], skip_special_tokens=False) for id in ids[:_SHOWN])
     return f"«{PROMPT}» has {len(ids)} tokens: {pieces}"
 

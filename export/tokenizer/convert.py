@@ -14,6 +14,10 @@ from cuantiza.export.tokenizer.readers import PLAIN
 from cuantiza.export.tokenizer.settings import tidy, write_json
 from cuantiza.export.tokenizer.spm import WITH_OWN_IDS, from_sentencepiece, read_model
 
+# So many tokens of a file a class of transformers may replace by its own special tokens. Where more are lost, the class
+# did not read the file: it then has a vocabulary of its special tokens alone.
+_FEW = 8
+
 
 def convert(
     checkpoint: Path,
@@ -39,8 +43,11 @@ def convert(
         if named in ("T5Tokenizer", "T5TokenizerFast"):
             _add_extra_ids(fields, settings, config)
         return fields, {**settings, "tokenizer_class": PLAIN}, warnings
+    tokens = 0
     if model is not None:
-        read_model(model)  # transformers takes what is no such model for another kind of file
+        # transformers takes what is no such model for another kind of file, and a file of another name for none at all.
+        tokens = len(read_model(model).pieces)
+        files = dict.fromkeys(SENTENCEPIECE, model.name)
     with TemporaryDirectory() as temporary:
         prepared, saved = Path(temporary, "prepared"), Path(temporary, "saved")
         prepared.mkdir()
@@ -52,6 +59,10 @@ def convert(
             taken = {number for number in words.values() if isinstance(number, int)}
             free = {text: token["id"] for text, token in added.items() if token["id"] not in taken}
             write_json(prepared / VOCABULARY, free | words)
+            tokens = len(words)
+        elif WORDS in files:
+            lines = (checkpoint / files[WORDS]).read_text(encoding="utf-8", errors="replace").split("\n")
+            tokens = len({line.strip() for line in lines})
         left_out = ("added_tokens_decoder", "chat_template")
         told = {key: value for key, value in settings.items() if key not in left_out}
         write_json(prepared / SETTINGS, told | ({"tokenizer_class": named} if isinstance(named, str) else {}))
@@ -59,6 +70,13 @@ def convert(
         _run_transformers(checkpoint, prepared, saved)
         fields = read_object(saved / OWN)
         made = tidy(read_object(saved / SETTINGS), checkpoint / SETTINGS)
+    kept = len(fields["model"]["vocab"])
+    if kept < tokens - _FEW:
+        source = model or checkpoint / files[VOCABULARY if VOCABULARY in files else WORDS]
+        raise UserError(
+            f"{source}: has {tokens} tokens, of which {named or 'the class'} of transformers keeps {kept}; write the tokenizer_class that "
+            f"reads this file (GPT2Tokenizer, if it has merges) into {SETTINGS}, or put a tokenizer.json beside it"
+        )
     if MERGES in files:
         _check_merges(fields["model"], checkpoint / files[MERGES], len(added))
     # What transformers made of the added tokens is left out: their ids and flags are those that `added` says.
@@ -90,7 +108,8 @@ def _run_transformers(checkpoint: Path, prepared: Path, saved: Path) -> None:
     except Exception as error:  # for a broken file, the Rust library and transformers raise many kinds of exception
         reason = " ".join(str(error).replace(str(prepared), str(checkpoint)).split())[:300]
         raise UserError(
-            f"{checkpoint}: transformers cannot read its tokenizer files ({reason}); take those of the original checkpoint"
+            f"{checkpoint}: transformers cannot read its tokenizer files ({reason}); take those of the original checkpoint, "
+            "or put a tokenizer.json beside them"
         ) from None
 
 
@@ -99,8 +118,8 @@ def _check_merges(model: dict[str, Any], path: Path, added: int) -> None:
 
     Every token except the 256 bytes and a few special ones is the result of a merge.
     """
-    if len(model["vocab"]) - added - len(model["merges"]) > 2 * 256:
+    if len(model["vocab"]) - added - len(model.get("merges", [])) > 2 * 256:
         raise UserError(
-            f"{path}: has {len(model['merges'])} merges for the {len(model['vocab'])} tokens of the vocabulary; "
+            f"{path}: has {len(model.get('merges', []))} merges for the {len(model['vocab'])} tokens of the vocabulary; "
             "it is cut short, take the file of the original checkpoint"
         )

@@ -49,6 +49,14 @@ def spoil_header(folder: Path, change: Callable[[dict], None]) -> None:
     path.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
+def test_clone_without_git_lfs(folder: Path, refused: Callable[..., str], name: str) -> None:
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 497774208\n"
+    (folder / "tf_model.h5").write_text(pointer)  # is not read, so it may stay away
+    (folder / name).write_text(pointer)
+    assert "tf_model.h5" not in refused(str(folder), name, "git lfs pull")
+
+
 def test_mislabelled_safetensors(folder: Path, refused: Callable[..., str]) -> None:
     """The weight of a linear layer is transposed."""
     edit_weights(folder, lambda weights: weights.update({"transformer.h.0.mlp.c_fc.weight": torch.ones(128, 32)}))

@@ -14,7 +14,7 @@ from cuantiza.core.inputs.gpt2_config import parse_config
 from cuantiza.core.store.artifact import Artifact
 from cuantiza.export.inspect import main, of_artifact, of_checkpoint, parameters
 
-from helpers import ES_MINI, copy_tokenizer, edit_config, stage, tiny_gpt2
+from helpers import ES_MINI, copy_tokenizer, edit_config, edit_weights, stage, tiny_gpt2
 from hub_stub import files_of, serving
 
 
@@ -83,3 +83,25 @@ def test_of_a_model_on_the_hub_only_small_files_are_downloaded(tmp_path: Path, t
         assert result.status == 0, result.stderr
         assert "on the hub, not downloaded" in result.stdout and "2 layers of width 32" in result.stdout
         assert "model.safetensors" not in hub.transferred() and "config.json" in hub.transferred()
+
+
+@pytest.mark.parametrize("change", [{"vocab_size": 8100}, {"n_positions": 64}, {"n_layer": 1}])
+def test_sizes_that_contradict_the_weights_are_told(folder: Path, change: dict[str, int]) -> None:
+    edit_config(folder, **change)
+    with pytest.raises(UserError, match=r"config\.json"):
+        of_checkpoint(str(folder))
+
+
+def test_a_head_that_differs_is_told(folder: Path) -> None:
+    edit_weights(folder, lambda weights: weights.update({"lm_head.weight": weights["transformer.wte.weight"] * 1.5}))
+    (warning,) = of_checkpoint(str(folder))["warnings"]
+    assert "lm_head.weight differs from wte.weight" in warning
+    edit_config(folder, tie_word_embeddings=False)
+    assert "warnings" not in of_checkpoint(str(folder))
+
+
+def test_a_tokenizer_that_has_no_token_for_the_example(folder: Path) -> None:
+    words = {"<|endoftext|>": 0, "hola": 1}
+    model = {"type": "WordLevel", "vocab": words, "unk_token": "<unk>"}
+    (folder / "tokenizer.json").write_text(json.dumps({"version": "1.0", "added_tokens": [], "model": model}))
+    assert "no token for" in str(of_checkpoint(str(folder))["example"])

@@ -188,9 +188,10 @@ def _refuse_pointers(folder: Path) -> None:
             if file.read(len(_POINTER)) == _POINTER:
                 pointers.append(name)
     if pointers:
+        more = f", and so is {', '.join(pointers[1:])}" if pointers[1:] else ""
         raise UserError(
-            f"{folder}: was cloned without the content of {', '.join(pointers)}, which Git LFS keeps; run `git lfs pull` there, "
-            "or download the files from the hub's page"
+            f"{folder / pointers[0]}: is a pointer of Git LFS instead of the file's content{more}; run `git lfs pull` in its folder, "
+            "or download it from the hub"
         )
 
 

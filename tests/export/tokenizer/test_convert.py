@@ -70,6 +70,16 @@ def test_byte_pairs_under_other_names(checkpoint: Path, written: Callable[..., t
     assert (found.bos_token_id, found.eos_token_id, len(found)) == (0, 0, 8192)
 
 
+@pytest.mark.parametrize("named", ["LlamaTokenizer", "BertTokenizer", "XLMRobertaTokenizer"])
+def test_a_class_that_does_not_read_byte_pairs(checkpoint: Path, written: Callable[..., tuple], named: str) -> None:
+    """transformers builds it without a word, from its special tokens alone."""
+    for name in ("vocab.json", "merges.txt"):
+        shutil.copy(ES_MINI / name, checkpoint / name)
+    (checkpoint / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": named}))
+    with pytest.raises(UserError, match=rf"vocab\.json: has 8192 tokens, of which {named} of transformers keeps \d+; "):
+        written(8192)
+
+
 @pytest.mark.parametrize("told", ["tokenizer_config.json", "config.json", None])
 def test_a_list_of_words(checkpoint: Path, written: Callable[..., tuple], told: str | None) -> None:
     """vocab.txt of a BertTokenizer, as Chinese GPT-2s have it; each id is the number of the line."""
@@ -170,10 +180,12 @@ def test_a_sentencepiece_model(
 
 
 @needs_sentencepiece
-def test_a_class_that_shifts_the_ids(checkpoint: Path, written: Callable[..., tuple], models: Path) -> None:
-    """XLMRobertaTokenizer puts four tokens of fairseq first."""
-    shutil.copy(models / "rinna.model", checkpoint / "sentencepiece.bpe.model")
+@pytest.mark.parametrize("file", ["sentencepiece.bpe.model", "spiece.model"])
+def test_a_class_that_shifts_the_ids(checkpoint: Path, written: Callable[..., tuple], models: Path, file: str) -> None:
+    """XLMRobertaTokenizer puts four tokens of fairseq first, and knows its model by the first of these names only."""
+    shutil.copy(models / "rinna.model", checkpoint / file)
     (checkpoint / "tokenizer_config.json").write_text('{"tokenizer_class": "XLMRobertaTokenizer"}')
     folder, _ = written(702)
     found = AutoTokenizer.from_pretrained(folder)
     assert [found.bos_token_id, found.pad_token_id, found.eos_token_id, found.unk_token_id] == [0, 1, 2, 3]
+    assert len(load_tokenizer(folder).get_vocab()) == 702

@@ -211,6 +211,27 @@ def test_adapters_of_another_model(folder: Path, tensors: dict, said: str) -> No
     assert said in str(error.value), error.value
 
 
+def test_a_resized_matrix_is_stored_twice(folder: Path) -> None:
+    grown = {name: torch.randn(8195, 32) for name in ("wte", "lm_head")}
+    names = {"wte": "base_model.model.transformer.wte", "lm_head": "base_model.model.lm_head"}
+    tensors = factors() | {f"{names[key]}.modules_to_save.weight": value for key, value in grown.items()}
+    tensors |= {f"{names[key]}.weight": value.clone() for key, value in grown.items()}
+    write_adapter(folder, tensors, modules_to_save=["wte", "lm_head"])
+    merged = read_checkpoint(folder).weights
+    assert np.array_equal(merged["wte.weight"].read(), grown["wte"].numpy())
+    assert np.array_equal(merged["lm_head.weight"].read(), grown["lm_head"].numpy())
+    write_adapter(folder, tensors | {f"{names['wte']}.weight": grown["wte"] + 1}, modules_to_save=["wte", "lm_head"])
+    with pytest.raises(UserError, match=r"transformer\.wte\S*weight, which is not merged here"):
+        read_checkpoint(folder)
+
+
+@pytest.mark.parametrize("kind", ["PREFIX_TUNING", "PROMPT_TUNING"])
+def test_trained_prompts_cannot_be_merged(folder: Path, kind: str) -> None:
+    write_adapter(folder, {"prompt_embeddings": torch.zeros(3, 32)}, peft_type=kind)
+    with pytest.raises(UserError, match="cannot be merged"):
+        read_checkpoint(folder)
+
+
 def test_half_an_adapter(folder: Path, refused: Callable[..., str]) -> None:
     """Neither file alone says that the weights beside it are the base alone."""
     write_adapter(folder, factors())

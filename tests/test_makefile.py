@@ -60,10 +60,11 @@ def _note(arguments: list[str], prompt: str | None) -> dict:
 def test_paths_arrive_as_typed(called: Callable[..., list[dict]], odd: str, by: str) -> None:
     given = {name: f"{odd} {name}" for name in ("MODEL", "CORPUS", "CORPUS_COLUMN", "OUT", "REPORTS", "DIST")}
     notes = called("bundle", **given) if by == "command line" else called("bundle", environment=given)
-    names, export, quantize, measure, bundle = notes
-    assert [note["module"] for note in notes] == ["cuantiza.bundle", "export", "quantize", "eval", "cuantiza.bundle"]
-    assert "--names" in names["words"]
-    assert {note["--model"] for note in notes[1:]} == {given["MODEL"]}
+    names, *notes = notes  # whether the recipes can be in a bundle is asked first
+    assert names["module"] == "cuantiza.bundle" and "--names" in names["words"]
+    export, quantize, measure, bundle = notes
+    assert [note["module"] for note in notes] == ["export", "quantize", "eval", "cuantiza.bundle"]
+    assert {note["--model"] for note in notes} == {given["MODEL"]}
     assert export["--output"] == quantize["--output"] == measure["--artifacts"] == bundle["--artifacts"] == given["OUT"]
     assert quantize["--corpus"] == measure["--corpus"] == given["CORPUS"]
     assert quantize["--corpus-column"] == given["CORPUS_COLUMN"]
@@ -140,6 +141,14 @@ def test_an_artifact_that_is_there_is_not_built(called: Callable[..., list[dict]
 def test_make_names_a_model_as_python_does(called: Callable[..., list[dict]], spec: str) -> None:
     emulation, = called("emulation", MODEL=spec)  # fmt: skip
     assert emulation["--artifacts"] == f"artifacts/{model_name(spec)}"
+
+
+@pytest.mark.parametrize("name", ["MODEL", "RECIPES"])
+def test_a_value_of_several_lines_is_told(name: str) -> None:
+    for given, environment in (([f"{name}=a\nb"], {}), ([], {name: "a\nb"})):
+        command = ["make", "-n", "export", *given]
+        done = subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True)
+        assert done.returncode == 2 and f"{name}= has several lines; write one" in done.stderr
 
 
 def test_make_runs_nothing_of_any_variable(tmp_path: Path) -> None:

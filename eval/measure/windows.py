@@ -47,8 +47,11 @@ def halves(stream: np.ndarray, length: int) -> Iterator[Window]:
     """Yield disjoint windows of `length` tokens, scored on what follows their middle; remaining tokens are left out.
 
     As in llama.cpp's perplexity tool, length − 1 − length/2 tokens of each window are scored. llama.cpp replaces the
-    first token of each window by a start token where the vocabulary asks for one; GPT-2's vocabulary does not.
+    first token of each window by a start token where the vocabulary asks for one; GPT-2's vocabulary does not. Windows of
+    2 tokens have nothing after their middle, so there are none.
     """
+    if length <= 2:
+        return
     for number, begin in enumerate(range(0, len(stream) - length + 1, length)):
         window = stream[begin : begin + length]
         yield Window(number, window[:-1], window[length // 2 + 1 :])

@@ -167,7 +167,8 @@ def latency(rows: Sequence[Row], labels: dict, language: str) -> str:
         series.append(Line(row.name, index, points, band, row.is_torch))
     xs = [item.at for item in rows[0].decode]
     ys = [value for line in series for _, low, high in line.band for value in (low, high)]
-    x_axis = _log_axis(labels["context"], min(xs), max(xs), [(x, number(x, 0, language)) for x in xs])
+    # A model of one position decodes after an empty context, and 0 has no place on the axis.
+    x_axis = _log_axis(labels["context"], max(min(xs), 1), max(*xs, 1), [(x, number(x, 0, language)) for x in xs])
     y_axis = _log_axis(labels["ms"], min(ys), max(ys), _steps(min(ys), max(ys), language), 0.04)
     return lines(labels["latency"], series, x_axis, y_axis)
 

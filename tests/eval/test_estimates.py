@@ -61,6 +61,13 @@ def test_halves_score_what_llama_cpp_scores():
         assert window.inputs.tolist() == list(range(512 * number, 512 * number + 511))
 
 
+@pytest.mark.parametrize("length, targets", [(1, []), (2, []), (3, [2, 5, 8]), (4, [3, 7])])
+def test_halves_of_tiny_windows(length: int, targets: list[int]) -> None:
+    found = list(halves(np.arange(10), length))
+    assert [token for window in found for token in window.targets] == targets
+    assert all(len(window.targets) for window in found)
+
+
 def test_uniform_logits_give_perplexity_v():
     vocabulary = 1234
     model = Here(lambda ids: np.full((len(ids), vocabulary), 3.7, np.float32))

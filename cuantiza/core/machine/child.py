@@ -75,6 +75,7 @@ def reason(status: int, errors: str, noise: str | None = None) -> str:
     """Why a process failed, by its exit `status` (negative: a signal) and by what it wrote to standard error."""
     if status < 0:
         why = ": most often a lack of memory" if status == -signal.SIGKILL else ""
-        return f"died of {signal.Signals(-status).name}{why}"
+        name = next((known.name for known in signal.Signals if known == -status), f"signal {-status}")
+        return f"died of {name}{why}"
     lines = [line.strip() for line in errors.splitlines() if line.strip() and not (noise and noise in line)]
     return lines[-1].removeprefix("error: ") if lines else f"ended with status {status}"

@@ -62,7 +62,7 @@ def _share(quota: str = "", period: str = "", *_: str) -> float | None:
 
 def _number(text: str) -> int | None:
     """The positive whole number `text`, or None. Version 1 writes a number beyond any memory for no limit."""
-    return int(text) if text.isascii() and text.isdecimal() and 0 < int(text) < 2**62 else None
+    return int(text) if text.isascii() and text.isdecimal() and len(text) < 20 and 0 < int(text) < 2**62 else None
 
 
 def _read(file: Path) -> str:

@@ -23,7 +23,7 @@ class Sampling:
 
     temperature: divides the logits; 0 takes the likeliest token. top_k: draw from this many likeliest tokens (0: all).
     top_p: draw from the likeliest tokens that together have this probability. no_repeat_ngram: never repeat a sequence
-    of this many tokens (0: allowed).
+    of this many tokens (0: allowed), unless every token would.
     """
 
     temperature: float = 1.0
@@ -54,7 +54,9 @@ def scores(logits: np.ndarray, before: list[int], sampling: Sampling) -> np.ndar
     left = logits.astype(np.float64)
     if np.isnan(left).any():
         raise UserError("the model's logits are not numbers; check it by `make eval` or `cuantiza eval`")
-    left[_repeating(before, sampling.no_repeat_ngram)] = -np.inf
+    repeating = _repeating(before, sampling.no_repeat_ngram)
+    if len(set(repeating)) < len(left):  # a small vocabulary may have no token left that would not repeat
+        left[repeating] = -np.inf
     if sampling.temperature:
         left /= sampling.temperature
     if 0 < sampling.top_k < len(left):

@@ -68,7 +68,7 @@ class _Markers:
             re.compile(rf"^\s*{name}\s*$", re.MULTILINE),
             re.compile(rf"{quoted}|(?<=\w ){name}(?=[,.;:)](?:\s|\Z))", re.MULTILINE),
             re.compile(rf"(?<=\S ){name}(?= \S)"),
-            re.compile(rf"(?<=[\w,] ){name}(?= [^\W\d_A-ZÁÉÍÓÚÑÜ])"),
+            re.compile(rf"(?<=[\w,] ){name} (\w)"),
         )
 
     def divide(self, text: str) -> list[str]:
@@ -82,10 +82,14 @@ class _Markers:
         kinds = {mark[0].lower() for mark in found}
         if len(kinds) == 1 and self.alone.search(text):
             found = [mark for mark in found if not self.between_words.match(text, mark.start())]
-        elif len(found) <= _FEW and all(self.amid_sentence.match(text, mark.start()) for mark in found):
+        elif len(found) <= _FEW and all(self._is_amid_sentence(text, mark) for mark in found):
             found = []
         ends = [0, *(place for mark in found for place in mark.span()), len(text)]
         return [text[start:end] for start, end in zip(ends[::2], ends[1::2], strict=True)]
+
+    def _is_amid_sentence(self, text: str, mark: re.Match[str]) -> bool:
+        after = self.amid_sentence.match(text, mark.start())
+        return after is not None and after[1].islower()  # scripts without small letters do not tell
 
 
 def speaks_of_markers(text: str) -> bool:

@@ -150,6 +150,8 @@ def _too_few(source: Source, documents: list[str], seen: Seen) -> str:
         return line + "its articles are documents of their own with CORPUS_BY=article (--corpus-by article)"
     if documents and (marker := _OTHER_MARKER.search(documents[0])):
         return f"{line}if {marker[0]} ends a document of it, put a line {SEPARATOR} in the place of each"
+    if any(map(speaks_of_markers, documents)):
+        return f"{line}a marker amid a sentence is text; put {SEPARATOR} on a line of its own where it ends a document"
     if source.by == "document" and documents and is_list_of_lines(documents[0]):
         return (
             line + "if each of its lines is a document, say CORPUS_BY=line (--corpus-by line); "

@@ -8,6 +8,7 @@ import gzip
 import io
 import json
 import lzma
+import re
 import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -31,6 +32,8 @@ SUFFIXES: dict[str, Kind] = {
 PACKED = (".gz", ".bz2", ".xz", ".zst")
 _HEAD = 1 << 16  # how many bytes of a file say what it holds
 _LINE = 128_000_000  # characters; a longer line would be read into memory whole, however small it is while packed
+# How a JSON array of objects or strings begins; a text may begin with a word in brackets as well.
+_ARRAY = re.compile(r'\[\s*(?:\{\s*"[^"\n]*"\s*:|"(?:[^"\\]|\\.)*(?:"\s*(?:,\s*["{]|\]\s*\Z)|\Z))')
 _FRAME = b"\x28\xb5\x2f\xfd"  # of zstd
 _UTF16 = "looks like UTF-16 without a byte order mark; convert it, for example with `iconv -f utf-16le -t utf8`"
 _BY_PANDAS = (
@@ -168,7 +171,7 @@ def _json_or_text(head: bytes) -> Kind:
     text = _decoded(head)
     line = text.split("\n", 1)[0]
     if line.startswith("["):
-        return "json" if _is_json(line) or line.strip() in ("[", "[{") or line.startswith(('["', '[{"')) else "text"
+        return "json" if _ARRAY.match(text) else "text"
     # The first line of JSON lines may be longer than the head.
     return "lines" if line.startswith("{") and (_is_json(line) or len(head) == _HEAD == len(line.encode())) else "text"
 

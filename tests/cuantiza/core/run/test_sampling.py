@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from cuantiza.core.inputs.tokenizer import load_tokenizer
-from cuantiza.core.run.sampling import text_of
+from cuantiza.core.run.sampling import Sampling, scores, text_of
 
 from helpers import ES_MINI, SPANISH
 
@@ -76,3 +77,9 @@ def test_a_prompt_that_ends_in_the_replacement_character_is_not_repeated(make, p
     before = [0, *tokenizer.encode(prompt, add_special_tokens=False).ids]
     after = tokenizer.encode("hola a", add_special_tokens=False).ids
     assert "".join(text_of(tokenizer, after, before)).strip() == "hola a"
+
+
+def test_a_ban_of_every_token_is_lifted() -> None:
+    logits, sampling = np.array([1.0, 2.0, 3.0], np.float32), Sampling(no_repeat_ngram=1, top_p=0.9)
+    assert np.isneginf(scores(logits, [0, 2], sampling)).tolist() == [True, False, True]
+    assert np.isfinite(scores(logits, [0, 1, 2, 1], sampling)).any()

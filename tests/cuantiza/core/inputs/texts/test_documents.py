@@ -242,6 +242,23 @@ def test_texts_in_small_letters_are_divided(tmp_path: Path) -> None:
     assert read(tmp_path / "a.txt") == {"uno", "dos", "tres", "cuatro", "cinco"}
 
 
+def test_scripts_without_capitals_are_divided(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("你好 <|endoftext|> 世界", encoding="utf-8")
+    assert read(tmp_path / "a.txt") == {"你好", "世界"}
+
+
+def test_one_text_that_speaks_of_a_marker_is_told_so(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("hola <|endoftext|> bien")
+    with pytest.raises(UserError, match="a marker amid a sentence is text; put "):
+        read(tmp_path / "a.txt")
+
+
+@pytest.mark.parametrize("first", ["[Nota] uno", '["uno"] dijo', "[\nuno", "[{nombre}] uno", "[1]", '{"uno"}', '"uno"'])
+def test_a_text_in_brackets_is_no_json(tmp_path: Path, first: str) -> None:
+    (tmp_path / "a.txt").write_text(f"{first}\n<|endoftext|>\ndos")
+    assert read(tmp_path / "a.txt") == {first, "dos"}
+
+
 # Lines and articles
 
 

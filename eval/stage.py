@@ -97,16 +97,15 @@ def _evaluate(
     subjects = [Subject(item.manifest.name, "onnx", item.model) for item in published]
     foreign = {str(path): _foreign(path) for path in onnx}
     test = load_splits(corpus)[1]
-    broken = [reason for subject in foreign.values() if (reason := _broken(subject))]
-    refused = {item.name for item in broken}
-    subjects += [subject for subject in foreign.values() if subject.name not in refused]
-    digests_of = {path: _foreign_digest(subject, subject.name not in refused) for path, subject in foreign.items()}
+    broken = {path: reason for path, subject in foreign.items() if (reason := _broken(subject))}
+    subjects += [subject for path, subject in foreign.items() if path not in broken]
+    digests_of = {path: _foreign_digest(subject, path not in broken) for path, subject in foreign.items()}
     inputs = _inputs(published, test, settings, digests_of, checkpoint is not None)
     report = None if output is None else _measured(output, inputs)
     if report is None:
         from cuantiza.eval.measure.report import measure
 
-        _tell(broken)
+        _tell([*broken.values()])
         if checkpoint is not None:
             folder = _same_checkpoint(str(checkpoint), published[0])
             subjects += [Subject("torch-fp32", "torch", folder), Subject("torch-dynamic", "torch-dynamic", folder)]
@@ -120,7 +119,7 @@ def _evaluate(
             window=settings.window,
             rounds=settings.rounds,
             threads=settings.threads,
-            left_out=broken,
+            left_out=[*broken.values()],
             by=corpus.by,
         )
     else:

@@ -32,18 +32,30 @@ def from_sentencepiece(path: Path, settings: dict[str, Any]) -> tuple[dict[str, 
     Raises UserError if the file is no such model, or if the result splits texts otherwise than sentencepiece does.
     """
     proto = read_model(path)
-    trained, normalized = proto.trainer_spec, proto.normalizer_spec
+    trained = proto.trainer_spec
     pieces = [(piece.piece, piece.score) for piece in proto.pieces]
+    if trained.model_type not in (_UNIGRAM, _BPE):
+        raise UserError(f"{path}: is a sentencepiece model of words or characters; only unigram and BPE are converted")
+    try:
+        tokenizer = _tokenizer(proto, pieces)
+    except Exception as error:  # the Rust library raises bare Exception, for example for an unk_id that no piece has
+        raise UserError(f"{path}: is a broken sentencepiece model ({error}); take the original file") from None
+    _compare(path, tokenizer)
+    named = {key: pieces[number][0] for key, number in _special_ids(trained).items() if 0 <= number < len(pieces)}
+    return json.loads(tokenizer.to_str()), {**named, **settings}
+
+
+def _tokenizer(proto: Any, pieces: list[tuple[str, float]]) -> Tokenizer:
+    """The tokenizer that `proto` describes, whose `pieces` are texts with scores. Raises Exception if it is broken."""
+    trained, normalized = proto.trainer_spec, proto.normalizer_spec
     unknown = pieces[trained.unk_id][0] if 0 <= trained.unk_id < len(pieces) else None
     model: Unigram | BPE
     if trained.model_type == _UNIGRAM:
         model = Unigram(pieces, unk_id=trained.unk_id, byte_fallback=trained.byte_fallback)
-    elif trained.model_type == _BPE:
+    else:
         vocabulary = {text: number for number, (text, _) in enumerate(pieces)}
         merges = _merges(vocabulary, [piece.piece for piece in proto.pieces if piece.type == _NORMAL])
         model = BPE(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=trained.byte_fallback)
-    else:
-        raise UserError(f"{path}: is a sentencepiece model of words or characters; only unigram and BPE are converted")
     tokenizer = Tokenizer(model)
     steps: list[normalizers.Normalizer] = []
     if normalized.precompiled_charsmap:
@@ -62,9 +74,7 @@ def from_sentencepiece(path: Path, settings: dict[str, Any]) -> tuple[dict[str, 
             tokenizer.add_tokens([AddedToken(piece.piece, normalized=False, special=piece.type == _CONTROL)])
     if unknown is not None:
         tokenizer.add_special_tokens([AddedToken(unknown, normalized=False, special=True)])
-    _compare(path, tokenizer)
-    named = {key: pieces[number][0] for key, number in _special_ids(trained).items() if 0 <= number < len(pieces)}
-    return json.loads(tokenizer.to_str()), {**named, **settings}
+    return tokenizer
 
 
 def read_model(path: Path) -> Any:

@@ -70,7 +70,7 @@ def find_groups(graph: ir.Graph) -> dict[str, Group]:
             continue
         if not _feeds_only(x, len(projections)):
             continue
-        width = projections[0].weight.shape[1 - projections[0].channel_axis]
+        width = projections[0].weight.shape.numpy()[1 - projections[0].channel_axis]
         found = _find_norm(x, width) or _find_gated(x) or _find_values(x, projections)
         if found is not None:
             scales, shift, source = found

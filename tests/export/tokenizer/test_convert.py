@@ -189,3 +189,19 @@ def test_a_class_that_shifts_the_ids(checkpoint: Path, written: Callable[..., tu
     found = AutoTokenizer.from_pretrained(folder)
     assert [found.bos_token_id, found.pad_token_id, found.eos_token_id, found.unk_token_id] == [0, 1, 2, 3]
     assert len(load_tokenizer(folder).get_vocab()) == 702
+
+
+@needs_sentencepiece
+@pytest.mark.parametrize(
+    ("part", "field", "value"), [("trainer", "unk_id", 9999), ("normalizer", "precompiled_charsmap", b"\1")]
+)
+def test_a_sentencepiece_model_that_contradicts_itself(
+    checkpoint: Path, written: Callable[..., tuple], models: Path, part: str, field: str, value: object
+) -> None:
+    from sentencepiece import sentencepiece_model_pb2
+
+    proto = sentencepiece_model_pb2.ModelProto.FromString((models / "rinna.model").read_bytes())
+    setattr(getattr(proto, f"{part}_spec"), field, value)
+    (checkpoint / "spiece.model").write_bytes(proto.SerializeToString())
+    with pytest.raises(UserError, match=r"spiece\.model: is a broken sentencepiece model"):
+        written(700)

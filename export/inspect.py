@@ -8,7 +8,7 @@ import math
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer
 
@@ -21,8 +21,10 @@ from cuantiza.core.inputs.model_config import end_tokens, max_positions, start_t
 from cuantiza.core.inputs.tokenizer import load_tokenizer, token_ids
 from cuantiza.core.pages import number
 from cuantiza.core.store.artifact import MANIFEST, open_artifact
-from cuantiza.export.examine import Findings, examine
 from cuantiza.export.stage import EXPORTERS
+
+if TYPE_CHECKING:
+    from cuantiza.export.examine import Findings
 
 _SHOWN = 12  # tokens of the example
 
@@ -46,6 +48,8 @@ def of_checkpoint(spec: str, exporter: str = "graph") -> dict[str, str | list[st
 
     Of a model on the hub only the small files are downloaded. Raises UserError where `exporter` would refuse it.
     """
+    from cuantiza.export.examine import examine  # it needs the packages of the extra `export`; an artifact does not
+
     model = resolve_model(spec, weights=False)
     here = bool(files_to_read(base_folder(model.folder)))
     with tempfile.TemporaryDirectory() as work:

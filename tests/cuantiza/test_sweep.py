@@ -70,9 +70,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def arguments(place: Path, name: str, *options: object) -> list[str]:
-    """The arguments of `python -m cuantiza.sweep` for the whole grid, with output folders that begin with `name`."""
-    grid = ["--models", place / "one", place / "two", "--recipes", *RECIPES]
+def arguments(place: Path, name: str, *options: object, models: tuple[str, ...] = ("one", "two")) -> list[str]:
+    """The arguments of `python -m cuantiza.sweep` for the grid of `models`, with output folders that begin with `name`."""
+    grid = ["--models", *(place / model for model in models), "--recipes", *RECIPES]
     grid += ["--corpora", CORPUS, place / "backwards.jsonl", "--shard", "500"]
     return [*map(str, [*grid, *SETTINGS, "--work", place / name, "--output", place / f"{name}-report", *options])]
 
@@ -162,7 +162,7 @@ def test_what_is_measured_is_not_measured_again(place: Path, here: Result) -> No
 
 
 def test_ctrl_c_leaves_what_can_go_on(place: Path, here: Result) -> None:
-    given = arguments(place, "stopped", "--models", place / "one")
+    given = arguments(place, "stopped", models=("one",))
     interrupted(
         [sys.executable, "-m", "cuantiza.sweep", *given], place / "stopped", "quantize  one × int8-dynamic × es: "
     )

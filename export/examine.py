@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import onnx_ir as ir
 from tokenizers import Tokenizer
 
 from cuantiza.core.errors import UserError
@@ -25,16 +26,14 @@ from cuantiza.export.companions import write_configs
 from cuantiza.export.gpt2 import build
 from cuantiza.export.tokenizer.write import write_tokenizer
 
-_ANY_OPSET = 21
-
 
 @dataclass(frozen=True)
 class Findings:
     """What a checkpoint is.
 
     `base` is the folder of its weights and config.json, whose canonical fields are `fields`. `config` and `checkpoint`
-    are those of a GPT-2; both are None for the exporter "optimum", and `checkpoint` is where weights were not asked
-    for. `warnings` are a sentence each.
+    are those of a GPT-2, and `graph` is made of both; all are None for the exporter "optimum", and the last two are where
+    weights were not asked for. `warnings` are a sentence each.
     """
 
     base: Path
@@ -43,14 +42,15 @@ class Findings:
     tokens: SpecialTokens
     config: GPT2Config | None
     checkpoint: Checkpoint | None
+    graph: ir.Model | None
     warnings: tuple[str, ...]
 
 
-def examine(folder: Path, work: Path, exporter: str, weights: bool = True) -> Findings:
+def examine(folder: Path, work: Path, exporter: str, opset: int = 21, weights: bool = True) -> Findings:
     """Examine the checkpoint in `folder` for `exporter`, and write an artifact's tokenizer and configurations to `work`.
 
-    No tensor is read but a head beside the embedding, and without `weights` no weight file is opened. Raises UserError where the checkpoint cannot be
-    exported. Faults of its configuration, its tokenizer and its weights are told together.
+    No tensor is read but a head beside the embedding, and without `weights` no weight file is opened. Raises UserError
+    where the checkpoint cannot be exported. Faults of its configuration, its tokenizer and its weights are told together.
     """
     base, tokenizer_files = base_folder(folder), tokenizer_folder(folder)  # others for an adapter alone
     refuse_other_formats(base)
@@ -58,7 +58,7 @@ def examine(folder: Path, work: Path, exporter: str, weights: bool = True) -> Fi
     fields = canonical_fields(given)
     check_model_type(fields, base / "config.json", exporter)
     faults: list[str] = []
-    config, checkpoint, tokenizer, tokens = None, None, None, None
+    config, checkpoint, graph, tokenizer, tokens = None, None, None, None, None
     warnings = [*odd_fields(given)]
     with _kept(faults):
         if exporter == "optimum":
@@ -79,11 +79,11 @@ def examine(folder: Path, work: Path, exporter: str, weights: bool = True) -> Fi
             checkpoint = read_checkpoint(folder)
             warnings += checkpoint.warnings
     if config is not None and checkpoint is not None:
-        with _kept(faults):  # sizes that contradict config.json; the graph itself is made again, with the weights
-            build(config, checkpoint.weights, _ANY_OPSET, folder)
+        with _kept(faults):  # sizes that contradict config.json
+            graph = build(config, checkpoint.weights, opset, folder)
     if faults or tokenizer is None or tokens is None:
         raise UserError("; ".join(faults))
-    return Findings(base, fields, tokenizer, tokens, config, checkpoint, tuple(warnings))
+    return Findings(base, fields, tokenizer, tokens, config, checkpoint, graph, tuple(warnings))
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from typing import Any
 from cuantiza.core.errors import UserError, naming
 from cuantiza.core.inputs.checkpoints import Model, checkpoint_digest, resolve_model
 from cuantiza.core.inputs.defaults import ARTIFACTS, MODEL
-from cuantiza.core.machine.progress import report, working
+from cuantiza.core.machine.progress import report, warn, working
 from cuantiza.core.store import artifact, digests, folders
 from cuantiza.core.store.artifact import Artifact
 
@@ -48,7 +48,7 @@ def export(
         there = artifact.up_to_date(target, inputs)
         if isinstance(there, Artifact):
             report(f"export    {target}: up to date")
-            _warn(there.manifest.details.get("warnings", []))
+            warn(there.manifest.details.get("warnings", []))
             return there
         report(f"export    {target}: {there}")
         return _export(found, target, exporter, opset, inputs)
@@ -70,36 +70,28 @@ def _optimum_environment() -> str:
     return digests.sha256_file(_PINS) if _PINS.is_file() else os.environ.get("OPTIMUM_PYTHON", "none")
 
 
-def _warn(warnings: list[str]) -> None:
-    """Print what the user should know of the checkpoint, though it could be exported."""
-    for text in warnings:
-        report(f"warning   {text}")
-
-
 def _export(model: Model, target: Path, exporter: str, opset: int, inputs: dict[str, Any]) -> Artifact:
     # These imports are slow, and a run that finds everything up to date does not need them.
     from cuantiza.core.inputs.model_config import max_positions
     from cuantiza.core.onnx import file as onnx_file
     from cuantiza.export.examine import examine
-    from cuantiza.export.gpt2 import build
     from cuantiza.export.parity import check_parity
 
     with folders.staging(target) as work:
-        found = examine(model.folder, work, exporter)
+        found = examine(model.folder, work, exporter, opset)
         positions, warnings = max_positions(found.fields), [*found.warnings]
-        if found.config is None or found.checkpoint is None:
+        if found.graph is None:
             from cuantiza.export.optimum import export_optimum
 
             with working("optimum's exporter"):
                 export_optimum(model.folder, found.tokens.put_into(found.fields), work, opset)
         else:
-            graph = build(found.config, found.checkpoint.weights, opset, model.folder)
             with working("export    weights"):
-                onnx_file.save(graph, work)
-            del graph, found
+                onnx_file.save(found.graph, work)
+            del found
             # Reference cycles would keep the graph in memory, and with it a whole checkpoint of torch's legacy format.
             gc.collect()
-        _warn(warnings)
+        warn(warnings)
         parity = check_parity(model.folder, work, positions)
         report(
             f"parity    max |Δ logit| {parity.whole:.1e} whole, {parity.cached:.1e} cached, "

@@ -12,7 +12,7 @@ from typing import Any
 from cuantiza.core.errors import UserError
 from cuantiza.core.inputs.corpus import Source, Split, load_splits
 from cuantiza.core.inputs.defaults import CORPUS
-from cuantiza.core.machine.progress import report
+from cuantiza.core.machine.progress import report, warn
 from cuantiza.core.store import artifact, digests, folders
 from cuantiza.core.store.artifact import Artifact
 from cuantiza.quantize.recipes.int8_static_mixed import MixedStaticInt8
@@ -87,7 +87,7 @@ def quantize_one(parent: Artifact, target: Path, name: str, recipe: Recipe, sour
     there = artifact.up_to_date(target, inputs)
     if isinstance(there, Artifact):
         report(f"quantize  {target}: up to date")
-        _warn(there)
+        warn(there.manifest.details.get("warnings", []))
         return there
     report(f"quantize  {target}: {there}")
     # This import is here because a run that finds everything up to date does not need it.
@@ -110,14 +110,8 @@ def quantize_one(parent: Artifact, target: Path, name: str, recipe: Recipe, sour
         )
     before, after = parent.model.stat().st_size, made.model.stat().st_size
     report(f"          {after / 1e6:.1f} MB, graph × fp32: {after / before:.3f}")
-    _warn(made)
+    warn(made.manifest.details.get("warnings", []))
     return made
-
-
-def _warn(made: Artifact) -> None:
-    """Print what the user should know of an artifact, though it could be made. Its manifest keeps these sentences."""
-    for text in made.manifest.details.get("warnings", []):
-        report(f"warning   {text}")
 
 
 def inputs_of(parent: Artifact, recipe: Recipe, calibration: Split | None) -> dict[str, Any]:

@@ -106,6 +106,12 @@ def report(line: str) -> None:
     _console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
+def warn(sentences: list[str]) -> None:
+    """Print what the user should know of a model or an artifact, though nothing stopped."""
+    for text in sentences:
+        report(f"warning   {text}")
+
+
 def _start_printer() -> None:
     """Start the thread that prints, unless it runs. It takes no signals, which belong to the main thread."""
     global _printer

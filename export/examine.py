@@ -23,7 +23,7 @@ from cuantiza.core.inputs.tokenizer import load_tokenizer
 from cuantiza.core.inputs.weights.adapters import read_fields
 from cuantiza.core.inputs.weights.checkpoint import Checkpoint, read_checkpoint
 from cuantiza.export.companions import write_configs
-from cuantiza.export.gpt2 import build
+from cuantiza.export.graphs.gpt2 import build
 from cuantiza.export.tokenizer.write import write_tokenizer
 
 

@@ -43,7 +43,7 @@ class _Attention:
 
 
 def check_attention(model: ir.Model, path: Path) -> None:
-    """Check that `model` has the attention that export/gpt2.py writes; raise a UserError that names `path` if not."""
+    """Check that `model` has the attention that export/graphs/gpt2.py writes; raise a UserError that names `path` if not."""
     if None in (found := _find_all(model.graph)) or not found:
         raise UserError(
             f"{path}: target ort needs the attention that `export --exporter graph` writes, and this graph has another; "
@@ -84,7 +84,7 @@ def _find_all(graph: ir.Graph) -> list[_Attention | None]:
 
 
 def _find(graph: ir.Graph, layer: int) -> _Attention | None:
-    """Find the attention that computes present.{layer}; None if its nodes are not those that export/gpt2.py writes."""
+    """Find the attention that computes present.{layer}; None if its nodes are not those that export/graphs/gpt2.py writes."""
     outputs = {value.name: value for value in graph.outputs}
     key, value = (outputs.get(contract.present_name(layer, kv)) for kv in ("key", "value"))
     scores = _single(_single(key, "Transpose"), "MatMul")

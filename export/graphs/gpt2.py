@@ -75,6 +75,24 @@ def build(config: GPT2Config, weights: dict[str, Weight], opset: int, folder: Pa
     return parts.finish(builder, logits, present, vocabulary)
 
 
+def describe(config: GPT2Config) -> str:
+    """The sizes of a GPT-2 in a line for users."""
+    return (
+        f"GPT-2: {config.n_layer} layers of width {config.n_embd}, {config.n_head} heads of {config.head_dim}, "
+        f"MLP of {config.n_inner} with {config.activation_function}, a vocabulary of {config.vocab_size}"
+    )
+
+
+def size(config: GPT2Config) -> parts.Size:
+    """The number of parameters of a GPT-2."""
+    width, inner, embedding = config.n_embd, config.n_inner, config.vocab_size * config.n_embd
+    layer = (width + 1) * 3 * width + (width + 1) * width + (width + 1) * inner + (inner + 1) * width + 4 * width
+    rest = config.n_positions * width + config.n_layer * layer + 2 * width
+    return parts.Size(
+        rest + embedding * (1 if config.tie_word_embeddings else 2), embedding, config.tie_word_embeddings
+    )
+
+
 def _attention_scale(config: GPT2Config, layer: int) -> float:
     scale = config.head_dim**-0.5 if config.scale_attn_weights else 1.0
     return scale / (layer + 1) if config.scale_attn_by_inverse_layer_idx else scale

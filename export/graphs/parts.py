@@ -25,6 +25,15 @@ _END = 2**63 - 1  # as the end of a Slice: the end of the axis, however long it 
 
 
 @dataclass(frozen=True)
+class Size:
+    """How many parameters a model has, where a head that is `tied` to the embedding counts once; `embedding` are its own."""
+
+    parameters: int
+    embedding: int
+    tied: bool
+
+
+@dataclass(frozen=True)
 class Inputs:
     """The inputs of cuantiza/core/contract.py. `past` holds key and value of each layer, in the contract's order."""
 

@@ -18,8 +18,16 @@ from functools import partial
 import numpy as np
 import onnx_ir as ir
 
+from cuantiza.quantize.decide.values import input_of, sums_to_one, values_of
 from cuantiza.quantize.rewrite.edit import constant
-from cuantiza.quantize.rewrite.find import Projection, find_embeddings, find_projections
+from cuantiza.quantize.rewrite.find import (
+    Projection,
+    bias_of,
+    find_embeddings,
+    find_projections,
+    is_own,
+    is_own_vector,
+)
 
 _TINY = 1e-5
 
@@ -78,17 +86,6 @@ def find_groups(graph: ir.Graph) -> dict[str, Group]:
                 shift = None
             groups[name] = Group(name, tuple(projections), scales, shift, source)
     return groups
-
-
-def bias_of(projection: Projection) -> ir.Value | None:
-    """Return the constant vector [N] that is added to the matmul of `projection` and to nothing else, or None."""
-    bias = projection.bias
-    if bias is None:
-        uses = list(projection.node.outputs[0].uses())
-        if len(uses) != 1 or uses[0].node.op_type != "Add":
-            return None
-        bias = next(value for value in uses[0].node.inputs if value is not projection.node.outputs[0])
-    return bias if _is_own_vector(bias) else None
 
 
 def candidate(low: np.ndarray, high: np.ndarray, weight_max: np.ndarray, alpha: float) -> np.ndarray:
@@ -170,12 +167,12 @@ def _find_norm(x: ir.Value, width: int) -> _Found | None:
         return None
     if node.op_type == "LayerNormalization" and len(node.inputs) == 3:
         scale, bias = node.inputs[1:3]
-        return (((scale, 0), (bias, 0)), bias, None) if _is_own_vector(scale) and _is_own_vector(bias) else None
+        return (((scale, 0), (bias, 0)), bias, None) if is_own_vector(scale) and is_own_vector(bias) else None
     if node.op_type in _RMS_NORMS:
-        return (((node.inputs[1], 0),), None, None) if _is_own_vector(node.inputs[1]) else None
+        return (((node.inputs[1], 0),), None, None) if is_own_vector(node.inputs[1]) else None
     if node.op_type == "Mul":
         return next(
-            ((((value, 0),), None, None) for value in node.inputs if _is_own_vector(value) and value.shape[0] == width),
+            ((((value, 0),), None, None) for value in node.inputs if is_own_vector(value) and value.shape[0] == width),
             None,
         )
     return None
@@ -197,7 +194,7 @@ def _find_gated(x: ir.Value) -> _Found | None:
         for feeding in find_projections(source.graph):
             bias = bias_of(feeding)
             ends = feeding.node if bias is None or feeding.bias is not None else _only_reader(feeding.node.outputs[0])
-            if ends is source and feeding.channel_axis == 1 and _is_own(feeding.weight):
+            if ends is source and feeding.channel_axis == 1 and is_own(feeding.weight):
                 scales = ((feeding.weight, 0),) if bias is None else ((feeding.weight, 0), (bias, 0))
                 return scales, None, None
     return None
@@ -207,46 +204,25 @@ def _find_values(x: ir.Value, projections: list[Projection]) -> _Found | None:
     """Find the value columns of the linear layer that feeds attention, where x is the output of attention.
 
     The attention weights of a token sum to 1, so a shift of all values is the same shift of the output. The nodes are
-    x <- (Slice <-) Reshape <- Transpose <- MatMul(softmax, v <- (Reshape <- Expand <- Unsqueeze <-) Concat(past) <-
-    Transpose <- Reshape <- (Split <-) (Add(bias) <-) linear layer). The Slice keeps some of the tokens and does not
-    change them. The Unsqueeze, Expand and Reshape repeat each head of grouped-query attention.
+    x <- (Slice <-) Reshape <- Transpose <- the matmul of `values_of`. The Slice keeps some of the tokens and does not
+    change them.
     """
-    whole = _input_of(x, "Slice")
+    whole = input_of(x, "Slice")
     if whole is not None and len(whole.uses()) != 1:
         return None
-    context = _input_of(x if whole is None else whole, "Reshape", "Transpose")
+    context = input_of(x if whole is None else whole, "Reshape", "Transpose")
     matmul = context.producer() if context is not None else None
-    if matmul is None or matmul.op_type != "MatMul":
+    values = values_of(matmul) if matmul is not None and matmul.op_type == "MatMul" else None
+    if values is None or not is_own(values.projection.weight):
         return None
-    repeated = _input_of(matmul.inputs[1], "Reshape", "Expand", "Unsqueeze")
-    cached = (matmul.inputs[1] if repeated is None else repeated).producer()
-    if cached is None or cached.op_type != "Concat":
-        return None
-    values = _input_of(cached.inputs[1], "Transpose", "Reshape")
-    if values is None:
-        return None
-    source, first = values.producer(), 0
+    weight, bias, first = values.projection.weight, values.bias, values.first
     width = projections[0].matrix.shape[0]
-    if source is not None and source.op_type == "Split":
-        first = list(source.outputs).index(values) * width
-        source = source.inputs[0].producer()
-    if source is None or (repeated is not None and first):
+    copies = _copies(values.past, width, values.width) if values.repeated else None
+    if copies is None and (values.repeated or values.width != width):
         return None
-    for feeding in find_projections(source.graph):
-        bias = bias_of(feeding)
-        added = bias is not None and bias in source.inputs
-        adds = feeding.node is source or (added and feeding.node in [value.producer() for value in source.inputs])
-        if not adds or feeding.channel_axis != 1 or not _is_own(feeding.weight):
-            continue
-        copies = _copies(cached.inputs[0], width, feeding.matrix.shape[1]) if repeated is not None else None
-        if repeated is not None and copies is None:
-            return None
-        if bias is None:
-            return ((feeding.weight, first),), None, copies
-        if feeding.bias is not None or added:
-            sums_to_one = matmul.inputs[0].producer().op_type == "Softmax"
-            return ((feeding.weight, first), (bias, first)), bias if sums_to_one else None, copies
-    return None
+    if bias is None:
+        return ((weight, first),), None, copies
+    return ((weight, first), (bias, first)), bias if sums_to_one(values.weights) else None, copies
 
 
 def _copies(past: ir.Value, width: int, kept: int) -> np.ndarray | None:
@@ -259,16 +235,6 @@ def _copies(past: ir.Value, width: int, kept: int) -> np.ndarray | None:
     if not isinstance(head, int) or kept % head or width % kept:
         return None
     return np.arange(kept).reshape(-1, 1, head).repeat(width // kept, axis=1).ravel()
-
-
-def _input_of(value: ir.Value, *operators: str) -> ir.Value | None:
-    """Return the input of the chain of `operators`, last one first, that computes `value`; None if another does."""
-    for operator in operators:
-        node = value.producer()
-        if node is None or node.op_type != operator:
-            return None
-        value = node.inputs[0]
-    return value
 
 
 def _may_scale(projection: Projection, graph: ir.Graph) -> bool:
@@ -287,15 +253,6 @@ def _feeds_only(x: ir.Value, projections: int) -> bool:
 def _only_reader(value: ir.Value) -> ir.Node | None:
     uses = list(value.uses())
     return uses[0].node if len(uses) == 1 else None
-
-
-def _is_own_vector(value: ir.Value | None) -> bool:
-    return _is_own(value) and value.dtype == ir.DataType.FLOAT and len(value.shape) == 1
-
-
-def _is_own(value: ir.Value | None) -> bool:
-    """Whether `value` is a constant that one node reads."""
-    return value is not None and value.is_initializer() and len(value.uses()) == 1
 
 
 def _set(value: ir.Value, compute: Callable[[], np.ndarray]) -> None:

@@ -91,6 +91,27 @@ def find_embeddings(graph: ir.Graph) -> list[Embedding]:
     ]
 
 
+def bias_of(projection: Projection) -> ir.Value | None:
+    """Return the constant vector [N] that is added to the matmul of `projection` and to nothing else, or None."""
+    bias = projection.bias
+    if bias is None:
+        uses = list(projection.node.outputs[0].uses())
+        if len(uses) != 1 or uses[0].node.op_type != "Add":
+            return None
+        bias = next(value for value in uses[0].node.inputs if value is not projection.node.outputs[0])
+    return bias if is_own_vector(bias) else None
+
+
+def is_own_vector(value: ir.Value | None) -> bool:
+    """Whether `value` is a constant vector of floats that one node reads."""
+    return is_own(value) and value.dtype == ir.DataType.FLOAT and len(value.shape) == 1
+
+
+def is_own(value: ir.Value | None) -> bool:
+    """Whether `value` is a constant that one node reads."""
+    return value is not None and value.is_initializer() and len(value.uses()) == 1
+
+
 def find_tables(graph: ir.Graph) -> set[ir.Value]:
     """Find the matrices with one row per token or position: embedding matrices, and the head's weight, tied or not."""
     logits = {value.producer() for value in graph.outputs if value.name == "logits"}

@@ -1,4 +1,4 @@
-"""How activations are quantized to uint8, and the error this adds to the matmul that reads them.
+"""How activations are quantized to uint8, once or twice, and the error this adds to the matmul that reads them.
 
 Activations become uint8 and not int8, because x86 kernels are fast for uint8 activations with int8 weights.
 """
@@ -12,6 +12,8 @@ import numpy as np
 # The zero points that are tried where each token has its own scale. 128 is symmetric. Activations that are hardly
 # negative (those after a GELU) need a small one, which leaves nearly all 8 bits for positive values.
 ROW_ZERO_POINTS = (128, 64, 32, 16, 8)
+# 16 bits: rounding leaves half a step at most, to either side, which the second 8 bits divide into −127..127.
+RESIDUAL_STEPS, RESIDUAL_ZERO = 254, 128
 
 
 @dataclass(frozen=True)
@@ -20,9 +22,13 @@ class PerRow:
 
     The zero point is fixed. With zero point 128 the integers stand for −127..127, as in symmetric int8, so that
     max|x| alone gives the scale.
+
+    With 16 `bits`, what the first integers leave is quantized again, with a scale that is 1/254 of theirs: the matmul of
+    a second uint8 tensor with the same weights is added.
     """
 
     zero_point: int = 128
+    bits: int = 8
 
     def restore(self, x: np.ndarray) -> np.ndarray:
         """Quantize `x` [R, K] to uint8 and dequantize it again."""
@@ -30,15 +36,22 @@ class PerRow:
         below = min(self.zero_point, above)
         scale = np.maximum(x.max(axis=1, keepdims=True) / above, -x.min(axis=1, keepdims=True) / below)
         scale[scale <= 0] = 1
-        return np.rint(x / scale) * scale
+        rounded = np.rint(x / scale)
+        if self.bits == 16:
+            rounded += np.rint((x / scale - rounded) * RESIDUAL_STEPS) / RESIDUAL_STEPS
+        return rounded * scale
 
 
 @dataclass(frozen=True)
 class PerTensor:
-    """The whole tensor has one scale and zero point, fixed in advance. Values outside `low`..`high` are clipped."""
+    """The whole tensor has one scale and zero point, fixed in advance. Values outside `low`..`high` are clipped.
+
+    16 `bits` are two tensors of 8 bits, as in PerRow.
+    """
 
     low: float
     high: float
+    bits: int = 8
 
     @property
     def parameters(self) -> tuple[np.float32, np.uint8]:
@@ -51,7 +64,11 @@ class PerTensor:
         """Quantize `x` [R, K] to uint8 and dequantize it again."""
         scale, zero = self.parameters
         below = float(zero)
-        return np.rint(x / scale).clip(-below, 255 - below) * scale
+        rounded = np.rint(x / scale).clip(-below, 255 - below)
+        if self.bits == 16:
+            rest = np.rint((x / scale - rounded) * RESIDUAL_STEPS)
+            rounded += rest.clip(-RESIDUAL_ZERO, 255 - RESIDUAL_ZERO) / RESIDUAL_STEPS
+        return rounded * scale
 
 
 Activation = PerRow | PerTensor

@@ -35,6 +35,7 @@ from cuantiza.quantize.decide.gptq import gptq
 from cuantiza.quantize.decide.observations import Histogram, Moments
 from cuantiza.quantize.decide.ranges import RANGES
 from cuantiza.quantize.decide.rounding import IntWeight, round_to_nearest, rounding_noise
+from cuantiza.quantize.decide.values import ValueMoments, Values, find_values
 from cuantiza.quantize.rewrite.find import Projection, find_tables
 from cuantiza.quantize.settings import Calibration
 
@@ -43,6 +44,8 @@ _SHARES = (1.0, 0.8, 0.6, 0.4, 0.2)
 # Keep channels in float only if that at least halves the matmul's error (`_PAYS`). Each further channel must lower it
 # by another 10 % (`_MORE`).
 _PAYS, _MORE = 0.5, 0.9
+# Nothing averages an error of the logits, as the layers that follow do with that of any other linear layer.
+_HEAD_SHARE = 0.1
 
 
 def calibration_windows(folder: Path, split: Split, calibration: Calibration) -> np.ndarray:
@@ -81,14 +84,18 @@ def _calibrate(
 ) -> dict[str, Decision]:
     tables = find_tables(model.graph)
     groups = smooth.find_groups(model.graph) if plan.alphas else {}
+    values = find_values(model.graph)
     before: list[np.ndarray | None] = [None] * len(windows)
     decisions: dict[str, Decision] = {}
     blocks = split(model.graph)
     for block in track(blocks, "calibrate", len(blocks)):
-        with_gram = plan.rounding == "gptq" and any(p.weight not in tables for p in block.projections)
-        moments, after = _observe(model, block, windows, before, with_gram, work, pool)
+        with_gram = plan.rounding == "gptq" and any(_is_rounded(p, tables, plan) for p in block.projections)
+        moments, of_values, after = _observe(model, block, values, windows, before, with_gram, work, pool)
         tensors = list(
-            pool.map(lambda name: _tensor(name, block, moments[name], groups.get(name), tables, plan), moments)  # noqa: B023
+            pool.map(
+                lambda name: _tensor(name, block, moments[name], of_values, groups.get(name), tables, plan),  # noqa: B023
+                moments,
+            )
         )
         for tensor in tensors:
             if tensor.group is not None:
@@ -110,8 +117,9 @@ def _calibrate(
 class _Tensor:
     """The input x [.., K] of one or more linear layers, after smoothing and before its range is chosen.
 
-    `moments` are those of x after smoothing. `weight_energy` [K] = Σₙ W² is that of the weights before smoothing.
-    `keep` bool [K] marks the channels that stay in the int8 matmul; the others stay in floating point.
+    `moments` are those of x after smoothing, and `of_values` those for the linear layers that compute values, by name.
+    `weight_energy` [K] = Σₙ W² is that of the weights before smoothing. `keep` bool [K] marks the channels that stay in
+    the int8 matmul; the others stay in floating point. `bits` are those of the activations.
     """
 
     name: str
@@ -119,8 +127,10 @@ class _Tensor:
     group: smooth.Group | None
     smoothing: smooth.Smoothing
     moments: Moments
+    of_values: dict[str, ValueMoments]
     weight_energy: np.ndarray
     keep: np.ndarray
+    bits: int = 8
 
     @property
     def energy(self) -> np.ndarray:
@@ -141,50 +151,109 @@ def _is_static(plan: Plan) -> bool:
     return plan.ranges in RANGES
 
 
+def _is_rounded(projection: Projection, tables: set[ir.Value], plan: Plan) -> bool:
+    """Whether the weight of `projection` is rounded here, and not later together with the embedding that shares it."""
+    return projection.weight not in tables or (plan.table is not None and _is_head(projection))
+
+
+def _is_head(projection: Projection) -> bool:
+    return projection.node.outputs[0].is_graph_output()
+
+
 def _observe(
     model: ir.Model,
     block: Block,
+    values: dict[str, Values],
     windows: np.ndarray,
     before: list,
     with_gram: bool,
     work: Path,
     pool: ThreadPoolExecutor,
-) -> tuple[dict[str, Moments], list]:
+) -> tuple[dict[str, Moments], dict[str, ValueMoments], list]:
     """Run `block` on all windows.
 
-    Returns the moments of the inputs of its linear layers, by name, and its output for each window, from which the
-    next block starts.
+    Returns the moments of the inputs of its linear layers, by name; those for the linear layers that compute values, by
+    the name of the layer; and the block's output for each window, from which the next block starts.
     """
     names = list(dict.fromkeys(projection.x.name for projection in block.projections))
-    run = open_block(model, block, [*names, *([block.end] if block.end else [])], work)
+    attention = [values[projection.name] for projection in block.projections if projection.name in values]
+    inside = [value.name for found in attention for value in (found.weights, found.context)]
+    run = open_block(model, block, [*names, *inside, *([block.end] if block.end else [])], work)
     moments: dict[str, Moments] = {}
+    of_values: dict[str, ValueMoments] = {}
     after = []
     for window, start in zip(windows, before, strict=True):
-        values = run(window, start)
-        after.append(values.pop() if block.end else None)
-        rows = [x.reshape(-1, x.shape[-1]) for x in values]
-        for name, seen in zip(names, pool.map(lambda x: Moments.of(x, with_gram), rows), strict=True):
-            moments[name] = moments[name].merge(seen) if name in moments else seen
-    return moments, after
+        seen = dict(zip([*names, *inside, block.end], run(window, start), strict=False))
+        after.append(seen.get(block.end))
+        rows = [seen[name].reshape(-1, seen[name].shape[-1]) for name in names]
+        for name, found in zip(names, pool.map(lambda x: Moments.of(x, with_gram), rows), strict=True):
+            moments[name] = moments[name].merge(found) if name in moments else found
+        for layer in attention:
+            name, x = layer.projection.name, seen[layer.projection.x.name]
+            read = ValueMoments.of(layer.channels, x, seen[layer.weights.name], seen[layer.context.name], with_gram)
+            of_values[name] = of_values[name].merge(read) if name in of_values else read
+    return moments, of_values, after
 
 
 def _tensor(
-    name: str, block: Block, moments: Moments, group: smooth.Group | None, tables: set[ir.Value], plan: Plan
+    name: str,
+    block: Block,
+    moments: Moments,
+    of_values: dict[str, ValueMoments],
+    group: smooth.Group | None,
+    tables: set[ir.Value],
+    plan: Plan,
 ) -> _Tensor:
-    """Choose the smoothing and the float channels of the input tensor `name`."""
+    """Choose the smoothing, the float channels and the bits of the input tensor `name`."""
     projections = tuple(projection for projection in block.projections if projection.x.name == name)
     weights = [projection.matrix for projection in projections]
     energy = np.sum([np.einsum("kn,kn->k", weight, weight) for weight in weights], axis=0)
     count = len(energy)
     smoothing = smooth.Smoothing(np.ones(count, np.float32), np.zeros(count, np.float32), None)
+    limit = _limit(projections, plan)
+
+    def smoothed(smoothing: smooth.Smoothing, bits: int) -> _Tensor:
+        scale, shift = smoothing.scale, smoothing.shift
+        return _Tensor(
+            name,
+            projections,
+            group,
+            smoothing,
+            moments.transformed(scale, shift) if group is not None else moments,
+            {p.name: of_values[p.name].transformed(scale, shift) for p in projections if p.name in of_values},
+            energy,
+            np.ones(count, bool),
+            bits,
+        )
+
     if group is not None:
         smoothing = _search_smoothing(moments, weights, energy, group, plan)
-        moments = moments.transformed(smoothing.scale, smoothing.shift)
-    tensor = _Tensor(name, projections, group, smoothing, moments, energy, np.ones(count, bool))
+    tensor = smoothed(smoothing, 8)
+    if plan.ranges == "row" and _row_activation(tensor)[1] > limit:
+        # 16 bits need no smoothing. What is left of its purpose is that the weights are rounded well.
+        if group is not None:
+            smoothing = _search_smoothing(moments, weights, energy, group, replace(plan, ranges=None))
+        tensor = smoothed(smoothing, 16)
     if plan.float_channels and not any(projection.weight in tables for projection in projections):
-        output = tensor.output(moments.rows)
-        tensor = replace(tensor, keep=_search_float_channels(moments, tensor.energy, output, plan.float_channels))
+        output = tensor.output(tensor.moments.rows)
+        keep = _search_float_channels(tensor.moments, tensor.energy, output, plan.float_channels)
+        tensor = replace(tensor, keep=keep)
     return tensor
+
+
+def _limit(projections: tuple[Projection, ...], plan: Plan) -> float:
+    """The largest relative error that activations of 8 bits may add to the matmuls of `projections`."""
+    if plan.max_error is None:
+        return float("inf")
+    return plan.max_error * (_HEAD_SHARE if any(map(_is_head, projections)) else 1)
+
+
+def _row_activation(tensor: _Tensor) -> tuple[PerRow, float]:
+    """Return the quantization of each token of `tensor` to 8 bits, and its expected relative error."""
+    rows, output = tensor.moments.rows, tensor.output(tensor.moments.rows)
+    errors = {zero: matmul_error(rows, PerRow(zero).restore(rows), tensor.energy, output) for zero in ROW_ZERO_POINTS}
+    zero = min(errors, key=errors.__getitem__)
+    return PerRow(zero), errors[zero]
 
 
 def _search_smoothing(
@@ -267,9 +336,11 @@ def _decide(
     projection: Projection, tensor: _Tensor, histogram: Histogram | None, tables: set[ir.Value], plan: Plan, work: Path
 ) -> Decision:
     """Decide on one linear layer: choose the range of its input, and round its weight."""
-    keep = tensor.keep
+    keep, of_values = tensor.keep, tensor.of_values.get(projection.name)
     activation: Activation | None = None
     rows, output = tensor.moments.rows[:, keep], tensor.output(tensor.moments.rows)
+    weight = projection.matrix
+    details: dict[str, Any] = {"alpha": tensor.smoothing.alpha} if plan.alphas else {}
 
     def error(candidate: Activation) -> float:
         return matmul_error(rows, candidate.restore(rows), tensor.energy[keep], output)
@@ -277,14 +348,21 @@ def _decide(
     if histogram is not None:
         activation = PerTensor(*RANGES[plan.ranges](histogram))
     elif plan.ranges == "row":
-        activation = min(map(PerRow, ROW_ZERO_POINTS), key=error)
-    weight = projection.matrix
+        activation = _row_activation(tensor)[0]
+        too_coarse = tensor.bits == 16
+        if of_values is not None:
+            energy = np.einsum("kn,kn->k", *2 * [weight[:, of_values.channels]])
+            in_values = of_values.error(activation.restore(of_values.rows), energy)
+            details["values_error"] = in_values
+            too_coarse |= in_values > _limit((projection,), plan)
+        if too_coarse:
+            activation = PerRow(bits=16)
     in_float = np.flatnonzero(~keep)
     rounded = None
-    if projection.weight not in tables:
-        rounded = _round(weight, tensor.moments.gram, keep, plan)
+    if _is_rounded(projection, tables, plan):
+        grid = plan.grid if projection.weight not in tables else plan.table
+        rounded = _round(weight, tensor.moments.gram, of_values, keep, replace(plan, grid=grid))
         rounded = replace(rounded, q=_on_disk(rounded.q, work))
-    details: dict[str, Any] = {"alpha": tensor.smoothing.alpha} if plan.alphas else {}
     if activation is not None:
         details |= asdict(activation) | {"relative_error": error(activation)}
     if len(in_float):
@@ -303,13 +381,22 @@ def _on_disk(array: np.ndarray, folder: Path) -> np.ndarray:
         return np.memmap(file, array.dtype, "r", shape=array.shape)
 
 
-def _round(weight: np.ndarray, gram: np.ndarray | None, keep: np.ndarray, plan: Plan) -> IntWeight:
-    """Round a weight [K, N]. Rows that `keep` [K] leaves out (the float channels) become zeros."""
+def _round(
+    weight: np.ndarray, gram: np.ndarray | None, of_values: ValueMoments | None, keep: np.ndarray, plan: Plan
+) -> IntWeight:
+    """Round a weight [K, N]. Rows that `keep` [K] leaves out (the float channels) become zeros.
+
+    `gram` [K, K] is that of the inputs; for the channels that are values of attention, `of_values` has another.
+    """
     part = weight if keep.all() else weight[keep]
-    if plan.rounding == "gptq":
-        rounded = gptq(part, gram if keep.all() else gram[np.ix_(keep, keep)], plan.grid)
-    else:
+    if plan.rounding != "gptq":
         rounded = round_to_nearest(part, plan.grid)
+    else:
+        kept = np.ix_(keep, keep)
+        rounded = gptq(part, gram[kept], plan.grid)
+        if of_values is not None:
+            channels = of_values.channels
+            rounded = rounded.with_channels(channels, gptq(part[:, channels], of_values.averaged.gram[kept], plan.grid))
     if keep.all():
         return rounded
     q = np.zeros(weight.shape, rounded.q.dtype)

@@ -25,6 +25,10 @@ class Plan:
     `alphas` are the exponents that smoothing tries; without any there is no smoothing. `ranges` says how activations
     get their range: "row" for each token at run time, a name of RANGES for a static one, None where they stay in
     floating point. `float_channels` is the largest number of channels of a tensor that may stay in floating point.
+    `max_error` is the largest relative squared error that activations of 8 bits may add to a matmul, as expected by
+    `activation.matmul_error`; where they would add more, they get 16 bits. None leaves all at 8 bits. `table` is the grid of
+    the head's matrix, where that is rounded as other linear layers are, also when the embedding shares it; None leaves it
+    to the rewrite, which rounds it to nearest.
     """
 
     grid: Grid
@@ -32,6 +36,8 @@ class Plan:
     alphas: tuple[float, ...] = ()
     ranges: str | None = None
     float_channels: int = 0
+    max_error: float | None = None
+    table: Grid | None = None
 
 
 @dataclass(frozen=True)
@@ -39,8 +45,8 @@ class Decision:
     """The decision on one linear layer x [.., K] · W [K, N].
 
     `float_channels` int64 [k] are the input channels that stay in floating point, and `float_rows` float32 [k, N] their
-    rows of W; `weight` has zeros in these rows. `weight` is None for a matrix of `find.find_tables`, such as a tied
-    head: it is rounded to nearest later, in the same way for the embedding. `details` is what the manifest says of
+    rows of W; `weight` has zeros in these rows. `weight` is None for a matrix of `find.find_tables` that is rounded to
+    nearest later. `details` is what the manifest says of
     the layer, and `histogram` that of the activations from which a static range was chosen.
     """
 

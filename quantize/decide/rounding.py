@@ -55,6 +55,13 @@ class IntWeight:
         spread = [np.repeat(array, block, axis=0)[: len(self.q)] for array in (self.scale, self.zero_point)]
         return (self.q.astype(np.float32) - spread[1]) * spread[0]
 
+    def with_channels(self, channels: slice, other: IntWeight) -> IntWeight:
+        """Return this weight with `other` [K, n] in place of its `channels`."""
+        arrays = [array.copy() for array in (self.q, self.scale, self.zero_point)]
+        for array, new in zip(arrays, (other.q, other.scale, other.zero_point), strict=True):
+            array[:, channels] = new
+        return IntWeight(*arrays, self.grid)
+
 
 def round_to_nearest(weight: np.ndarray, grid: Grid, clips: np.ndarray = CLIPS) -> IntWeight:
     """Round each weight of float32 [K, N] to the nearest integer, with the best of the scales that `clips` allow."""

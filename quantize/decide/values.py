@@ -39,31 +39,39 @@ class Values:
     past: ir.Value
     repeated: bool
 
+    @property
+    def channels(self) -> slice:
+        return slice(self.first, self.first + self.width)
+
 
 @dataclass(frozen=True)
 class ValueMoments:
-    """What calibration keeps of the input x [T, K] of a linear layer that computes values.
+    """What calibration keeps of the input x [T, K] of a linear layer, the `channels` of which are values.
 
     `averaged` are the moments of A·x. `rows` [S, K] are the tokens that attention reads most, and `read` [S] says how
     much: the sum of A² over the positions that read the token. `power` is Σ‖context‖² over all positions.
     """
 
+    channels: slice
     averaged: Moments
     rows: np.ndarray
     read: np.ndarray
     power: float
 
     @classmethod
-    def of(cls, x: np.ndarray, weights: np.ndarray, context: np.ndarray, with_gram: bool) -> ValueMoments:
+    def of(
+        cls, channels: slice, x: np.ndarray, weights: np.ndarray, context: np.ndarray, with_gram: bool
+    ) -> ValueMoments:
         """Compute them from one window: x [1, T, K], weights [1, H, T, T], context [1, H, T, head width]."""
         tokens = x.reshape(-1, x.shape[-1])
         read = np.einsum("hqt,hqt->t", weights[0], weights[0]) / weights.shape[1]
         most = np.sort(np.argsort(-read, kind="stable")[:_TOKENS])
         averaged = Moments.of(weights[0].mean(axis=0) @ tokens, with_gram)
-        return cls(averaged, tokens[most], read[most], float(np.sum(context.astype(np.float64) ** 2)))
+        return cls(channels, averaged, tokens[most], read[most], float(np.sum(context.astype(np.float64) ** 2)))
 
     def merge(self, other: ValueMoments) -> ValueMoments:
         return ValueMoments(
+            self.channels,
             self.averaged.merge(other.averaged),
             np.concatenate([self.rows, other.rows]),
             np.concatenate([self.read, other.read]),
@@ -73,7 +81,7 @@ class ValueMoments:
     def transformed(self, scale: np.ndarray, shift: np.ndarray) -> ValueMoments:
         """Return those of (x − shift) / scale. The rows of A sum to 1, so A·x has the same shift."""
         rows = ((self.rows - shift) / scale).astype(np.float32)
-        return ValueMoments(self.averaged.transformed(scale, shift), rows, self.read, self.power)
+        return ValueMoments(self.channels, self.averaged.transformed(scale, shift), rows, self.read, self.power)
 
     def error(self, restored: np.ndarray, energy: np.ndarray) -> float:
         """Expected squared error of attention's output, relative to its square, if `rows` become `restored` [S, K].

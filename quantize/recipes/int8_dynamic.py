@@ -6,7 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cuantiza.quantize.settings import ALPHAS, CALIBRATION, Calibration, Rounding, Target, check_exponents, for_target
+from cuantiza.quantize.settings import (
+    ALPHAS,
+    CALIBRATION,
+    MAX_ERROR,
+    Calibration,
+    Rounding,
+    Target,
+    check_exponents,
+    for_target,
+)
 
 if TYPE_CHECKING:
     from cuantiza.core.inputs.corpus import Split
@@ -15,15 +24,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DynamicInt8:
-    """Quantizes weights to int8 per channel, and activations to uint8 with a scale per token, computed at run time."""
+    """Quantizes weights to int8 per channel, and activations to uint8 with a scale per token, computed at run time.
+
+    Where 8 bits would add a relative squared error above `max_error` to a matmul, its activations get 16: two uint8
+    tensors. null leaves all at 8 bits.
+    """
 
     rounding: Rounding = "gptq"
     smoothing: tuple[float, ...] = ALPHAS
+    max_error: float | None = MAX_ERROR
     calibration: Calibration = CALIBRATION
     target: Target = "portable"
 
     def __post_init__(self) -> None:
         check_exponents(self.smoothing)
+        if self.max_error is not None and not self.max_error >= 0:
+            raise ValueError(f"max_error is {self.max_error}; give a number from 0, or null for 8 bits everywhere")
 
     def describe(self) -> str:
         """Describe the recipe in one line, for `cuantiza recipes`."""
@@ -34,7 +50,7 @@ class DynamicInt8:
         from cuantiza.quantize.decide.decision import Plan
         from cuantiza.quantize.decide.rounding import Grid
 
-        return Plan(Grid(8), self.rounding, self.smoothing, "row")
+        return Plan(Grid(8), self.rounding, self.smoothing, "row", max_error=self.max_error, table=Grid(8))
 
     def rewrite(self) -> Rewrite:
         """Return the pass that writes the decisions into a graph."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from cuantiza.quantize.decide.activation import PerRow
+from cuantiza.quantize.decide.activation import RESIDUAL_STEPS, RESIDUAL_ZERO, PerRow
 from cuantiza.quantize.decide.decision import Decision
 from cuantiza.quantize.rewrite.edit import clean, constant, replace_node
 from cuantiza.quantize.rewrite.find import Embedding, Projection
@@ -51,17 +51,19 @@ def quantize_dynamic(
         weight, weight_scale = weights.get_columns(tape, projection)
         # Both targets compute (u8(x / s) − zero) · s8(W) · scale(W) and multiply by s last. The order of the float
         # multiplications has to be the same for their results to be equal.
-        if target == "portable":
-            quantized = tape.op("QuantizeLinear", [tape.op("Div", [x, row_scale]), one, zero_point])
-            matmul = tape.op("MatMulInteger", [quantized, weight, zero_point])
-            matmul = tape.op("Mul", [tape.op("Cast", [matmul], {"to": ir.DataType.FLOAT}), weight_scale])
+        multiply = _multiply_portable if target == "portable" else _multiply_ort
+        if activation.bits == 16:
+            quantized = quantize_twice(graph, tape, tape.op("Div", [x, row_scale]))
+            matmul = add_residual(graph, tape, multiply(tape, quantized, zero_point, weight, weight_scale, one))
         else:
-            # Blocked quantization, with each row as one block, makes one pass over x where Div and QuantizeLinear make
-            # two. It needs a zero point for each block.
-            block = {"axis": -1, "block_size": projection.matrix.shape[0]}
-            quantized = tape.op("QuantizeLinear", [x, row_scale, row_zero_points.get(x, zero_point)], block)
-            inputs = [quantized, weight, one, weight_scale, zero_point]
-            matmul = tape.op("MatMulIntegerToFloat", inputs, domain=ORT)
+            if target == "portable":
+                quantized = tape.op("QuantizeLinear", [tape.op("Div", [x, row_scale]), one, zero_point])
+            else:
+                # Blocked quantization, with each row as one block, makes one pass over x where Div and QuantizeLinear
+                # make two. It needs a zero point for each block.
+                block = {"axis": -1, "block_size": projection.matrix.shape[0]}
+                quantized = tape.op("QuantizeLinear", [x, row_scale, row_zero_points.get(x, zero_point)], block)
+            matmul = multiply(tape, quantized, zero_point, weight, weight_scale, one)
         result = tape.op("Mul", [matmul, row_scale])  # [.., N]
         if projection.bias is not None:
             result = tape.op("Add", [result, projection.bias])
@@ -70,6 +72,45 @@ def quantize_dynamic(
         graph.opset_imports[ORT] = 1
     clean(model)
     return projections, embeddings
+
+
+def _multiply_portable(
+    tape: ir.tape.Tape, quantized: ir.Value, zero: ir.Value, weight: ir.Value, scale: ir.Value, one: ir.Value
+) -> ir.Value:
+    """Add (quantized − zero) · weight · scale [.., N] in standard operators."""
+    matmul = tape.op("MatMulInteger", [quantized, weight, zero])
+    return tape.op("Mul", [tape.op("Cast", [matmul], {"to": ir.DataType.FLOAT}), scale])
+
+
+def _multiply_ort(
+    tape: ir.tape.Tape, quantized: ir.Value, zero: ir.Value, weight: ir.Value, scale: ir.Value, one: ir.Value
+) -> ir.Value:
+    """Add the same as `_multiply_portable` in one operator of ONNX Runtime; `one` is the scale of `quantized`."""
+    return tape.op("MatMulIntegerToFloat", [quantized, weight, one, scale, zero], domain=ORT)
+
+
+def quantize_twice(graph: ir.Graph, tape: ir.tape.Tape, x: ir.Value) -> ir.Value:
+    """Add the quantization of x [.., T, K] to 16 bits, where the step of the first 8 bits is 1: uint8 [.., 2T, K].
+
+    The first T rows are u8(x), the others what that rounds away, in steps of 1/254. One matmul multiplies both, so that
+    the weights are read once.
+    """
+    zero = constant(graph, f"zero_point_{RESIDUAL_ZERO}", np.uint8(RESIDUAL_ZERO))
+    one = constant(graph, "scale_one", np.float32(1))
+    coarse = tape.op("QuantizeLinear", [x, one, zero])
+    rest = tape.op("Sub", [x, tape.op("DequantizeLinear", [coarse, one, zero])])
+    fine = tape.op("QuantizeLinear", [rest, _residual_step(graph), zero])
+    return tape.op("Concat", [coarse, fine], {"axis": -2})
+
+
+def add_residual(graph: ir.Graph, tape: ir.tape.Tape, matmul: ir.Value) -> ir.Value:
+    """Add the sum [.., T, N] of the two halves of `matmul` [.., 2T, N], of which the second counts 1/254."""
+    coarse, fine = tape.op_multi_out("Split", [matmul], {"axis": -2, "num_outputs": 2}, num_outputs=2)
+    return tape.op("Add", [coarse, tape.op("Mul", [fine, _residual_step(graph)])])
+
+
+def _residual_step(graph: ir.Graph) -> ir.Value:
+    return constant(graph, f"one_over_{RESIDUAL_STEPS}", np.float32(1 / RESIDUAL_STEPS))
 
 
 def _row_scale(graph: ir.Graph, tape: ir.tape.Tape, x: ir.Value, zero: int) -> ir.Value:

@@ -25,8 +25,8 @@ _TOKENS = 32
 class Values:
     """The channels of a linear layer that are the values of attention: `width` of them, from `first` on.
 
-    `weights` [B, H, T, P + T] is the softmax and `context` [B, H, T, head width] = weights · values; `past` is the cache
-    [B, H, P, head width] of earlier values. `bias` is added to the linear layer's matmul, or None. `repeated` says
+    `weights` [B, .., T, P + T] is the softmax and `context` [B, .., T, head width] = weights · values, where .. are the
+    heads, or the heads of values and those that share each; `past` is the cache [B, H, P, head width] of earlier values. `bias` is added to the linear layer's matmul, or None. `repeated` says
     that several heads share the values of one (grouped-query attention).
     """
 
@@ -62,11 +62,11 @@ class ValueMoments:
     def of(
         cls, channels: slice, x: np.ndarray, weights: np.ndarray, context: np.ndarray, with_gram: bool
     ) -> ValueMoments:
-        """Compute them from one window: x [1, T, K], weights [1, H, T, T], context [1, H, T, head width]."""
-        tokens = x.reshape(-1, x.shape[-1])
-        read = np.einsum("hqt,hqt->t", weights[0], weights[0]) / weights.shape[1]
+        """Compute them from one window: x [1, T, K], weights [1, .., T, T], context [1, .., T, head width]."""
+        tokens, weights = x.reshape(-1, x.shape[-1]), weights.reshape(-1, *weights.shape[-2:])
+        read = np.einsum("hqt,hqt->t", weights, weights) / len(weights)
         most = np.sort(np.argsort(-read, kind="stable")[:_TOKENS])
-        averaged = Moments.of(weights[0].mean(axis=0) @ tokens, with_gram)
+        averaged = Moments.of(weights.mean(axis=0) @ tokens, with_gram)
         return cls(channels, averaged, tokens[most], read[most], float(np.sum(context.astype(np.float64) ** 2)))
 
     def merge(self, other: ValueMoments) -> ValueMoments:
@@ -101,10 +101,12 @@ def find_values(graph: ir.Graph) -> dict[str, Values]:
 def values_of(matmul: ir.Node) -> Values | None:
     """Find the linear layer that computes the values v of `matmul` = weights · v. None if `matmul` is something else.
 
-    The nodes are v <- (Reshape <- Expand <- Unsqueeze <-) Concat(past) <- Transpose <- Reshape <- (Split <-)
-    (Add(bias) <-) linear layer. The Unsqueeze, Expand and Reshape repeat each head of grouped-query attention.
+    The nodes are v <- ((Reshape <- Expand <-) Unsqueeze <-) Concat(past) <- Transpose <- Reshape <- (Split <-)
+    (Add(bias) <-) linear layer. The Unsqueeze, Expand and Reshape repeat each head of grouped-query attention; an
+    Unsqueeze alone lets the matmul do it.
     """
-    repeated = input_of(matmul.inputs[1], "Reshape", "Expand", "Unsqueeze")
+    shared = matmul.inputs[1]
+    repeated = input_of(shared, "Reshape", "Expand", "Unsqueeze") or input_of(shared, "Unsqueeze")
     cached = (matmul.inputs[1] if repeated is None else repeated).producer()
     if cached is None or cached.op_type != "Concat":
         return None

@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from cuantiza.core.inputs.gpt2_config import is_gpt2, parse_config
 from cuantiza.core.inputs.weights.checkpoint import Checkpoint, read_by_names, read_checkpoint
-from cuantiza.export.graphs import gpt2, llama
+from cuantiza.export.graphs import gpt2, llama, llama_weights
 from cuantiza.export.graphs.llama_config import FAMILIES, parse_llama
 from cuantiza.export.graphs.parts import Size
 
@@ -23,6 +23,7 @@ class Architecture:
     parse: the fields of config.json, and its path, to a configuration
     read: the checkpoint in a folder, with the fields of its config.json
     build: a configuration, weights, the opset and the folder to a graph, whose weights are read when it is saved
+    left_over: the names of weights that no graph of a configuration reads
     describe: a configuration in a line for users
     size: the number of parameters of a configuration
     """
@@ -30,6 +31,7 @@ class Architecture:
     parse: Callable[[dict[str, Any], Path], Any]
     read: Callable[[Path, dict[str, Any]], Checkpoint]
     build: Callable[[Any, dict[str, Any], int, Path], ir.Model]
+    left_over: Callable[[Any, dict[str, Any]], list[str]]
     describe: Callable[[Any], str]
     size: Callable[[Any], Size]
 
@@ -37,8 +39,9 @@ class Architecture:
 _GPT2 = Architecture(parse_config, lambda folder, _: read_checkpoint(folder), gpt2.build, gpt2.describe, gpt2.size)
 _LLAMA = Architecture(
     parse_llama,
-    lambda folder, fields: read_by_names(folder, fields, llama.EMBEDDING),
+    lambda folder, fields: read_by_names(folder, fields, llama_weights.EMBEDDING),
     llama.build,
+    llama_weights.left_over,
     llama.describe,
     llama.size,
 )

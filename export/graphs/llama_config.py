@@ -36,7 +36,8 @@ class Family:
 
     A bias is there always, never, or as the named field says. `norms` are the names of a layer's norms (see above).
     `head_norm` says of what queries and keys are normed: each "head", the "whole" of them, or None. With
-    `unit_offset`, norms multiply by 1 + weight. `windows` says which layers have a sliding window: "none", "all" where
+    `unit_offset`, norms multiply by 1 + weight. The rotary embedding turns `partial`ly if only some channels of a head,
+    and with `neighbours` it turns channels 2i and 2i + 1 instead of i and i + r/2. `windows` says which layers have a sliding window: "none", "all" where
     there is one, or as "layer_types" says.
     """
 
@@ -48,6 +49,8 @@ class Family:
     norms: tuple[str | None, ...] = _BEFORE
     head_norm: str | None = None
     unit_offset: bool = False
+    partial: bool = False
+    neighbours: bool = False
     windows: str = "none"
     scales: Callable[[Any], dict[str, float | None]] = lambda config: {}
 
@@ -76,6 +79,7 @@ def _gemma2_capped(config: Any) -> dict[str, float | None]:
 
 FAMILIES = {
     "arcee": Family(gated=False),
+    "ernie4_5": Family(qkv_bias="use_bias", output_bias="use_bias", mlp_bias="use_bias", neighbours=True),
     "gemma": Family(mlp_bias=False, unit_offset=True, scales=_gemma),
     "gemma2": Family(
         mlp_bias=False,
@@ -94,14 +98,25 @@ FAMILIES = {
         windows="layer_types",
         scales=_gemma2,
     ),
+    "glm": Family(output_bias=False, mlp_bias=False, partial=True, neighbours=True),
+    "glm4": Family(
+        output_bias=False,
+        mlp_bias=False,
+        norms=("input_layernorm", "post_self_attn_layernorm", "post_attention_layernorm", "post_mlp_layernorm"),
+        partial=True,
+        neighbours=True,
+    ),
     "granite": Family(scales=_granite),
+    "helium": Family(output_bias=False, neighbours=True),
     "llama": Family(),
     "ministral": Family(qkv_bias=False, output_bias=False, mlp_bias=False, windows="layer_types"),
     "mistral": Family(qkv_bias=False, output_bias=False, mlp_bias=False, windows="all"),
     "olmo2": Family(mlp_bias=False, norms=_AFTER, head_norm="whole"),
     "olmo3": Family(mlp_bias=False, norms=_AFTER, head_norm="whole", windows="layer_types"),
+    "phi3": Family(qkv_bias=False, output_bias=False, mlp_bias=False, partial=True, windows="all"),
     "qwen2": Family(qkv_bias=True, output_bias=False, mlp_bias=False, windows="layer_types"),
     "qwen3": Family(mlp_bias=False, head_norm="head", windows="layer_types"),
+    "seed_oss": Family(output_bias="attention_out_bias"),
     "smollm3": Family(windows="layer_types"),
 }
 
@@ -118,8 +133,7 @@ class Layer:
 class LlamaConfig:
     """What changes the logits of a model that is built like Llama.
 
-    `inner` is the width of the MLP, and `rotated` how many channels of each head the rotary embedding turns. The scales
-    multiply the embedding, the attention scores, what each half of a layer adds, and the logits. A cap c bounds a value
+    `inner` is the width of the MLP. The scales multiply the embedding, the attention scores, what each half of a layer adds, and the logits. A cap c bounds a value
     x by c · tanh(x / c).
     """
 
@@ -222,5 +236,6 @@ def _layer(config: Any, family: Family, number: int, head_dim: int) -> Layer:
     if isinstance(parameters.get(kind), dict):
         parameters = parameters[kind]
     slides = family.windows == "all" or kind == "sliding_attention"
+    channels = int(head_dim * parameters.get("partial_rotary_factor", 1.0)) if family.partial else head_dim
     turned = getattr(config, "no_rope_layers", None) is None or config.no_rope_layers[number]
-    return Layer(rope(parameters, head_dim) if turned else None, config.sliding_window if slides else None)
+    return Layer(rope(parameters, channels) if turned else None, config.sliding_window if slides else None)

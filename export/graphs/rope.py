@@ -31,6 +31,11 @@ class Rope:
     frequencies: tuple[float, ...]
     scale: float = 1.0
 
+    @property
+    def channels(self) -> int:
+        """How many channels of a head are turned."""
+        return 2 * len(self.frequencies)
+
 
 def rope(parameters: Mapping[str, Any], channels: int) -> Rope:
     """The rotary embedding of `channels` channels with `parameters`, transformers' rope_parameters of one layer.

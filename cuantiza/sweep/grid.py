@@ -11,7 +11,6 @@ from cuantiza.core.inputs.checkpoints import Model, base_folder, files_to_read, 
 from cuantiza.core.inputs.corpus import Source, Split, load_splits
 from cuantiza.core.inputs.model_types import check_model_type
 from cuantiza.core.inputs.weights.adapters import read_fields
-from cuantiza.export.graphs.architectures import architecture
 from cuantiza.quantize.recipes.registry import Recipe, calibration_of, get_recipe
 
 BASELINE = "fp32"
@@ -82,6 +81,8 @@ def _by_name(option: str, given: list[str], found: list[tuple[str, T]]) -> dict[
 
 
 def _model(given: str) -> tuple[str, Model]:
+    from cuantiza.export.graphs.architectures import architecture  # slow to import, and --help does not need it
+
     model = resolve_model(given)
     # The path must be absolute, because a process of a cluster has another working directory.
     model = replace(model, folder=model.folder.absolute())

@@ -36,14 +36,21 @@ class Architecture:
     size: Callable[[Any], Size]
 
 
-_GPT2 = Architecture(parse_config, lambda folder, _: read_checkpoint(folder), gpt2.build, gpt2.describe, gpt2.size)
+_GPT2 = Architecture(
+    parse=parse_config,
+    read=lambda folder, _: read_checkpoint(folder),  # which says itself what it leaves out
+    build=gpt2.build,
+    left_over=lambda config, weights: [],
+    describe=gpt2.describe,
+    size=gpt2.size,
+)
 _LLAMA = Architecture(
-    parse_llama,
-    lambda folder, fields: read_by_names(folder, fields, llama_weights.EMBEDDING),
-    llama.build,
-    llama_weights.left_over,
-    llama.describe,
-    llama.size,
+    parse=parse_llama,
+    read=lambda folder, fields: read_by_names(folder, fields, llama_weights.EMBEDDING),
+    build=llama.build,
+    left_over=llama_weights.left_over,
+    describe=llama.describe,
+    size=llama.size,
 )
 ARCHITECTURES = {"gpt2": _GPT2} | dict.fromkeys(FAMILIES, _LLAMA)
 

@@ -174,7 +174,7 @@ def test_half_precision_and_shards_and_no_prefix(dtype: torch.dtype, prefix: str
     """What is stored in 16 bits is computed in 32; a checkpoint of the backbone alone has no prefix."""
     model = tiny_llama(tie_word_embeddings=True).to(dtype)
     (model if prefix else model.model).save_pretrained(tmp_path / "checkpoint", max_shard_size="200KB")
-    assert len([*(tmp_path / "checkpoint").glob("*.safetensors")]) > 2
+    assert len([*(tmp_path / "checkpoint").glob("*.safetensors")]) > 1
     onnx_file.save(build(tmp_path / "checkpoint"), tmp_path)
     assert max(differences(model.float(), Runtime(tmp_path / "model.onnx"))) < 1e-4
 

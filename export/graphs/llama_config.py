@@ -19,6 +19,16 @@ from cuantiza.core.inputs.gpt2_config import ACTIVATIONS
 from cuantiza.export.graphs.rope import Rope, rope
 
 _MOST_LAYERS = 10_000  # transformers makes lists as long as a file says
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "sliding_window",
+)
 # Where a layer has its norms: of the input of attention, of its output, of the input of the MLP, of its output.
 _BEFORE = ("input_layernorm", None, "post_attention_layernorm", None)
 _AFTER = (None, "post_attention_layernorm", None, "post_feedforward_layernorm")
@@ -178,26 +188,24 @@ def parse_llama(fields: Mapping[str, Any], path: Path) -> LlamaConfig:
 
 
 def _parse(fields: Mapping[str, Any]) -> LlamaConfig:
+    import transformers
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    kind = fields["model_type"]
-    family, layers = FAMILIES[kind], fields.get("num_hidden_layers")
-    if isinstance(layers, int) and layers > _MOST_LAYERS:
-        raise ValueError(f"num_hidden_layers is {layers}, and no such model has more than {_MOST_LAYERS}")
-    config: Any = CONFIG_MAPPING[kind].from_dict(copy.deepcopy(dict(fields)))  # which changes what it is given
-
-    def size(name: str, default: int | None = None) -> int:
-        value = getattr(config, name, None)
-        value = default if value is None else value
-        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**31:
+    for name in _SIZES:
+        value = fields.get(name)
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**31):
             raise ValueError(f"{name} is {value!r} where a positive whole number is needed")
-        return value
+    if (layers := fields.get("num_hidden_layers") or 0) > _MOST_LAYERS:
+        raise ValueError(f"num_hidden_layers is {layers}, and no such model has more than {_MOST_LAYERS}")
+    transformers.logging.set_verbosity_error()
+    family = FAMILIES[fields["model_type"]]
+    config: Any = CONFIG_MAPPING[fields["model_type"]].from_dict(copy.deepcopy(dict(fields)))  # it changes what it gets
 
     def flag(bias: bool | str) -> bool:
         return bias if isinstance(bias, bool) else bool(getattr(config, bias))
 
-    heads = size("num_attention_heads")
-    kv_heads, head_dim = size("num_key_value_heads", heads), size("head_dim", config.hidden_size // heads)
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads or config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     if heads % kv_heads:
         raise ValueError(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
     if head_dim % 2:
@@ -211,21 +219,21 @@ def _parse(fields: Mapping[str, Any]) -> LlamaConfig:
             "use_bidirectional_attention is true; only models whose tokens see none after them are exported"
         )
     return LlamaConfig(
-        model_type=kind,
+        model_type=fields["model_type"],
         family=family,
-        vocabulary=size("vocab_size"),
-        width=size("hidden_size"),
-        inner=size("intermediate_size"),
+        vocabulary=config.vocab_size,
+        width=config.hidden_size,
+        inner=config.intermediate_size,
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
-        layers=tuple(_layer(config, family, number, head_dim) for number in range(size("num_hidden_layers"))),
+        layers=tuple(_layer(config, family, number, head_dim) for number in range(config.num_hidden_layers)),
         activation=activation,
         epsilon=config.rms_norm_eps,
         qkv_bias=flag(family.qkv_bias),
         output_bias=flag(family.output_bias),
         mlp_bias=flag(family.mlp_bias),
-        tied=config.tie_word_embeddings,
+        tied=bool(config.tie_word_embeddings),
         **{"attention_scale": head_dim**-0.5} | family.scales(config),
     )
 

@@ -251,8 +251,8 @@ def test_weights_that_do_not_fit(
     ("fields", "said"),
     [
         ({"num_key_value_heads": 3}, "num_key_value_heads 3"),
-        ({"num_attention_heads": 0}, "modulo by zero"),
-        ({"hidden_size": "wide"}, "hidden_size"),
+        ({"num_attention_heads": 0}, "num_attention_heads is 0"),
+        ({"hidden_size": "wide"}, "hidden_size is 'wide'"),
         ({"vocab_size": -5}, "vocab_size is -5"),
         ({"hidden_act": "laplace"}, "hidden_act 'laplace' is not one of"),
         ({"head_dim": 7}, "head_dim is 7"),

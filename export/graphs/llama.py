@@ -55,7 +55,7 @@ def build(config: LlamaConfig, weights: Mapping[str, Weight], opset: int, folder
     # Head and embedding may differ though config.json calls them tied; transformers then takes both.
     stored = shapes(config) | {HEAD: (config.vocabulary, config.width)}
     builder = parts.begin(config.model_type, opset)
-    op = builder.op
+    op, heads = builder.op, parts.Heads(config.heads, config.kv_heads, config.head_dim)
 
     def weight(name: str, turned: bool = False) -> ir.Value:
         return parts.weight(builder, weights, folder, name, stored[name], turned)
@@ -69,17 +69,18 @@ def build(config: LlamaConfig, weights: Mapping[str, Weight], opset: int, folder
         unit = op.Div(x, op.Sqrt(op.Add(mean, config.epsilon)))
         return op.Mul(unit, weight(f"{name}.weight"), _name=name)
 
-    def heads(x: ir.Value, name: str, number: int) -> ir.Value:
-        """The linear layer `name` of x, split into heads [B, number, T, d], normed where the family does that."""
+    def split(x: ir.Value, name: str, number: int) -> ir.Value:
+        """The linear layer `name` of x, as heads [B, number, T, d], normed where the family does that."""
         y, part = linear(x, f"{name}_proj"), f"{name}_norm"
-        if family.head_norm == "whole" and f"{part}.weight" in stored:
+        normed = family.head_norm if f"{part}.weight" in stored else None  # values are not
+        if normed == "whole":
             y = norm(y, part)
-        y = op.Reshape(y, [0, 0, number, config.head_dim])
-        if family.head_norm == "head" and f"{part}.weight" in stored:
+        y = op.Reshape(y, [0, 0, number, heads.width])
+        if normed == "head":
             y = norm(y, part)
         return op.Transpose(y, perm=[0, 2, 1, 3])
 
-    inputs = parts.add_inputs(builder, len(config.layers), config.kv_heads, config.head_dim)
+    inputs = parts.add_inputs(builder, len(config.layers), heads)
     present: list[ir.Value] = []
     embedding = weight(EMBEDDING)
     x = op.Gather(embedding, inputs.input_ids, _name="embed_tokens")  # [B, T, D]
@@ -87,7 +88,7 @@ def build(config: LlamaConfig, weights: Mapping[str, Weight], opset: int, folder
         x = op.Mul(x, config.embedding_scale)
     windows = list(dict.fromkeys(layer.window for layer in config.layers))
     visible = parts.visible(op, inputs, windows)  # [B, 1, T, P+T] each
-    if config.kv_heads < config.heads:
+    if heads.of_keys < heads.number:
         visible = {window: op.Unsqueeze(mask, [1]) for window, mask in visible.items()}
     turns = _turns(builder, inputs.position_ids, [layer.rope for layer in config.layers if layer.rope])
 
@@ -95,28 +96,17 @@ def build(config: LlamaConfig, weights: Mapping[str, Weight], opset: int, folder
         block = f"layers.{number}"
         before, after, before_mlp, after_mlp = (name and f"{block}.{name}" for name in family.norms)
         h = norm(x, before) if before else x
-        q = heads(h, f"{block}.self_attn.q", config.heads)  # [B, H, T, d]
-        k = heads(h, f"{block}.self_attn.k", config.kv_heads)  # [B, K, T, d]
-        v = heads(h, f"{block}.self_attn.v", config.kv_heads)
+        q = split(h, f"{block}.self_attn.q", heads.number)  # [B, H, T, d]
+        k = split(h, f"{block}.self_attn.k", heads.of_keys)  # [B, K, T, d]
+        v = split(h, f"{block}.self_attn.v", heads.of_keys)
         if layer.rope:
             turned = layer.rope.channels
-            q, k = (_rotate(op, part, turns[layer.rope], turned, config.head_dim - turned) for part in (q, k))
+            q, k = (_rotate(op, part, turns[layer.rope], turned, heads.width - turned) for part in (q, k))
         k = op.Concat(inputs.past[2 * number], k, axis=2)  # [B, K, P+T, d]
         v = op.Concat(inputs.past[2 * number + 1], v, axis=2)
         present += [k, v]
-        context = parts.attention(
-            op,
-            q,
-            k,
-            v,
-            visible[layer.window],
-            config.attention_scale,
-            f"{block}.self_attn",
-            config.heads,
-            config.kv_heads,
-            config.head_dim,
-            config.score_cap,
-        )
+        mask, name = visible[layer.window], f"{block}.self_attn"
+        context = parts.attention(op, q, k, v, mask, heads, config.attention_scale, name, config.score_cap)
         if number == len(config.layers) - 1:
             context, x = parts.asked(op, inputs.keep, context, x)  # [B, n or T, ..]
         h = linear(context, f"{block}.self_attn.o_proj")

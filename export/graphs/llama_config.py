@@ -178,12 +178,10 @@ def parse_llama(fields: Mapping[str, Any], path: Path) -> LlamaConfig:
     """
     try:
         return _parse(fields)
-    except UserError:
-        raise
-    except Exception as error:  # transformers raises many kinds of exception
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    except Exception as error:  # transformers raises many kinds of exception, and says what is wrong in the last line
+        said = [type(error).__name__, *filter(None, map(str.strip, str(error).splitlines()))][-1]
         raise UserError(
-            f"{path}: {lines[-1] if lines else type(error).__name__}; take the config.json of the original checkpoint"
+            f"{path}: {said.partition('Error: ')[2] or said}; take the config.json of the original checkpoint"
         ) from None
 
 
@@ -208,8 +206,6 @@ def _parse(fields: Mapping[str, Any]) -> LlamaConfig:
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     if heads % kv_heads:
         raise ValueError(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
-    if head_dim % 2:
-        raise ValueError(f"head_dim is {head_dim}, where a rotary embedding needs pairs of channels")
     if (activation := getattr(config, family.activation)) not in (*ACTIVATIONS, "relu2"):
         raise ValueError(f"{family.activation} {activation!r} is not one of {', '.join(ACTIVATIONS)}, relu2")
     if not 0 < config.rms_norm_eps < math.inf:

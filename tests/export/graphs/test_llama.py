@@ -9,6 +9,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from cuantiza.core import contract
 from cuantiza.core.errors import UserError
@@ -130,7 +131,7 @@ def test_positions_far_beyond_the_trained_ones(case: str, tmp_path: Path) -> Non
     kind, fields = CASES[case]
     model = tiny_llama(kind, **fields)
     onnx_file.save(build(saved(model, tmp_path / "checkpoint")), tmp_path)
-    assert max(differences(model, Runtime(tmp_path / "model.onnx"), tokens=700)) < 1e-4
+    assert max(differences(model, Runtime(tmp_path / "model.onnx"), tokens=300)) < 1e-4
 
 
 def test_the_file_does_not_grow_with_the_positions(tmp_path: Path) -> None:
@@ -176,7 +177,9 @@ def test_half_precision_and_shards_and_no_prefix(dtype: torch.dtype, prefix: str
     (model if prefix else model.model).save_pretrained(tmp_path / "checkpoint", max_shard_size="200KB")
     assert len([*(tmp_path / "checkpoint").glob("*.safetensors")]) > 1
     onnx_file.save(build(tmp_path / "checkpoint"), tmp_path)
-    assert max(differences(model.float(), Runtime(tmp_path / "model.onnx"))) < 1e-4
+    # `model.float()` would keep rotary frequencies that were rounded to 16 bits.
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint", dtype=torch.float32)
+    assert max(differences(loaded, Runtime(tmp_path / "model.onnx"))) < 1e-4
 
 
 def test_the_artifact_of_a_checkpoint(exported: Callable[..., Artifact], make_llama: Callable[..., Path]) -> None:
@@ -210,11 +213,11 @@ def removed(name: str) -> Callable[[dict], None]:
 
 
 def reshaped(tensors: dict) -> None:
-    tensors["model.layers.1.mlp.up_proj.weight"] = tensors["model.layers.1.mlp.up_proj.weight"].T.copy()
+    tensors["model.layers.1.mlp.up_proj.weight"] = tensors["model.layers.1.mlp.up_proj.weight"].T.contiguous()
 
 
 def one_more_layer(tensors: dict) -> None:
-    tensors["model.layers.4.mlp.up_proj.weight"] = tensors["model.layers.3.mlp.up_proj.weight"]
+    tensors["model.layers.4.mlp.up_proj.weight"] = tensors["model.layers.3.mlp.up_proj.weight"].clone()
 
 
 def without_a_layer(tensors: dict) -> None:
@@ -255,7 +258,7 @@ def test_weights_that_do_not_fit(
         ({"hidden_size": "wide"}, "hidden_size is 'wide'"),
         ({"vocab_size": -5}, "vocab_size is -5"),
         ({"hidden_act": "laplace"}, "hidden_act 'laplace' is not one of"),
-        ({"head_dim": 7}, "head_dim is 7"),
+        ({"head_dim": 7}, "RoPE requires an even"),
         ({"rms_norm_eps": 0.0}, "rms_norm_eps"),
         ({"num_hidden_layers": 2_000_000_000}, "no such model has more than"),
         ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "changes with the length of the text"),

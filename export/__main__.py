@@ -1,4 +1,4 @@
-"""Exports a checkpoint (GPT-2, Llama, Mistral, Qwen and others: docs/models.md) to ONNX: the fp32 artifact in artifacts/<model>/fp32."""
+"""Exports a checkpoint to ONNX: the fp32 artifact in artifacts/<model>/fp32. docs/models.md says of which models."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from cuantiza.core.errors import UserError, run
 # A command's name: the module and function that run it, and what it does.
 COMMANDS = {
     "inspect": ("cuantiza.export.inspect:main", "say what a checkpoint or an artifact is, without exporting"),
-    "export": ("cuantiza.export.__main__:main", "export a GPT-2 checkpoint to ONNX"),
+    "export": ("cuantiza.export.__main__:main", "export a checkpoint to ONNX"),
     "quantize": ("cuantiza.quantize.__main__:main", "quantize the exported model by one recipe or several"),
     "eval": ("cuantiza.eval.__main__:main", "measure perplexity, size and latency of artifacts"),
     "compare": ("cuantiza.eval.compare.cli:main", "tell whether artifacts or a report became worse"),

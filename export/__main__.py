@@ -1,4 +1,4 @@
-"""Exports a GPT-2 checkpoint to ONNX: the fp32 artifact in artifacts/<model>/fp32."""
+"""Exports a checkpoint to ONNX: the fp32 artifact in artifacts/<model>/fp32. docs/models.md says of which models."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--exporter",
         choices=EXPORTERS,
         default="graph",
-        help="graph: this project's own graph of GPT-2; optimum: other causal language models, by optimum's exporter",
+        help="graph: this project's own graphs; optimum: some other models, by optimum's exporter",
     )
     parser.add_argument(
         "--opset", type=int, default=21, help=f"ONNX operator set, {OPSETS[0]} to {OPSETS[-1]} (default 21)"

@@ -1,4 +1,4 @@
-"""Export causal language models other than GPT-2 with optimum's exporter.
+"""Export causal language models that have no graph of ours with optimum's exporter.
 
 The exported graph is then changed so that its inputs and outputs are those of cuantiza/core/contract.py. optimum-onnx
 needs transformers 4.57 or older, so it runs in an interpreter of its own (`make optimum`, OPTIMUM_PYTHON).
@@ -218,7 +218,7 @@ def _replace_by_transpose(graph: ir.Graph, weight: ir.Value, embedding: ir.Value
 
 
 def _set_interface(graph: ir.Graph, checkpoint: Path) -> None:
-    """Give the graph the order of inputs and outputs, and the names of axes, that the graphs of export/graphs/gpt2.py have.
+    """Give the graph the order of inputs and outputs, and the names of axes, that our own graphs have.
 
     Raises UserError where an input or output is missing or unknown, or where the number or width of heads is not fixed.
     """

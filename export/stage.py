@@ -28,10 +28,10 @@ def export(
 ) -> Artifact:
     """Export a checkpoint to `output`/<model>/fp32, unless that artifact is there and up to date.
 
-    `model` is a folder, or a hub id with an optional `@revision`. The exporter "graph" writes this project's own graph
-    of GPT-2. The exporter "optimum" runs optimum-onnx in the interpreter `OPTIMUM_PYTHON`, for other causal language
-    models. The fp32 logits are compared with PyTorch's (in one pass, with a KV cache, and padded) before anything is
-    published.
+    `model` is a folder, or a hub id with an optional `@revision`. The exporter "graph" writes this project's own graphs
+    (export/graphs). The exporter "optimum" runs optimum-onnx in the interpreter `OPTIMUM_PYTHON`, for some other causal
+    language models. The fp32 logits are compared with PyTorch's (in one pass, with a KV cache, and padded) before
+    anything is published.
 
     Raises UserError where the checkpoint cannot be found or read, where an option is not one of EXPORTERS or OPSETS, or
     where the logits differ from PyTorch's.

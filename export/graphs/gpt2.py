@@ -27,7 +27,8 @@ def build(config: GPT2Config, weights: dict[str, Weight], opset: int, folder: Pa
     """
     builder = parts.begin("gpt2", opset)
     op = builder.op
-    width, heads, vocabulary = config.n_embd, config.n_head, config.vocab_size
+    width, vocabulary = config.n_embd, config.vocab_size
+    heads = parts.Heads(config.n_head, config.n_head, config.head_dim)
 
     def weight(name: str, *shape: int) -> ir.Value:
         return parts.weight(builder, weights, folder, name, shape)
@@ -44,7 +45,7 @@ def build(config: GPT2Config, weights: dict[str, Weight], opset: int, folder: Pa
     layers = {int(found[1]): name for name in weights if (found := _BLOCK.match(name))}
     parts.check_layers(layers, config.n_layer, "n_layer", "h", folder)
 
-    inputs = parts.add_inputs(builder, config.n_layer, heads, config.head_dim)
+    inputs = parts.add_inputs(builder, config.n_layer, heads)
     present: list[ir.Value] = []
     wte = weight("wte.weight", vocabulary, width)
     wpe = weight("wpe.weight", config.n_positions, width)
@@ -56,12 +57,11 @@ def build(config: GPT2Config, weights: dict[str, Weight], opset: int, folder: Pa
         h = layer_norm(x, f"{block}.ln_1")
         qkv = linear(h, f"{block}.attn.c_attn", width, 3 * width)  # [B, T, 3D]
         split = op.Split(qkv, axis=-1, num_outputs=3, _outputs=3)
-        q, k, v = (parts.split_heads(op, part, heads, config.head_dim) for part in split)
+        q, k, v = (parts.split_heads(op, part, heads.number, heads.width) for part in split)
         k = op.Concat(inputs.past[2 * layer], k, axis=2)  # [B, H, P+T, d]
         v = op.Concat(inputs.past[2 * layer + 1], v, axis=2)
         present += [k, v]
-        scale = _attention_scale(config, layer)
-        context = parts.attention(op, q, k, v, visible, scale, f"{block}.attn", heads, heads, config.head_dim)
+        context = parts.attention(op, q, k, v, visible, heads, _attention_scale(config, layer), f"{block}.attn")
         if layer == config.n_layer - 1:
             context, x = parts.asked(op, inputs.keep, context, x)  # [B, n or T, D]
         x = op.Add(x, linear(context, f"{block}.attn.c_proj", width, width))

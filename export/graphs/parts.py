@@ -34,6 +34,15 @@ class Size:
 
 
 @dataclass(frozen=True)
+class Heads:
+    """H heads of queries, K heads of keys and values, which H/K heads of queries share, and their width d."""
+
+    number: int
+    of_keys: int
+    width: int
+
+
+@dataclass(frozen=True)
 class Inputs:
     """The inputs of cuantiza/core/contract.py. `past` holds key and value of each layer, in the contract's order."""
 
@@ -100,13 +109,13 @@ def is_tied(weights: Mapping[str, Weight], embedding: str, head: str, declared: 
     return one.shape == other.shape and np.array_equal(one.read(), other.read())
 
 
-def add_inputs(builder: onnxscript.GraphBuilder, layers: int, heads: int, head_dim: int) -> Inputs:
-    """Add the contract's inputs to the graph of `builder`; `heads` are those of keys and values."""
+def add_inputs(builder: onnxscript.GraphBuilder, layers: int, heads: Heads) -> Inputs:
+    """Add the contract's inputs to the graph of `builder`."""
     tokens = [contract.BATCH, contract.TOKENS]
     input_ids = builder.input(contract.INPUT_IDS, DataType.INT64, tokens)
     attention_mask = builder.input(contract.ATTENTION_MASK, DataType.INT64, [contract.BATCH, contract.TOTAL])
     position_ids = builder.input(contract.POSITION_IDS, DataType.INT64, tokens)
-    cache: list[str | int] = [contract.BATCH, heads, contract.PAST, head_dim]
+    cache: list[str | int] = [contract.BATCH, heads.of_keys, contract.PAST, heads.width]
     past = [builder.input(name, DataType.FLOAT, cache) for name in contract.past_names(layers)]
     # This input has a default, so that loaders that do not know it need not feed it.
     keep = ir.Value(
@@ -139,9 +148,9 @@ def visible(op: onnxscript.OpBuilder, inputs: Inputs, windows: Collection[int | 
     return masks
 
 
-def split_heads(op: onnxscript.OpBuilder, x: ir.Value, heads: int, head_dim: int) -> ir.Value:
-    """Split x [B, T, H·d] into heads [B, H, T, d]."""
-    return op.Transpose(op.Reshape(x, [0, 0, heads, head_dim]), perm=[0, 2, 1, 3])
+def split_heads(op: onnxscript.OpBuilder, x: ir.Value, number: int, width: int) -> ir.Value:
+    """Split x [B, T, number·width] into heads [B, number, T, width]."""
+    return op.Transpose(op.Reshape(x, [0, 0, number, width]), perm=[0, 2, 1, 3])
 
 
 def attention(
@@ -150,33 +159,31 @@ def attention(
     k: ir.Value,
     v: ir.Value,
     visible: ir.Value,
+    heads: Heads,
     scale: float,
     name: str,
-    heads: int,
-    kv_heads: int,
-    head_dim: int,
     cap: float | None = None,
 ) -> ir.Value:
     """The context [B, T, H·d] of queries [B, H, T, d] that attend to keys and values [B, K, P+T, d].
 
     `scale` multiplies the scores, and `cap` · tanh(score / `cap`) then bounds them. `visible` [B, 1, T, P+T] is the mask;
     where K < H it is [B, 1, 1, T, P+T]. There, H/K queries share a key: they get an axis of their own, over which the
-    matmul broadcasts the keys. To repeat the keys instead (Expand) copies the whole cache at each token.
+    matmul broadcasts the keys. To repeat the keys instead (Expand) would copy the whole cache at each token.
     """
-    heads_axes, last = [0, 1], [3, 2]
-    if kv_heads < heads:
-        q = op.Reshape(q, [0, kv_heads, heads // kv_heads, -1, head_dim])  # [B, K, H/K, T, d]
+    before, tokens, width = [0, 1], 2, 3  # the axes of q
+    if heads.of_keys < heads.number:
+        q = op.Reshape(q, [0, heads.of_keys, heads.number // heads.of_keys, -1, heads.width])  # [B, K, H/K, T, d]
         k, v = op.Unsqueeze(k, [2]), op.Unsqueeze(v, [2])  # [B, K, 1, P+T, d]
-        heads_axes, last = [0, 1, 2], [4, 3]
-    scores = op.MatMul(q, op.Transpose(k, perm=[*heads_axes, *last]), _name=f"{name}.scores")  # [B, H, T, P+T]
+        before, tokens, width = [0, 1, 2], 3, 4
+    scores = op.MatMul(q, op.Transpose(k, perm=[*before, width, tokens]), _name=f"{name}.scores")  # [B, H, T, P+T]
     if scale != 1.0:
         scores = op.Mul(scores, scale)
     if cap is not None:
         scores = op.Mul(op.Tanh(op.Div(scores, cap)), cap)
     weights = op.Softmax(op.Add(scores, visible), axis=-1, _name=f"{name}.softmax")
     context = op.MatMul(weights, v, _name=f"{name}.context")  # [B, H, T, d]
-    context = op.Transpose(context, perm=[0, last[1], *heads_axes[1:], last[0]])
-    return op.Reshape(context, [0, 0, heads * head_dim])
+    context = op.Transpose(context, perm=[0, tokens, *before[1:], width])
+    return op.Reshape(context, [0, 0, heads.number * heads.width])
 
 
 def asked(op: onnxscript.OpBuilder, keep: ir.Value, *values: ir.Value) -> tuple[ir.Value, ...]:

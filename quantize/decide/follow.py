@@ -87,16 +87,15 @@ def _sums(
 
     The first value is the input of the linear layers: x in the fp32 model, y in the rounded one.
     """
-    gram: np.ndarray | None = None
-    cross: list[np.ndarray | None] = []
+    totals: list[np.ndarray] = []
     for window, starts in zip(windows, streams, strict=True):
         ours, theirs = (list(map(_tokens, run(window, start))) for run, start in zip(runs, starts, strict=True))
-        gram = _add(gram, theirs[0], theirs[0], each)
-        lost = [own - other for own, other in zip(ours, theirs, strict=True)]
-        cross = [
-            _add(total, theirs[0], part, each) for total, part in zip(cross or [None] * len(lost), lost, strict=True)
-        ]
-    return gram, cross
+        y = theirs[0]
+        parts = [y, *(own - other for own, other in zip(ours, theirs, strict=True))]
+        totals = totals or [np.zeros((y.shape[1], part.shape[1]), np.float32) for part in parts]
+        for total, part in zip(totals, parts, strict=True):
+            _add(total, y, part, each)
+    return totals[0], totals[1:]
 
 
 def on_disk(array: np.ndarray, folder: Path) -> np.ndarray:
@@ -114,16 +113,14 @@ def _tokens(x: np.ndarray) -> np.ndarray:
     return x.reshape(-1, x.shape[-1])
 
 
-def _add(total: np.ndarray | None, y: np.ndarray, x: np.ndarray, each: Each) -> np.ndarray:
-    """Add yᵀx to `total` float32 [K, M], panel by panel, and return it."""
-    total = np.zeros((y.shape[1], x.shape[1]), np.float32) if total is None else total
+def _add(total: np.ndarray, y: np.ndarray, x: np.ndarray, each: Each) -> None:
+    """Add yᵀx to `total` float32 [K, M], panel by panel."""
 
     def panel(first: int) -> None:
         columns = slice(first, first + _PANEL)
         total[:, columns] += y.T @ x[:, columns]
 
     list(each(panel, range(0, x.shape[1], _PANEL)))
-    return total
 
 
 def _added(projection: Projection, block: Block) -> str | None:

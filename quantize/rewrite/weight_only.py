@@ -176,7 +176,7 @@ def _store_scale(graph: ir.Graph, name: str, scale: np.ndarray, step: np.ndarray
     if step is None:
         return constant(graph, f"{name}_scale", np.ascontiguousarray(scale.T if turned else scale))
     multiples = np.rint(scale / step).astype(np.uint8)
-    stored = constant(graph, f"{name}_scale_int8", np.ascontiguousarray(multiples.T if turned else multiples))
+    stored = constant(graph, f"{name}_scale_uint8", np.ascontiguousarray(multiples.T if turned else multiples))
     tape = ir.tape.Tape()
     cast = tape.op("Cast", [stored], {"to": ir.DataType.FLOAT})
     result = tape.op("Mul", [cast, constant(graph, f"{name}_scale_step", step[:, None] if turned else step)])

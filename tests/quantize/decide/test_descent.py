@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 
 from cuantiza.core.inputs.corpus import Source, load_splits
@@ -12,7 +13,7 @@ from cuantiza.core.inputs.gpt2_config import parse_config
 from cuantiza.core.inputs.model_config import read_config
 from cuantiza.core.inputs.weights.checkpoint import read_checkpoint
 from cuantiza.export.gpt2 import build
-from cuantiza.quantize.decide import calibrate, gptq
+from cuantiza.quantize.decide import gptq
 from cuantiza.quantize.decide.blocks import open_block, split
 from cuantiza.quantize.decide.calibrate import calibration_windows
 from cuantiza.quantize.decide.follow import _added
@@ -138,6 +139,12 @@ def test_the_layers_that_add_to_the_residual_stream():
     assert found == everything - {"h.0.attn.c_proj"}
 
 
+def test_a_layer_that_is_quantized_alone_makes_up_for_no_other():
+    plans = {name: RECIPES[name].plan() for name in ("int4-weight", "int8-weight")}
+    assert plans["int4-weight"].alone() == replace(plans["int4-weight"], rounding="gptq")
+    assert plans["int8-weight"].alone() == plans["int8-weight"]
+
+
 def test_the_rounded_model_stays_closer_to_the_fp32_model(tmp_path, monkeypatch):
     """After two layers, on text that did not calibrate: closer with the descent, and closer still as it follows."""
     test, calibration = (
@@ -157,7 +164,7 @@ def test_the_rounded_model_stays_closer_to_the_fp32_model(tmp_path, monkeypatch)
         decisions = decide(model, calibration, recipe.plan(), tmp_path, "h.1.mlp.c_proj")
         for name, weight in choose_weights(model, decisions, Grid(8)).items():
             if weight.grid.bits == 4:
-                model.graph.initializers[name].const_value = calibrate.ir.tensor(weight.dequantize(), name=name)
+                model.graph.initializers[name].const_value = ir.tensor(weight.dequantize(), name=name)
         return float(np.square(residual(model) - wanted).sum())
 
     wanted = residual(plain)

@@ -7,6 +7,8 @@ from typing import Literal
 
 # How weights are rounded to integers: quantize/decide/rounding.py and quantize/decide/gptq.py.
 Rounding = Literal["gptq", "nearest"]
+# Where activations stay in float, also "descent": quantize/decide/follow.py.
+WeightRounding = Literal["descent", "gptq", "nearest"]
 # How the range of an activation is chosen from its histogram: quantize/decide/ranges.py.
 Ranges = Literal["min-max", "percentile", "entropy", "mse"]
 # Which operators the graph uses: standard ones for any runtime, or the fewest and fastest ones for ONNX Runtime on a

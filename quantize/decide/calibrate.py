@@ -1,8 +1,9 @@
 """Calibration: run the model block by block on calibration windows, and decide how to quantize each linear layer.
 
 Each block runs on the windows once, and is smoothed according to the activations that were seen. A static recipe runs
-the smoothed block again, to collect histograms of its activations. Then the weights of the block are rounded. Only
-sums, histograms and a sample of the activations are kept.
+the smoothed block again, to collect histograms of its activations. Then the weights of the block are rounded. With
+rounding "descent", that follows what the blocks and layers before, rounded, make of the windows (follow.py). Only sums,
+histograms and a sample of the activations are kept, and for each window the values that the next block starts from.
 
 The last bits of a matmul depend on the number of threads that BLAS splits it over, and such a bit can change which way
 a 4-bit weight is rounded. So each matmul has one thread, and the processors work on different tensors instead: the
@@ -11,7 +12,6 @@ result has the same bytes on any number of processors.
 
 from __future__ import annotations
 
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -31,6 +31,7 @@ from cuantiza.quantize.decide import smooth
 from cuantiza.quantize.decide.activation import ROW_ZERO_POINTS, Activation, PerRow, PerTensor, matmul_error
 from cuantiza.quantize.decide.blocks import Block, open_block, split
 from cuantiza.quantize.decide.decision import Decision, Plan
+from cuantiza.quantize.decide.follow import on_disk, round_block
 from cuantiza.quantize.decide.gptq import gptq
 from cuantiza.quantize.decide.observations import Histogram, Moments
 from cuantiza.quantize.decide.ranges import RANGES
@@ -87,6 +88,7 @@ def _calibrate(
     values = find_values(model.graph)
     before: list[np.ndarray | None] = [None] * len(windows)
     decisions: dict[str, Decision] = {}
+    follows, before_rounded = plan.rounding == "descent", before
     blocks = split(model.graph)
     for block in track(blocks, "calibrate", len(blocks)):
         with_gram = plan.rounding == "gptq" and any(_is_rounded(p, tables, plan) for p in block.projections)
@@ -101,9 +103,16 @@ def _calibrate(
             if tensor.group is not None:
                 smooth.apply(model.graph, tensor.group, tensor.smoothing)
         histograms = _histograms(model, block, windows, before, tensors, work) if _is_static(plan) else {}
+        weights: dict[str, IntWeight] = {}
+        if follows:
+            readers = [[one for one in tensor.projections if one.weight not in tables] for tensor in tensors]
+            streams = list(zip(before, before_rounded, strict=True))
+            weights, before_rounded = round_block(
+                model, block, [one for one in readers if one], windows, streams, plan.grid, work, pool.map
+            )
         inputs = [(projection, tensor) for tensor in tensors for projection in tensor.projections]
         decided = pool.map(
-            lambda both: _decide(both[0], both[1], histograms.get(both[1].name), tables, plan, work),  # noqa: B023
+            lambda both: _decide(*both, weights.get(both[0].name), histograms.get(both[1].name), tables, plan, work),  # noqa: B023
             inputs,
         )
         decisions |= {projection.name: decision for (projection, _), decision in zip(inputs, decided, strict=True)}
@@ -333,9 +342,15 @@ def _histograms(
 
 
 def _decide(
-    projection: Projection, tensor: _Tensor, histogram: Histogram | None, tables: set[ir.Value], plan: Plan, work: Path
+    projection: Projection,
+    tensor: _Tensor,
+    rounded: IntWeight | None,
+    histogram: Histogram | None,
+    tables: set[ir.Value],
+    plan: Plan,
+    work: Path,
 ) -> Decision:
-    """Decide on one linear layer: choose the range of its input, and round its weight."""
+    """Decide on one linear layer: choose the range of its input, and round its weight unless that is done."""
     keep, of_values = tensor.keep, tensor.of_values.get(projection.name)
     activation: Activation | None = None
     rows, output = tensor.moments.rows[:, keep], tensor.output(tensor.moments.rows)
@@ -358,27 +373,15 @@ def _decide(
         if too_coarse:
             activation = PerRow(bits=16)
     in_float = np.flatnonzero(~keep)
-    rounded = None
-    if _is_rounded(projection, tables, plan):
+    if rounded is None and _is_rounded(projection, tables, plan):
         grid = plan.grid if projection.weight not in tables else plan.table
         rounded = _round(weight, tensor.moments.gram, of_values, keep, replace(plan, grid=grid))
-        rounded = replace(rounded, q=_on_disk(rounded.q, work))
+        rounded = replace(rounded, q=on_disk(rounded.q, work))
     if activation is not None:
         details |= asdict(activation) | {"relative_error": error(activation)}
     if len(in_float):
         details |= {"float_channels": in_float.tolist(), "float_bytes": 4 * weight[in_float].size}
     return Decision(rounded, activation, in_float, np.ascontiguousarray(weight[in_float]), details, histogram)
-
-
-def _on_disk(array: np.ndarray, folder: Path) -> np.ndarray:
-    """Return `array`, memory-mapped from an unnamed file in `folder`.
-
-    The integers of all layers together would take a quarter of the model's size in memory.
-    """
-    with tempfile.TemporaryFile(dir=folder) as file:
-        np.ascontiguousarray(array).tofile(file)
-        file.flush()
-        return np.memmap(file, array.dtype, "r", shape=array.shape)
 
 
 def _round(

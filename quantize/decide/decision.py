@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 class Plan:
     """The choices of a recipe that calibration follows.
 
-    `grid` says which integers the weights become, and `rounding` how they are rounded ("gptq", else to nearest).
+    `grid` says which integers the weights become, and `rounding` how they are rounded: "gptq"; "descent", which is GPTQ and
+    more (follow.py), without float channels; else to nearest.
     `alphas` are the exponents that smoothing tries; without any there is no smoothing. `ranges` says how activations
     get their range: "row" for each token at run time, a name of RANGES for a static one, None where they stay in
     floating point. `float_channels` is the largest number of channels of a tensor that may stay in floating point.
@@ -38,6 +39,10 @@ class Plan:
     float_channels: int = 0
     max_error: float | None = None
     table: Grid | None = None
+
+    def alone(self) -> Plan:
+        """Return the plan for layers that are quantized one at a time, and need not make up for others."""
+        return replace(self, rounding="gptq") if self.rounding == "descent" else self
 
 
 @dataclass(frozen=True)

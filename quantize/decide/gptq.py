@@ -5,9 +5,23 @@ A weight is [K, N] here, for x [.., K] · W [K, N], as in rounding.py.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+
 import numpy as np
 
-from cuantiza.quantize.decide.rounding import COLUMNS, Grid, IntWeight, choose_scale, round_to_nearest
+from cuantiza.quantize.decide.rounding import (
+    COLUMNS,
+    Grid,
+    IntWeight,
+    choose_scale,
+    in_steps,
+    round_to_nearest,
+    scale_step,
+)
+
+# Applies a function to each item, in order: map, or the map of a pool of threads.
+Each = Callable[[Callable, Iterable], Iterable]
 
 # GPTQ updates this many rows one by one, and then all later rows at once. The number affects only the speed, and the
 # last digits of floats.
@@ -15,6 +29,10 @@ _LAZY_ROWS = 128
 # This share of the mean of the Hessian's diagonal is added to the diagonal (GPTQ, section 3.3), so that inputs that are
 # nearly always 0 do no harm.
 DAMPING = 0.01
+# How often `descend` visits every weight. Further passes hardly lower the error (es-mini: 0.3 % from 3 to 6).
+_PASSES = 4
+# `descend` rounds this many channels at a time, so that several threads can share the channels of one layer.
+_PART = 384
 
 
 def gptq(weight: np.ndarray, gram: np.ndarray, grid: Grid) -> IntWeight:
@@ -28,22 +46,77 @@ def gptq(weight: np.ndarray, gram: np.ndarray, grid: Grid) -> IntWeight:
     """
     if not np.isfinite(gram).all():
         return round_to_nearest(weight, grid)
-    inputs = len(weight)
-    diagonal = gram.diagonal().astype(np.float64)
-    mean = diagonal.clip(0).mean() or 1.0
-    order = np.argsort(-diagonal, kind="stable") if grid.block is None else np.arange(inputs)
-    hessian = gram[np.ix_(order, order)].astype(np.float64)
-    dead = np.flatnonzero(diagonal[order] <= 0)  # inputs that are always 0, which are rounded to nearest
-    hessian[dead, dead] = mean
-    factor = _damped_factor(hessian, DAMPING * mean)
+    by_energy = np.argsort(-gram.diagonal().astype(np.float64), kind="stable")
+    order = by_energy if grid.block is None else np.arange(len(weight))
+    factor = _damped_factor(_hessian(gram)[np.ix_(order, order)], DAMPING * _mean_energy(gram))
+    step = scale_step(weight, grid)
     parts = [
-        _gptq_columns(weight[order, start : start + COLUMNS].astype(np.float32), factor, grid)
-        for start in range(0, weight.shape[1], COLUMNS)
+        _gptq_columns(weight[order, part].astype(np.float32), factor, grid, None if step is None else step[part])
+        for part in _parts(weight.shape[1], COLUMNS)
     ]
     q, scale, zero = (np.concatenate(arrays, axis=1) for arrays in zip(*parts, strict=True))
-    back = np.empty_like(order)
-    back[order] = np.arange(inputs)
-    return IntWeight(q[back], scale.astype(np.float32), zero.astype(q.dtype), grid)
+    return IntWeight(q[np.argsort(order)], scale.astype(np.float32), zero.astype(q.dtype), grid, step)
+
+
+def descend(
+    weight: np.ndarray, gram: np.ndarray, grid: Grid, missing: np.ndarray | None = None, each: Each = map
+) -> IntWeight:
+    """Round `weight` [K, N] as `gptq` does, and better: from two starts, coordinate by coordinate downhill.
+
+    `missing` [K, N] = Σ xᵀm says what the matmul lacks: its output should be x·W + m. What of m can be computed from x, by
+    ridge regression with the damped Hessian, is added to W before rounding.
+
+    Each channel starts from GPTQ in the inputs' order, where each block takes its scale when its turn comes, and from
+    GPTQ in the order of the inputs' energy, with scales chosen before. `_downhill` lowers the error of both, and the better
+    one is kept. So no channel is worse than by `gptq`, up to the damping. `each` may use several threads: it is
+    given parts of the channels, whose size does not depend on the number of threads.
+    """
+    if not np.isfinite(gram).all():
+        return round_to_nearest(weight, grid)
+    damping = DAMPING * _mean_energy(gram)
+    orders = np.arange(len(weight)), np.argsort(-gram.diagonal(), kind="stable")
+    factors = [_damped_factor(_hessian(gram)[np.ix_(order, order)], damping) for order in orders]
+    if missing is not None:
+        weight = weight + factors[0].T @ (factors[0] @ missing)
+    hessian = _hessian(gram).astype(np.float32)
+    hessian[np.diag_indices(len(hessian))] += damping
+
+    def part(columns: slice) -> IntWeight:
+        mine = np.ascontiguousarray(weight[:, columns], np.float32)
+        step = scale_step(mine, grid)
+        q, scale, zero = _gptq_columns(mine.copy(), factors[0], grid, step)
+        in_order = IntWeight(q, scale, zero.astype(q.dtype), grid, step)
+        nearest = round_to_nearest(mine, grid)
+        by_energy = replace(nearest, q=_gptq_fixed(mine[orders[1]], factors[1], nearest, orders[1]))
+        ends = [_downhill(mine, hessian, start) for start in (in_order, by_energy)]
+        better = _error(mine, hessian, ends[1]) < _error(mine, hessian, ends[0])
+        q, scale, zero = (
+            np.where(better, getattr(ends[1], name), getattr(ends[0], name)) for name in ("q", "scale", "zero_point")
+        )
+        return IntWeight(q, scale, zero, grid, step)
+
+    parts = list(each(part, _parts(weight.shape[1], _PART)))
+    q, scale, zero = (
+        np.concatenate([getattr(one, name) for one in parts], axis=1) for name in ("q", "scale", "zero_point")
+    )
+    step = None if grid.scale_bits == 32 else np.concatenate([one.step for one in parts])
+    return IntWeight(q, scale, zero, grid, step)
+
+
+def _parts(channels: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, channels)) for start in range(0, channels, size)]
+
+
+def _mean_energy(gram: np.ndarray) -> float:
+    return gram.diagonal().astype(np.float64).clip(0).mean() or 1.0
+
+
+def _hessian(gram: np.ndarray) -> np.ndarray:
+    """Return `gram` in float64, with the mean of its diagonal for inputs that are always 0: they round to nearest."""
+    hessian = gram.astype(np.float64)
+    dead = np.flatnonzero(gram.diagonal() <= 0)
+    hessian[dead, dead] = _mean_energy(gram)
+    return hessian
 
 
 def _damped_factor(hessian: np.ndarray, damping: float) -> np.ndarray:
@@ -84,10 +157,13 @@ def _inverse_upper(upper: np.ndarray) -> np.ndarray:
     return inverse
 
 
-def _gptq_columns(rest: np.ndarray, factor: np.ndarray, grid: Grid) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _gptq_columns(
+    rest: np.ndarray, factor: np.ndarray, grid: Grid, step: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return (q [K, N], scales [G, N], zero points [G, N]) of the weights `rest` float32 [K, N].
 
-    `rest` is overwritten: it holds the weights with the errors of earlier inputs added to them.
+    `rest` is overwritten: it holds the weights with the errors of earlier inputs added to them. The scales are whole
+    multiples of `step` [N], if it is not None.
     """
     low, high = grid.limits
     inputs, channels = rest.shape
@@ -102,7 +178,7 @@ def _gptq_columns(rest: np.ndarray, factor: np.ndarray, grid: Grid) -> tuple[np.
                 # Later rows of this block may still lack the errors of earlier inputs. The block's scale needs them.
                 pending = rest[end : row + block] - factor[start:row, end : row + block].T @ errors[: row - start]
                 group = np.concatenate([rest[row : min(end, row + block)], pending])
-                scale, zero = choose_scale(group, grid)
+                scale, zero = choose_scale(group, grid, step=step)
                 scales.append(scale)
                 zeros.append(zero)
             q[row] = rounded = (np.rint(rest[row] / scale) + zero).clip(low, high)
@@ -110,3 +186,68 @@ def _gptq_columns(rest: np.ndarray, factor: np.ndarray, grid: Grid) -> tuple[np.
             rest[row + 1 : end] -= factor[row, row + 1 : end, None] * errors[row - start]
         rest[end:] -= factor[start:end, end:].T @ errors
     return q, np.stack(scales), np.stack(zeros)
+
+
+def _gptq_fixed(rest: np.ndarray, factor: np.ndarray, fixed: IntWeight, order: np.ndarray) -> np.ndarray:
+    """Return q [K, N] of the weights `rest` [K, N], which stand in `order` [K], with the scales of `fixed`.
+
+    q is in the inputs' own order. `rest` is overwritten.
+    """
+    low, high = fixed.grid.limits
+    inputs = len(rest)
+    block = fixed.grid.block or inputs
+    q = np.empty(rest.shape, fixed.q.dtype)
+    for start in range(0, inputs, _LAZY_ROWS):
+        end = min(start + _LAZY_ROWS, inputs)
+        errors = np.empty((end - start, rest.shape[1]), np.float32)
+        for row in range(start, end):
+            scale = fixed.scale[order[row] // block]
+            zero = fixed.zero_point[order[row] // block].astype(np.float32)
+            q[order[row]] = rounded = (np.rint(rest[row] / scale) + zero).clip(low, high)
+            errors[row - start] = (rest[row] - (rounded - zero) * scale) / factor[row, row]
+            rest[row + 1 : end] -= factor[row, row + 1 : end, None] * errors[row - start]
+        rest[end:] -= factor[start:end, end:].T @ errors
+    return q
+
+
+def _downhill(weight: np.ndarray, hessian: np.ndarray, rounded: IntWeight) -> IntWeight:
+    """Improve `rounded` by coordinate descent on tr(Eᵀ·H·E), E = Ŵ − W, for the Hessian H float32 [K, K].
+
+    Block after block, the scale of each channel and then each integer takes the value with the least error while all
+    others stay (QuantEase, arXiv 2309.01885, does so for the integers). The error is a parabola along each coordinate, so
+    the best is its minimum, rounded to the grid, and no step raises the error. With G = H·E, the minimum along the
+    direction d of Ŵ is at t = −dᵀG / dᵀHd.
+    """
+    grid, inputs = rounded.grid, len(weight)
+    low, high = grid.limits
+    block = grid.block or inputs
+    q, scale = rounded.q.astype(np.float32), rounded.scale.copy()
+    zero = rounded.zero_point.astype(np.float32)
+    error = rounded.dequantize() - weight
+    for _ in range(_PASSES):
+        for group, start in enumerate(range(0, inputs, block)):
+            rows = slice(start, min(start + block, inputs))
+            curvature = np.ascontiguousarray(hessian[rows, rows])
+            integers, errors, slope = q[rows], error[rows], hessian[rows] @ error
+            direction = integers - zero[group]
+            bend = curvature @ direction
+            length = np.einsum("kn,kn->n", direction, bend)
+            move = np.einsum("kn,kn->n", direction, slope) / np.where(length > 0, length, 1)
+            new = in_steps(scale[group] - move, rounded.step)
+            new = np.where((length > 0) & (new > 0), new, scale[group])
+            errors += direction * (new - scale[group])
+            slope += bend * (new - scale[group])
+            scale[group] = new
+            for row in range(len(integers)):
+                best = np.rint(integers[row] - slope[row] / (curvature[row, row] * new)).clip(low, high)
+                change = (best - integers[row]) * new
+                integers[row] = best
+                errors[row] += change
+                slope[row + 1 :] += curvature[row + 1 :, row, None] * change
+    return IntWeight(q.astype(rounded.q.dtype), scale, rounded.zero_point, grid, rounded.step)
+
+
+def _error(weight: np.ndarray, hessian: np.ndarray, rounded: IntWeight) -> np.ndarray:
+    """Return the error of each channel, [N]: the diagonal of Eᵀ·H·E."""
+    error = rounded.dequantize() - weight
+    return np.einsum("kn,kn->n", error, hessian @ error)

@@ -13,6 +13,8 @@ import numpy as np
 # above 2, because the few large weights matter more than their part of the squared error (GPTQ's own choice).
 CLIPS = np.linspace(1.0, 0.6, 9, dtype=np.float32)
 NORM = 2.4
+# How many steps the largest scale of a channel has, where a byte stores each scale.
+STEPS = 255
 # Channels are independent, so this many are rounded at a time. Temporary arrays for a whole vocabulary would be large.
 COLUMNS = 8192
 
@@ -23,11 +25,14 @@ class Grid:
 
     There is a scale for every `block` inputs of a channel, or one per channel if `block` is None. Symmetric integers
     are signed and have zero point 0: −127..127 for 8 bits, −2^(b−1)..2^(b−1)−1 for b < 8. Others are unsigned: 0..2^b−1.
+    With `scale_bits` 8, the scales of a channel are 1 to 255 times a step of the channel, so that a byte stores each
+    (double quantization, QLoRA, arXiv 2305.14314); with 32 they are float32.
     """
 
     bits: int
     block: int | None = None
     symmetric: bool = True
+    scale_bits: int = 32
 
     @property
     def limits(self) -> tuple[int, int]:
@@ -41,13 +46,14 @@ class Grid:
 class IntWeight:
     """An integer weight: q int8 or uint8 [K, N], scale float32 [G, N], and zero_point [G, N] of the type of q.
 
-    G = ⌈K / block⌉ is the number of blocks of inputs.
+    G = ⌈K / block⌉ is the number of blocks of inputs. `step` float32 [N] divides the scales, where a byte stores each.
     """
 
     q: np.ndarray
     scale: np.ndarray
     zero_point: np.ndarray
     grid: Grid
+    step: np.ndarray | None = None
 
     def dequantize(self) -> np.ndarray:
         """Return (q − zero point) · scale, float32 [K, N]."""
@@ -71,21 +77,47 @@ def round_to_nearest(weight: np.ndarray, grid: Grid, clips: np.ndarray = CLIPS) 
     q = np.empty(weight.shape, np.int8 if grid.symmetric else np.uint8)
     scales = np.empty((-(-inputs // block), channels), np.float32)
     zeros = np.empty(scales.shape, q.dtype)
+    step = scale_step(weight, grid)
     for first in range(0, channels, COLUMNS):
         columns = slice(first, first + COLUMNS)
+        steps = None if step is None else step[columns]
         for group, start in enumerate(range(0, inputs, block)):
             rows = weight[start : start + block, columns]
-            scale, zero = choose_scale(rows, grid, clips)
+            scale, zero = choose_scale(rows, grid, clips, steps)
             q[start : start + block, columns] = (np.rint(rows / scale) + zero).clip(low, high)
             scales[group, columns], zeros[group, columns] = scale, zero
-    return IntWeight(q, scales, zeros, grid)
+    return IntWeight(q, scales, zeros, grid, step)
 
 
-def choose_scale(rows: np.ndarray, grid: Grid, clips: np.ndarray = CLIPS) -> tuple[np.ndarray, np.ndarray]:
+def scale_step(weight: np.ndarray, grid: Grid) -> np.ndarray | None:
+    """Return the step float32 [N] of the scales of `weight` [K, N]: 255 steps cover its widest block. None: no step."""
+    if grid.scale_bits == 32:
+        return None
+    largest = _full_scales(weight, grid).max(axis=0)
+    return np.where(largest > 0, largest / STEPS, 1).astype(np.float32)
+
+
+def in_steps(scale: np.ndarray, step: np.ndarray | None) -> np.ndarray:
+    """Round `scale` [.., N] to 1 to 255 steps [N], or return it as it is where there is no step."""
+    return scale if step is None else np.rint(scale / step).clip(1, STEPS) * step
+
+
+def _full_scales(weight: np.ndarray, grid: Grid) -> np.ndarray:
+    """Return the scales [G, N] with which the integers span the whole range of each block of `weight` [K, N]."""
+    low, high = grid.limits
+    starts = np.arange(0, len(weight), grid.block or len(weight))
+    bottom = np.minimum(np.minimum.reduceat(weight, starts, axis=0), 0)
+    top = np.maximum(np.maximum.reduceat(weight, starts, axis=0), 0)
+    return np.maximum(top / high, bottom / low) if grid.symmetric else (top - bottom) / (high - low)
+
+
+def choose_scale(
+    rows: np.ndarray, grid: Grid, clips: np.ndarray = CLIPS, step: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Return (scale, zero point), float32 [N] each, for `rows` [B, N], the weights of one block of inputs.
 
-    They cover the range of each channel, or a share of it where clipping lowers Σ |error|^2.4. A channel of zeros gets
-    scale 1 and stays exactly zero.
+    They cover the range of each channel, or a share of it where clipping lowers Σ |error|^2.4, in whole multiples of
+    `step` [N] if there is one. A channel of zeros gets scale 1 and stays exactly zero.
     """
     low, high = grid.limits
     bottom, top = np.minimum(rows.min(axis=0), 0), np.maximum(rows.max(axis=0), 0)
@@ -93,7 +125,7 @@ def choose_scale(rows: np.ndarray, grid: Grid, clips: np.ndarray = CLIPS) -> tup
     chosen = np.ones(rows.shape[1], np.float32), np.zeros(rows.shape[1], np.float32)
     for clip in clips:
         full = np.maximum(top / high, bottom / low) if grid.symmetric else (top - bottom) / (high - low)
-        scale = np.where(full > 0, full * clip, 1).astype(np.float32)
+        scale = in_steps(np.where(full > 0, full * clip, 1).astype(np.float32), step)
         zero = np.zeros_like(scale) if grid.symmetric else np.rint(-bottom * clip / scale).clip(low, high)
         error = (np.rint(rows / scale) + zero).clip(low, high)
         error -= zero
@@ -113,10 +145,5 @@ def rounding_noise(weight: np.ndarray, grid: Grid) -> np.ndarray:
 
     Each weight contributes step²/12, with steps that span the whole range. The error of GPTQ is below this estimate.
     """
-    low, high = grid.limits
-    block = grid.block or len(weight)
-    starts = np.arange(0, len(weight), block)
-    bottom = np.minimum(np.minimum.reduceat(weight, starts, axis=0), 0)
-    top = np.maximum(np.maximum.reduceat(weight, starts, axis=0), 0)
-    step = np.maximum(top / high, bottom / low) if grid.symmetric else (top - bottom) / (high - low)  # [G, N]
-    return np.repeat(np.einsum("gn,gn->g", step, step) / 12, block)[: len(weight)]
+    step = _full_scales(weight, grid)
+    return np.repeat(np.einsum("gn,gn->g", step, step) / 12, grid.block or len(weight))[: len(weight)]

@@ -136,7 +136,7 @@ def measure_sensitivity(recipe: QuantizesLayers, parent: Path, work: Path, split
 
     windows = calibration_windows(parent, split, recipe.calibration)
     model = onnx_file.load(parent / artifact.MODEL)
-    decisions, rewrite = decide(model, windows, recipe.plan(), work), recipe.rewrite()
+    decisions, rewrite = decide(model, windows, recipe.plan().alone(), work), recipe.rewrite()
     if not decisions:
         raise UserError(
             f"{parent / artifact.MODEL}: has no linear layer (a matmul with a constant weight); there is nothing to rank"

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from cuantiza.quantize.settings import ALPHAS, Calibration, Rounding, Target, check_exponents, for_target
+from cuantiza.quantize.settings import ALPHAS, Calibration, Target, WeightRounding, check_exponents, for_target
 
 if TYPE_CHECKING:
     from cuantiza.core.inputs.corpus import Split
@@ -21,7 +21,8 @@ class WeightOnly:
     """Quantizes only the weights of linear layers, to `bits` bits; the graph keeps activations in floating point.
 
     Every `block` inputs of a channel share a scale, and a zero point unless `symmetric`; None is one scale per channel.
-    The matrices of the head and the embeddings have their own settings, `table_bits` and `table_block`.
+    With `scale_bits` 8, a byte stores each scale, as a multiple of a step of its channel. The matrices of the head and
+    the embeddings have their own settings, `table_bits` and `table_block`, and scales in float32.
 
     The target "ort" uses ONNX Runtime's MatMulNBits, which quantizes activations to int8 with a scale per block.
     """
@@ -31,7 +32,8 @@ class WeightOnly:
     symmetric: bool
     table_bits: Literal[4, 8] = 8
     table_block: int | None = None
-    rounding: Rounding = "gptq"
+    scale_bits: Literal[8, 32] = 32
+    rounding: WeightRounding = "gptq"
     smoothing: tuple[float, ...] = ALPHAS
     target: Target = "portable"
     calibration: Calibration = _CALIBRATION
@@ -41,10 +43,13 @@ class WeightOnly:
         for block in (self.block, self.table_block):
             if block is not None and block < 1:
                 raise ValueError(f"block is {block}; give a number of inputs from 1, or null for one scale a channel")
+        if self.scale_bits == 8 and self.block is None:
+            raise ValueError("scale_bits is 8, but block is null; give a block, or scale_bits 32")
 
     def describe(self) -> str:
         """Describe the recipe in one line, for `cuantiza recipes`."""
-        parameters = "a scale" if self.symmetric else "scale and zero point"
+        scale = "scale" if self.scale_bits == 32 else f"{self.scale_bits}-bit scale"
+        parameters = f"{'an' if self.scale_bits == 8 else 'a'} {scale}" if self.symmetric else f"{scale} and zero point"
         place = "channel" if self.block is None else f"{self.block} inputs"
         portable = "computed in fp32" if self.block is None else "DequantizeLinear, which ONNX Runtime fuses"
         how = "MatMulNBits, int8 activations" if self.target == "ort" else portable
@@ -55,7 +60,7 @@ class WeightOnly:
         from cuantiza.quantize.decide.decision import Plan
         from cuantiza.quantize.decide.rounding import Grid
 
-        return Plan(Grid(self.bits, self.block, self.symmetric), self.rounding, self.smoothing)
+        return Plan(Grid(self.bits, self.block, self.symmetric, self.scale_bits), self.rounding, self.smoothing)
 
     def rewrite(self) -> Rewrite:
         """Return the pass that writes the decisions into a graph."""

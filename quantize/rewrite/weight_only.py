@@ -12,6 +12,8 @@ The target `portable` uses standard operators (DequantizeLinear of opset 21). A 
   The type is int8 or int4 where the grid is symmetric (no zero point), and uint8 or uint4 where it is not.
   Without blocks, q · scale is a Cast and a Mul of constants, which runtimes fold at load. Results, speed and memory are
   then those of fp32, with a file a quarter of the size.
+  Where the grid has 8-bit scales, they are stored as uint8 and multiplied, Cast and Mul, by a step float32 per channel.
+  Runtimes fold this at load, too.
   With blocks, ONNX Runtime 1.32 fuses DequantizeLinear and MatMul into MatMulNBits at load. It does so for blocks of a
   power of two from 16 on, along axis 0 of [K, N]. It folds a transposed constant before that, so the Transpose stands
   before DequantizeLinear. Other blocks give correct results too, but every run dequantizes the whole matrix.
@@ -153,17 +155,34 @@ def _store_portable(graph: ir.Graph, name: str, weight: IntWeight, channel_axis:
     if grid.block is None:
         scale, zero_point = scale[0], zero_point[0]
     q = weight.q.T if turned else weight.q
-    arrays = {"scale": scale}
-    if not grid.symmetric:
-        arrays["zero_point"] = zero_point.astype(dtype.numpy())
     parts = [
         lazy_constant(graph, f"{name}_int{grid.bits}", dtype, q.shape, lambda: q.astype(dtype.numpy(), copy=False)),
-        *(
-            constant(graph, f"{name}_{suffix}", np.ascontiguousarray(array.T if turned else array))
-            for suffix, array in arrays.items()
-        ),
+        _store_scale(graph, name, scale, weight.step, turned),
     ]
+    if not grid.symmetric:
+        zero_point = zero_point.astype(dtype.numpy())
+        parts.append(
+            constant(graph, f"{name}_zero_point", np.ascontiguousarray(zero_point.T if turned else zero_point))
+        )
     return _Stored(weight, channel_axis, parts)
+
+
+def _store_scale(graph: ir.Graph, name: str, scale: np.ndarray, step: np.ndarray | None, turned: bool) -> ir.Value:
+    """Store the scales [.., N] in float32, or as multiples uint8 of `step` [N], which are multiplied at load.
+
+    The result is [N, ..] if `turned`. A Cast and a Mul of constants are folded by every runtime that we know; they come
+    first in the graph, so that one that does not computes them once a run.
+    """
+    if step is None:
+        return constant(graph, f"{name}_scale", np.ascontiguousarray(scale.T if turned else scale))
+    multiples = np.rint(scale / step).astype(np.uint8)
+    stored = constant(graph, f"{name}_scale_uint8", np.ascontiguousarray(multiples.T if turned else multiples))
+    tape = ir.tape.Tape()
+    cast = tape.op("Cast", [stored], {"to": ir.DataType.FLOAT})
+    result = tape.op("Mul", [cast, constant(graph, f"{name}_scale_step", step[:, None] if turned else step)])
+    result.name, result.type, result.shape = f"{name}_scale", ir.TensorType(ir.DataType.FLOAT), stored.shape
+    graph.insert_before(graph[0], tape.nodes)
+    return result
 
 
 def _multiply_portable(tape: ir.tape.Tape, stored: _Stored, x: ir.Value, bias: ir.Value | None) -> ir.Value:
@@ -230,12 +249,12 @@ def _store_ort(graph: ir.Graph, name: str, weight: IntWeight, channel_axis: int)
         return _pack(q, grid.bits).reshape(shape)
 
     shape = (channels, blocks, block * grid.bits // 8)
-    scale, zero_point = np.ascontiguousarray(_scale(weight).T), None if grid.symmetric else weight.zero_point.T
+    zero_point = None if grid.symmetric else weight.zero_point.T
     if grid.block is None and zero_point is not None:
         zero_point = np.repeat(zero_point, blocks, axis=1)
     parts = [
         lazy_constant(graph, f"{name}_int{grid.bits}", ir.DataType.UINT8, shape, packed),
-        constant(graph, f"{name}_scale", scale),
+        _store_scale(graph, name, _scale(weight), weight.step, turned=True),
     ]
     if grid.block is None:
         parts[1] = _expand(graph, parts[1], blocks)

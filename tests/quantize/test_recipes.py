@@ -37,7 +37,7 @@ OWN = (
 def changed(recipe, path=()):
     """Yield copies of `recipe`, each with one of its numbers, choices or lists changed."""
     others = {"nearest": "gptq", "gptq": "nearest", "mse": "entropy", "portable": "ort", "ort": "portable"}
-    others |= {"fp16": "bf16", "bf16": "fp16"}
+    others |= {"fp16": "bf16", "bf16": "fp16", "descent": "gptq"}
     for field in dataclasses.fields(recipe):
         value = getattr(recipe, field.name)
         if dataclasses.is_dataclass(value):
@@ -46,6 +46,9 @@ def changed(recipe, path=()):
             yield dataclasses.replace(recipe, **{field.name: not value})
         elif field.name in ("bits", "table_bits"):
             yield dataclasses.replace(recipe, **{field.name: 12 - value})
+        elif field.name == "scale_bits":
+            if recipe.block is not None:
+                yield dataclasses.replace(recipe, scale_bits=40 - value)
         elif isinstance(value, str):
             yield dataclasses.replace(recipe, **{field.name: others[value]})
         elif isinstance(value, tuple):
@@ -125,6 +128,8 @@ def run(tmp_path, monkeypatch):
         ('{"type": "WeightOnly", "bits": 4, "block": -3, "symmetric": false}', ["block is -3", "from 1"]),
         ('{"type": "WeightOnly", "bits": 4, "block": "64", "symmetric": false}', ["block is '64', not int"]),
         ('{"type": "WeightOnly", "bits": 4, "block": 64, "symmetric": 1}', ["symmetric is 1, not bool"]),
+        ('{"type": "WeightOnly", "bits": 4, "block": null, "symmetric": true, "scale_bits": 8}', ["scale_bits is 8"]),
+        ('{"type": "StaticInt8", "rounding": "descent"}', ["rounding is 'descent'; choose from gptq, nearest"]),
         ('{"type": "Half", "dtype": "fp8"}', ["dtype is 'fp8'; choose from fp16, bf16"]),
         ('{"recipe": {"type": "StaticInt8"}}', ["'name'"]),
         ('{"recipe": {"type": "StaticInt8"}, "name": "../fp32"}', ["'../fp32' is not a name"]),

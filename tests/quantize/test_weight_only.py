@@ -22,6 +22,7 @@ from helpers import CORPUS
 PROJECTIONS, EMBEDDINGS = 25, 2
 SYMMETRIC = [Grid(8), Grid(8, 32), Grid(4, 32)]
 GRIDS = [*SYMMETRIC, *(Grid(bits, block, False) for bits, block in ((8, 128), (4, None), (4, 128)))]
+GRIDS += [Grid(4, 32, False, scale_bits=8)]
 # With accuracy level 0, MatMulNBits computes in fp32 and not with int8 activations.
 EXACT = {"session.qdq_matmulnbits_accuracy_level": "0"}
 
@@ -117,10 +118,11 @@ def distance(found, wanted):
 
 
 def expected_bytes(path, grid, weights):
-    """Compute the expected file size: integers, 4 bytes per scale and zero points replace 4 bytes per weight."""
-    per_scale = 4 + (0 if grid.symmetric else grid.bits / 8)
+    """Compute the expected file size: integers, 4 bytes or 1 per scale and zero points replace 4 bytes per weight."""
+    per_scale = grid.scale_bits / 8 + (0 if grid.symmetric else grid.bits / 8)
     parts = [weight.q.size * (grid.bits / 8 - 4) + weight.scale.size * per_scale for weight in weights.values()]
-    return path.stat().st_size + sum(parts)
+    steps = sum(4 * weight.step.size for weight in weights.values() if weight.step is not None)
+    return path.stat().st_size + sum(parts) + steps
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
@@ -134,11 +136,12 @@ def test_portable_is_the_dequantized_model(grid, fp32, case, windows, tmp_path):
     model = onnx_file.load(path)
     assert {node.domain for node in model.graph} == {""} and set(model.graph.opset_imports) == {""}
     stored = model.graph.initializers
-    parts = [f"int{grid.bits}", "scale", "zero_point"][: 2 if grid.symmetric else 3]
+    parts = [f"int{grid.bits}", *(["scale"] if grid.scale_bits == 32 else ["scale_uint8", "scale_step"])]
+    parts += [] if grid.symmetric else ["zero_point"]
     assert [name for name in stored if name.startswith("wte.")] == [f"wte.weight_{part}" for part in parts]
     assert (stored[f"wte.weight_int{grid.bits}"].const_value.numpy() == weights["wte.weight"].q.T).all()
     wide = [name for name, value in stored.items() if len(value.shape) > 1 and value.dtype.bitwidth > grid.bits]
-    assert all(name.endswith("_scale") for name in wide)
+    assert all(name.endswith(("_scale", "_scale_uint8", "_scale_step")) for name in wide)
     assert path.stat().st_size == pytest.approx(expected_bytes(fp32, grid, weights), rel=0.01)
 
     # Every matmul becomes one integer kernel, so that a run dequantizes only the embeddings of its tokens.

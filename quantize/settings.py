@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-# How weights are rounded to integers: quantize/decide/rounding.py and quantize/decide/gptq.py.
+# How weights are rounded to integers: quantize/weights/rounding.py and quantize/weights/gptq.py.
 Rounding = Literal["gptq", "nearest"]
-# Where activations stay in float, also "descent": quantize/decide/follow.py.
+# Where activations stay in float, also "descent": quantize/weights/follow.py.
 WeightRounding = Literal["descent", "gptq", "nearest"]
 # How the range of an activation is chosen from its histogram: quantize/decide/ranges.py.
 Ranges = Literal["min-max", "percentile", "entropy", "mse"]

@@ -25,8 +25,8 @@ from cuantiza.core.run.runtime import open_session
 from cuantiza.core.store import artifact
 from cuantiza.core.store.artifact import Artifact
 from cuantiza.quantize.decide.activation import PerRow, PerTensor
-from cuantiza.quantize.decide.rounding import Grid, IntWeight, round_to_nearest
 from cuantiza.quantize.decide.smooth import candidate
+from cuantiza.quantize.weights.rounding import Grid, IntWeight, round_to_nearest
 from lab.chapters import numbers
 from lab.chapters.data import Activation, Bits, Chapters, Graphs, Model, Outliers, Rounding, Weight
 from lab.chapters.numbers import FORMATS, Bins

@@ -13,7 +13,7 @@ result has the same bytes on any number of processors.
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,25 +28,18 @@ from cuantiza.core.inputs.tokenizer import encode, load_tokenizer, markers
 from cuantiza.core.machine.hardware import default_threads
 from cuantiza.core.machine.progress import track
 from cuantiza.quantize.decide import smooth
-from cuantiza.quantize.decide.activation import ROW_ZERO_POINTS, Activation, PerRow, PerTensor, matmul_error
+from cuantiza.quantize.decide.activation import Activation, PerRow, PerTensor, matmul_error
 from cuantiza.quantize.decide.blocks import Block, open_block, split
 from cuantiza.quantize.decide.decision import Decision, Plan
-from cuantiza.quantize.decide.follow import on_disk, round_block
-from cuantiza.quantize.decide.gptq import gptq
 from cuantiza.quantize.decide.observations import Histogram, Moments
 from cuantiza.quantize.decide.ranges import RANGES
-from cuantiza.quantize.decide.rounding import IntWeight, round_to_nearest, rounding_noise
+from cuantiza.quantize.decide.tensor import Tensor, decide_tensor, error_limit, is_head, is_static, row_activation
 from cuantiza.quantize.decide.values import ValueMoments, Values, find_values
 from cuantiza.quantize.rewrite.find import Projection, find_tables
 from cuantiza.quantize.settings import Calibration
-
-# Shares of the full range for which the searches below estimate the error. The final range comes from the histogram.
-_SHARES = (1.0, 0.8, 0.6, 0.4, 0.2)
-# Keep channels in float only if that at least halves the matmul's error (`_PAYS`). Each further channel must lower it
-# by another 10 % (`_MORE`).
-_PAYS, _MORE = 0.5, 0.9
-# Nothing averages an error of the logits, as the layers that follow do with that of any other linear layer.
-_HEAD_SHARE = 0.1
+from cuantiza.quantize.weights.follow import on_disk, round_block
+from cuantiza.quantize.weights.gptq import gptq
+from cuantiza.quantize.weights.rounding import Grid, IntWeight, round_to_nearest
 
 
 def calibration_windows(folder: Path, split: Split, calibration: Calibration) -> np.ndarray:
@@ -93,23 +86,29 @@ def _calibrate(
     for block in track(blocks, "calibrate", len(blocks)):
         with_gram = plan.rounding == "gptq" and any(_is_rounded(p, tables, plan) for p in block.projections)
         moments, of_values, after = _observe(model, block, values, windows, before, with_gram, work, pool)
+        readers = {name: [one for one in block.projections if one.x.name == name] for name in moments}
         tensors = list(
             pool.map(
-                lambda name: _tensor(name, block, moments[name], of_values, groups.get(name), tables, plan),  # noqa: B023
+                lambda name: decide_tensor(
+                    readers[name],  # noqa: B023
+                    moments[name],  # noqa: B023
+                    of_values,  # noqa: B023
+                    groups.get(name),
+                    tables,
+                    plan,
+                ),
                 moments,
             )
         )
         for tensor in tensors:
             if tensor.group is not None:
                 smooth.apply(model.graph, tensor.group, tensor.smoothing)
-        histograms = _histograms(model, block, windows, before, tensors, work) if _is_static(plan) else {}
+        histograms = _histograms(model, block, windows, before, tensors, work) if is_static(plan) else {}
         weights: dict[str, IntWeight] = {}
         if follows:
-            readers = [[one for one in tensor.projections if one.weight not in tables] for tensor in tensors]
+            grids = {p.name: _grid(p, tables, plan) for p in block.projections if _is_rounded(p, tables, plan)}
             streams = list(zip(before, before_rounded, strict=True))
-            weights, before_rounded = round_block(
-                model, block, [one for one in readers if one], windows, streams, plan.grid, work, pool.map
-            )
+            weights, before_rounded = round_block(model, block, grids, values, windows, streams, work, pool.map)
         inputs = [(projection, tensor) for tensor in tensors for projection in tensor.projections]
         decided = pool.map(
             lambda both: _decide(*both, weights.get(both[0].name), histograms.get(both[1].name), tables, plan, work),  # noqa: B023
@@ -122,51 +121,13 @@ def _calibrate(
     return decisions
 
 
-@dataclass(frozen=True)
-class _Tensor:
-    """The input x [.., K] of one or more linear layers, after smoothing and before its range is chosen.
-
-    `moments` are those of x after smoothing, and `of_values` those for the linear layers that compute values, by name.
-    `weight_energy` [K] = Σₙ W² is that of the weights before smoothing. `keep` bool [K] marks the channels that stay in
-    the int8 matmul; the others stay in floating point. `bits` are those of the activations.
-    """
-
-    name: str
-    projections: tuple[Projection, ...]
-    group: smooth.Group | None
-    smoothing: smooth.Smoothing
-    moments: Moments
-    of_values: dict[str, ValueMoments]
-    weight_energy: np.ndarray
-    keep: np.ndarray
-    bits: int = 8
-
-    @property
-    def energy(self) -> np.ndarray:
-        """Σₙ W² [K] of the weights after smoothing."""
-        return self.weight_energy * self.smoothing.scale**2
-
-    def output(self, rows: np.ndarray) -> np.ndarray:
-        """Expected ‖x·W‖² [R] of `rows` [R, K] of x, with the part that the shift moved into the bias."""
-        return _expected_output(rows * self.smoothing.scale + self.smoothing.shift, self.weight_energy)
-
-
-def _expected_output(rows: np.ndarray, energy: np.ndarray) -> np.ndarray:
-    """Expected ‖x·W‖² [R] of `rows` [R, K], if their elements are independent. It is never 0."""
-    return (rows * rows) @ energy + np.finfo(np.float32).tiny
-
-
-def _is_static(plan: Plan) -> bool:
-    return plan.ranges in RANGES
-
-
 def _is_rounded(projection: Projection, tables: set[ir.Value], plan: Plan) -> bool:
     """Whether the weight of `projection` is rounded here, and not later together with the embedding that shares it."""
-    return projection.weight not in tables or (plan.table is not None and _is_head(projection))
+    return projection.weight not in tables or (plan.table is not None and is_head(projection))
 
 
-def _is_head(projection: Projection) -> bool:
-    return projection.node.outputs[0].is_graph_output()
+def _grid(projection: Projection, tables: set[ir.Value], plan: Plan) -> Grid:
+    return plan.table if projection.weight in tables and plan.table is not None else plan.grid
 
 
 def _observe(
@@ -204,129 +165,8 @@ def _observe(
     return moments, of_values, after
 
 
-def _tensor(
-    name: str,
-    block: Block,
-    moments: Moments,
-    of_values: dict[str, ValueMoments],
-    group: smooth.Group | None,
-    tables: set[ir.Value],
-    plan: Plan,
-) -> _Tensor:
-    """Choose the smoothing, the float channels and the bits of the input tensor `name`."""
-    projections = tuple(projection for projection in block.projections if projection.x.name == name)
-    weights = [projection.matrix for projection in projections]
-    energy = np.sum([np.einsum("kn,kn->k", weight, weight) for weight in weights], axis=0)
-    count = len(energy)
-    smoothing = smooth.Smoothing(np.ones(count, np.float32), np.zeros(count, np.float32), None)
-    limit = _limit(projections, plan)
-
-    def smoothed(smoothing: smooth.Smoothing, bits: int) -> _Tensor:
-        scale, shift = smoothing.scale, smoothing.shift
-        return _Tensor(
-            name,
-            projections,
-            group,
-            smoothing,
-            moments.transformed(scale, shift) if group is not None else moments,
-            {p.name: of_values[p.name].transformed(scale, shift) for p in projections if p.name in of_values},
-            energy,
-            np.ones(count, bool),
-            bits,
-        )
-
-    if group is not None:
-        smoothing = _search_smoothing(moments, weights, energy, group, plan)
-    tensor = smoothed(smoothing, 8)
-    if plan.ranges == "row" and _row_activation(tensor)[1] > limit:
-        # 16 bits need no smoothing. What is left of its purpose is that the weights are rounded well.
-        if group is not None:
-            smoothing = _search_smoothing(moments, weights, energy, group, replace(plan, ranges=None))
-        tensor = smoothed(smoothing, 16)
-    if plan.float_channels and not any(projection.weight in tables for projection in projections):
-        output = tensor.output(tensor.moments.rows)
-        keep = _search_float_channels(tensor.moments, tensor.energy, output, plan.float_channels)
-        tensor = replace(tensor, keep=keep)
-    return tensor
-
-
-def _limit(projections: tuple[Projection, ...], plan: Plan) -> float:
-    """The largest relative error that activations of 8 bits may add to the matmuls of `projections`."""
-    if plan.max_error is None:
-        return float("inf")
-    return plan.max_error * (_HEAD_SHARE if any(map(_is_head, projections)) else 1)
-
-
-def _row_activation(tensor: _Tensor) -> tuple[PerRow, float]:
-    """Return the quantization of each token of `tensor` to 8 bits, and its expected relative error."""
-    rows, output = tensor.moments.rows, tensor.output(tensor.moments.rows)
-    errors = {zero: matmul_error(rows, PerRow(zero).restore(rows), tensor.energy, output) for zero in ROW_ZERO_POINTS}
-    zero = min(errors, key=errors.__getitem__)
-    return PerRow(zero), errors[zero]
-
-
-def _search_smoothing(
-    moments: Moments, weights: list[np.ndarray], energy: np.ndarray, group: smooth.Group, plan: Plan
-) -> smooth.Smoothing:
-    """Find the smoothing exponent, or none, with the least expected error of activations and weights together."""
-    shift = moments.mean.astype(np.float32) if group.shift is not None else np.zeros(len(energy), np.float32)
-    weight_max = group.shared(np.max([np.abs(weight).max(axis=1) for weight in weights], axis=0))
-    low, high = moments.low - shift, moments.high - shift
-    output = _expected_output(moments.rows, energy)
-    options: list[tuple[float | None, np.ndarray]] = [(None, np.ones(len(energy), np.float32))]
-    options += [
-        (alpha, smooth.candidate(-group.shared(-low), group.shared(high), weight_max, alpha)) for alpha in plan.alphas
-    ]
-
-    def cost(scale: np.ndarray) -> float:
-        rows = (moments.rows - shift) / scale
-        after = energy * scale**2
-        activations = 0.0
-        if _is_static(plan):
-            activations = _static_error(rows, low / scale, high / scale, after, output)
-        elif plan.ranges == "row":
-            activations = matmul_error(rows, PerRow().restore(rows), after, output)
-        noise = sum(rounding_noise(weight * scale[:, None], plan.grid) for weight in weights)
-        return activations + float(np.mean((rows * rows) @ noise / output))
-
-    alpha, scale = min(options, key=lambda option: cost(option[1]))
-    return smooth.Smoothing(scale, shift, alpha)
-
-
-def _static_error(rows: np.ndarray, low: np.ndarray, high: np.ndarray, energy: np.ndarray, output: np.ndarray) -> float:
-    """Least expected error of rows [R, K] with a static range, over the `_SHARES` of the full range.
-
-    `low` and `high` [K] are the smallest and largest value of each channel.
-    """
-    bottom, top = min(float(low.min()), 0.0), max(float(high.max()), 0.0)
-    return min(
-        matmul_error(rows, PerTensor(bottom * share, top * share).restore(rows), energy, output) for share in _SHARES
-    )
-
-
-def _search_float_channels(moments: Moments, energy: np.ndarray, output: np.ndarray, limit: int) -> np.ndarray:
-    """Find the channels that stay in the int8 matmul, bool [K]: all, or all but the largest few if that pays.
-
-    At least one stays, however few there are.
-    """
-    order = np.argsort(-np.maximum(moments.high, -moments.low), kind="stable")
-
-    def error(count: int) -> float:
-        kept = np.sort(order[count:])
-        return _static_error(moments.rows[:, kept], moments.low[kept], moments.high[kept], energy[kept], output)
-
-    counts = [0, *(2**power for power in range(limit.bit_length()) if 2**power < len(energy))]
-    errors = {count: error(count) for count in counts}
-    in_float = min(counts, key=lambda count: errors[count] / _MORE**count)
-    if errors[in_float] > _PAYS * errors[0]:
-        in_float = 0
-    keep = np.ones(len(energy), bool)
-    keep[order[:in_float]] = False
-    return keep
-
-
 def _histograms(
-    model: ir.Model, block: Block, windows: np.ndarray, before: list, tensors: list[_Tensor], work: Path
+    model: ir.Model, block: Block, windows: np.ndarray, before: list, tensors: list[Tensor], work: Path
 ) -> dict[str, Histogram]:
     """One histogram per input tensor, by name, measured after smoothing and without the float channels."""
     run = open_block(model, block, [tensor.name for tensor in tensors], work)
@@ -343,7 +183,7 @@ def _histograms(
 
 def _decide(
     projection: Projection,
-    tensor: _Tensor,
+    tensor: Tensor,
     rounded: IntWeight | None,
     histogram: Histogram | None,
     tables: set[ir.Value],
@@ -363,19 +203,19 @@ def _decide(
     if histogram is not None:
         activation = PerTensor(*RANGES[plan.ranges](histogram))
     elif plan.ranges == "row":
-        activation = _row_activation(tensor)[0]
+        activation = row_activation(tensor)[0]
         too_coarse = tensor.bits == 16
         if of_values is not None:
             energy = np.einsum("kn,kn->k", *2 * [weight[:, of_values.channels]])
             in_values = of_values.error(activation.restore(of_values.rows), energy)
             details["values_error"] = in_values
-            too_coarse |= in_values > _limit((projection,), plan)
+            too_coarse |= in_values > error_limit(plan, strict=True)
         if too_coarse:
             activation = PerRow(bits=16)
     in_float = np.flatnonzero(~keep)
     if rounded is None and _is_rounded(projection, tables, plan):
-        grid = plan.grid if projection.weight not in tables else plan.table
-        rounded = _round(weight, tensor.moments.gram, of_values, keep, replace(plan, grid=grid))
+        ours = replace(plan, grid=_grid(projection, tables, plan))
+        rounded = _round(weight, tensor.moments.gram, of_values, keep, ours)
         rounded = replace(rounded, q=on_disk(rounded.q, work))
     if activation is not None:
         details |= asdict(activation) | {"relative_error": error(activation)}

@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from cuantiza.quantize.decide.activation import Activation
 from cuantiza.quantize.decide.observations import Histogram
-from cuantiza.quantize.decide.rounding import Grid, IntWeight
+from cuantiza.quantize.weights.rounding import Grid, IntWeight
 
 if TYPE_CHECKING:
     from cuantiza.quantize.rewrite.find import Embedding, Projection

@@ -66,8 +66,13 @@ class ValueMoments:
         tokens, weights = x.reshape(-1, x.shape[-1]), weights.reshape(-1, *weights.shape[-2:])
         read = np.einsum("hqt,hqt->t", weights, weights) / len(weights)
         most = np.sort(np.argsort(-read, kind="stable")[:_TOKENS])
-        averaged = Moments.of(weights.mean(axis=0) @ tokens, with_gram)
-        return cls(channels, averaged, tokens[most], read[most], float(np.sum(context.astype(np.float64) ** 2)))
+        return cls(
+            channels,
+            Moments.of(averaged(x, weights), with_gram),
+            tokens[most],
+            read[most],
+            float(np.sum(context.astype(np.float64) ** 2)),
+        )
 
     def merge(self, other: ValueMoments) -> ValueMoments:
         return ValueMoments(
@@ -90,6 +95,11 @@ class ValueMoments:
         """
         difference = restored - self.rows
         return float(self.read @ ((difference * difference) @ energy) / (self.power or 1.0))
+
+
+def averaged(x: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Return A·x [T, K] for x [.., T, K] and attention weights [1, .., T, T], where A is their mean over heads."""
+    return weights.reshape(-1, *weights.shape[-2:]).mean(axis=0) @ x.reshape(-1, x.shape[-1])
 
 
 def find_values(graph: ir.Graph) -> dict[str, Values]:

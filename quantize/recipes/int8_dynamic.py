@@ -32,9 +32,9 @@ class DynamicInt8:
 
     rounding: Rounding = "gptq"
     smoothing: tuple[float, ...] = ALPHAS
-    max_error: float | None = MAX_ERROR
     calibration: Calibration = CALIBRATION
     target: Target = "portable"
+    max_error: float | None = MAX_ERROR
 
     def __post_init__(self) -> None:
         check_exponents(self.smoothing)
@@ -48,7 +48,7 @@ class DynamicInt8:
     def plan(self) -> Plan:
         """Return what calibration has to decide for each linear layer."""
         from cuantiza.quantize.decide.decision import Plan
-        from cuantiza.quantize.decide.rounding import Grid
+        from cuantiza.quantize.weights.rounding import Grid
 
         return Plan(Grid(8), self.rounding, self.smoothing, "row", max_error=self.max_error, table=Grid(8))
 

@@ -49,7 +49,7 @@ class StaticInt8:
     def plan(self) -> Plan:
         """Return what calibration has to decide for each linear layer."""
         from cuantiza.quantize.decide.decision import Plan
-        from cuantiza.quantize.decide.rounding import Grid
+        from cuantiza.quantize.weights.rounding import Grid
 
         return Plan(Grid(8), self.rounding, self.smoothing, self.ranges, self.float_channels)
 

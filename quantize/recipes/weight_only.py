@@ -11,6 +11,7 @@ from cuantiza.quantize.settings import ALPHAS, Calibration, Target, WeightRoundi
 if TYPE_CHECKING:
     from cuantiza.core.inputs.corpus import Split
     from cuantiza.quantize.decide.decision import Plan, Rewrite
+    from cuantiza.quantize.weights.rounding import Grid
 
 # At 4 bits, twice as many windows as 8 bits need lower KL further (quantize/settings.py).
 _CALIBRATION = Calibration(windows=32)
@@ -22,7 +23,7 @@ class WeightOnly:
 
     Every `block` inputs of a channel share a scale, and a zero point unless `symmetric`; None is one scale per channel.
     With `scale_bits` 8, a byte stores each scale, as a multiple of a step of its channel. The matrices of the head and
-    the embeddings have their own settings, `table_bits` and `table_block`, and scales in float32.
+    the embeddings have their own settings, `table_bits` and `table_block`.
 
     The target "ort" uses ONNX Runtime's MatMulNBits, which quantizes activations to int8 with a scale per block.
     """
@@ -55,20 +56,28 @@ class WeightOnly:
         how = "MatMulNBits, int8 activations" if self.target == "ort" else portable
         return for_target(f"weights in {self.bits} bits, {parameters} per {place}; {how}", self.target)
 
+    def table(self) -> Grid:
+        """Return the grid of the matrices of the head and the embeddings."""
+        from cuantiza.quantize.weights.rounding import Grid
+
+        scale_bits = self.scale_bits if self.table_block is not None else 32
+        return Grid(self.table_bits, self.table_block, self.symmetric, scale_bits)
+
     def plan(self) -> Plan:
         """Return what calibration has to decide for each linear layer."""
         from cuantiza.quantize.decide.decision import Plan
-        from cuantiza.quantize.decide.rounding import Grid
+        from cuantiza.quantize.weights.rounding import Grid
 
-        return Plan(Grid(self.bits, self.block, self.symmetric, self.scale_bits), self.rounding, self.smoothing)
+        grid = Grid(self.bits, self.block, self.symmetric, self.scale_bits)
+        return Plan(grid, self.rounding, self.smoothing, table=self.table())
 
     def rewrite(self) -> Rewrite:
         """Return the pass that writes the decisions into a graph."""
-        from cuantiza.quantize.decide.rounding import Grid
         from cuantiza.quantize.rewrite.weight_only import choose_weights, quantize_weights
 
-        tables = Grid(self.table_bits, self.table_block, self.symmetric)
-        return lambda model, decisions: quantize_weights(model, choose_weights(model, decisions, tables), self.target)
+        return lambda model, decisions: quantize_weights(
+            model, choose_weights(model, decisions, self.table()), self.target
+        )
 
     def make(self, parent: Path, work: Path, split: Split) -> dict:
         """Write the quantized form of the fp32 artifact `parent` into the folder `work`, calibrated on `split`.

@@ -6,9 +6,9 @@ import numpy as np
 import onnx_ir as ir
 
 from cuantiza.quantize.decide.decision import Decision
-from cuantiza.quantize.decide.rounding import Grid, IntWeight, round_to_nearest
 from cuantiza.quantize.rewrite.edit import constant, lazy_constant, replace_node
 from cuantiza.quantize.rewrite.find import Embedding, Projection, find_embeddings, find_projections
+from cuantiza.quantize.weights.rounding import Grid, IntWeight, round_to_nearest
 
 
 class Weights:

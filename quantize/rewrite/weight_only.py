@@ -37,11 +37,11 @@ import onnx_ir as ir
 
 from cuantiza.core.errors import UserError
 from cuantiza.quantize.decide.decision import Decision
-from cuantiza.quantize.decide.rounding import Grid, IntWeight, round_to_nearest
 from cuantiza.quantize.rewrite.edit import clean, constant, lazy_constant, replace_node
 from cuantiza.quantize.rewrite.find import Embedding, Projection, find_embeddings, find_projections, find_tables
 from cuantiza.quantize.rewrite.fuse_attention import ORT
 from cuantiza.quantize.settings import Target
+from cuantiza.quantize.weights.rounding import Grid, IntWeight, round_to_nearest
 
 # The accuracy_level that lets MatMulNBits quantize activations to int8, with a scale per block: its fast path.
 _INT8_COMPUTE = 4
@@ -75,7 +75,7 @@ class _Stored:
 def choose_weights(model: ir.Model, decisions: dict[str, Decision], tables: Grid) -> dict[str, IntWeight]:
     """Collect the integer weights for `quantize_weights`, by the names of their initializers.
 
-    Linear layers have the weights of `decisions`. The matrices of the embeddings and the head are rounded to
+    Linear layers have the weights of `decisions`. The other matrices of the embeddings and the head are rounded to
     nearest here, on the grid `tables`. A matrix that a linear layer outside `decisions` reads is left out.
     """
     projections = find_projections(model.graph)
@@ -84,6 +84,8 @@ def choose_weights(model: ir.Model, decisions: dict[str, Decision], tables: Grid
     }
     floating = {p.weight for p in projections if p.name not in decisions}
     for matrix in find_tables(model.graph) - floating:
+        if matrix.name in weights:
+            continue
         rows = next(
             (p.channel_axis == 0 for p in projections if p.weight is matrix), True
         )  # [V, D], as embeddings store it
@@ -129,7 +131,7 @@ def quantize_weights(
     for projection in projections:
         # Not projection.x, which an earlier rewrite may have replaced.
         tape, x = ir.tape.Tape(), projection.node.inputs[0]
-        result = multiply(tape, stored[projection.weight.name], x, projection.bias)
+        result = multiply(graph, tape, stored[projection.weight.name], x, projection.bias)
         replace_node(graph, projection.node, tape, result)
     if target == "ort" and stored:
         graph.opset_imports[ORT] = 1
@@ -185,15 +187,18 @@ def _store_scale(graph: ir.Graph, name: str, scale: np.ndarray, step: np.ndarray
     return result
 
 
-def _multiply_portable(tape: ir.tape.Tape, stored: _Stored, x: ir.Value, bias: ir.Value | None) -> ir.Value:
+def _multiply_portable(
+    graph: ir.Graph, tape: ir.tape.Tape, stored: _Stored, x: ir.Value, bias: ir.Value | None
+) -> ir.Value:
     """Add the nodes of x [.., K] · ((q − zero point) · scale) [K, N] + bias."""
-    parts, block = stored.parts, stored.weight.grid.block
-    if stored.channel_axis == 0:
-        parts = [_transpose(tape, part) for part in parts]
-    if block is None:
-        matrix = _dequantize(tape, *parts)
+    parts, grid = stored.parts, stored.weight.grid
+    if grid.block is not None and grid.bits == 8 and stored.inputs % grid.block == 0:
+        matrix = _dequantize_blocks(graph, tape, stored)
     else:
-        matrix = tape.op("DequantizeLinear", parts, {"axis": 0, "block_size": block})
+        if stored.channel_axis == 0:
+            parts = [_transpose(tape, part) for part in parts]
+        blocked = {"axis": 0, "block_size": grid.block}
+        matrix = _dequantize(tape, *parts) if grid.block is None else tape.op("DequantizeLinear", parts, blocked)
     result = tape.op("MatMul", [x, matrix])  # [.., N]
     return result if bias is None else tape.op("Add", [result, bias])
 
@@ -204,6 +209,22 @@ def _dequantize(tape: ir.tape.Tape, q: ir.Value, scale: ir.Value, zero_point: ir
     if zero_point is not None:
         result = tape.op("Sub", [result, tape.op("Cast", [zero_point], {"to": ir.DataType.FLOAT})])
     return tape.op("Mul", [result, scale])
+
+
+def _dequantize_blocks(graph: ir.Graph, tape: ir.tape.Tape, stored: _Stored) -> ir.Value:
+    """Add the nodes of the matrix float32 [K, N], block by block, which runtimes fold at load.
+
+    A DequantizeLinear would do, but ONNX Runtime fuses it with the matmul, and that quantizes the activations too.
+    """
+    inputs, channels, axis = stored.inputs, stored.channels, 1 - stored.channel_axis  # that of the inputs
+    block = stored.weight.grid.block
+    sizes = [inputs // block, block, channels] if axis == 0 else [channels, inputs // block, block]
+    q = tape.op("Reshape", [stored.parts[0], _vector(graph, f"shape_{'_'.join(map(str, sizes))}", *sizes)])
+    middle = _vector(graph, f"axis_{axis + 1}", axis + 1)
+    others = [tape.op("Unsqueeze", [part, middle]) for part in stored.parts[1:]]
+    shape = [inputs, channels] if axis == 0 else [channels, inputs]
+    matrix = tape.op("Reshape", [_dequantize(tape, q, *others), _vector(graph, f"shape_{shape[0]}_{shape[1]}", *shape)])
+    return matrix if axis == 0 else tape.op("Transpose", [matrix], {"perm": [1, 0]})
 
 
 def _transpose(tape: ir.tape.Tape, part: ir.Value) -> ir.Value:
@@ -294,7 +315,7 @@ def _pack(values: np.ndarray, bits: int) -> np.ndarray:
     return packed
 
 
-def _multiply_ort(tape: ir.tape.Tape, stored: _Stored, x: ir.Value, bias: ir.Value | None) -> ir.Value:
+def _multiply_ort(_: ir.Graph, tape: ir.tape.Tape, stored: _Stored, x: ir.Value, bias: ir.Value | None) -> ir.Value:
     """Add MatMulNBits(x [.., K], W, scale, zero point, -, bias) [.., N].
 
     Where the bias is a separate Add after it, ONNX Runtime fuses the two at load.

@@ -17,7 +17,7 @@ from cuantiza.core.errors import UserError
 from cuantiza.core.inputs.corpus import Source
 from cuantiza.core.store.artifact import Artifact
 from cuantiza.quantize.decide.activation import PerRow, PerTensor
-from cuantiza.quantize.decide.rounding import Grid, round_to_nearest
+from cuantiza.quantize.weights.rounding import Grid, round_to_nearest
 from lab.chapters import __main__ as chapters
 from lab.chapters import measure as chapter_measure
 from lab.chapters.figures import FIGURES, draw

@@ -17,11 +17,11 @@ from cuantiza.core.run.runtime import Runtime
 from cuantiza.core.store.artifact import open_artifact
 from cuantiza.quantize.decide.activation import ROW_ZERO_POINTS, PerRow, PerTensor
 from cuantiza.quantize.decide.decision import Decision
-from cuantiza.quantize.decide.rounding import Grid, IntWeight, round_to_nearest
 from cuantiza.quantize.rewrite.dynamic import quantize_dynamic
 from cuantiza.quantize.rewrite.find import find_projections
 from cuantiza.quantize.rewrite.static import quantize_static
 from cuantiza.quantize.settings import ALPHAS, Calibration
+from cuantiza.quantize.weights.rounding import Grid, IntWeight, round_to_nearest
 
 from helpers import CORPUS, assert_user_error, stage
 

@@ -12,10 +12,10 @@ from cuantiza.core.errors import UserError
 from cuantiza.core.inputs.corpus import Source, full_windows, load_splits, stream
 from cuantiza.core.inputs.tokenizer import encode, load_tokenizer
 from cuantiza.core.onnx import file as onnx_file
-from cuantiza.quantize.decide.rounding import Grid, round_to_nearest
 from cuantiza.quantize.rewrite.find import find_embeddings, find_projections
 from cuantiza.quantize.rewrite.half import store_half
 from cuantiza.quantize.rewrite.weight_only import quantize_weights
+from cuantiza.quantize.weights.rounding import Grid, round_to_nearest
 
 from helpers import CORPUS
 

@@ -17,11 +17,11 @@ from cuantiza.export.graphs.gpt2 import build
 from cuantiza.quantize.decide import smooth
 from cuantiza.quantize.decide.blocks import Block, open_block
 from cuantiza.quantize.decide.calibrate import calibration_windows
-from cuantiza.quantize.decide.rounding import Grid, round_to_nearest
 from cuantiza.quantize.layers import decide
 from cuantiza.quantize.recipes.registry import RECIPES, DynamicInt8, StaticInt8, WeightOnly
 from cuantiza.quantize.rewrite.find import find_projections
 from cuantiza.quantize.settings import Calibration
+from cuantiza.quantize.weights.rounding import Grid, round_to_nearest
 from lab.checkpoints.hard import make
 
 from helpers import CORPUS, ES_MINI, copy_tokenizer, tiny_gpt2

@@ -23,12 +23,12 @@ from cuantiza.core.onnx.genai_config import GENAI_CONFIG
 from cuantiza.core.run.runtime import Runtime
 from cuantiza.core.store import artifact, folders
 from cuantiza.export.graphs.gpt2 import build
-from cuantiza.quantize.decide.gptq import gptq
-from cuantiza.quantize.decide.rounding import Grid, round_to_nearest
 from cuantiza.quantize.recipes.registry import RECIPES, WeightOnly
 from cuantiza.quantize.rewrite import onnxruntime_tools
 from cuantiza.quantize.stage import quantize
 from cuantiza.quantize.steps import write_graph
+from cuantiza.quantize.weights.gptq import gptq
+from cuantiza.quantize.weights.rounding import Grid, round_to_nearest
 
 # Heads of 10 and 13 channels and more; blocks of 64 that are larger than a channel, or end in the midst of one; a
 # vocabulary that is smaller than a block; fewer channels than those that int8-static may keep in float.

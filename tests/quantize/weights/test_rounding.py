@@ -12,13 +12,13 @@ import pytest
 
 from cuantiza.core.inputs.corpus import Source, load_splits
 from cuantiza.core.onnx import file as onnx_file
-from cuantiza.quantize.decide import rounding
 from cuantiza.quantize.decide.blocks import Block, open_block
 from cuantiza.quantize.decide.calibrate import calibration_windows
-from cuantiza.quantize.decide.gptq import DAMPING, gptq
-from cuantiza.quantize.decide.rounding import NORM, Grid, choose_scale, round_to_nearest, rounding_noise
 from cuantiza.quantize.rewrite.find import find_projections
 from cuantiza.quantize.settings import Calibration
+from cuantiza.quantize.weights import rounding
+from cuantiza.quantize.weights.gptq import DAMPING, gptq
+from cuantiza.quantize.weights.rounding import NORM, Grid, choose_scale, round_to_nearest, rounding_noise
 
 from helpers import CORPUS
 
@@ -151,7 +151,7 @@ def test_channels_at_a_time_change_nothing(monkeypatch):
     weight, grid, gram = random_weight(), Grid(4, 48, False), correlated()
     nearest, by_gptq = round_to_nearest(weight, grid), gptq(weight, gram, grid)
     for module in ("rounding", "gptq"):
-        monkeypatch.setattr(f"cuantiza.quantize.decide.{module}.COLUMNS", 7)
+        monkeypatch.setattr(f"cuantiza.quantize.weights.{module}.COLUMNS", 7)
     assert same(round_to_nearest(weight, grid), nearest) and same(gptq(weight, gram, grid), by_gptq)
 
 
@@ -189,7 +189,7 @@ def test_lazy_updates_change_nothing(block, monkeypatch):
     weight, gram, grid = random_weight(inputs=300), correlated(inputs=300), Grid(4, block, False)
     before = gptq(weight, gram, grid)
     for rows in (1, 7, 1000):
-        monkeypatch.setattr("cuantiza.quantize.decide.gptq._LAZY_ROWS", rows)
+        monkeypatch.setattr("cuantiza.quantize.weights.gptq._LAZY_ROWS", rows)
         after = gptq(weight, gram, grid)
         # The sums are the same in another order, which changes the last digits of float32.
         assert np.allclose(after.scale, before.scale, rtol=1e-5, atol=0) and (after.q == before.q).mean() > 0.999

@@ -12,17 +12,17 @@ from cuantiza.core.inputs.corpus import Source, load_splits
 from cuantiza.core.inputs.gpt2_config import parse_config
 from cuantiza.core.inputs.model_config import read_config
 from cuantiza.core.inputs.weights.checkpoint import read_checkpoint
-from cuantiza.export.gpt2 import build
-from cuantiza.quantize.decide import gptq
+from cuantiza.export.graphs.gpt2 import build
 from cuantiza.quantize.decide.blocks import open_block, split
 from cuantiza.quantize.decide.calibrate import calibration_windows
-from cuantiza.quantize.decide.follow import _added
-from cuantiza.quantize.decide.gptq import DAMPING, descend
-from cuantiza.quantize.decide.rounding import STEPS, Grid, round_to_nearest
 from cuantiza.quantize.layers import decide
 from cuantiza.quantize.recipes.registry import RECIPES
 from cuantiza.quantize.rewrite.weight_only import choose_weights
 from cuantiza.quantize.settings import Calibration
+from cuantiza.quantize.weights import gptq
+from cuantiza.quantize.weights.follow import _added
+from cuantiza.quantize.weights.gptq import DAMPING, descend
+from cuantiza.quantize.weights.rounding import STEPS, Grid, round_to_nearest
 
 from helpers import CORPUS, ES_MINI
 
@@ -169,5 +169,5 @@ def test_the_rounded_model_stays_closer_to_the_fp32_model(tmp_path, monkeypatch)
 
     wanted = residual(plain)
     by_gptq, following = distance(replace(recipe, rounding="gptq")), distance(recipe)
-    monkeypatch.setattr("cuantiza.quantize.decide.follow._added", lambda *_: None)
+    monkeypatch.setattr("cuantiza.quantize.weights.follow._added", lambda *_: None)
     assert following < distance(recipe) < by_gptq and following < 0.8 * by_gptq

@@ -22,10 +22,10 @@ import numpy as np
 import onnx_ir as ir
 
 from cuantiza.quantize.decide.blocks import Block, open_block
-from cuantiza.quantize.decide.gptq import Each, descend
-from cuantiza.quantize.decide.rounding import Grid, IntWeight
-from cuantiza.quantize.decide.smooth import bias_of
-from cuantiza.quantize.rewrite.find import Projection
+from cuantiza.quantize.decide.values import Values, averaged
+from cuantiza.quantize.rewrite.find import Projection, bias_of
+from cuantiza.quantize.weights.gptq import Each, descend
+from cuantiza.quantize.weights.rounding import Grid, IntWeight
 
 # Columns of a Gram matrix that are one task: a fixed number, so that sums do not depend on the number of threads.
 _PANEL = 512
@@ -34,31 +34,45 @@ _PANEL = 512
 def round_block(
     model: ir.Model,
     block: Block,
-    readers: list[list[Projection]],
+    grids: dict[str, Grid],
+    values: dict[str, Values],
     windows: np.ndarray,
     streams: list[tuple],
-    grid: Grid,
     work: Path,
     each: Each,
 ) -> tuple[dict[str, IntWeight], list]:
-    """Round the linear layers `readers` of `block`: a list for each value that some of them read, in the graph's order.
+    """Round the linear layers of `block` that `grids` names, each on its grid, in the graph's order.
 
     `streams` has, for each of `windows` int64 [n, T], the value that the block starts from in the fp32 model and in the
-    rounded one (None for the first block). `work` is a folder for temporary files; the integers are mapped from one.
-    `each` runs tasks, whose size does not depend on the number of threads. Returns the weights by layer name, and the
-    values that the next block of the rounded model starts from (None after the last).
+    rounded one (None for the first block). What `values` names computes values of attention. `work` is a folder for
+    temporary files; the integers are mapped from one. `each` runs tasks, whose size does not depend on the number of
+    threads. Returns the weights by layer name, and the values that the next block of the rounded model starts from
+    (None after the last).
     """
     rounded = model.clone()
     weights: dict[str, IntWeight] = {}
-    for projections in readers:
-        added = {projection.name: _added(projection, block) for projection in projections}
-        names = list(dict.fromkeys([projections[0].x.name, *filter(None, added.values())]))
-        gram, cross = _sums([_open(one, block, names, work) for one in (model, rounded)], windows, streams, each)
-        for projection in projections:
-            missing = cross[0] @ projection.matrix
+    projections = [projection for projection in block.projections if projection.name in grids]
+    for name in dict.fromkeys(projection.x.name for projection in projections):
+        readers = [projection for projection in projections if projection.x.name == name]
+        added = {projection.name: _added(projection, block) for projection in readers}
+        sums = list(dict.fromkeys(filter(None, added.values())))
+        attention = [values[projection.name] for projection in readers if projection.name in values]
+        names = [name, *sums, *(one.weights.name for one in attention)]
+        runs = [_open(one, block, names, work) for one in (model, rounded)]
+        gram, cross, *others = _sums(runs, windows, streams, len(sums), each)
+        of_sums = dict(zip(sums, others, strict=False))
+        of_values = {one.projection.name: others[len(sums) + 2 * i :][:2] for i, one in enumerate(attention)}
+        for projection in readers:
+            matrix, grid = projection.matrix, grids[projection.name]
+            missing = cross @ matrix
             if (addend := added[projection.name]) is not None:
-                missing += cross[names.index(addend)]
-            weight = descend(projection.matrix, gram, grid, missing, each)
+                missing += of_sums[addend]
+            weight = descend(matrix, gram, grid, missing, each)
+            if projection.name in of_values:
+                channels = values[projection.name].channels
+                gram_read, cross_read = of_values[projection.name]
+                read = descend(matrix[:, channels], gram_read, grid, cross_read @ matrix[:, channels], each)
+                weight = weight.with_channels(channels, read)
             weights[projection.name] = weight = replace(weight, q=on_disk(weight.q, work))
             value = rounded.graph.initializers[projection.weight.name]
             compute = partial(_dequantize, weight, projection.channel_axis)
@@ -81,21 +95,29 @@ def _open(model: ir.Model, block: Block, names: list[str], work: Path) -> Callab
 
 
 def _sums(
-    runs: list[Callable], windows: np.ndarray, streams: list[tuple], each: Each
-) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Return Σ yᵀy float32 [K, K], and Σ yᵀ(v − w) [K, ..] of every value v of the first run and w of the second.
+    runs: list[Callable], windows: np.ndarray, streams: list[tuple], addends: int, each: Each
+) -> list[np.ndarray]:
+    """Return float32 sums over all tokens of all windows.
 
-    The first value is the input of the linear layers: x in the fp32 model, y in the rounded one.
+    The first value of a run is the input of the linear layers: x in the fp32 model, y in the rounded one. Then come as
+    many `addends`, r and s, and attention weights A. The sums are Σ yᵀy [K, K] and Σ yᵀ(x − y) [K, K]; for each addend
+    Σ yᵀ(r − s) [K, N]; for each attention the first two with A·x and A·y for x and y (quantize/decide/values.py).
     """
     totals: list[np.ndarray] = []
     for window, starts in zip(windows, streams, strict=True):
-        ours, theirs = (list(map(_tokens, run(window, start))) for run, start in zip(runs, starts, strict=True))
-        y = theirs[0]
-        parts = [y, *(own - other for own, other in zip(ours, theirs, strict=True))]
-        totals = totals or [np.zeros((y.shape[1], part.shape[1]), np.float32) for part in parts]
-        for total, part in zip(totals, parts, strict=True):
-            _add(total, y, part, each)
-    return totals[0], totals[1:]
+        (x, *own), (y, *other) = (run(window, start) for run, start in zip(runs, starts, strict=True))
+        both = zip(own[addends:], other[addends:], strict=True)
+        pairs = _with_itself(_tokens(x), _tokens(y))
+        pairs += [(_tokens(y), _tokens(r - s)) for r, s in zip(own[:addends], other[:addends], strict=True)]
+        pairs += [pair for ours, theirs in both for pair in _with_itself(averaged(x, ours), averaged(y, theirs))]
+        totals = totals or [np.zeros((left.shape[1], right.shape[1]), np.float32) for left, right in pairs]
+        for total, (left, right) in zip(totals, pairs, strict=True):
+            _add(total, left, right, each)
+    return totals
+
+
+def _with_itself(x: np.ndarray, y: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+    return [(y, y), (y, x - y)]
 
 
 def on_disk(array: np.ndarray, folder: Path) -> np.ndarray:

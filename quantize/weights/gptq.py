@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from cuantiza.quantize.decide.rounding import (
+from cuantiza.quantize.weights.rounding import (
     COLUMNS,
     Grid,
     IntWeight,

@@ -19,6 +19,8 @@ ALPHAS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 # The relative squared error from which on activations get 16 bits: noise of 1.4 % of a matmul's output.
 MAX_ERROR = 2e-4
+# The same where the range of an activation is fixed. It is larger, because most matmuls would need 16 bits otherwise.
+MAX_STATIC_ERROR = 5e-4
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,12 @@ def check_exponents(smoothing: tuple[float, ...]) -> None:
     """Raise ValueError if an exponent of SmoothQuant is not from 0 to 1."""
     if not all(0 <= alpha <= 1 for alpha in smoothing):
         raise ValueError(f"smoothing has {', '.join(map(str, smoothing))}; give exponents from 0 to 1")
+
+
+def check_max_error(max_error: float | None) -> None:
+    """Raise ValueError if `max_error` is below 0."""
+    if max_error is not None and not max_error >= 0:
+        raise ValueError(f"max_error is {max_error}; give a number from 0, or null for 8 bits everywhere")
 
 
 def for_target(line: str, target: Target) -> str:

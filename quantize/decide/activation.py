@@ -53,9 +53,22 @@ class PerTensor:
     high: float
     bits: int = 8
 
+    @classmethod
+    def of_16_bits(cls, largest: float) -> PerTensor:
+        """Return a range for 16 bits, where `largest` is the largest magnitude that was seen.
+
+        It is twice as wide: of 16 bits, one can be given away so that no value of another text is clipped.
+        """
+        return cls(-2 * largest, 2 * largest, 16)
+
     @property
     def parameters(self) -> tuple[np.float32, np.uint8]:
-        """(scale, zero point) that map [low, high] to 0..255. The range is widened to contain 0, which stays exact."""
+        """(scale, zero point) that map [low, high] to 0..255. The range is widened to contain 0, which stays exact.
+
+        For 16 bits, the range is symmetric and maps to 1..255.
+        """
+        if self.bits == 16:
+            return np.float32(self.high / 127) or np.float32(1), np.uint8(RESIDUAL_ZERO)
         low, high = min(self.low, 0.0), max(self.high, 0.0)
         scale = np.float32((high - low) / 255) or np.float32(1)
         return scale, np.uint8(np.clip(round(-low / float(scale)), 0, 255))

@@ -200,7 +200,9 @@ def _decide(
     def error(candidate: Activation) -> float:
         return matmul_error(rows, candidate.restore(rows), tensor.energy[keep], output)
 
-    if histogram is not None:
+    if histogram is not None and tensor.bits == 16:
+        activation = PerTensor.of_16_bits(float(max(tensor.moments.high.max(), -tensor.moments.low.min())))
+    elif histogram is not None:
         activation = PerTensor(*RANGES[plan.ranges](histogram))
     elif plan.ranges == "row":
         activation = row_activation(tensor)[0]

@@ -107,16 +107,25 @@ def decide_tensor(
     if group is not None:
         smoothing = _search_smoothing(moments, weights, energy, group, plan)
     tensor = smoothed(smoothing, 8)
-    if plan.ranges == "row" and row_activation(tensor)[1] > limit:
-        # 16 bits need no smoothing. What is left of its purpose is that the weights are rounded well.
-        if group is not None:
-            smoothing = _search_smoothing(moments, weights, energy, group, replace(plan, ranges=None))
-        tensor = smoothed(smoothing, 16)
     if plan.float_channels and not any(projection.weight in tables for projection in projections):
         output = tensor.output(tensor.moments.rows)
         keep = _search_float_channels(tensor.moments, tensor.energy, output, plan.float_channels)
         tensor = replace(tensor, keep=keep)
+    if plan.ranges is not None and _least_error(tensor, plan) > limit:
+        # 16 bits need neither smoothing nor float channels. What is left for smoothing is to make the weights round well.
+        if group is not None:
+            smoothing = _search_smoothing(moments, weights, energy, group, replace(plan, ranges=None))
+        tensor = smoothed(smoothing, 16)
     return tensor
+
+
+def _least_error(tensor: Tensor, plan: Plan) -> float:
+    """The least relative error that activations of 8 bits add to the matmuls that read `tensor`."""
+    if not is_static(plan):
+        return row_activation(tensor)[1]
+    seen, keep = tensor.moments, tensor.keep
+    rows, output = seen.rows, tensor.output(seen.rows)
+    return _static_error(rows[:, keep], seen.low[keep], seen.high[keep], tensor.energy[keep], output)
 
 
 def error_limit(plan: Plan, strict: bool) -> float:

@@ -14,6 +14,7 @@ from cuantiza.quantize.settings import (
     Rounding,
     Target,
     check_exponents,
+    check_max_error,
     for_target,
 )
 
@@ -38,8 +39,7 @@ class DynamicInt8:
 
     def __post_init__(self) -> None:
         check_exponents(self.smoothing)
-        if self.max_error is not None and not self.max_error >= 0:
-            raise ValueError(f"max_error is {self.max_error}; give a number from 0, or null for 8 bits everywhere")
+        check_max_error(self.max_error)
 
     def describe(self) -> str:
         """Describe the recipe in one line, for `cuantiza recipes`."""

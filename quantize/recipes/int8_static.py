@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING
 from cuantiza.quantize.settings import (
     ALPHAS,
     CALIBRATION,
+    MAX_STATIC_ERROR,
     Calibration,
     Ranges,
     Rounding,
     Target,
     check_exponents,
+    check_max_error,
     for_target,
 )
 
@@ -27,6 +29,8 @@ class StaticInt8:
     """Quantizes weights to int8 per channel, and activations to uint8 per tensor, with ranges from calibration.
 
     Up to `float_channels` input channels of a linear layer stay in floating point, where that lowers its error enough.
+    Where 8 bits would still add a relative squared error above `max_error` to a matmul, its activations get 16: two
+    uint8 tensors. null leaves all at 8 bits.
     """
 
     rounding: Rounding = "gptq"
@@ -35,9 +39,11 @@ class StaticInt8:
     float_channels: int = 16
     calibration: Calibration = CALIBRATION
     target: Target = "portable"
+    max_error: float | None = MAX_STATIC_ERROR
 
     def __post_init__(self) -> None:
         check_exponents(self.smoothing)
+        check_max_error(self.max_error)
         if self.float_channels < 0:
             raise ValueError(f"float_channels is {self.float_channels}; give a number from 0")
 
@@ -51,7 +57,7 @@ class StaticInt8:
         from cuantiza.quantize.decide.decision import Plan
         from cuantiza.quantize.weights.rounding import Grid
 
-        return Plan(Grid(8), self.rounding, self.smoothing, self.ranges, self.float_channels)
+        return Plan(Grid(8), self.rounding, self.smoothing, self.ranges, self.float_channels, self.max_error)
 
     def rewrite(self) -> Rewrite:
         """Return the pass that writes the decisions into a graph."""

@@ -14,12 +14,13 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from cuantiza.quantize.decide.activation import RESIDUAL_STEPS, RESIDUAL_ZERO, PerRow
+from cuantiza.quantize.decide.activation import PerRow
 from cuantiza.quantize.decide.decision import Decision
 from cuantiza.quantize.rewrite.edit import clean, constant, replace_node
 from cuantiza.quantize.rewrite.find import Embedding, Projection
 from cuantiza.quantize.rewrite.fuse_attention import ORT
 from cuantiza.quantize.rewrite.shared_weights import prepare_int8
+from cuantiza.quantize.rewrite.sixteen_bits import add_residual, quantize_twice
 from cuantiza.quantize.settings import Target
 
 # The largest magnitude of a row is clipped to the range in which fp16 has all of its 11 bits of precision.
@@ -53,7 +54,7 @@ def quantize_dynamic(
         # multiplications has to be the same for their results to be equal.
         multiply = _multiply_portable if target == "portable" else _multiply_ort
         if activation.bits == 16:
-            quantized = quantize_twice(graph, tape, tape.op("Div", [x, row_scale]))
+            quantized = quantize_twice(graph, tape, tape.op("Div", [x, row_scale]), np.float32(1), np.uint8(zero))
             matmul = add_residual(graph, tape, multiply(tape, quantized, zero_point, weight, weight_scale, one))
         else:
             if target == "portable":
@@ -87,30 +88,6 @@ def _multiply_ort(
 ) -> ir.Value:
     """Add the same as `_multiply_portable` in one operator of ONNX Runtime; `one` is the scale of `quantized`."""
     return tape.op("MatMulIntegerToFloat", [quantized, weight, one, scale, zero], domain=ORT)
-
-
-def quantize_twice(graph: ir.Graph, tape: ir.tape.Tape, x: ir.Value) -> ir.Value:
-    """Add the quantization of x [.., T, K] to 16 bits, where the step of the first 8 bits is 1: uint8 [.., 2T, K].
-
-    The first T rows are u8(x), the others what that rounds away, in steps of 1/254. One matmul multiplies both, so that
-    the weights are read once.
-    """
-    zero = constant(graph, f"zero_point_{RESIDUAL_ZERO}", np.uint8(RESIDUAL_ZERO))
-    one = constant(graph, "scale_one", np.float32(1))
-    coarse = tape.op("QuantizeLinear", [x, one, zero])
-    rest = tape.op("Sub", [x, tape.op("DequantizeLinear", [coarse, one, zero])])
-    fine = tape.op("QuantizeLinear", [rest, _residual_step(graph), zero])
-    return tape.op("Concat", [coarse, fine], {"axis": -2})
-
-
-def add_residual(graph: ir.Graph, tape: ir.tape.Tape, matmul: ir.Value) -> ir.Value:
-    """Add the sum [.., T, N] of the two halves of `matmul` [.., 2T, N], of which the second counts 1/254."""
-    coarse, fine = tape.op_multi_out("Split", [matmul], {"axis": -2, "num_outputs": 2}, num_outputs=2)
-    return tape.op("Add", [coarse, tape.op("Mul", [fine, _residual_step(graph)])])
-
-
-def _residual_step(graph: ir.Graph) -> ir.Value:
-    return constant(graph, f"one_over_{RESIDUAL_STEPS}", np.float32(1 / RESIDUAL_STEPS))
 
 
 def _row_scale(graph: ir.Graph, tape: ir.tape.Tape, x: ir.Value, zero: int) -> ir.Value:

@@ -15,6 +15,7 @@ from cuantiza.quantize.rewrite.edit import clean, constant, replace_node
 from cuantiza.quantize.rewrite.find import Embedding, Projection
 from cuantiza.quantize.rewrite.fuse_attention import ORT
 from cuantiza.quantize.rewrite.shared_weights import prepare_int8
+from cuantiza.quantize.rewrite.sixteen_bits import add_residual, quantize_twice
 from cuantiza.quantize.settings import Target
 
 
@@ -37,10 +38,15 @@ def quantize_static(
         assert isinstance(activation, PerTensor), f"{projection.name} has no fixed range"
         scale, zero_point = activation.parameters
         parameters = [constant(graph, f"{x.name}_scale", scale), constant(graph, f"{x.name}_zero_point", zero_point)]
-        quantized = tape.op("QuantizeLinear", [x, *parameters])
         weight, weight_scale = weights.get_columns(tape, projection)
         multiply = _multiply_portable if target == "portable" else _multiply_ort
-        result = multiply(tape, quantized, parameters, weight, weight_scale, projection.bias)  # [.., N]
+        if activation.bits == 16:
+            quantized = quantize_twice(graph, tape, x, *activation.parameters)
+            result = add_residual(graph, tape, multiply(tape, quantized, parameters, weight, weight_scale, None))
+            result = result if projection.bias is None else tape.op("Add", [result, projection.bias])
+        else:
+            quantized = tape.op("QuantizeLinear", [x, *parameters])
+            result = multiply(tape, quantized, parameters, weight, weight_scale, projection.bias)  # [.., N]
         if len(decision.float_channels):
             result = _add_float_channels(graph, tape, result, x, projection.weight.name, decision)
         replace_node(graph, projection.node, tape, result)

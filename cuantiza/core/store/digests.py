@@ -9,7 +9,6 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import cuantiza
@@ -23,6 +22,11 @@ def digest(value: object) -> str:
 def sha256_file(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def has_sha256(path: Path, sha256: str) -> bool:
+    """Whether the file at `path` has this sha256, in hex."""
+    return sha256_file(path) == sha256
 
 
 @functools.cache
@@ -84,6 +88,8 @@ def _source(name: str) -> Path | None:
 
 def versions(*distributions: str) -> dict[str, str]:
     """The versions of Python and of those of `distributions` that are installed."""
+    from importlib.metadata import PackageNotFoundError, version  # slower to import than all else here
+
     found = {"python": ".".join(map(str, sys.version_info[:3]))}
     for name in distributions:
         with suppress(PackageNotFoundError):

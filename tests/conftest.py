@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import sys
@@ -16,6 +17,8 @@ from helpers import ES_MINI, Result, assert_nothing_published, assert_user_error
 
 # A shell that starts tests in the background has them ignore Ctrl-C, and the stages that they start inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+# Tests leave the user's own cache alone, and do not depend on what is in it. Those of the cache name a folder.
+os.environ["CUANTIZA_CACHE"] = "off"
 
 
 @pytest.fixture(scope="session")

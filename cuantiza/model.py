@@ -15,7 +15,7 @@ from cuantiza.core.inputs.tokenizer import load_tokenizer, markers, token_ids
 from cuantiza.core.run.runtime import Runtime
 from cuantiza.core.run.sampling import Sampling, generate, text_of
 from cuantiza.core.store.artifact import Artifact, open_artifact
-from cuantiza.core.store.unchanged import has_sha256
+from cuantiza.core.store.digests import sha256_known
 
 
 def load(artifact: str | Path | Artifact, threads: int | None = None) -> Model:
@@ -23,7 +23,7 @@ def load(artifact: str | Path | Artifact, threads: int | None = None) -> Model:
 
     Raises UserError where the artifact is not whole, or ONNX Runtime refuses its graph.
     """
-    return Model(artifact if isinstance(artifact, Artifact) else open_artifact(Path(artifact), has_sha256), threads)
+    return Model(artifact if isinstance(artifact, Artifact) else open_artifact(Path(artifact), sha256_known), threads)
 
 
 class Model:

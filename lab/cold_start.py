@@ -29,7 +29,7 @@ from cuantiza.core.machine.hardware import machine
 from cuantiza.core.machine.progress import report as say
 from cuantiza.core.machine.progress import track
 from cuantiza.core.store import digests
-from cuantiza.core.store.cache import OFF, VARIABLE
+from cuantiza.core.store.user_cache import OFF, VARIABLE
 from lab import DATA, DOCS, ROOT
 from lab.pages import filled, write
 
@@ -122,7 +122,9 @@ def from_shell(artifact: Path, checkout: Path, environment: dict[str, str]) -> d
     options = ["--artifact", str(artifact.absolute()), "--threads", str(THREADS), "--tokens", "1", "--greedy"]
     command = [sys.executable, "-m", "cuantiza", "generate", *options, "--prompt", PROMPT]
     before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-    with subprocess.Popen(command, cwd=checkout, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as made:
+    with subprocess.Popen(
+        command, cwd=checkout, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    ) as made:
         assert made.stdout is not None
         made.stdout.read(len(PROMPT.encode()) + 1)
         elapsed = time.perf_counter() - start

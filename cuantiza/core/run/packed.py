@@ -6,7 +6,7 @@ over that copy has nothing to optimize, and maps the packed weights: they take n
 that run the same artifact share them. ONNX Runtime 1.32 still packs each weight once, to compare it with the copy.
 
 A copy holds for one processor, one build of ONNX Runtime and one set of options only, so it is never part of an
-artifact. It lies in the user's cache (cuantiza/core/store/cache.py), and its key names all of these:
+artifact. It lies in the user's cache (cuantiza/core/store/entries.py), and its key names all of these:
 
 KEY/index.json    the key's parts, and size and sha256 of both files
 KEY/model.onnx    the optimized graph
@@ -28,10 +28,10 @@ import onnxruntime as ort
 
 from cuantiza.core import contract
 from cuantiza.core.machine.instructions import processor
-from cuantiza.core.store import cache
+from cuantiza.core.store import entries
 from cuantiza.core.store.artifact import File
-from cuantiza.core.store.digests import digest, sha256_file
-from cuantiza.core.store.unchanged import has_sha256
+from cuantiza.core.store.digests import digest, sha256_file, sha256_known
+from cuantiza.core.store.user_cache import user_cache
 
 _SCHEMA = "cuantiza/packed/1"
 _GRAPH, _WEIGHTS, _INDEX = "model.onnx", "weights.bin", "index.json"
@@ -54,8 +54,9 @@ def open_packed(
     `artifact` is the digest of the artifact that `model` belongs to. `settings` are the configuration entries of
     `options`, which makes a session's options. Whatever goes wrong with the copy, `model` itself can be opened instead.
     """
-    folder = cache.cache_folder()
-    if folder is None:
+    try:
+        folder = user_cache()
+    except (OSError, RuntimeError):
         return None
     parts = _parts(artifact, settings)
     entry = folder / "packed" / digest(parts)
@@ -85,7 +86,9 @@ def _parts(artifact: str, settings: dict[str, str]) -> dict[str, Any]:
     }
 
 
-def _opened(entry: Path, parts: dict[str, Any], options: Callable[[], ort.SessionOptions]) -> ort.InferenceSession | None:
+def _opened(
+    entry: Path, parts: dict[str, Any], options: Callable[[], ort.SessionOptions]
+) -> ort.InferenceSession | None:
     """A session over the copy `entry`; None if there is none, or not a whole one, which is removed."""
     if not entry.exists():
         return None
@@ -93,18 +96,18 @@ def _opened(entry: Path, parts: dict[str, Any], options: Callable[[], ort.Sessio
         index = json.loads((entry / _INDEX).read_bytes())
         whole = index["parts"] == parts and all(
             (entry / name).stat().st_size == index["files"][name]["bytes"]
-            and has_sha256(entry / name, index["files"][name]["sha256"])
+            and sha256_known(entry / name) == index["files"][name]["sha256"]
             for name in (_GRAPH, _WEIGHTS)
         )
         if whole:
             session = _mapped(entry, options)
-            cache.touch(entry)
+            entries.touch(entry)
             return session
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         pass
     except Exception:  # ONNX Runtime's exceptions share no base class
         pass
-    cache.remove(entry)
+    entries.remove(entry)
     return None
 
 
@@ -118,14 +121,14 @@ def _mapped(entry: Path, options: Callable[[], ort.SessionOptions]) -> ort.Infer
 def _has_room(model: Path, folder: Path) -> bool:
     """Whether a copy of `model` fits into the cache's bound, and leaves as much of the disk free as it takes."""
     most = _MOST_TIMES * sum(file.stat().st_size for file in model.parent.glob(f"{model.name}*"))
-    return most <= cache.BOUND_BYTES and 2 * most <= shutil.disk_usage(folder).free
+    return most <= entries.BOUND_BYTES and 2 * most <= shutil.disk_usage(folder).free
 
 
 def _made(
     model: Path, folder: Path, entry: Path, parts: dict[str, Any], options: Callable[[], ort.SessionOptions]
 ) -> ort.InferenceSession | None:
     """Make the copy `entry` and open it; None while another process makes one, or if it is not exact."""
-    with cache.making(folder) as work:
+    with entries.making(folder) as work:
         if work is None:
             return None
         settings = options()
@@ -136,9 +139,11 @@ def _made(
         if not _agree(saved, _mapped(work, options)):
             return None
         del saved
-        files = {name: asdict(File((work / name).stat().st_size, sha256_file(work / name))) for name in (_GRAPH, _WEIGHTS)}
+        files = {
+            name: asdict(File((work / name).stat().st_size, sha256_file(work / name))) for name in (_GRAPH, _WEIGHTS)
+        }
         (work / _INDEX).write_text(json.dumps({"parts": parts, "files": files}), encoding="utf-8")
-        cache.publish(work, entry)
+        entries.publish(work, entry)
     return _opened(entry, parts, options)
 
 

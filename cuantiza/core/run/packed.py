@@ -35,7 +35,7 @@ from cuantiza.core.store.user_cache import user_cache
 
 _SCHEMA = "cuantiza/packed/1"
 _GRAPH, _WEIGHTS, _INDEX = "model.onnx", "weights.bin", "index.json"
-# A copy was seen to take 2.1 to 2.4 times the artifact's bytes; fp16 and bf16, which are computed in fp32, 4.2 times.
+# A copy was seen to take 2.2 to 2.4 times the artifact's bytes; fp16 and bf16, which are computed in fp32, 4.2 times.
 _MOST_TIMES = 5
 _SAVE = {
     "session.save_external_prepacked_constant_initializers": "1",

@@ -21,6 +21,9 @@ from cuantiza.core.store.digests import sha256_known
 def load(artifact: str | Path | Artifact, threads: int | None = None) -> Model:
     """Open an artifact's folder, verify its files and load it on `threads` threads (all processors where not given).
 
+    A large file is not read again while nothing shows that it has changed since an earlier run read it, and what ONNX
+    Runtime prepares is kept in the user's cache (docs/performance/cold-start.md).
+
     Raises UserError where the artifact is not whole, or ONNX Runtime refuses its graph.
     """
     return Model(artifact if isinstance(artifact, Artifact) else open_artifact(Path(artifact), sha256_known), threads)

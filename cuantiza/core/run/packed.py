@@ -55,15 +55,11 @@ def open_packed(
     `options`, which makes a session's options. Whatever goes wrong with the copy, `model` itself can be opened instead.
     """
     try:
-        folder = user_cache()
-    except (OSError, RuntimeError):
-        return None
-    parts = _parts(artifact, settings)
-    entry = folder / "packed" / digest(parts)
-    try:
+        folder, parts = user_cache(), _parts(artifact, settings)
+        entry = folder / "packed" / digest(parts)
         session = _opened(entry, parts, options)
         return session or (_made(model, folder, entry, parts, options) if _has_room(model, folder) else None)
-    except Exception:  # the disk is full, another process removed the copy, ONNX Runtime refuses it (no common class)
+    except Exception:  # there is no cache, the disk is full, ONNX Runtime fails, whose exceptions share no base class
         return None
 
 
@@ -103,9 +99,7 @@ def _opened(
             session = _mapped(entry, options)
             entries.touch(entry)
             return session
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
-        pass
-    except Exception:  # ONNX Runtime's exceptions share no base class
+    except Exception:  # the index is no JSON or lacks something, a file is missing, ONNX Runtime refuses the graph
         pass
     entries.remove(entry)
     return None

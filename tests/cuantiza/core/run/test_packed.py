@@ -93,7 +93,12 @@ def answers(model: Path, threads: int = 1, artifact: str | None = "a") -> tuple[
 
 def process(model: Path, program: str = PROGRAM) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, "-c", program, str(model)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", program, str(model)],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
 
 
@@ -113,6 +118,25 @@ def test_weights_are_mapped(model: Path) -> None:
     opened = Runtime(model, 1, artifact="a")
     assert is_packed(opened.session)
     assert str(copies()[0] / "weights.bin") in Path("/proc/self/maps").read_text()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_processes_share_what_they_map(model: Path) -> None:
+    """Most of the packed weights' pages that a process uses are those of the other, and not its own."""
+    program = PROGRAM + 'sys.stdout.flush(); sys.stdin.readline(); print(Path("/proc/self/smaps").read_text())'
+    process(model).communicate(timeout=120)
+    both = [process(model, program) for _ in range(2)]
+    assert all(one.stdout.readline().endswith("True\n") for one in both)  # both have computed, and wait
+    shared, own, inside = 0, 0, False
+    for line in both[0].communicate(timeout=120)[0].splitlines():
+        if "-" in line.split(" ")[0]:
+            inside = line.endswith("weights.bin")
+        elif inside and line.startswith("Shared"):
+            shared += int(line.split()[1])
+        elif inside and line.startswith("Private"):
+            own += int(line.split()[1])
+    both[1].communicate(timeout=120)
+    assert shared > 3000 > own, (shared, own)  # KiB
 
 
 def test_load_and_generate_use_it(es_mini_fp32: Artifact) -> None:

@@ -13,13 +13,14 @@ from cuantiza.core.errors import UserError, run
 from cuantiza.core.inputs.defaults import ARTIFACTS, MODEL, PROMPT, RECIPES
 from cuantiza.core.run.sampling import Sampling
 from cuantiza.core.store.artifact import open_artifact
+from cuantiza.core.store.digests import sha256_known
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     args = _arguments(arguments)
     sampling = Sampling(0.0 if args.greedy else args.temperature, args.top_k, args.top_p, args.no_repeat_ngram)
     prompt = _prompt(args.prompt)
-    artifact = open_artifact(args.artifact)
+    artifact = open_artifact(args.artifact, sha256_known)
 
     from cuantiza.model import load
 

@@ -15,14 +15,18 @@ from cuantiza.core.inputs.tokenizer import load_tokenizer, markers, token_ids
 from cuantiza.core.run.runtime import Runtime
 from cuantiza.core.run.sampling import Sampling, generate, text_of
 from cuantiza.core.store.artifact import Artifact, open_artifact
+from cuantiza.core.store.digests import sha256_known
 
 
 def load(artifact: str | Path | Artifact, threads: int | None = None) -> Model:
     """Open an artifact's folder, verify its files and load it on `threads` threads (all processors where not given).
 
+    A large file is not read again while nothing shows that it has changed since an earlier run read it, and what ONNX
+    Runtime prepares is kept in the user's cache (docs/performance/cold-start.md).
+
     Raises UserError where the artifact is not whole, or ONNX Runtime refuses its graph.
     """
-    return Model(artifact if isinstance(artifact, Artifact) else open_artifact(Path(artifact)), threads)
+    return Model(artifact if isinstance(artifact, Artifact) else open_artifact(Path(artifact), sha256_known), threads)
 
 
 class Model:
@@ -38,7 +42,7 @@ class Model:
         self.positions = max_positions(read_config(artifact.path))
         self.start, self.end = start_token(artifact.path), end_tokens(artifact.path)
         # This session is alone with the processors, so its threads may spin between two tokens.
-        self.runtime = Runtime(artifact.model, threads, spin=True)
+        self.runtime = Runtime(artifact.model, threads, spin=True, artifact=artifact.digest)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text` after the start token, as the model was trained to read a text.

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cuantiza.core.errors import UserError
 from cuantiza.core.inputs.checkpoints import checkpoint_digest, resolve_model
@@ -17,8 +18,12 @@ from cuantiza.core.machine.progress import report as say
 from cuantiza.core.machine.progress import working
 from cuantiza.core.store import artifact, digests, folders
 from cuantiza.core.store.artifact import Artifact
-from cuantiza.eval.measure.engines import Subject
+from cuantiza.core.store.records import read_record, write_record
 from cuantiza.eval.report.schema import Inputs, LeftOut, Machine, Report
+
+# What measures and what renders is imported where it is needed: a run that finds everything up to date does neither.
+if TYPE_CHECKING:
+    from cuantiza.eval.measure.engines import Subject
 
 JSON, MARKDOWN, HTML = "report.json", "report.md", "report.html"
 LANGUAGES = ("en", "es")
@@ -72,7 +77,7 @@ def evaluate(
     settings = Settings(tokens, window, rounds, default_threads() if threads is None else threads)
     corpus = corpus if isinstance(corpus, Source) else Source(str(corpus))
     paths = [path.path if isinstance(path, Artifact) else Path(path) for path in artifacts]
-    published = [artifact.open_artifact(path) for path in dict.fromkeys(paths)]
+    published = [artifact.open_artifact(path, digests.sha256_known) for path in dict.fromkeys(paths)]
     if not published:
         raise UserError("--recipes: names no artifact; the first one is the baseline of the others")
     with ExitStack() as held:
@@ -94,18 +99,21 @@ def _evaluate(
     output: Path | None,
     language: str,
 ) -> Report:
-    subjects = [Subject(item.manifest.name, "onnx", item.model) for item in published]
     foreign = {str(path): _foreign(path) for path in onnx}
     test = load_splits(corpus)[1]
     broken = {path: reason for path, subject in foreign.items() if (reason := _broken(subject))}
-    subjects += [subject for path, subject in foreign.items() if path not in broken]
     digests_of = {path: _foreign_digest(subject, path not in broken) for path, subject in foreign.items()}
     inputs = _inputs(published, test, settings, digests_of, checkpoint is not None)
     report = None if output is None else _measured(output, inputs)
     if report is None:
+        from cuantiza.eval.measure.engines import Subject
         from cuantiza.eval.measure.report import measure
 
+        for item in published:
+            artifact.verify(item)
         _tell([*broken.values()])
+        subjects = [Subject(item.manifest.name, "onnx", item.model) for item in published]
+        subjects += [subject for path, subject in foreign.items() if path not in broken]
         if checkpoint is not None:
             folder = _same_checkpoint(str(checkpoint), published[0])
             subjects += [Subject("torch-fp32", "torch", folder), Subject("torch-dynamic", "torch-dynamic", folder)]
@@ -148,6 +156,8 @@ def _same_checkpoint(spec: str, exported: Artifact) -> Path:
 
 def _foreign(path: Path) -> Subject:
     """Make the subject of an ONNX file, or of a folder that holds one. Raises UserError if there is none."""
+    from cuantiza.eval.measure.engines import Subject
+
     files = [path, path / "model.onnx", path / "onnx" / "model.onnx"]
     file = next((file for file in files if file.is_file()), None)
     if file is None:
@@ -212,10 +222,36 @@ def _publish(report: Report, output: Path, language: str) -> bool:
 
     report.json comes last and has the sha256 of the pages that belong to it. Returns whether anything was written.
     """
+    made_of = digests.digest([report.digest(), language, _renderer()])
+    hashes = read_record("pages", made_of)
+    if hashes is not None and _is_there(report.sealed(hashes), output):
+        return False
     from cuantiza.eval.report.html import render
     from cuantiza.eval.report.markdown import markdown
 
     pages = {MARKDOWN: markdown(report, language), HTML: render(report, language)}
     hashes = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in pages.items()}
     pages[JSON] = report.sealed(hashes).to_json()
-    return folders.publish_texts(output, pages)
+    written = folders.publish_texts(output, pages)
+    write_record("pages", made_of, hashes)
+    return written
+
+
+def _renderer() -> list[object]:
+    """What turns a report into pages: our code, its templates and the library that fills them in."""
+    templates = sorted((Path(__file__).parent / "report" / "templates").iterdir())
+    return [
+        digests.code_digest("cuantiza.eval.report.html", "cuantiza.eval.report.markdown"),
+        [[file.name, digests.sha256_file(file)] for file in templates],
+        digests.versions("jinja2", "markupsafe"),
+    ]
+
+
+def _is_there(report: Report, output: Path) -> bool:
+    """Whether `output` holds the sealed `report` and the pages that belong to it."""
+    try:
+        return (output / JSON).read_bytes() == report.to_json().encode() and all(
+            digests.sha256_file(output / name) == sha256 for name, sha256 in report.pages.items()
+        )
+    except OSError:
+        return False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -44,20 +45,21 @@ def export(
     folder = Path(output) / found.name
     target = folder / NAME
     with folders.locked(folder), naming(found.folder.absolute(), model):  # a hub id's folder is deep in a cache
-        inputs = _inputs(found.folder, exporter, opset)
+        inputs = _inputs(found.folder, exporter, opset, digests.sha256_known)
         there = artifact.up_to_date(target, inputs)
         if isinstance(there, Artifact):
             report(f"export    {target}: up to date")
             warn(there.manifest.details.get("warnings", []))
             return there
         report(f"export    {target}: {there}")
+        inputs = _inputs(found.folder, exporter, opset, digests.sha256_once)
         return _export(found, target, exporter, opset, inputs)
 
 
-def _inputs(checkpoint: Path, exporter: str, opset: int) -> dict[str, Any]:
-    """Collect everything that the bytes of the artifact depend on."""
+def _inputs(checkpoint: Path, exporter: str, opset: int, sha256: Callable[[Path], str]) -> dict[str, Any]:
+    """Collect everything that the bytes of the artifact depend on; `sha256` reads the files of `checkpoint`."""
     return {
-        "checkpoint": checkpoint_digest(checkpoint),
+        "checkpoint": checkpoint_digest(checkpoint, sha256),
         "exporter": exporter if exporter == "graph" else f"{exporter} {_optimum_environment()}",
         "opset": opset,
         "code": digests.code_digest(__name__),

@@ -55,14 +55,14 @@ def _name_of(recipe: Recipe) -> str | None:
 
 @contextmanager
 def opened(fp32: Path, held: Path | None = None) -> Iterator[Artifact]:
-    """Open and verify the artifact in the folder `fp32`; the folder `held` (default: its parent) is locked meanwhile.
+    """Open the artifact in the folder `fp32`; the folder `held` (default: its parent) is locked meanwhile.
 
-    Raises UserError if the artifact does not exist or is damaged.
+    `quantize_one` verifies all of it before it makes anything of it. Raises UserError if the artifact does not exist or is damaged.
     """
     if not fp32.is_dir():
         raise UserError(f"{fp32}: is not there; run `make export` or `cuantiza export` first")
     with folders.locked(held or fp32.parent):
-        yield artifact.open_artifact(fp32)
+        yield artifact.open_artifact(fp32, digests.sha256_known)
 
 
 def with_budget(recipes: dict[str, Recipe], nats: float) -> dict[str, Recipe]:
@@ -81,7 +81,10 @@ def with_budget(recipes: dict[str, Recipe], nats: float) -> dict[str, Recipe]:
 
 
 def quantize_one(parent: Artifact, target: Path, name: str, recipe: Recipe, source: Source) -> Artifact:
-    """Make the artifact `target` from `parent`, unless it is up to date. The caller has locked its folder."""
+    """Make the artifact `target` from `parent`, unless it is up to date. The caller has locked its folder.
+
+    Raises UserError if a file of `parent` is not as it was published.
+    """
     calibration = load_splits(source)[0] if calibration_of(recipe) else None
     inputs = inputs_of(parent, recipe, calibration)
     there = artifact.up_to_date(target, inputs)
@@ -90,6 +93,7 @@ def quantize_one(parent: Artifact, target: Path, name: str, recipe: Recipe, sour
         warn(there.manifest.details.get("warnings", []))
         return there
     report(f"quantize  {target}: {there}")
+    artifact.verify(parent)
     # This import is here because a run that finds everything up to date does not need it.
     from cuantiza.core.machine.process import isolated
 

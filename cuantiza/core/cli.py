@@ -5,14 +5,14 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from cuantiza.core.errors import UserError
-from cuantiza.core.inputs.corpus import Source
 from cuantiza.core.inputs.defaults import CORPUS, MODEL
-from cuantiza.core.inputs.texts.divide import BY
-from cuantiza.core.inputs.texts.files import SUFFIXES
 from cuantiza.core.machine.hardware import check_threads, default_threads
+
+if TYPE_CHECKING:  # what reads texts takes a while to load, and `generate` reads none
+    from cuantiza.core.inputs.corpus import Source
 
 
 class _Store(argparse.Action):
@@ -96,6 +96,9 @@ def add_threads(parser: argparse._ActionsContainer) -> None:
 
 def add_corpus(parser: argparse._ActionsContainer) -> None:
     """Add the options that name a corpus, which `source_of` reads."""
+    from cuantiza.core.inputs.texts.divide import BY
+    from cuantiza.core.inputs.texts.files import SUFFIXES
+
     parser.add_argument(
         "--corpus",
         default=CORPUS,
@@ -114,6 +117,8 @@ def add_corpus(parser: argparse._ActionsContainer) -> None:
 
 def source_of(args: argparse.Namespace) -> Source:
     """The corpus that the options of `add_corpus` name."""
+    from cuantiza.core.inputs.corpus import Source
+
     return Source(args.corpus, args.corpus_config, args.corpus_split, args.corpus_column, args.corpus_by)
 
 

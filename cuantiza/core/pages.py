@@ -8,8 +8,10 @@ import re
 import textwrap
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 WIDTH = 120
 _THIN = "\N{NARROW NO-BREAK SPACE}"
@@ -55,6 +57,8 @@ def _fill(text: str, indent: str) -> str:
 
 def environment(folder: Path) -> Environment:
     """The templates in `folder`. A missing value is an error; in HTML (`*.html.j2`) every value is escaped."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
     return Environment(
         loader=FileSystemLoader(folder),
         autoescape=lambda name: name is not None and name.endswith(".html.j2"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -144,15 +145,15 @@ def model_name(spec: str) -> str:
     return name
 
 
-def checkpoint_digest(folder: Path) -> str:
+def checkpoint_digest(folder: Path, sha256: Callable[[Path], str] = sha256_file) -> str:
     """sha256 over the files that an export of the checkpoint in `folder` reads, those of an adapter's base included.
 
-    Raises UserError where an index or an adapter does not lead to its files.
+    `sha256` reads each of them (cuantiza/core/store/digests.py). Raises UserError where an index or an adapter does not lead to its files.
     """
     names = [*CONFIGS, *tokenizer_files(names_in(folder)), *ADAPTER, *files_to_read(folder)]
-    found = {name: sha256_file(folder / name) for name in names if (folder / name).is_file()}
+    found = {name: sha256(folder / name) for name in names if (folder / name).is_file()}
     base = base_folder(folder)
-    return digest(found if base == folder else found | {"base": checkpoint_digest(base)})
+    return digest(found if base == folder else found | {"base": checkpoint_digest(base, sha256)})
 
 
 def resolve_model(spec: str, weights: bool = True) -> Model:

@@ -7,8 +7,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from cuantiza.core.errors import UserError
 from cuantiza.core.inputs.defaults import CORPUS, place
@@ -16,6 +15,9 @@ from cuantiza.core.inputs.texts import documents
 from cuantiza.core.inputs.texts.divide import divided
 from cuantiza.core.inputs.texts.files import read_text
 from cuantiza.core.store.digests import digest
+
+if TYPE_CHECKING:
+    import numpy as np
 
 INDEX = "index.json"
 
@@ -82,6 +84,8 @@ def write_index(folder: Path) -> None:
 
 def stream(tokens: list[list[int]], separator: int) -> np.ndarray:
     """The `tokens` of all documents as one stream of token ids [N], each after a `separator` token, as in GPT-2's training."""
+    import numpy as np  # to find that the text is the same takes none of it
+
     return np.concatenate([np.asarray([separator, *ids], np.int64) for ids in tokens])
 
 

@@ -47,6 +47,22 @@ def instruction_sets() -> tuple[str, ...]:
     return ()
 
 
+def processor() -> str:
+    """Identifies the kind of this processor, with everything that it can do, where the system tells.
+
+    Linux lists all features of a processor, also those that `instruction_sets` has no name for.
+    """
+    if _CPUINFO.exists():
+        # The lines that do not change with time, as a clock does.
+        text = _CPUINFO.read_text(encoding="utf-8", errors="replace")
+        told = re.findall(r"^(?:vendor_id|cpu family|model|stepping|flags|CPU |Features).*", text, re.MULTILINE)
+    elif platform.system() == "Darwin":
+        told = _sysctl().splitlines()
+    else:
+        told = [platform.processor()]
+    return "\n".join([platform.machine(), *sorted(set(told))])
+
+
 def from_cpuinfo(text: str) -> tuple[str, ...]:
     """Those that every processor in the text of /proc/cpuinfo has: big and little cores may differ."""
     lines = re.findall(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)

@@ -7,19 +7,19 @@ work is on the same line. All lines go to standard error.
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+if TYPE_CHECKING:
+    from rich.console import Console
 
 T = TypeVar("T")
 EVERY_S = 30.0  # the longest silence in a log
-_console = Console(stderr=True)
 
 
 @dataclass(eq=False)
@@ -48,6 +48,7 @@ class Work:
         return f"{self.label.strip()}: {how_far}about {_duration(left)} left"
 
 
+_bar: Console | None = None  # what shows a bar at the moment; lines go through it, above the bar
 # What is in progress in this process, the outermost first, and the thread that prints it while there is any.
 _works: list[Work] = []
 _changed = threading.Condition()
@@ -60,9 +61,23 @@ def track(items: Iterable[T], label: str, total: int, every: float = EVERY_S) ->
 
     On a terminal this is a bar; elsewhere a line after `every` seconds without one. A last line gives the time taken.
     """
+    # Imported here: rich takes longer to load than a run that finds everything up to date.
+    from rich.console import Console
+
+    global _bar
+    console = Console(stderr=True)
     with working(label, total, every) as work:
-        if _console.is_terminal and not any(other.bar for other in _works):
-            work.bar = True
+        if console.is_terminal and not any(other.bar for other in _works):
+            from rich.progress import (
+                BarColumn,
+                MofNCompleteColumn,
+                Progress,
+                TextColumn,
+                TimeElapsedColumn,
+                TimeRemainingColumn,
+            )
+
+            work.bar, _bar = True, console
             columns = (
                 TextColumn("{task.description}"),
                 BarColumn(),
@@ -70,8 +85,11 @@ def track(items: Iterable[T], label: str, total: int, every: float = EVERY_S) ->
                 TimeElapsedColumn(),
                 TimeRemainingColumn(),
             )
-            with Progress(*columns, console=_console, transient=True) as progress:
-                yield from progress.track(work.count(items), total=total, description=label)
+            try:
+                with Progress(*columns, console=console, transient=True) as progress:
+                    yield from progress.track(work.count(items), total=total, description=label)
+            finally:
+                _bar = None
         else:
             yield from work.count(items)
     report(f"{label}: {total} in {time.monotonic() - work.start:.1f} s")
@@ -103,7 +121,10 @@ def report(line: str) -> None:
     """Print one line about what was done."""
     global _printed
     _printed = time.monotonic()
-    _console.print(line, markup=False, highlight=False, soft_wrap=True)
+    if _bar is not None:
+        _bar.print(line, markup=False, highlight=False, soft_wrap=True)
+    else:
+        print(line, file=sys.stderr, flush=True)
 
 
 def warn(sentences: list[str]) -> None:

@@ -19,6 +19,7 @@ EXACT = {"session.x64quantprecision": "1"}
 SESSION_OPTIONS = {"session_options": {"x86-64 without VNNI": EXACT}}
 # Sizes that reach the main loop of every kernel.
 _INPUTS, _CHANNELS = 32, 16
+_UINT8, _INT8, _INT32 = 2, 3, 6  # TensorProto.DataType
 
 
 @functools.cache
@@ -33,23 +34,45 @@ def probe() -> bytes:
     """The bytes of an ONNX file with one matmul that shows the clipping: input `rows` u8 [M, 32], weights s8 [32, 16].
 
     All weights are 127. For inputs of 255, 255 · 127 + 255 · 127 = 64,770 is clipped to 32,767.
-    """
-    from onnx import (  # imported here, because emulated processors (lab/matrix/emulation) have no onnx
-        TensorProto,
-        helper,
-    )
 
+    The message is written by the rules of protobuf's encoding, with the field numbers of onnx.proto3: every session
+    needs it, and importing onnx would take as long as opening the session. Emulated processors (lab/matrix/emulation)
+    have no onnx either.
+    """
     weights = np.full((_INPUTS, _CHANNELS), 127, np.int8)
-    tensor = helper.make_tensor("columns", TensorProto.INT8, weights.shape, weights.tobytes(), raw=True)
-    graph = helper.make_graph(
-        [helper.make_node("MatMulInteger", ["rows", "columns"], ["sums"])],
-        "probe",
-        [helper.make_tensor_value_info("rows", TensorProto.UINT8, ["M", _INPUTS])],
-        [helper.make_tensor_value_info("sums", TensorProto.INT32, ["M", _CHANNELS])],
-        [tensor],
+    node = _text(1, "rows") + _text(1, "columns") + _text(2, "sums") + _text(4, "MatMulInteger")
+    columns = _number(1, _INPUTS) + _number(1, _CHANNELS) + _number(2, _INT8) + _text(8, "columns")
+    graph = (
+        _message(1, node)
+        + _text(2, "probe")
+        + _message(5, columns + _message(9, weights.tobytes()))
+        + _message(11, _rows("rows", _UINT8, _INPUTS))
+        + _message(12, _rows("sums", _INT32, _CHANNELS))
     )
-    opset = [helper.make_opsetid("", 21)]
-    return bytes(helper.make_model(graph, opset_imports=opset, ir_version=10).SerializeToString())
+    return _number(1, 10) + _message(7, graph) + _message(8, _text(1, "") + _number(2, 21))
+
+
+def _rows(name: str, type_: int, width: int) -> bytes:
+    """A ValueInfoProto: the tensor `name` of elements `type_`, [M, `width`]."""
+    shape = _message(1, _text(2, "M")) + _message(1, _number(1, width))
+    return _text(1, name) + _message(2, _message(1, _number(1, type_) + _message(2, shape)))
+
+
+def _number(field: int, value: int) -> bytes:
+    return _varint(field << 3) + _varint(value)
+
+
+def _text(field: int, value: str) -> bytes:
+    return _message(field, value.encode())
+
+
+def _message(field: int, content: bytes) -> bytes:
+    return _varint(field << 3 | 2) + _varint(len(content)) + content
+
+
+def _varint(value: int) -> bytes:
+    """Seven bits a byte, the lowest first; the highest bit of a byte says that another follows."""
+    return bytes([value]) if value < 128 else bytes([value & 127 | 128]) + _varint(value >> 7)
 
 
 def saturates(model: bytes, options: dict[str, str]) -> bool:

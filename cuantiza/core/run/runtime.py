@@ -15,6 +15,7 @@ from cuantiza.core.errors import UserError
 from cuantiza.core.machine.hardware import default_threads
 from cuantiza.core.run.exact_int8 import exact_products
 from cuantiza.core.run.large_pages import use_large_pages
+from cuantiza.core.run.packed import is_packed, open_packed
 
 # A prompt goes through the model in pieces of this many tokens, because the attention scores grow with the square of
 # the piece. Chosen on GPT-2 small: 512 tokens in pieces of 128, 256 and 512 (docs/performance.md).
@@ -71,15 +72,16 @@ class Runtime:
         *,
         spin: bool = False,
         prepack: bool = True,
+        artifact: str | None = None,
         options: Options = Options(),
     ) -> None:
-        """Load `model`; `threads`, `spin` and `prepack` are those of `open_session`.
+        """Load `model`; `threads`, `spin`, `prepack` and `artifact` are those of `open_session`.
 
         `outputs` names what `run` returns in place of the contract's outputs, for graphs that show other tensors too.
         """
-        self.session = open_session(model, threads, spin, prepack)
+        self.session = open_session(model, threads, spin, prepack, artifact)
         self._model = model
-        if options.large_pages:
+        if options.large_pages and not is_packed(self.session):  # mapped weights stay in the page cache
             use_large_pages()
         inputs = {item.name: item for item in self.session.get_inputs()}
         self.layers = contract.count_layers(inputs)
@@ -257,25 +259,36 @@ def _unlike(item: ort.NodeArg, type_: str, shape: str, rank: int) -> str | None:
 
 
 def open_session(
-    model: Path, threads: int | None = None, spin: bool = False, prepack: bool = True
+    model: Path, threads: int | None = None, spin: bool = False, prepack: bool = True, artifact: str | None = None
 ) -> ort.InferenceSession:
     """A CPU session over any ONNX file, on `threads` threads (default: all processors).
 
     With `spin`, threads keep running for a while after a step, so that the next one starts sooner; this slows down
     every other process, so it is for a process that has the machine to itself. Without `prepack`, ONNX Runtime makes no
-    second copy of the weights in the layout that its kernels want, which saves memory and is slower. Integer matmuls
-    are exact on every processor (cuantiza/core/run/exact_int8.py). Raises UserError if ONNX Runtime refuses the file.
+    second copy of the weights in the layout that its kernels want, which saves memory and is slower. With `artifact`,
+    the digest of the artifact that the file belongs to, the packed weights are kept in the user's cache, so that the
+    next session opens sooner (cuantiza/core/run/packed.py). Integer matmuls are exact on every processor
+    (cuantiza/core/run/exact_int8.py). Raises UserError if ONNX Runtime refuses the file.
     """
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads or default_threads()
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 4  # an error is raised, and needs no coloured lines of ONNX Runtime's own
-    options.add_session_config_entry("session.force_spinning_stop", "0" if spin else "1")
-    options.add_session_config_entry("session.disable_prepacking", "0" if prepack else "1")
-    for name, value in exact_products().items():
-        options.add_session_config_entry(name, value)
+    entries = {
+        "session.force_spinning_stop": "0" if spin else "1",
+        "session.disable_prepacking": "0" if prepack else "1",
+        **exact_products(),
+    }
+
+    def options() -> ort.SessionOptions:
+        made = ort.SessionOptions()
+        made.intra_op_num_threads = threads or default_threads()
+        made.inter_op_num_threads = 1
+        made.log_severity_level = 4  # an error is raised, and needs no coloured lines of ONNX Runtime's own
+        for name, value in entries.items():
+            made.add_session_config_entry(name, value)
+        return made
+
+    if artifact is not None and prepack and (session := open_packed(model, artifact, entries, options)):
+        return session
     with _refusals(model, "load"):
-        return ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+        return ort.InferenceSession(str(model), options(), providers=["CPUExecutionProvider"])
 
 
 @contextmanager

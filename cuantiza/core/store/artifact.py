@@ -8,12 +8,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cuantiza.core.errors import UserError
-from cuantiza.core.store.digests import digest, sha256_file
+from cuantiza.core.store.digests import digest, sha256_file, sha256_known, sha256_once
 from cuantiza.core.store.folders import replace
 
 SCHEMA = "cuantiza/artifact/1"
@@ -75,10 +76,12 @@ class Artifact:
         return digest({name: file.sha256 for name, file in self.manifest.files.items()})
 
 
-def open_artifact(path: Path) -> Artifact:
+def open_artifact(path: Path, sha256: Callable[[Path], str] = sha256_file) -> Artifact:
     """Read and verify a published artifact.
 
-    Raises UserError if the manifest is missing or broken, or if a file's size or sha256 differs.
+    `sha256` reads its files: all of each, or only what may have changed (cuantiza/core/store/digests.py). Whoever makes
+    something of an artifact that was opened with `sha256_known` calls `verify` first. Raises UserError if the manifest is
+    missing or broken, or if a file's size or sha256 differs.
     """
     manifest_path = path / MANIFEST
     try:
@@ -99,15 +102,26 @@ def open_artifact(path: Path) -> Artifact:
         ) from None
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise UserError(f"{manifest_path}: broken manifest ({error}); delete the folder and run make again") from None
-    for name, file in files.items():
+    for name in files:
         if Path(name).name != name:
             raise UserError(
                 f"{manifest_path}: file name {name!r} leaves the folder; delete the folder and run make again"
             )
-        target = path / name
-        if not target.is_file() or target.stat().st_size != file.bytes or sha256_file(target) != file.sha256:
+    found = Artifact(path, manifest)
+    _check_files(found, sha256)
+    return found
+
+
+def verify(found: Artifact) -> None:
+    """Read all of the files of `found`, unless this process did so. Raises UserError where one is not as it was."""
+    _check_files(found, sha256_once)
+
+
+def _check_files(found: Artifact, sha256: Callable[[Path], str]) -> None:
+    for name, file in found.manifest.files.items():
+        target = found.path / name
+        if not target.is_file() or target.stat().st_size != file.bytes or sha256(target) != file.sha256:
             raise UserError(f"{target}: missing or changed since it was published; run make again to rebuild it")
-    return Artifact(path, manifest)
 
 
 def copy_companions(source: Path, target: Path) -> None:
@@ -118,11 +132,14 @@ def copy_companions(source: Path, target: Path) -> None:
 
 
 def up_to_date(path: Path, inputs: dict[str, Any]) -> Artifact | str:
-    """The artifact at `path` if it is whole and made from `inputs`; else why it must be built, in a few words."""
+    """The artifact at `path` if it is whole and made from `inputs`; else why it must be built, in a few words.
+
+    Files that have not changed since an earlier run read them are not read again.
+    """
     if not path.exists():
         return "new"
     try:
-        found = open_artifact(path)
+        found = open_artifact(path, sha256_known)
     except UserError as error:
         return str(error).split(";")[0]
     built = found.manifest.inputs
@@ -150,7 +167,9 @@ def publish(
     details: dict[str, Any],
 ) -> Artifact:
     """Write the manifest of the files in `work` and publish them as `target`."""
-    files = {file.name: File(file.stat().st_size, sha256_file(file)) for file in sorted(work.iterdir())}
+    files = {
+        file.name: File(file.stat().st_size, sha256_file(file, target / file.name)) for file in sorted(work.iterdir())
+    }
     manifest = Manifest(name, model, recipe, inputs, parent, calibration, files, versions, details)
     fields = json.loads(
         json.dumps(dataclasses.asdict(manifest))

@@ -6,6 +6,8 @@ FOLDER/.tmp-*           work in progress; the next holder of the lock removes wh
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import shutil
 import sys
@@ -13,10 +15,13 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from cuantiza.core.errors import UserError, naming
 
 LOCK = ".cuantiza.lock"
+_HELD = (errno.EAGAIN, errno.EACCES)  # what file systems answer where another process has the lock
+_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # Lustre without -o flock, NFS without a lock server
 
 
 @contextmanager
@@ -26,8 +31,6 @@ def locked(folder: Path) -> Iterator[None]:
     The kernel releases the lock when the process ends, however it ends. Raises UserError if `folder` holds files that
     are not ours.
     """
-    from filelock import FileLock, Timeout
-
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: is a file; choose another output folder (OUT=, REPORTS=, DIST=)")
     names = os.listdir(folder) if folder.is_dir() else []  # noqa: PTH208 - one listing: another run may be starting here
@@ -36,19 +39,30 @@ def locked(folder: Path) -> Iterator[None]:
             f"{folder}: holds files that are not ours; move them away or choose another output folder (OUT=, REPORTS=, DIST=)"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / LOCK)
+    with (folder / LOCK).open("ab") as lock:
+        _hold(lock, folder)
+        try:
+            _sweep(folder)
+            yield
+        finally:
+            with suppress(OSError):
+                _sweep(folder)  # a signal may have interrupted a removal
+
+
+def _hold(lock: BinaryIO, folder: Path) -> None:
+    """Wait until this process alone holds `lock`, a file of `folder`."""
     try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        print(f"waiting for another run to finish with {folder}", file=sys.stderr)
-        lock.acquire()
-    try:
-        _sweep(folder)
-        yield
-    finally:
-        with suppress(OSError):
-            _sweep(folder)  # a signal may have interrupted a removal
-        lock.release()
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in _HELD:
+                raise
+            print(f"waiting for another run to finish with {folder}", file=sys.stderr)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        print(f"warning   {folder}: its file system has no locks, so let no other run use it now", file=sys.stderr)
 
 
 def _sweep(folder: Path) -> None:

@@ -48,7 +48,7 @@ def score(windows: Iterable[Window], models: Sequence[Deferred]) -> list[Scores]
         if not documents:
             _start(models, window)
         n = len(window.targets)
-        logits = [model.result()[-n:] for model in models]
+        logits = [model.result() for model in models]
         if following is not None:
             _start(models, following)
         documents.append(np.full(n, window.document))
@@ -61,4 +61,4 @@ def score(windows: Iterable[Window], models: Sequence[Deferred]) -> list[Scores]
 
 def _start(models: Sequence[Deferred], window: Window) -> None:
     for model in models:
-        model.start("logits", window.inputs)
+        model.start("logits", window.inputs, len(window.targets))

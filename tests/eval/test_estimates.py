@@ -24,12 +24,12 @@ class Here:
     def __init__(self, logits):
         self._logits = logits
 
-    def start(self, method, ids):
+    def start(self, method, ids, last):
         assert method == "logits"
-        self._ids = ids
+        self._ids, self._last = ids, last
 
     def result(self):
-        return self._logits(self._ids)
+        return self._logits(self._ids)[-self._last :]
 
 
 @pytest.mark.parametrize("longest", [2, 3, 8, 100])

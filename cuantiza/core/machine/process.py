@@ -19,11 +19,11 @@ from collections.abc import Callable, Iterator
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
-from multiprocessing.reduction import ForkingPickler
 from typing import Any, NoReturn
 
 from cuantiza.core.errors import EXTRAS, MENDS, TRACEBACK, UserError, unexpected
 from cuantiza.core.machine.progress import working
+from cuantiza.core.machine.shared import Message, pack, receive, send
 
 _context = multiprocessing.get_context("spawn")
 _FD = 2  # standard error, as libraries in C++ and Rust write to it
@@ -87,7 +87,7 @@ class Remote:
     def result(self) -> Any:
         """Wait for the method that was started last, and return its result."""
         try:
-            value, error = self._here.recv()
+            value, error = receive(self._here)
         except (EOFError, ConnectionResetError):
             self._died()
         if isinstance(error, UserError):
@@ -227,21 +227,21 @@ def _serve(there: Connection, saying: Connection, what: bytes) -> None:
         served.append(factory(*args))
 
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):  # the parent is gone
-        there.send_bytes(_answer(make))
+        send(there, _answer(make))
         while served:
             method, args = there.recv()
-            there.send_bytes(_answer(lambda: getattr(served[0], method)(*args)))  # noqa: B023 - called at once
+            send(there, _answer(lambda: getattr(served[0], method)(*args)))  # noqa: B023 - called at once
 
 
-def _answer(work: Callable[[], Any]) -> bytes | memoryview:
+def _answer(work: Callable[[], Any]) -> Message:
     """What `Remote.result` reads: the value of `work()` and None; or None and what went wrong."""
     try:
-        return ForkingPickler.dumps((work(), None))
+        return pack((work(), None))
     except BaseException as error:  # a panic of a library in Rust is not even an Exception
         if os.environ.get(TRACEBACK):
             traceback.print_exc()
         # Any other exception goes as a line, since not every class of exception can be made again in the parent.
-        return ForkingPickler.dumps((None, error if _mendable(error) else unexpected(error)))
+        return pack((None, error if _mendable(error) else unexpected(error)))
 
 
 def _mendable(error: BaseException) -> bool:

@@ -61,13 +61,11 @@ def track(items: Iterable[T], label: str, total: int, every: float = EVERY_S) ->
 
     On a terminal this is a bar; elsewhere a line after `every` seconds without one. A last line gives the time taken.
     """
-    # Imported here: rich takes longer to load than a run that finds everything up to date.
-    from rich.console import Console
-
     global _bar
-    console = Console(stderr=True)
     with working(label, total, every) as work:
-        if console.is_terminal and not any(other.bar for other in _works):
+        if sys.stderr.isatty() and not any(other.bar for other in _works):
+            # Imported here: rich takes longer to load than a run that finds everything up to date.
+            from rich.console import Console
             from rich.progress import (
                 BarColumn,
                 MofNCompleteColumn,
@@ -77,7 +75,7 @@ def track(items: Iterable[T], label: str, total: int, every: float = EVERY_S) ->
                 TimeRemainingColumn,
             )
 
-            work.bar, _bar = True, console
+            work.bar, _bar = True, Console(stderr=True)
             columns = (
                 TextColumn("{task.description}"),
                 BarColumn(),
@@ -86,7 +84,7 @@ def track(items: Iterable[T], label: str, total: int, every: float = EVERY_S) ->
                 TimeRemainingColumn(),
             )
             try:
-                with Progress(*columns, console=console, transient=True) as progress:
+                with Progress(*columns, console=_bar, transient=True) as progress:
                     yield from progress.track(work.count(items), total=total, description=label)
             finally:
                 _bar = None

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from cuantiza.core.errors import TRACEBACK, UserError
@@ -149,3 +150,62 @@ def test_an_import_that_fails_in_the_child_is_one_line(tmp_path: Path, monkeypat
     monkeypatch.setenv("CHILD", "1")
     with pytest.raises(ChildError, match=r"^f: ModuleNotFoundError: No module named 'no_such_module'"):
         isolated(only_here.f)
+
+
+class Arrays:
+    """Gives arrays, and lets the same one change after it was given."""
+
+    def __init__(self) -> None:
+        self._large = np.arange(2**20, dtype=np.float32).reshape(4, -1)
+
+    def give(self) -> dict:
+        return {
+            "large": self._large,
+            "part": self._large[1:],
+            "turned": self._large.T,
+            "small": np.arange(3),
+            "text": "ñ",
+        }
+
+    def change(self) -> np.ndarray:
+        self._large += 1
+        return self._large
+
+    def empty(self) -> list[np.ndarray]:
+        return [np.zeros((0, 5)), np.zeros((300, 1000), np.int8), np.zeros((3, 10**6), np.int8)[:, ::2]]
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_arrays_come_whole_and_are_the_callers_own(shared: bool) -> None:
+    wanted = np.arange(2**20, dtype=np.float32).reshape(4, -1)
+    with Remote(Arrays if shared else without_memfd, label="arrays") as remote:
+        given = remote.call("give")
+        assert given["text"] == "ñ" and given["small"].tolist() == [0, 1, 2]
+        for name, array in (("large", wanted), ("part", wanted[1:]), ("turned", wanted.T)):
+            assert given[name].dtype == np.float32 and np.array_equal(given[name], array)
+            given[name][:] = -1  # the child's own array stays as it is
+        changed = remote.call("change")
+        assert np.array_equal(changed, wanted + 1)
+        assert np.array_equal(remote.call("change"), wanted + 2) and np.array_equal(changed, wanted + 1)
+        assert [array.shape for array in remote.call("empty")] == [(0, 5), (300, 1000), (3, 500_000)]
+    assert np.array_equal(changed, wanted + 1)  # longer than the child lives
+
+
+def without_memfd() -> Arrays:
+    """As on a system that has no anonymous files."""
+    del os.memfd_create
+    return Arrays()
+
+
+@pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="this system has no anonymous files")
+def test_shared_memory_is_given_back() -> None:
+    def held() -> tuple[int, int]:
+        maps = sum(b"memfd:cuantiza" in line for line in Path("/proc/self/maps").read_bytes().splitlines())
+        return maps, len(list(Path("/proc/self/fd").iterdir()))
+
+    with Remote(Arrays, label="arrays") as remote:
+        before = held()
+        kept = [remote.call("change") for _ in range(3)]
+        assert held()[0] == 3
+        del kept
+        assert held() == before and before[0] == 0

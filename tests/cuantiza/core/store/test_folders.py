@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from cuantiza.core.errors import UserError
+from cuantiza.core.store import folders
 from cuantiza.core.store.folders import locked, staging
 
 from helpers import ROOT
@@ -101,3 +103,16 @@ def test_an_error_names_the_target_and_not_the_temporary_folder(tmp_path: Path) 
         == f"{tmp_path}/int8/model.onnx: ONNX Runtime cannot load it ({tmp_path}/int8/model.onnx.data)"
     )
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP])
+def test_a_file_system_without_locks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, number: int
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(number, "no locks here")
+
+    monkeypatch.setattr(folders.fcntl, "flock", refuse)
+    with locked(tmp_path / "modelo"), staging(tmp_path / "modelo" / "fp32") as work:
+        assert work.is_dir()
+    assert "no locks" in capsys.readouterr().err

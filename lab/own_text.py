@@ -1,0 +1,128 @@
+"""Measures what text that the model writes itself (`CORPUS=self`) costs beside real text, and writes docs/own-text.md.
+
+python -m lab.own_text               makes the artifacts, scores them, and writes docs/data/own-text.json and the page
+python -m lab.own_text --reprint     writes the page again from the JSON
+
+Each recipe is calibrated twice on es-mini, by the stage's own command: on the calibration split of corpus/es, and on what
+the model writes. Both are scored on that corpus's test split. Artifacts are kept in the folder of --work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from cuantiza.core.errors import run
+from cuantiza.core.inputs.corpus import SELF, Source, load_test
+from cuantiza.core.machine.hardware import cpu_name, default_threads
+from cuantiza.core.machine.progress import report as say
+from cuantiza.core.pages import plus_minus
+from cuantiza.core.store import artifact, digests
+from cuantiza.eval.measure.engines import Subject
+from cuantiza.eval.measure.quality import make_task, measure_quality
+from lab import CORPUS, DATA, ES_MINI, ROOT, page_folder
+from lab.pages import filled, write
+
+JSON = DATA / "own-text.json"
+RECIPES = ("int8-dynamic", "int8-static", "int4-weight")
+TEXTS = {"real": str(CORPUS), "self": SELF}
+WINDOW = 512  # tokens
+_FIELDS = (
+    "perplexity",
+    *("delta_ln_ppl", "delta_ln_ppl_stderr", "kl_divergence", "kl_divergence_stderr", "top1_agreement"),
+)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m lab.own_text", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", type=Path, default=ES_MINI, help="folder of the checkpoint (default es-mini)")
+    parser.add_argument("--recipes", nargs="+", default=RECIPES, help=f"recipes (default {' '.join(RECIPES)})")
+    parser.add_argument("--tokens", type=int, default=10**9, help="tokens to score (default: the whole test split)")
+    default = Path("artifacts/own-text")
+    parser.add_argument("--work", type=Path, default=default, help=f"folder of the artifacts (default {default})")
+    parser.add_argument("--output", type=Path, default=JSON, help=f"the figures (default {JSON.relative_to(ROOT)})")
+    parser.add_argument("--reprint", action="store_true", help="write the page again from the JSON, without measuring")
+    args = parser.parse_args()
+    if not args.reprint:
+        write(args.output, json.dumps(measure(args.model, args.recipes, args.tokens, args.work), indent=1) + "\n")
+    write_page(args.output)
+    return 0
+
+
+def measure(model: Path, recipes: list[str], tokens: int, work: Path) -> dict:
+    """Make and score the artifacts of `recipes` on each of TEXTS; return the content of own-text.json."""
+    subjects, calibrated = [], {}
+    for text, corpus in TEXTS.items():
+        output = work / text
+        _run("export", "--model", model, "--output", output)
+        _run("quantize", "--model", model, "--recipes", *recipes, "--output", output, "--corpus", corpus)
+        made = {name: artifact.open_artifact(output / model.name / name) for name in ("fp32", *recipes)}
+        subjects = subjects or [Subject("fp32", "onnx", made["fp32"].model)]
+        subjects += [Subject(f"{name} {text}", "onnx", made[name].model) for name in recipes]
+        calibrated[text] = {name: made[name].manifest.details["calibration"] for name in recipes}
+    task = make_task(work / "real" / model.name / "fp32", load_test(Source(str(CORPUS))), tokens, WINDOW)
+    rows = measure_quality(subjects, task, default_threads())
+    return {
+        "model": model.name,
+        "cpu": cpu_name(),
+        "versions": digests.versions("onnxruntime", "onnx", "numpy"),
+        "tokens": rows["fp32"]["tokens_scored"],
+        "documents": len(task.documents),
+        "fp32_perplexity": rows["fp32"]["perplexity"],
+        "rows": [
+            {"recipe": name, "text": text, "calibration": calibrated[text][name]}
+            | {field: rows[f"{name} {text}"][field] for field in _FIELDS}
+            for name in recipes
+            for text in TEXTS
+        ],
+    }
+
+
+def write_page(path: Path) -> None:
+    """Write the page of the JSON file `path` into its folder (`page_folder`)."""
+    fields = json.loads(path.read_text(encoding="utf-8"))
+    what = {"real": "real text", "self": "`CORPUS=self`"}
+    rows = [
+        (
+            f"`{row['recipe']}`",
+            what[row["text"]],
+            f"{row['perplexity']:.2f}",
+            plus_minus(row["delta_ln_ppl"], row["delta_ln_ppl_stderr"], 4, "en"),
+            plus_minus(row["kl_divergence"], row["kl_divergence_stderr"], 5, "en"),
+            f"{100 * row['top1_agreement']:.1f}",
+        )
+        for row in fields["rows"]
+    ]
+    own = next(row["calibration"] for row in fields["rows"] if row["text"] == "self")
+    text = filled(
+        Path(__file__).resolve().parent / "templates/own-text.md.j2",
+        model=fields["model"],
+        cpu=fields["cpu"],
+        onnxruntime=fields["versions"]["onnxruntime"],
+        tokens=f"{fields['tokens']:,}",
+        documents=fields["documents"],
+        fp32=f"{fields['fp32_perplexity']:.2f}",
+        windows=own["windows"],
+        window=own["tokens_per_window"],
+        seed=own["seed"],
+        rows=rows,
+    )
+    target = (page_folder(path) / path.name).with_suffix(".md")
+    write(target, text)
+    say(f"own text  {target}: written")
+
+
+def _run(*arguments: object) -> None:
+    """Run a stage in the repository's root. If it fails it has printed why, so exit with its status."""
+    done = subprocess.run([sys.executable, "-m", *map(str, arguments)], cwd=ROOT, stdout=subprocess.DEVNULL)
+    if done.returncode:
+        sys.exit(done.returncode if done.returncode > 0 else 128 - done.returncode)
+
+
+if __name__ == "__main__":
+    run(main)

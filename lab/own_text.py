@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
+from dataclasses import replace
 from pathlib import Path
 
 from cuantiza.core.errors import run
@@ -25,6 +24,7 @@ from cuantiza.eval.measure.engines import Subject
 from cuantiza.eval.measure.quality import make_task, measure_quality
 from lab import CORPUS, DATA, ES_MINI, ROOT, page_folder
 from lab.pages import filled, write
+from lab.stages import run_stage
 
 JSON = DATA / "own-text.json"
 RECIPES = ("int8-dynamic", "int8-static", "int4-weight")
@@ -59,14 +59,15 @@ def measure(model: Path, recipes: list[str], tokens: int, work: Path) -> dict:
     subjects, calibrated = [], {}
     for text, corpus in TEXTS.items():
         output = work / text
-        _run("export", "--model", model, "--output", output)
-        _run("quantize", "--model", model, "--recipes", *recipes, "--output", output, "--corpus", corpus)
+        run_stage("export", "--model", model, "--output", output)
+        run_stage("quantize", "--model", model, "--recipes", *recipes, "--output", output, "--corpus", corpus)
         made = {name: artifact.open_artifact(output / model.name / name) for name in ("fp32", *recipes)}
         subjects = subjects or [Subject("fp32", "onnx", made["fp32"].model)]
         subjects += [Subject(f"{name} {text}", "onnx", made[name].model) for name in recipes]
         calibrated[text] = {name: made[name].manifest.details["calibration"] for name in recipes}
     task = make_task(work / "real" / model.name / "fp32", load_test(Source(str(CORPUS))), tokens, WINDOW)
-    rows = measure_quality(subjects, task, default_threads())
+    # Without a stream, llama.cpp's protocol is left out, which the page does not show.
+    rows = measure_quality(subjects, replace(task, stream=task.stream[:0]), default_threads())
     return {
         "model": model.name,
         "cpu": cpu_name(),
@@ -115,13 +116,6 @@ def write_page(path: Path) -> None:
     target = (page_folder(path) / path.name).with_suffix(".md")
     write(target, text)
     say(f"own text  {target}: written")
-
-
-def _run(*arguments: object) -> None:
-    """Run a stage in the repository's root. If it fails it has printed why, so exit with its status."""
-    done = subprocess.run([sys.executable, "-m", *map(str, arguments)], cwd=ROOT, stdout=subprocess.DEVNULL)
-    if done.returncode:
-        sys.exit(done.returncode if done.returncode > 0 else 128 - done.returncode)
 
 
 if __name__ == "__main__":

@@ -15,10 +15,11 @@ from cuantiza.core.run.sampling import Sampling, generate
 from cuantiza.core.store.artifact import Artifact
 from cuantiza.core.store.digests import digest
 from cuantiza.export.stage import export
-from cuantiza.quantize import own_text, quantize
+from cuantiza.quantize import own_text
 from cuantiza.quantize.decide.calibrate import calibration_windows
 from cuantiza.quantize.own_text import GROUP, own_windows
 from cuantiza.quantize.settings import Calibration
+from cuantiza.quantize.stage import quantize
 
 from helpers import CORPUS
 

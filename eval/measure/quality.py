@@ -65,8 +65,9 @@ class Task:
 def make_task(folder: Path, test: Split, tokens: int, window: int, papers: Sequence[PaperName] = ()) -> Task:
     """Tokenize documents of `test` with the tokenizer of `folder`, until there are `tokens` tokens.
 
-    `papers` name further protocols. Documents are taken in the order of their sha256, so that a part of a corpus is a fair sample of it, and whole but
-    for a long last one (`take` says when it is cut). Raises UserError where the documents have fewer than 2 tokens.
+    Documents are taken in the order of their sha256, so that a part of a corpus is a fair sample of it, and whole but
+    for a long last one (`take` says when it is cut). `papers` name the further protocols that are measured. Raises
+    UserError where the documents have fewer than 2 tokens.
     """
     tokenizer, start = load_tokenizer(folder), start_token(folder)
     marked = markers(tokenizer, {start, *end_tokens(folder)})

@@ -3,8 +3,7 @@
 python -m lab.own_text               makes the artifacts, scores them, and writes docs/data/own-text.json and the page
 python -m lab.own_text --reprint     writes the page again from the JSON
 
-Each recipe is calibrated twice on es-mini, by the stage's own command: on the calibration split of corpus/es, and on what
-the model writes. Both are scored on that corpus's test split. Artifacts are kept in the folder of --work.
+Each recipe is calibrated twice on es-mini: on the calibration split of corpus/es, and on what the model writes. Both are scored on that corpus's test split. Artifacts are kept in the folder of --work.
 """
 
 from __future__ import annotations
@@ -19,12 +18,13 @@ from cuantiza.core.inputs.corpus import SELF, Source, load_test
 from cuantiza.core.machine.hardware import cpu_name, default_threads
 from cuantiza.core.machine.progress import report as say
 from cuantiza.core.pages import plus_minus
-from cuantiza.core.store import artifact, digests
+from cuantiza.core.store import digests
 from cuantiza.eval.measure.engines import Subject
 from cuantiza.eval.measure.quality import make_task, measure_quality
+from cuantiza.export.stage import export
+from cuantiza.quantize.stage import quantize
 from lab import CORPUS, DATA, ES_MINI, ROOT, page_folder
 from lab.pages import filled, write
-from lab.stages import run_stage
 
 JSON = DATA / "own-text.json"
 RECIPES = ("int8-dynamic", "int8-static", "int4-weight")
@@ -56,16 +56,15 @@ def main() -> int:
 
 def measure(model: Path, recipes: list[str], tokens: int, work: Path) -> dict:
     """Make and score the artifacts of `recipes` on each of TEXTS; return the content of own-text.json."""
-    subjects, calibrated = [], {}
-    for text, corpus in TEXTS.items():
-        output = work / text
-        run_stage("export", "--model", model, "--output", output)
-        run_stage("quantize", "--model", model, "--recipes", *recipes, "--output", output, "--corpus", corpus)
-        made = {name: artifact.open_artifact(output / model.name / name) for name in ("fp32", *recipes)}
-        subjects = subjects or [Subject("fp32", "onnx", made["fp32"].model)]
-        subjects += [Subject(f"{name} {text}", "onnx", made[name].model) for name in recipes]
-        calibrated[text] = {name: made[name].manifest.details["calibration"] for name in recipes}
-    task = make_task(work / "real" / model.name / "fp32", load_test(Source(str(CORPUS))), tokens, WINDOW)
+    fp32 = export(model, work)
+    made = {
+        (name, text): quantize(fp32, name, work / text / name, corpus=corpus)
+        for name in recipes
+        for text, corpus in TEXTS.items()
+    }
+    subjects = [Subject("fp32", "onnx", fp32.model)]
+    subjects += [Subject(f"{name} {text}", "onnx", item.model) for (name, text), item in made.items()]
+    task = make_task(fp32.path, load_test(Source(str(CORPUS))), tokens, WINDOW)
     # Without a stream, llama.cpp's protocol is left out, which the page does not show.
     rows = measure_quality(subjects, replace(task, stream=task.stream[:0]), default_threads())
     return {
@@ -76,10 +75,9 @@ def measure(model: Path, recipes: list[str], tokens: int, work: Path) -> dict:
         "documents": len(task.documents),
         "fp32_perplexity": rows["fp32"]["perplexity"],
         "rows": [
-            {"recipe": name, "text": text, "calibration": calibrated[text][name]}
+            {"recipe": name, "text": text, "calibration": item.manifest.details["calibration"]}
             | {field: rows[f"{name} {text}"][field] for field in _FIELDS}
-            for name in recipes
-            for text in TEXTS
+            for (name, text), item in made.items()
         ],
     }
 

@@ -17,21 +17,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cuantiza.core.errors import run
-from cuantiza.core.inputs.checkpoints import model_name
 from cuantiza.core.inputs.corpus import Source, load_test
 from cuantiza.core.machine.hardware import cpu_name, default_threads
 from cuantiza.core.machine.process import Remote
 from cuantiza.core.machine.progress import report as say
-from cuantiza.core.store import artifact, digests
+from cuantiza.core.store import digests
 from cuantiza.eval.measure.engines import Engine, Subject
 from cuantiza.eval.measure.protocols import measure_protocol
 from cuantiza.eval.measure.quality import make_task
 from cuantiza.eval.measure.score import Scores
 from cuantiza.eval.report.columns import relative_rise
 from cuantiza.eval.report.schema import PAPER_NAMES, Protocol
+from cuantiza.export.stage import export
+from cuantiza.quantize.stage import quantize
 from lab import DATA, ROOT, page_folder
 from lab.pages import filled, write
-from lab.stages import run_stage
 
 JSON = DATA / "published.json"
 MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
@@ -110,12 +110,9 @@ def join(path: Path, facts: dict, row: dict) -> dict:
 
 def measure(name: str, recipes: Sequence[str], work: Path) -> dict:
     """Export, quantize and score one model: every protocol's fields (docs/report.md) of every artifact, fp32 first."""
-    model = f"openai-community/{name}"
-    corpus = ("--corpus", TEXT.spec, "--corpus-config", TEXT.config, "--corpus-split", TEXT.split, "--corpus-join")
-    run_stage("export", "--model", model, "--output", work)
-    run_stage("quantize", "--model", model, "--output", work, "--recipes", *recipes, *corpus)
-    items = [artifact.open_artifact(work / model_name(model) / recipe) for recipe in ("fp32", *recipes)]
-    task = make_task(items[0].path, load_test(TEXT), WHOLE, WINDOW, PAPER_NAMES)
+    fp32 = export(f"openai-community/{name}", work)
+    items = [fp32, *(quantize(fp32, recipe, corpus=TEXT) for recipe in recipes)]
+    task = make_task(fp32.path, load_test(TEXT), WHOLE, WINDOW, PAPER_NAMES)
     reference: dict[str, Scores] = {}
     artifacts = []
     for item in items:

@@ -21,8 +21,8 @@ CARD = """---
 configs:
 - config_name: wikitext-2-raw-v1
   data_files:
-  - {split: test, path: wikitext-2-raw-v1/test-*}
-  - {split: train, path: wikitext-2-raw-v1/train-*}
+  - {split: test, path: raw-test.parquet}
+  - {split: train, path: raw-train.parquet}
 ---
 """
 
@@ -37,8 +37,8 @@ def test_one_command_measures_a_model_of_the_hub(tiny_folder: Path, tmp_path: Pa
     """The rows are joined as they are, train calibrates, and the figures of one model are those of the report."""
     lines = [line + "\n" for file in sorted(CORPUS.glob("*.txt")) for line in file.read_text("utf-8").split("\n")]
     data = {"README.md": CARD.encode()}
-    data["wikitext-2-raw-v1/test-00000-of-00001.parquet"] = table_of(["", *lines[:60]])
-    data["wikitext-2-raw-v1/train-00000-of-00001.parquet"] = table_of(lines[60:])
+    data["raw-test.parquet"] = table_of(["", *lines[:60]])
+    data["raw-train.parquet"] = table_of(lines[60:])
     output = tmp_path / "data" / "published.json"
     with serving() as hub:
         hub.add("openai-community/gpt2", files_of(tiny_folder))

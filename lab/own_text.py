@@ -15,7 +15,8 @@ from pathlib import Path
 
 from cuantiza.core.errors import run
 from cuantiza.core.inputs.corpus import SELF, Source, load_test
-from cuantiza.core.machine.hardware import cpu_name, default_threads
+from cuantiza.core.inputs.defaults import TOKENS, WINDOW
+from cuantiza.core.machine.hardware import cpu_name
 from cuantiza.core.machine.progress import report as say
 from cuantiza.core.pages import plus_minus
 from cuantiza.core.store import digests
@@ -29,7 +30,8 @@ from lab.pages import filled, write
 JSON = DATA / "own-text.json"
 RECIPES = ("int8-dynamic", "int8-static", "int4-weight")
 TEXTS = {"real": str(CORPUS), "self": SELF}
-WINDOW = 512  # tokens
+# All artifacts are scored at once, each in a process of its own: with more threads each, these would only wait.
+THREADS = 1
 _FIELDS = (
     "perplexity",
     *("delta_ln_ppl", "delta_ln_ppl_stderr", "kl_divergence", "kl_divergence_stderr", "top1_agreement"),
@@ -42,7 +44,7 @@ def main() -> int:
     )
     parser.add_argument("--model", type=Path, default=ES_MINI, help="folder of the checkpoint (default es-mini)")
     parser.add_argument("--recipes", nargs="+", default=RECIPES, help=f"recipes (default {' '.join(RECIPES)})")
-    parser.add_argument("--tokens", type=int, default=10**9, help="tokens to score (default: the whole test split)")
+    parser.add_argument("--tokens", type=int, default=TOKENS, help=f"tokens to score (default {TOKENS})")
     default = Path("artifacts/own-text")
     parser.add_argument("--work", type=Path, default=default, help=f"folder of the artifacts (default {default})")
     parser.add_argument("--output", type=Path, default=JSON, help=f"the figures (default {JSON.relative_to(ROOT)})")
@@ -66,7 +68,7 @@ def measure(model: Path, recipes: list[str], tokens: int, work: Path) -> dict:
     subjects += [Subject(f"{name} {text}", "onnx", item.model) for (name, text), item in made.items()]
     task = make_task(fp32.path, load_test(Source(str(CORPUS))), tokens, WINDOW)
     # Without a stream, llama.cpp's protocol is left out, which the page does not show.
-    rows = measure_quality(subjects, replace(task, stream=task.stream[:0]), default_threads())
+    rows = measure_quality(subjects, replace(task, stream=task.stream[:0]), THREADS)
     return {
         "model": model.name,
         "cpu": cpu_name(),

@@ -168,7 +168,8 @@ def _by_papers(
     `reference` has the baseline's scores, and is empty for the baseline itself. Where the text is shorter than a window
     of a protocol, there is nothing of it.
     """
-    found, scores = [], {}
+    found: list[dict] = []
+    scores: dict[str, Scores] = {}
     for name in task.papers if subject.kind == "onnx" else ():
         measured = measure_protocol(name, task.stream, task.longest, remote, subject.name, reference.get(name))
         if measured is not None:

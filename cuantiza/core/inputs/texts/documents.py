@@ -62,7 +62,10 @@ def join(source: Source) -> str:
     joined = BETWEEN.join(texts)
     if not joined.strip():
         raise UserError(f"CORPUS={source.spec}: has no text{f' ({_nulls(seen)})' if seen.nulls else ''}; give some")
-    report(f"corpus    {source.spec}: {len(texts):,} texts are joined to one of {len(joined.encode()) / 1e6:,.1f} MB")
+    if len(texts) > 1:
+        report(
+            f"corpus    {source.spec}: {len(texts):,} texts are joined to one of {len(joined.encode()) / 1e6:,.1f} MB"
+        )
     _say_left_out(source, texts, "texts", seen)
     return joined
 

@@ -40,6 +40,7 @@ def test_one_command_measures_a_model_of_the_hub(tiny_folder: Path, tmp_path: Pa
     data["raw-test.parquet"] = table_of(["", *lines[:60]])
     data["raw-train.parquet"] = table_of(lines[60:])
     output = tmp_path / "data" / "published.json"
+    output.parent.mkdir()
     with serving() as hub:
         hub.add("openai-community/gpt2", files_of(tiny_folder))
         hub.add("Salesforce/wikitext", data, kind="datasets")

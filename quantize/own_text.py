@@ -2,7 +2,7 @@
 
 LLM-QAT (arXiv 2305.17888) showed that a model's own samples stand in for its training text. Each window begins with the
 start token, as every scored text does, and each further token is drawn from the model's whole distribution (temperature
-1), so that windows are as varied as what the model learned. Why not otherwise: docs/own-text.md has the measurement.
+1), so that windows are as varied as what the model learned.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 
 # What a user gives arrives as it was typed: make would expand it, and run `$(shell …)` in it, so each variable that
 # comes from the command line or from the environment is first fixed to its own text.
-GIVEN  = PYTHON VENV OPTIMUM_VENV RAY_VENV MODEL CORPUS CORPUS_BY CORPUS_CONFIG CORPUS_SPLIT CORPUS_COLUMN RECIPES RECIPE \
+GIVEN  = PYTHON VENV OPTIMUM_VENV RAY_VENV MODEL CORPUS CORPUS_BY CORPUS_JOIN CORPUS_CONFIG CORPUS_SPLIT CORPUS_COLUMN RECIPES RECIPE \
          ARTIFACT OUT REPORTS DIST OPSET EXPORTER QUANTIZE EVAL LANG_REPORT PROMPT GENERATE PORT BUILD BASE HEAD ARGS MODELS \
          CORPORA RAY SWEEP TESTS
 fix    = $(foreach name,$(1),$(if $(filter $(2),$(origin $(name))),$(eval override $(name) := $$(value $(name)))))
@@ -21,7 +21,7 @@ VENV          ?= .venv## environment of the pipeline and the tests
 OPTIMUM_VENV  ?= .venv-optimum## environment for EXPORTER=optimum
 RAY_VENV      ?= .venv-ray## environment for RAY=
 MODEL         ?= models/es-mini## checkpoint: folder or owner/name[@revision]
-CORPUS        ?= corpus/es## text: file, folder or owner/name (CORPUS_CONFIG=, CORPUS_SPLIT=, CORPUS_COLUMN=, CORPUS_BY=line)
+CORPUS        ?= corpus/es## text: file, folder or owner/name (CORPUS_CONFIG=, CORPUS_SPLIT=, CORPUS_COLUMN=, CORPUS_BY=line, CORPUS_JOIN=1); self: the model writes what calibrates it
 RECIPES       ?= int8-dynamic int8-static## how to quantize: `python -m cuantiza recipes` lists them
 RECIPE        ?= int8-dynamic## the one artifact of `generate` and `demo`
 OUT           ?= artifacts## folder for artifacts
@@ -47,7 +47,7 @@ artifact  = $(call quote,$(or $(ARTIFACT),$(OUT)/$(NAME)/$(RECIPE)))
 artifacts = --artifacts=$(call quote,$(OUT))
 corpus    = --corpus=$(call quote,$(CORPUS))$(call option, --corpus-config,$(CORPUS_CONFIG))$(call option, \
             --corpus-split,$(CORPUS_SPLIT))$(call option, --corpus-column,$(CORPUS_COLUMN))$(call option, \
-            --corpus-by,$(CORPUS_BY))
+            --corpus-by,$(CORPUS_BY))$(call option, --corpus-join,$(CORPUS_JOIN))
 
 .DEFAULT_GOAL := help
 .PHONY: export quantize eval compare bundle generate demo sweep optimum ray js test lint clean help

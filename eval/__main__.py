@@ -18,6 +18,7 @@ from cuantiza.core.cli import (
 from cuantiza.core.errors import UserError, run
 from cuantiza.core.inputs.checkpoints import model_name
 from cuantiza.core.inputs.defaults import ARTIFACTS, RECIPES, REPORTS, ROUNDS, TOKENS, WINDOW
+from cuantiza.eval.report.schema import PAPER_NAMES
 from cuantiza.eval.stage import LANGUAGES, evaluate
 
 
@@ -43,6 +44,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--without-torch", action="store_true", help="leave out the PyTorch rows")
     add_number(parser, "--tokens", TOKENS, "score documents until this many tokens")
     add_number(parser, "--window", WINDOW, "longest context of a scored token, in tokens")
+    parser.add_argument(
+        "--protocols",
+        nargs="+",
+        default=[],
+        choices=PAPER_NAMES,
+        metavar="NAME",
+        help=f"further protocols of perplexity, to compare with papers: {', '.join(PAPER_NAMES)}",
+    )
     add_number(parser, "--rounds", ROUNDS, "interleaved rounds of latency")
     add_threads(parser)
     add_folder(parser, "--output", REPORTS, "folder of the reports")
@@ -64,6 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         window=args.window,
         rounds=args.rounds,
         threads=args.threads,
+        protocols=args.protocols,
         onnx=args.onnx,
         checkpoint=None if args.without_torch else args.model,
         output=args.output / folder.name,

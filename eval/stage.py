@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from cuantiza.core.errors import UserError
 from cuantiza.core.inputs.checkpoints import checkpoint_digest, resolve_model
-from cuantiza.core.inputs.corpus import Source, Split, load_splits
+from cuantiza.core.inputs.corpus import Source, Split, load_test, scored
 from cuantiza.core.inputs.defaults import CORPUS, ROUNDS, TOKENS, WINDOW
 from cuantiza.core.machine.hardware import check_threads, default_threads
 from cuantiza.core.machine.progress import report as say
@@ -19,7 +19,7 @@ from cuantiza.core.machine.progress import working
 from cuantiza.core.store import artifact, digests, folders
 from cuantiza.core.store.artifact import Artifact
 from cuantiza.core.store.records import read_record, write_record
-from cuantiza.eval.report.schema import Inputs, LeftOut, Machine, Report
+from cuantiza.eval.report.schema import PAPER_NAMES, Inputs, LeftOut, Machine, PaperName, Report
 
 # What measures and what renders is imported where it is needed: a run that finds everything up to date does neither.
 if TYPE_CHECKING:
@@ -34,19 +34,22 @@ class Settings:
     """How artifacts are measured.
 
     tokens: whole documents are scored until this many tokens; window: the longest context of a scored token, in tokens;
-    rounds: interleaved rounds of latency; threads: threads of every runtime.
+    rounds: interleaved rounds of latency; threads: threads of every runtime; protocols: further protocols, by name.
     """
 
     tokens: int
     window: int
     rounds: int
     threads: int
+    protocols: tuple[PaperName, ...] = ()
 
     def __post_init__(self) -> None:
         check_threads(self.threads)
         for name, least in (("tokens", 2), ("window", 2), ("rounds", 1)):
             if getattr(self, name) < least:
                 raise UserError(f"--{name} {getattr(self, name)}: give a number from {least} on")
+        if unknown := [name for name in self.protocols if name not in PAPER_NAMES]:
+            raise UserError(f"--protocols {unknown[0]}: is none; choose from {', '.join(PAPER_NAMES)}")
 
 
 def evaluate(
@@ -57,6 +60,7 @@ def evaluate(
     window: int = WINDOW,
     rounds: int = ROUNDS,
     threads: int | None = None,
+    protocols: Sequence[PaperName] = (),
     onnx: Sequence[Path] = (),
     checkpoint: str | Path | None = None,
     output: Path | None = None,
@@ -66,7 +70,7 @@ def evaluate(
 
     tokens: documents of the test split are scored until this many tokens, whole but for a long last one. window: the
     longest context of a scored token, in tokens. rounds: interleaved rounds of latency. threads: threads of every
-    runtime (all processors). onnx: further ONNX files, or folders with a model.onnx, of the same interface. checkpoint:
+    runtime (all processors). protocols: names in PAPER_NAMES, by which perplexity is measured too. onnx: further ONNX files, or folders with a model.onnx, of the same interface. checkpoint:
     the model that the baseline was exported from; if it is given, PyTorch is measured too. output: a folder for the
     report and its pages in `language`; if an up-to-date report is there, it is read and nothing is measured.
 
@@ -74,7 +78,8 @@ def evaluate(
     UserError if the baseline cannot be measured, if an artifact is broken, two have one name, a number is out of range or
     the text is too short.
     """
-    settings = Settings(tokens, window, rounds, default_threads() if threads is None else threads)
+    threads = default_threads() if threads is None else threads
+    settings = Settings(tokens, window, rounds, threads, tuple(dict.fromkeys(protocols)))
     corpus = corpus if isinstance(corpus, Source) else Source(str(corpus))
     paths = [path.path if isinstance(path, Artifact) else Path(path) for path in artifacts]
     published = [artifact.open_artifact(path, digests.sha256_known) for path in dict.fromkeys(paths)]
@@ -100,7 +105,7 @@ def _evaluate(
     language: str,
 ) -> Report:
     foreign = {str(path): _foreign(path) for path in onnx}
-    test = load_splits(corpus)[1]
+    test = load_test(corpus)
     broken = {path: reason for path, subject in foreign.items() if (reason := _broken(subject))}
     digests_of = {path: _foreign_digest(subject, path not in broken) for path, subject in foreign.items()}
     inputs = _inputs(published, test, settings, digests_of, checkpoint is not None)
@@ -121,14 +126,16 @@ def _evaluate(
             subjects,
             published[0].path,
             test,
-            corpus.spec,
+            scored(corpus).spec,
             inputs,
             tokens=settings.tokens,
             window=settings.window,
             rounds=settings.rounds,
             threads=settings.threads,
             left_out=[*broken.values()],
-            by=corpus.by,
+            by=scored(corpus).by,
+            joined=scored(corpus).join,
+            papers=settings.protocols,
         )
     else:
         _tell(report.left_out)
@@ -198,6 +205,7 @@ def _inputs(published: list[Artifact], test: Split, settings: Settings, onnx: di
         tokens=settings.tokens,
         window=settings.window,
         rounds=settings.rounds,
+        protocols=settings.protocols,
         machine=Machine(**machine(settings.threads), instructions=instruction_sets()),
         code=digests.code_digest("cuantiza.eval.measure.report"),
         versions=software(),

@@ -11,7 +11,7 @@ BENCH_ARGS    ?=## more options of `python -m lab.bench`: --without-peers --roun
 # The recipes in standard operators: the chapters explain them, and every runtime is given them.
 portable = $(shell $(run) cuantiza recipes --names --portable)
 
-.PHONY: accuracy bench chapters runtimes emulation sweep-speedup torture fuzz peers runtimes-env sbom audit
+.PHONY: accuracy bench chapters published own-text runtimes emulation sweep-speedup torture fuzz peers runtimes-env sbom audit
 
 accuracy: $(ready) ## docs/accuracy.md; MODELS="FOLDER …" and TEXT=file add to it
 	@OPTIMUM_PYTHON="$(OPTIMUM_VENV)/bin/python" $(VENV)/bin/python -m lab.accuracy $(if $(MODELS),--models $(MODELS)) $(call option,--text,$(TEXT))
@@ -24,6 +24,12 @@ chapters: $(ready) ## the course's chapters in docs/es and docs/en, with their f
 	@$(MAKE) eval MODEL=models/es-mini CORPUS=corpus/es EXPORTER=graph QUANTIZE= EVAL= OUT=$(call quote,$(OUT)/chapters) REPORTS=$(call quote,$(REPORTS)/chapters) \
 	  RECIPES="$(portable)"
 	@$(VENV)/bin/python -m lab.chapters --artifacts=$(call quote,$(OUT)/chapters/es-mini) --report=$(call quote,$(REPORTS)/chapters/es-mini/report.json)
+
+published: $(ready) ## docs/published.md: GPT-2 on WikiText-2 beside published figures; needs a network; MODELS="gpt2 gpt2-medium"
+	@$(run) lab.published $(if $(MODELS),--models $(MODELS)) --work=$(call quote,$(OUT)/published)
+
+own-text: $(ready) ## docs/own-text.md: what CORPUS=self costs beside real text
+	@$(run) lab.own_text --work=$(call quote,$(OUT)/own-text)
 
 runtimes: $(ready) runtimes-env optimum js ## docs/runtimes.md: every artifact in every runtime that pip and npm install
 	@$(MAKE) quantize RECIPES="$(portable) fp32-ort $(addsuffix -ort,$(portable))" OUT=$(call quote,$(OUT))

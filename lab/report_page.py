@@ -14,7 +14,18 @@ from pydantic import BaseModel
 from cuantiza.core.errors import UserError, run
 from cuantiza.core.machine.progress import report as say
 from cuantiza.core.pages import table
-from cuantiza.eval.report.schema import Corpus, Decode, Inputs, LeftOut, LlamaCpp, Machine, Prefill, Report, Row
+from cuantiza.eval.report.schema import (
+    Corpus,
+    Decode,
+    Inputs,
+    LeftOut,
+    LlamaCpp,
+    Machine,
+    Prefill,
+    Protocol,
+    Report,
+    Row,
+)
 from lab import DOCS
 from lab.pages import write
 
@@ -27,6 +38,7 @@ _TABLES = (
     ("Each element of `prefill`:", "artifacts[].prefill[].", Prefill),
     ("Each element of `decode` has the same fields, except for its length:", "artifacts[].decode[].", Decode),
     ("llama.cpp's protocol:", "artifacts[].llama_cpp.", LlamaCpp),
+    ("Each element of `protocols`:", "artifacts[].protocols[].", Protocol),
     ("The text that was scored:", "corpus.", Corpus),
     ("A row that is missing:", "left_out[].", LeftOut),
     ("The machine:", "machine.", Machine),

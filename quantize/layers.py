@@ -12,6 +12,7 @@ import onnx_ir as ir
 from cuantiza.core.errors import UserError
 from cuantiza.core.inputs.corpus import Split
 from cuantiza.core.store import folders
+from cuantiza.core.store.digests import digest
 from cuantiza.quantize.decide.calibrate import calibrate, calibration_windows
 from cuantiza.quantize.decide.decision import Decision, Plan, Rewrite
 from cuantiza.quantize.rewrite.find import left_in_float
@@ -63,12 +64,16 @@ def write_quantized(
             "left_in_float": kept,
         }
 
-    return calibrated_on(windows) | write_graph(parent, work, recipe.target, rewrite)
+    return calibrated_on(windows, split) | write_graph(parent, work, recipe.target, rewrite)
 
 
-def calibrated_on(windows: np.ndarray) -> dict:
-    """Return the entry of the manifest about calibration windows int64 [n, T]."""
-    return {"calibration": {"windows": len(windows), "tokens_per_window": windows.shape[1]}}
+def calibrated_on(windows: np.ndarray, split: Split) -> dict:
+    """Return the entry of the manifest about calibration windows int64 [n, T] of `split`.
+
+    Of text that the model wrote it has the seed, and the sha256 of its token ids.
+    """
+    written = {} if split.seed is None else {"seed": split.seed, "tokens_sha256": digest(windows.tolist())}
+    return {"calibration": {"windows": len(windows), "tokens_per_window": windows.shape[1]} | written}
 
 
 def decide(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cuantiza.core.errors import UserError
-from cuantiza.core.inputs.corpus import Source, Split, load_splits
+from cuantiza.core.inputs.corpus import Source, Split, load_calibration
 from cuantiza.core.inputs.defaults import CORPUS
 from cuantiza.core.machine.progress import report, warn
 from cuantiza.core.store import artifact, digests, folders
@@ -33,7 +33,7 @@ def quantize(
 
     `recipe` is a name in RECIPES, the path of a .json file, or a recipe object. `output` is the folder of the result
     (default: the folder `name` beside `fp32`). `name` is the artifact's name (default: the name of the recipe or its
-    file). Calibration uses the calibration split of the text `corpus`.
+    file). Calibration uses the calibration split of the text `corpus`; "self" is text that the model writes.
 
     Raises UserError if the recipe, the artifact or the text cannot be used.
     """
@@ -85,7 +85,7 @@ def quantize_one(parent: Artifact, target: Path, name: str, recipe: Recipe, sour
 
     Raises UserError if a file of `parent` is not as it was published.
     """
-    calibration = load_splits(source)[0] if calibration_of(recipe) else None
+    calibration = load_calibration(source) if calibration_of(recipe) else None
     inputs = inputs_of(parent, recipe, calibration)
     there = artifact.up_to_date(target, inputs)
     if isinstance(there, Artifact):

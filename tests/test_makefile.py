@@ -72,6 +72,15 @@ def test_paths_arrive_as_typed(called: Callable[..., list[dict]], odd: str, by: 
     assert bundle["--output"] == given["DIST"]
 
 
+def test_a_text_that_is_joined_calibrates_and_is_scored_so(called: Callable[..., list[dict]]) -> None:
+    """EVAL= and QUANTIZE= come last, so that each may name a text of its own."""
+    _, quantize, measure = called("eval", CORPUS="owner/text", CORPUS_JOIN="1", QUANTIZE="--corpus self")
+    assert "--corpus-join=1" in quantize["words"] and "--corpus-join=1" in measure["words"]
+    assert quantize["words"][-2:] == ["--corpus", "self"] and measure["--corpus"] == "owner/text"
+    _, plain, _ = called("eval")
+    assert not any(word.startswith("--corpus-join") for word in plain["words"])
+
+
 @pytest.mark.parametrize("odd", ODD)
 def test_other_goals_hand_on_what_they_are_given(called: Callable[..., list[dict]], odd: str) -> None:
     compare, = called("compare", BASE=odd, HEAD=f"{odd} 2", ARGS="--rounds 4")  # fmt: skip

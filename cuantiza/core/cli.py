@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from cuantiza.core.errors import UserError
-from cuantiza.core.inputs.defaults import CORPUS, MODEL
+from cuantiza.core.inputs.defaults import CORPUS, MODEL, SELF
 from cuantiza.core.machine.hardware import check_threads, default_threads
 
 if TYPE_CHECKING:  # what reads texts takes a while to load, and `generate` reads none
@@ -102,7 +102,8 @@ def add_corpus(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--corpus",
         default=CORPUS,
-        help=f"file or folder of {', '.join(SUFFIXES)} or other text, packed or not, or hub data set id ({CORPUS})",
+        help=f"file or folder of {', '.join(SUFFIXES)} or other text, packed or not, or hub data set id ({CORPUS}); "
+        f"{SELF}: the model writes what calibrates it",
     )
     parser.add_argument("--corpus-config", metavar="NAME", help="configuration of a hub data set")
     parser.add_argument("--corpus-split", default="train", metavar="NAME", help="split of a data set (train)")
@@ -113,13 +114,23 @@ def add_corpus(parser: argparse._ActionsContainer) -> None:
         choices=BY,
         help="what a document is: a file or what markers end (document), a line, or the lines after a title (article)",
     )
+    parser.add_argument(
+        "--corpus-join",
+        nargs="?",
+        type=int,
+        const=1,
+        default=0,
+        choices=(0, 1),
+        help="join all rows or files to one text, as papers do with WikiText, and score all of it",
+    )
 
 
 def source_of(args: argparse.Namespace) -> Source:
     """The corpus that the options of `add_corpus` name."""
     from cuantiza.core.inputs.corpus import Source
 
-    return Source(args.corpus, args.corpus_config, args.corpus_split, args.corpus_column, args.corpus_by)
+    fields = (args.corpus, args.corpus_config, args.corpus_split, args.corpus_column, args.corpus_by)
+    return Source(*fields, join=bool(args.corpus_join))
 
 
 def check_numbers(args: argparse.Namespace, **least: int) -> None:

@@ -8,7 +8,8 @@ from typing import TypeVar
 
 from cuantiza.core.errors import UserError
 from cuantiza.core.inputs.checkpoints import Model, base_folder, files_to_read, resolve_model
-from cuantiza.core.inputs.corpus import Source, Split, load_splits
+from cuantiza.core.inputs.corpus import Source, Split, load_calibration, load_test
+from cuantiza.core.inputs.defaults import SELF
 from cuantiza.core.inputs.model_types import check_model_type
 from cuantiza.core.inputs.weights.adapters import read_fields
 from cuantiza.quantize.recipes.registry import Recipe, calibration_of, get_recipe
@@ -97,5 +98,7 @@ def _model(given: str) -> tuple[str, Model]:
 
 def _corpus(given: str) -> tuple[str, Corpus]:
     path = Path(given)
-    source = Source(str(path.absolute()) if path.exists() else given)
-    return (path.resolve().stem if path.exists() else given.replace("/", "--")), Corpus(source, *load_splits(source))
+    is_path = given != SELF and path.exists()
+    source = Source(str(path.absolute()) if is_path else given)
+    name = path.resolve().stem if is_path else given.replace("/", "--")
+    return name, Corpus(source, load_calibration(source), load_test(source))

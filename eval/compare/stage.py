@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from cuantiza.core.errors import UserError
-from cuantiza.core.inputs.corpus import Source, load_splits
+from cuantiza.core.inputs.corpus import Source, load_test, scored
 from cuantiza.core.inputs.defaults import COMPARE_ROUNDS, CORPUS, LEAST_COMPARE_ROUNDS, TOKENS, WINDOW
 from cuantiza.core.machine.hardware import check_threads, cpu_name, default_threads
 from cuantiza.core.machine.progress import working
@@ -113,7 +113,7 @@ def _reports(base: Path, head: Path, budgets: Budgets, recipes: Sequence[str] | 
 def _folders(
     base: Path, head: Path, budgets: Budgets, recipes: Sequence[str] | None, corpus: Source, how: Measure
 ) -> Comparison:
-    split = load_splits(corpus)[1]
+    split = load_test(corpus)
     with held(base, head), working("compare"):
         model, checks, new, notes = compare_folders(base, head, budgets, recipes, split, how)
     comparison = Comparison(model, str(base), str(head), "", checks, new, notes)
@@ -121,7 +121,7 @@ def _folders(
         return replace(
             comparison, measured="Every artifact is the same file in base and head, so nothing was measured."
         )
-    measured = f"Evaluated on {cpu_name()}, {how.threads} threads, with the test split of {corpus.spec}."
+    measured = f"Evaluated on {cpu_name()}, {how.threads} threads, with the test split of {scored(corpus).spec}."
     if comparison.timed:
         measured += (
             f" Latency: {how.rounds} rounds of fresh processes, base and head sample by sample in turns,"

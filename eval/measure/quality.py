@@ -1,7 +1,8 @@
-"""Measure the quality of every subject against the baseline: perplexity by two protocols, and a continued prompt."""
+"""Measure the quality of every subject against the baseline: perplexity by several protocols, and a continued prompt."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +20,11 @@ from cuantiza.core.machine.progress import track
 from cuantiza.core.store.digests import digest
 from cuantiza.eval.measure.engines import Engine, Subject
 from cuantiza.eval.measure.estimates import TextSize, llama_cpp_perplexity, quality, text_size
-from cuantiza.eval.measure.score import score
+from cuantiza.eval.measure.protocols import measure_protocol
+from cuantiza.eval.measure.score import Scores, score
 from cuantiza.eval.measure.size import loaded_bytes
 from cuantiza.eval.measure.windows import Window, halves, rolling
+from cuantiza.eval.report.schema import PaperName
 
 PROMPT = "Me gusta mucho el futbol"
 CONTINUATION_TOKENS = 32
@@ -32,7 +35,8 @@ KEY_TOKENS = 128  # how many tokens of the text are used for the error of the ke
 class Task:
     """The test text as tokens. Every subject is scored on it, in windows of at most `window` tokens.
 
-    `in_split` counts the documents of the whole split, of which `documents` are the first.
+    `in_split` counts the documents of the whole split, of which `documents` are the first. `papers` are names of PAPERS
+    (eval/measure/protocols.py): by these protocols it is scored as well.
     """
 
     tokenizer: Tokenizer
@@ -43,6 +47,7 @@ class Task:
     window: int
     stream: np.ndarray
     in_split: int
+    papers: tuple[PaperName, ...] = ()
 
     @property
     def rolling(self) -> list[Window]:
@@ -57,11 +62,12 @@ class Task:
         return np.resize(self.stream, count)
 
 
-def make_task(folder: Path, test: Split, tokens: int, window: int) -> Task:
+def make_task(folder: Path, test: Split, tokens: int, window: int, papers: Sequence[PaperName] = ()) -> Task:
     """Tokenize documents of `test` with the tokenizer of `folder`, until there are `tokens` tokens.
 
     Documents are taken in the order of their sha256, so that a part of a corpus is a fair sample of it, and whole but
-    for a long last one (`take` says when it is cut). Raises UserError where the documents have fewer than 2 tokens.
+    for a long last one (`take` says when it is cut). `papers` name the further protocols that are measured. Raises
+    UserError where the documents have fewer than 2 tokens.
     """
     tokenizer, start = load_tokenizer(folder), start_token(folder)
     marked = markers(tokenizer, {start, *end_tokens(folder)})
@@ -72,7 +78,8 @@ def make_task(folder: Path, test: Split, tokens: int, window: int) -> Task:
         raise UserError("CORPUS=: its test split has fewer than 2 tokens; give more text")
     longest = max_positions(read_config(folder))
     stream = np.asarray(token_ids(tokenizer, "\n\n".join(texts)), np.int64)
-    return Task(tokenizer, documents, text_size(texts), start, longest, min(window, longest), stream, len(whole))
+    size, window = text_size(texts), min(window, longest)
+    return Task(tokenizer, documents, size, start, longest, window, stream, len(whole), tuple(papers))
 
 
 def measure_quality(subjects: list[Subject], task: Task, threads: int) -> dict[str, dict]:
@@ -83,6 +90,7 @@ def measure_quality(subjects: list[Subject], task: Task, threads: int) -> dict[s
     """
     baseline, *others = subjects
     rows: dict[str, dict] = {baseline.name: {}}
+    reference: dict[str, Scores] | None = None
     with Remote(Engine, baseline, threads, label=baseline.name) as first:
         for group in _groups(others):
             with ExitStack() as stack:
@@ -91,9 +99,13 @@ def measure_quality(subjects: list[Subject], task: Task, threads: int) -> dict[s
                     _check(first, remote, item.name, task)
                 label = "quality   " + " ".join(item.name for item in [baseline, *group])
                 scores = score(track(task.rolling, label, len(task.rolling)), [first, *remotes])
-                rows[baseline.name] = quality(scores[0], task.size, None)
+                rows[baseline.name] |= quality(scores[0], task.size, None)
+                if reference is None:
+                    papers, reference = _by_papers(baseline, first, task, {})
+                    rows[baseline.name] |= papers
                 for item, remote, own in zip(group, remotes, scores[1:], strict=True):
                     rows[item.name] = quality(own, task.size, scores[0]) | _alone(item, remote, task)
+                    rows[item.name] |= _by_papers(item, remote, task, reference)[0]
                     rows[item.name]["key_error"] = _key_error(first, remote, task)
         rows[baseline.name] |= _alone(baseline, first, task) | {"key_error": _key_error(first, first, task)}
     return rows
@@ -146,6 +158,24 @@ def _alone(subject: Subject, remote: Remote, task: Task) -> dict:
     """
     llama_cpp = _halves(subject.name, remote, task) if subject.kind == "onnx" else None
     return {"llama_cpp": llama_cpp, "continuation": _continue(remote, task), **remote.call("describe")}
+
+
+def _by_papers(
+    subject: Subject, remote: Remote, task: Task, reference: dict[str, Scores]
+) -> tuple[dict, dict[str, Scores]]:
+    """Measure the protocols that the task names, of ONNX rows alone: the field of a row, and the scores by name.
+
+    `reference` has the baseline's scores, and is empty for the baseline itself. Where the text is shorter than a window
+    of a protocol, there is nothing of it.
+    """
+    found: list[dict] = []
+    scores: dict[str, Scores] = {}
+    for name in task.papers if subject.kind == "onnx" else ():
+        measured = measure_protocol(name, task.stream, task.longest, remote, subject.name, reference.get(name))
+        if measured is not None:
+            fields, scores[name] = measured
+            found.append(fields)
+    return {"protocols": found}, scores
 
 
 def _halves(name: str, remote: Remote, task: Task) -> dict | None:

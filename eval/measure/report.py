@@ -14,7 +14,7 @@ from cuantiza.eval.measure.engines import Subject
 from cuantiza.eval.measure.latency import measure_latency
 from cuantiza.eval.measure.quality import PROMPT, Task, make_task, measure_quality
 from cuantiza.eval.measure.size import companion_bytes, onnx_bytes
-from cuantiza.eval.report.schema import SCHEMA, Corpus, Inputs, LeftOut, Report, Row
+from cuantiza.eval.report.schema import SCHEMA, Corpus, Inputs, LeftOut, PaperName, Report, Row
 
 
 def measure(
@@ -29,18 +29,20 @@ def measure(
     rounds: int,
     threads: int,
     by: str = "document",
+    joined: bool = False,
+    papers: Sequence[PaperName] = (),
     left_out: Sequence[LeftOut] = (),
 ) -> Report:
     """Return the report on `subjects`. All are compared with the first, the artifact in the folder `baseline`.
 
-    `test` is the split of the corpus `source`, divided `by` document, line or article; `inputs` is everything that the
-    report depends on. A subject that cannot be measured is left out, and `left_out`, which begins with what the caller
+    `test` is the split of the corpus `source`, divided `by` document, line or article, or `joined` to one text; `papers`
+    are further protocols; `inputs` is everything that the report depends on. A subject that cannot be measured is left out, and `left_out`, which begins with what the caller
     left out, says why. Raises UserError where two subjects have the same name, or where the first cannot be measured.
     """
     names = [subject.name for subject in subjects]
     if clash := next((name for name in names if names.count(name) > 1), None):
         raise UserError(f"--onnx: two artifacts are called {clash!r}; rename one of the files")
-    task = make_task(baseline, test, tokens, window)
+    task = make_task(baseline, test, tokens, window, papers)
     missing = list(left_out)
     quality, latency = _measured(subjects := list(subjects), missing, task, rounds, threads)
     rows = []
@@ -55,6 +57,7 @@ def measure(
     corpus = Corpus(
         source=source,
         by=by,
+        joined=joined,
         split=test.name,
         sha256=test.sha256,
         documents=len(task.documents),

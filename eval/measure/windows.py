@@ -12,6 +12,17 @@ Here the windows have 6 tokens:
 
     a b c d e f   g h i j k l
     . . . . e f   . . . . k l
+
+`strided` (transformers' documentation) moves a window over one stream, and scores what no window before it scored. Here
+the windows have 6 tokens, and each begins 4 tokens after the last one; the first token of all is not scored:
+
+    a b c d e f   e f g h i j   i j k l
+    . b c d e f   . . g h i j   . . k l
+
+`full` (GPTQ) cuts the stream into full windows. The first token of each has no context and is not scored:
+
+    a b c d e f   g h i j k l
+    . b c d e f   . h i j k l
 """
 
 from __future__ import annotations
@@ -55,3 +66,30 @@ def halves(stream: np.ndarray, length: int) -> Iterator[Window]:
     for number, begin in enumerate(range(0, len(stream) - length + 1, length)):
         window = stream[begin : begin + length]
         yield Window(number, window[:-1], window[length // 2 + 1 :])
+
+
+def strided(stream: np.ndarray, length: int, stride: int) -> Iterator[Window]:
+    """Yield windows of `length` tokens, `stride` apart, each scored on the tokens that no window before it has.
+
+    As in transformers' documentation ("Perplexity of fixed-length models"): there is no start token, so the first token
+    is not scored; all others are, once, where `stride` is less than `length`. The windows end with the first that
+    reaches the end of the stream, and this one may be shorter. With `stride` = `length` nothing precedes the first token
+    of a window, which is then not scored.
+    """
+    end = 0
+    for number, begin in enumerate(range(0, len(stream), stride)):
+        window = stream[begin : begin + length]
+        targets = window[max(1, end - begin) :]
+        if len(targets):
+            yield Window(number, window[:-1], targets)
+        end = begin + len(window)
+        if end == len(stream):
+            return
+
+
+def full(stream: np.ndarray, length: int) -> Iterator[Window]:
+    """Yield disjoint windows of `length` tokens, all full, scored on all but their first token.
+
+    As in GPTQ's code (github.com/IST-DASLab/gptq): without a start token, and without what is left at the end.
+    """
+    yield from strided(stream[: len(stream) // length * length], length, length)

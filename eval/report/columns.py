@@ -5,12 +5,13 @@ The terminal, report.md, report.html, the sweep's pages and the model card choos
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from cuantiza.core.pages import number, percent, plus_minus
-from cuantiza.eval.report.schema import Measured, Row
+from cuantiza.eval.report.schema import Measured, PaperName, Protocol, Row
 
 NO_VALUE = "—"
 # The name of each phase, and of one of its shapes.
@@ -81,6 +82,27 @@ def _llama_cpp(row: Row, first: Measured, language: str) -> str:
     return NO_VALUE if llama is None else plus_minus(llama.perplexity, llama.perplexity_stderr, 2, language)
 
 
+def _paper(name: PaperName) -> Callable:
+    """Show a perplexity by a paper's protocol as `26.50 ± 0.31 (+0.48 ± 0.05 %)`: in brackets the rise over the baseline."""
+
+    def show(row: Row, first: Measured, language: str) -> str:
+        found = next((item for item in row.protocols if item.name == name), None)
+        if found is None:
+            return NO_VALUE
+        value = plus_minus(found.perplexity, found.perplexity_stderr, 2, language)
+        return value if row is first else f"{value} ({relative_rise(found, language)})"
+
+    return show
+
+
+def relative_rise(found: Protocol, language: str) -> str:
+    """The rise of perplexity over the baseline's in percent, exp(Δ ln ppl) − 1; ± is by the delta method."""
+    factor, stderr = math.exp(min(found.delta_ln_ppl, 700)), found.delta_ln_ppl_stderr
+    error = None if stderr is None else 100 * factor * stderr
+    sign = "+" if factor > 1 else ""
+    return f"{sign}{plus_minus(100 * (factor - 1), error, 2, language)} %"
+
+
 COLUMNS = {
     "name": Column("artifact", "artefacto", lambda row, first, language: row.name),
     "size": Column("MB", "MB", _megabytes("bytes")),
@@ -104,6 +126,10 @@ COLUMNS = {
     "load": Column("load, ms", "carga, ms", lambda row, first, language: number(row.load_ms, 0, language)),
     "peak": Column("peak, MB", "pico, MB", lambda row, first, language: number(row.peak_rss_bytes / 1e6, 0, language)),
     "llama_cpp": Column("llama.cpp perplexity", "perplejidad de llama.cpp", _llama_cpp),
+    "transformers": Column(
+        "perplexity, transformers' windows", "perplejidad, ventanas de transformers", _paper("transformers")
+    ),
+    "gptq": Column("perplexity, GPTQ's windows", "perplejidad, ventanas de GPTQ", _paper("gptq")),
     "word": Column(
         "word perplexity",
         "perplejidad por palabra",
@@ -119,7 +145,11 @@ MAIN = (
     *("name", "size", "ratio", "perplexity", "delta", "kl", "same_top", "bits"),
     *("prefill", "decode", "load", "peak"),
 )
-PROTOCOLS = ("name", "llama_cpp", "word", "byte")
+
+
+def protocols_of(first: Row) -> tuple[str, ...]:
+    """The columns of the table of other protocols, in a report whose baseline is `first`."""
+    return ("name", "llama_cpp", *(item.name for item in first.protocols), "word", "byte")
 
 
 def titles(keys: Sequence[str], first: Measured | None, language: str) -> list[str]:

@@ -12,7 +12,7 @@ from markupsafe import Markup
 from cuantiza.core.pages import environment
 from cuantiza.eval.report import charts
 from cuantiza.eval.report.colours import DARK_PAPER, LIGHT_PAPER, palette
-from cuantiza.eval.report.columns import MAIN, PROTOCOLS, cells, titles
+from cuantiza.eval.report.columns import MAIN, cells, protocols_of, titles
 from cuantiza.eval.report.conclusion import RUINED, conclusion
 from cuantiza.eval.report.markdown import left_out, method, protocols, summary, surroundings, timings
 from cuantiza.eval.report.schema import Report, Row
@@ -46,8 +46,8 @@ def render(report: Report, language: str = "en") -> str:
         timing_rows=timing_rows,
         texts=_texts(report),
         protocols=protocols(report, language),
-        protocol_columns=titles(PROTOCOLS, first, language),
-        protocol_rows=[cells(PROTOCOLS, row, first, language) for row in rows],
+        protocol_columns=titles(protocols_of(first), first, language),
+        protocol_rows=[cells(protocols_of(first), row, first, language) for row in rows],
         left_out=left_out(report, language),
         method=method(report, language),
         environment=surroundings(report, language),

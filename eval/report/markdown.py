@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from cuantiza.core.machine.terminal import new_table, show
 from cuantiza.core.pages import escape, number, table
-from cuantiza.eval.report.columns import COLUMNS, MAIN, PROTOCOLS, cells, shape_title, titles
+from cuantiza.eval.report.columns import COLUMNS, MAIN, cells, protocols_of, shape_title, titles
 from cuantiza.eval.report.conclusion import conclusion
 from cuantiza.eval.report.schema import Report, Row
 from cuantiza.eval.report.wording import LABELS, METHOD
@@ -37,7 +37,7 @@ def markdown(report: Report, language: str = "en") -> str:
         *(f"- {escape(line)}" for line in left_out(report, language)),
         f"## {labels['protocols']}",
         " ".join(protocols(report, language)),
-        _table(report, PROTOCOLS, language),
+        _table(report, protocols_of(report.baseline), language),
         f"## {labels['shapes']}",
         labels["shapes_note"],
         shapes.rstrip(),
@@ -88,6 +88,7 @@ def summary(report: Report, language: str) -> str:
         f"{number(corpus.documents, 0, language)} {labels['of']} {number(corpus.documents_in_split, 0, language)} "
         f"{labels['documents']} ({_split(report, language)}) · {corpus.source}"
         + (f" ({labels['by_' + corpus.by]})" if corpus.by != "document" else "")
+        + (f" ({labels['joined']})" if corpus.joined else "")
     )
 
 
@@ -106,6 +107,16 @@ def protocols(report: Report, language: str) -> list[str]:
     else:
         scored = number(llama.tokens_scored, 0, language)
         notes.append(labels["llama_note"].format(windows=llama.windows, window=llama.window_tokens, scored=scored))
+    measured = [item.name for item in report.baseline.protocols]
+    notes += [labels["paper_short"].format(name=name) for name in report.inputs.protocols if name not in measured]
+    for item in report.baseline.protocols:
+        facts = {
+            "windows": number(item.windows, 0, language),
+            "window": item.window_tokens,
+            "stride": item.stride_tokens,
+        }
+        scored = number(item.tokens_scored, 0, language)
+        notes.append(labels[f"{item.name}_note"].format(**facts, scored=scored, first=report.baseline.name))
     return notes
 
 

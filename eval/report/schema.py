@@ -7,13 +7,16 @@ readers needs another SCHEMA. A new field with a default does not: reports writt
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, FailFast, Field
 
 from cuantiza.core.store import digests
 
 SCHEMA: Final = "cuantiza/report/1"
+# Protocols of papers, by which perplexity is measured on request (eval/measure/protocols.py).
+PaperName = Literal["transformers", "gptq"]
+PAPER_NAMES: tuple[PaperName, ...] = get_args(PaperName)
 PREFILL, DECODE = 512, 128  # tokens: the lengths that tables and conclusions show
 # The upper bound is far above any real figure, and small enough that sums and squares of floats do not overflow.
 Count = Annotated[int, Field(gt=0, le=10**15)]
@@ -67,6 +70,28 @@ class LlamaCpp(Part):
     windows: Count = Field(description="number of windows")
     window_tokens: Count = Field(description="tokens in a window")
     tokens_scored: Count = Field(description="tokens in the second halves of all windows")
+
+
+class Protocol(Part):
+    """Perplexity by the protocol of a paper."""
+
+    name: PaperName = Field(
+        description="`transformers`: windows that overlap by half, as in its documentation on perplexity; `gptq`: full "
+        "windows one after the other, as in GPTQ's code"
+    )
+    perplexity: float = Field(description="exp of the mean negative log-likelihood over the scored tokens")
+    perplexity_stderr: float | None = Field(
+        description="its standard error, with windows as the sampling unit; null for a single window"
+    )
+    delta_ln_ppl: float = Field(
+        description="mean over tokens of (negative log-likelihood − the baseline's), nats; exp of it − 1 is the relative rise "
+        "of perplexity that papers print"
+    )
+    delta_ln_ppl_stderr: float | None = Field(description="its own standard error over windows, nats")
+    windows: Count = Field(description="number of windows")
+    window_tokens: Count = Field(description="tokens in a full window: the model's length, at most 2048")
+    stride_tokens: Count = Field(description="tokens from the beginning of one window to that of the next")
+    tokens_scored: Count = Field(description="tokens with a negative log-likelihood")
 
 
 class Measured(Part):
@@ -147,6 +172,11 @@ class Row(Measured):
         description="`perplexity`, `perplexity_stderr`, `windows`, `window_tokens`, `tokens_scored` by llama.cpp's "
         "protocol; null for PyTorch rows and for texts shorter than a window"
     )
+    protocols: tuple[Protocol, ...] = Field(
+        (),
+        exclude_if=lambda value: not value,
+        description="one element per protocol that `--protocols` named, see below; left out where there is none",
+    )
     key_error: tuple[float, ...] | None = Field(
         None,
         description="for each layer, ‖keys − the baseline's‖ / ‖the baseline's‖ (no unit) over 128 tokens of the "
@@ -182,6 +212,11 @@ class Corpus(Part):
         "document",
         exclude_if=lambda value: value == "document",
         description="what `CORPUS_BY=` said a document is: `line` or `article`; left out where it is `document`",
+    )
+    joined: bool = Field(
+        False,
+        exclude_if=lambda value: not value,
+        description="whether `CORPUS_JOIN=1` joined all texts to one document; left out where it did not",
     )
     split: str = Field(description="name of the split")
     sha256: str = Field(description="sha256 of the whole split")
@@ -247,6 +282,9 @@ class Inputs(Part):
     tokens: int = Field(description="`--tokens`")
     window: int = Field(description="`--window`")
     rounds: int = Field(description="`--rounds`")
+    protocols: tuple[PaperName, ...] = Field(
+        (), exclude_if=lambda value: not value, description="`--protocols`; left out where there is none"
+    )
     machine: Machine = Field(description="as above")
     code: str = Field(description="sha256 of the code that measures")
     versions: dict[str, str] = Field(description="as above")

@@ -29,6 +29,12 @@ LABELS = {
         "tokens without a start token; the second half of each window is scored, {scored} tokens in all. Its ± is the one that "
         "llama.cpp prints: the standard error over single tokens, as if they were independent. Elsewhere ± is over documents.",
         "llama_short": "llama.cpp's protocol scores windows of {window} tokens, and this text is shorter than one.",
+        "transformers_note": "The windows of transformers' documentation on perplexity: the same text as one stream without a start "
+        "token; {windows} windows of {window} tokens, {stride} apart, each scored on what follows the one before, {scored} tokens. "
+        "In brackets: the rise over {first}, paired; ± is one standard error over windows.",
+        "paper_short": "The protocol `{name}` scores nothing here: the text is shorter than one of its windows.",
+        "gptq_note": "GPTQ's windows: the same stream in {windows} full windows of {window} tokens, one after the other, scored on "
+        "all but the first token of each, {scored} tokens.",
         "shapes": "All latencies",
         "shapes_note": "Milliseconds, median / 90th percentile; batch of 1. “prefill n” is n tokens into an empty cache, up to "
         "the logits of the last one; “decode @n” is one more token after n.",
@@ -60,6 +66,7 @@ LABELS = {
         "of": "of",
         "by_line": "each line a document",
         "by_article": "each article a document",
+        "joined": "joined to one text",
     },
     "es": {
         "conclusion": "Conclusión",
@@ -89,6 +96,12 @@ LABELS = {
         "imprime llama.cpp: el error estándar entre tokens sueltos, como si fueran independientes. En el resto, ± es entre "
         "documentos.",
         "llama_short": "El protocolo de llama.cpp evalúa ventanas de {window} tokens, y este texto es más corto que una.",
+        "transformers_note": "Las ventanas de la documentación de transformers sobre perplejidad: el mismo texto, seguido y sin token "
+        "inicial; {windows} ventanas de {window} tokens, una cada {stride}, y de cada una se evalúa lo que sigue a la anterior, "
+        "{scored} tokens. Entre paréntesis, el aumento respecto a {first}, pareado; ± es un error estándar entre ventanas.",
+        "paper_short": "El protocolo `{name}` no evalúa nada aquí: el texto es más corto que una de sus ventanas.",
+        "gptq_note": "Las ventanas de GPTQ: el mismo texto en {windows} ventanas llenas de {window} tokens, una tras otra; de cada una "
+        "se evalúa todo menos el primer token, {scored} tokens.",
         "shapes": "Todas las latencias",
         "shapes_note": "Milisegundos, mediana / percentil 90; lote de 1. «Lectura de n» es el prefill: n tokens a partir de una "
         "caché vacía, hasta los logits del último. «Token tras n» es un paso de decode: un token más después de n.",
@@ -121,6 +134,7 @@ LABELS = {
         "of": "de",
         "by_line": "cada línea es un documento",
         "by_article": "cada artículo es un documento",
+        "joined": "unido en un solo texto",
     },
 }
 METHOD = {

@@ -12,7 +12,7 @@ from pathlib import Path
 from cuantiza.core.cli import add_corpus, source_of
 from cuantiza.core.errors import UserError, run
 from cuantiza.core.inputs.checkpoints import model_name
-from cuantiza.core.inputs.corpus import load_splits
+from cuantiza.core.inputs.corpus import load_test
 from cuantiza.core.machine.hardware import cpu_name, default_threads
 from cuantiza.core.machine.progress import report, track
 from cuantiza.core.store.folders import staging
@@ -64,7 +64,7 @@ def main() -> int:
     args.output.mkdir(parents=True, exist_ok=True)
     recipes = tuple(dict.fromkeys(("fp32", *args.recipes)))  # fp32 shows how much quantization changes
     found = artifacts(args.artifacts / model_name(args.model), recipes)
-    job = make_job(found["fp32"].path, load_splits(source_of(args))[1], args.threads)
+    job = make_job(found["fp32"].path, load_test(source_of(args)), args.threads)
     chosen = [known[name] for name in dict.fromkeys(args.runtimes)]
     rows: dict[str, dict] = {}
     results = []

@@ -23,6 +23,7 @@ from threadpoolctl import threadpool_limits
 
 from cuantiza.core.errors import UserError
 from cuantiza.core.inputs.corpus import Split, full_windows, stream
+from cuantiza.core.inputs.defaults import SELF
 from cuantiza.core.inputs.model_config import end_tokens, max_positions, read_config, start_token
 from cuantiza.core.inputs.tokenizer import encode, load_tokenizer, markers
 from cuantiza.core.machine.hardware import default_threads
@@ -35,6 +36,7 @@ from cuantiza.quantize.decide.observations import Histogram, Moments
 from cuantiza.quantize.decide.ranges import RANGES
 from cuantiza.quantize.decide.tensor import Tensor, decide_tensor, error_limit, is_head, is_static, row_activation
 from cuantiza.quantize.decide.values import ValueMoments, Values, find_values
+from cuantiza.quantize.own_text import own_windows
 from cuantiza.quantize.rewrite.find import Projection, find_tables
 from cuantiza.quantize.settings import Calibration
 from cuantiza.quantize.weights.follow import on_disk, round_block
@@ -43,12 +45,14 @@ from cuantiza.quantize.weights.rounding import Grid, IntWeight, round_to_nearest
 
 
 def calibration_windows(folder: Path, split: Split, calibration: Calibration) -> np.ndarray:
-    """Return token windows int64 [n, T] of `split`, all of them full: real text without padding.
+    """Return token windows int64 [n, T] of `split`, all of them full: text without padding.
 
-    Each document begins with a start token. T is at most the model's number of positions. Raises UserError where there
-    are fewer windows than the calibration needs.
+    Each document begins with a start token. T is at most the model's number of positions. The model in `folder` writes
+    the text where the split has a seed. Raises UserError where there are fewer windows than the calibration needs.
     """
     length = min(calibration.tokens, max_positions(read_config(folder)))
+    if split.seed is not None:
+        return own_windows(folder, split.seed, calibration.windows, length)
     tokenizer, start = load_tokenizer(folder), start_token(folder)
     marked = markers(tokenizer, {start, *end_tokens(folder)})
     tokens = stream(encode(tokenizer, split.documents, length * calibration.windows, marked), start)
@@ -56,7 +60,7 @@ def calibration_windows(folder: Path, split: Split, calibration: Calibration) ->
     if len(windows) < calibration.minimum:
         raise UserError(
             f"CORPUS=: its calibration split has {len(tokens)} tokens, {len(windows)} windows of {length}; "
-            f"calibration needs at least {calibration.minimum}: give more text"
+            f"calibration needs at least {calibration.minimum}: give more text, or CORPUS={SELF} for text that the model writes"
         )
     return windows
 

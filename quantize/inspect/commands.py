@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from cuantiza.core.cli import Parser, add_corpus, add_folder, add_model, source_of
 from cuantiza.core.errors import UserError
 from cuantiza.core.inputs.checkpoints import model_name
-from cuantiza.core.inputs.corpus import Split, load_splits
+from cuantiza.core.inputs.corpus import Split, load_calibration
 from cuantiza.core.inputs.defaults import ARTIFACTS
 from cuantiza.core.machine.progress import report
 from cuantiza.core.machine.terminal import show
@@ -179,6 +179,6 @@ def _work(args: argparse.Namespace, function: Callable, recipe: Recipe, *more: A
         # This import is here because bad input is refused without it.
         from cuantiza.core.machine.process import isolated
 
-        split = load_splits(source_of(args))[0]
+        split = load_calibration(source_of(args))
         with folders.staging(parent.path) as work:
             return isolated(function, recipe, parent.path, work, split, *more)

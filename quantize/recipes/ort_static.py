@@ -35,4 +35,4 @@ class OrtStatic:
 
         windows = calibration_windows(parent, split, self.calibration)
         ort_static(parent / artifact.MODEL, work, windows)
-        return calibrated_on(windows) | SESSION_OPTIONS
+        return calibrated_on(windows, split) | SESSION_OPTIONS

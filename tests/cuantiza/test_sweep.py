@@ -14,7 +14,9 @@ from pathlib import Path
 
 import pytest
 
+from cuantiza.core.inputs.corpus import Source, load_splits
 from cuantiza.core.store.artifact import open_artifact
+from cuantiza.sweep.grid import read_grid
 from cuantiza.sweep.page import html, markdown
 from cuantiza.sweep.result import Result as Grid
 from lab.speedup import __main__ as sweep_speedup
@@ -369,3 +371,10 @@ def test_the_page_of_the_speed_up_is_made_of_its_figures() -> None:
     plain = " ".join(text.split())
     assert "20 exports of 10.0 s, 900 quantizations of 20.0 s, 1000 cells to score of 6.0 s, 920 latencies" in plain
     assert "| 1 | 3.3 | 300.0 | 100.0 | 76.7 | 8.00 |" in text and "| 50 | 0.2 | 6.0 | 2.0 | 1.5 | 0.16 |" in text
+
+
+def test_a_text_of_the_grid_may_be_what_each_model_writes() -> None:
+    """It calibrates alone; what is scored is the embedded text, so that its cells compare with those of real text."""
+    corpora = read_grid(["models/es-mini"], ["int8-static"], ["corpus/es", "self"]).corpora
+    assert corpora["self"].calibration.seed == 0 and corpora["es"].calibration == load_splits(Source())[0]
+    assert corpora["self"].test == corpora["es"].test

@@ -5,21 +5,24 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cuantiza.core.errors import UserError
-from cuantiza.core.inputs.defaults import CORPUS, place
+from cuantiza.core.inputs.defaults import CORPUS, SELF, place
 from cuantiza.core.inputs.texts import documents
 from cuantiza.core.inputs.texts.divide import divided
 from cuantiza.core.inputs.texts.files import read_text
+from cuantiza.core.machine.progress import report
 from cuantiza.core.store.digests import digest
 
 if TYPE_CHECKING:
     import numpy as np
 
 INDEX = "index.json"
+# What CORPUS= says where no text is given and the model writes one to calibrate on, and what decides which one.
+SELF_SEED = 0
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,9 @@ class Source:
     """The text that `CORPUS=` names: a file or folder, or a hub dataset with configuration, split and text column.
 
     `by` says what a document is: "document" (what the format says), "line", or "article" (lines from title to title).
+    With `join`, all texts are one document, with an empty line between two of them. The spec "self" is text that the
+    model writes itself, and the other fields mean nothing to it. Raises UserError where `by` would divide what is to be
+    joined.
     """
 
     spec: str = CORPUS
@@ -34,18 +40,76 @@ class Source:
     split: str = "train"
     column: str = "text"
     by: str = "document"
+    join: bool = False
+
+    def __post_init__(self) -> None:
+        if self.join and self.by != type(self).by:
+            raise UserError(
+                f"CORPUS_BY={self.by}: divides the text, and CORPUS_JOIN=1 (--corpus-join) joins it; give one of them"
+            )
 
 
 @dataclass(frozen=True)
 class Split:
-    """The documents of one side, calibration or test. `sha256` identifies their content and order."""
+    """The documents of one side, calibration or test. `sha256` identifies their content and order.
+
+    Text that the model writes itself has a `seed` and no documents: it is written when the model calibrates.
+    """
 
     name: str
     documents: tuple[str, ...]
+    seed: int | None = None
 
     @property
     def sha256(self) -> str:
-        return digest([_sha256(text) for text in self.documents])
+        return digest([_sha256(text) for text in self.documents]) if self.seed is None else digest([SELF, self.seed])
+
+
+@functools.cache
+def load_calibration(source: Source) -> Split:
+    """The calibration side of `source`: what is scored is never in it.
+
+    It is a third of the documents, as in `load_splits`; of a joined data set it is the split "train", and of a joined
+    folder with an index that file's calibration side. Raises UserError where a joined text has no other side, and as
+    `load_splits` does.
+    """
+    if source.spec == SELF:
+        return Split("calibration", (), SELF_SEED)
+    if not source.join:
+        return load_splits(source)[0]
+    if _has_index(source):
+        return _joined(load_splits(source)[0])
+    train = Source.split
+    if source.split == train or not documents.has_splits(source):
+        raise UserError(
+            f"CORPUS={source.spec}: all of it is scored where CORPUS_JOIN=1, so nothing is left to calibrate on; score "
+            "another split of a data set (CORPUS_SPLIT=test), or calibrate on another text: "
+            f'QUANTIZE="--corpus OTHER --corpus-join 0", or "--corpus {SELF}" for text that the model writes'
+        )
+    return Split("calibration", (documents.join(replace(source, split=train)),))
+
+
+@functools.cache
+def load_test(source: Source) -> Split:
+    """The side of `source` that is scored: what does not calibrate, as in `load_splits`, and all of a joined text.
+
+    Of a joined folder with an index it is that file's test side, and of "self" it is that of the embedded text, since
+    what a model writes says nothing of its quality.
+    """
+    if source.spec == SELF:
+        report(
+            f"corpus    {SELF}: the model writes the text that calibrates; what is scored is the test split of {CORPUS}, or "
+            'of another text with EVAL="--corpus TEXT"'
+        )
+        return load_splits(Source())[1]
+    if not source.join:
+        return load_splits(source)[1]
+    return _joined(load_splits(source)[1]) if _has_index(source) else Split("test", (documents.join(source),))
+
+
+def scored(source: Source) -> Source:
+    """The text that `load_test(source)` is of."""
+    return Source() if source.spec == SELF else source
 
 
 @functools.cache
@@ -56,9 +120,8 @@ def load_splits(source: Source) -> tuple[Split, Split]:
     third with the lowest sha256 calibrates, so that a document of a corpus is always on the same side; a document that
     occurs twice counts once. Raises UserError if there are fewer than two documents, or if a file cannot be read.
     """
-    folder = place(source.spec)
-    if (folder / INDEX).is_file():
-        calibration, test = _indexed(folder, source.by)
+    if _has_index(source):
+        calibration, test = _indexed(place(source.spec), source.by)
     else:
         texts = documents.read(source)
         chosen = set(sorted(texts, key=_sha256)[: max(1, len(texts) // 3)])
@@ -93,6 +156,14 @@ def full_windows(tokens: np.ndarray, length: int) -> np.ndarray:
     """The windows [n, length] of a stream, without overlap; tokens at its end that fill no window are left out."""
     count = len(tokens) // length
     return tokens[: count * length].reshape(count, length)
+
+
+def _has_index(source: Source) -> bool:
+    return (place(source.spec) / INDEX).is_file()
+
+
+def _joined(split: Split) -> Split:
+    return Split(split.name, (documents.BETWEEN.join(split.documents),))
 
 
 def _sha256(text: str) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 import cuantiza
 
 MODEL, CORPUS = "models/es-mini", "corpus/es"
+SELF = "self"  # CORPUS=self: the model writes the text that calibrates
 ARTIFACTS, REPORTS, DIST = Path("artifacts"), Path("reports"), Path("dist")
 RECIPES = ("int8-dynamic", "int8-static")
 PROMPT = "Me gusta mucho el futbol"

@@ -12,7 +12,7 @@ import numpy as np
 
 from cuantiza.core.cli import add_corpus, source_of
 from cuantiza.core.errors import UserError, run
-from cuantiza.core.inputs.corpus import load_splits
+from cuantiza.core.inputs.corpus import load_test
 from cuantiza.core.inputs.model_config import max_positions, read_config, start_token
 from cuantiza.core.inputs.tokenizer import load_tokenizer
 from cuantiza.core.machine.child import Failed
@@ -46,7 +46,7 @@ def main() -> int:
     for processor in chosen:
         emulation.emulator(processor)
     artifacts = _artifacts(args.artifacts, args.recipes)
-    windows = token_windows(artifacts[0].path, load_splits(source_of(args))[1].documents, args.windows, args.tokens)
+    windows = token_windows(artifacts[0].path, load_test(source_of(args)).documents, args.windows, args.tokens)
     with working("emulation"), tempfile.TemporaryDirectory(prefix="cuantiza-emulation-") as work:
         prefixes = {processor: emulation.command(processor, args.folder) for processor in chosen}
         found = measure(prefixes, artifacts, windows, Path(work), args.threads)

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 # How much of a corpus is read: the first text of its files, or of a data set of the hub, in bytes of UTF-8. A
 # calibration needs less than one of them, an evaluation rarely more.
 FILE_BYTES, HUB_BYTES = 128_000_000, 32_000_000
+# What stands between two texts that are joined.
+BETWEEN = "\n\n"
 _EXAMPLES = 3
 # What ends a document in texts that were prepared for other tokenizers.
 _OTHER_MARKER = re.compile(r"</s>|\[(?:EOS|SEP)\]|<\|?(?:eos|end_of_text|endofdoc)\|?>", re.IGNORECASE)
@@ -34,19 +36,51 @@ def read(source: Source) -> list[str]:
     What is left out is said in a line each. Raises UserError where something cannot be read, or where there are fewer
     than two documents.
     """
-    if not source.spec:
-        raise UserError("CORPUS= is empty; give a file, a folder or a hub dataset id")
-    if source.by not in BY:
-        raise UserError(f"CORPUS_BY={source.by}: choose one from {', '.join(BY)}")
+    _check(source)
     seen = Seen()
     with working(f"corpus    {source.spec}"):
-        found = list(_documents(source, seen))
+        found = [document for texts in _texts_of(source, seen) for document in divided(texts, source.by)]
         documents = list(dict.fromkeys(found))
         seen.copies = len(found) - len(documents)
     if len(documents) < 2:
         raise UserError(_too_few(source, documents, seen))
     _say(source, documents, seen)
     return documents
+
+
+def join(source: Source) -> str:
+    r"""All texts of `source` as one, with `\n\n` between two of them, as GPTQ and transformers' documentation join WikiText.
+
+    A text is what the format says, such as a row or a file, as it is: with white space around it, blank ones and copies
+    as well. Rows without text (null) are left out. Raises UserError where something cannot be read, or where there is
+    no text.
+    """
+    _check(source)
+    seen = Seen()
+    with working(f"corpus    {source.spec}"):
+        texts = [text for texts in _texts_of(source, seen) for text in texts]
+    joined = BETWEEN.join(texts)
+    if not joined.strip():
+        raise UserError(f"CORPUS={source.spec}: has no text{f' ({_nulls(seen)})' if seen.nulls else ''}; give some")
+    if len(texts) > 1:
+        report(
+            f"corpus    {source.spec}: {len(texts):,} texts are joined to one of {len(joined.encode()) / 1e6:,.1f} MB"
+        )
+    _say_left_out(source, texts, "texts", seen)
+    return joined
+
+
+def has_splits(source: Source) -> bool:
+    """Whether `source` is a data set, of the hub or saved, of which CORPUS_SPLIT= names a split."""
+    path = place(source.spec)
+    return not path.exists() or (path.is_dir() and hub.is_saved(path))
+
+
+def _check(source: Source) -> None:
+    if not source.spec:
+        raise UserError("CORPUS= is empty; give a file, a folder or a hub dataset id")
+    if source.by not in BY:
+        raise UserError(f"CORPUS_BY={source.by}: choose one from {', '.join(BY)}")
 
 
 def visible(folder: Path) -> list[Path]:
@@ -67,13 +101,14 @@ def _is_hidden(name: str) -> bool:
     return name.startswith(".") or name == "__MACOSX" or name.endswith("~")
 
 
-def _documents(source: Source, seen: Seen) -> Iterator[str]:
+def _texts_of(source: Source, seen: Seen) -> Iterator[Iterable[str]]:
+    """The texts of each file, or of a data set: rows as they are, and a file that is one text."""
     path = place(source.spec)
     if not path.exists():
-        yield from divided(hub.hub_texts(source, HUB_BYTES, seen), source.by)
+        yield hub.hub_texts(source, HUB_BYTES, seen)
     elif path.is_dir() and hub.is_saved(path):
         texts = rows.texts_of(hub.saved_rows(path, source), f"CORPUS={path}", source.column, seen)
-        yield from divided(rows.bounded(texts, FILE_BYTES, seen), source.by)
+        yield rows.bounded(texts, FILE_BYTES, seen)
     else:
         if source.split != type(source).split or source.config:
             raise UserError(
@@ -86,9 +121,9 @@ def _documents(source: Source, seen: Seen) -> Iterator[str]:
             if left <= 0:
                 seen.longer = True
                 return
-            for document in divided(_texts(file, kind, source.column, left, seen), source.by):
-                left -= len(document.encode())
-                yield document
+            texts = list(_texts(file, kind, source.column, left, seen))
+            left -= sum(len(text.encode()) for text in texts)
+            yield texts
 
 
 def _files(path: Path, seen: Seen) -> list[tuple[Path, files.Kind]]:
@@ -163,20 +198,25 @@ def _too_few(source: Source, documents: list[str], seen: Seen) -> str:
     )
 
 
-def _say(source: Source, documents: list[str], seen: Seen) -> None:
-    """Say what was left out, and what makes figures that the user may not have meant."""
+def _say_left_out(source: Source, used: list[str], what: str, seen: Seen) -> None:
+    """Say what was left out of a corpus, of which `used` is what is there; `what` is what they are called."""
     start = f"corpus    {source.spec}: "
     if seen.skipped:
-        what = "1 file is" if len(seen.skipped) == 1 else f"{len(seen.skipped):,} files are"
-        report(f"{start}{what} left out, as they hold no text or stand beside texts: {_examples(seen.skipped)}")
+        files_are = "1 file is" if len(seen.skipped) == 1 else f"{len(seen.skipped):,} files are"
+        report(f"{start}{files_are} left out, as they hold no text or stand beside texts: {_examples(seen.skipped)}")
     if seen.nulls:
         report(start + _nulls(seen))
     if seen.copies:
-        what = "1 document is a copy" if seen.copies == 1 else f"{seen.copies:,} documents are copies"
-        report(f"{start}{what} of another and left out")
+        copies = "1 document is a copy" if seen.copies == 1 else f"{seen.copies:,} documents are copies"
+        report(f"{start}{copies} of another and left out")
     if seen.longer:
-        size = sum(len(text.encode()) for text in documents) / 1e6
-        report(f"{start}only its first {size:,.0f} MB of text are used, {len(documents):,} documents")
+        size = sum(len(text.encode()) for text in used) / 1e6
+        report(f"{start}only its first {size:,.0f} MB of text are used, {len(used):,} {what}")
+
+
+def _say(source: Source, documents: list[str], seen: Seen) -> None:
+    """Say what was left out, and what makes figures that the user may not have meant."""
+    _say_left_out(source, documents, "documents", seen)
     if speaking := sum(map(speaks_of_markers, documents)):
         report(
             f"warning   {source.spec}: {speaking:,} of its documents have {SEPARATOR} or <|startoftext|> amid their text, where it is "

@@ -1,0 +1,91 @@
+"""A text that is joined to one document, and text that the model writes: what calibrates and what is scored."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from cuantiza.core.errors import UserError
+from cuantiza.core.inputs.corpus import Source, load_calibration, load_splits, load_test, scored, write_index
+
+from helpers import CORPUS
+
+# Rows as WikiText has them: blank ones, titles, lines with their end, and one twice.
+ROWS = ["", " = Robert Boulter = \n", "", " Robert Boulter is an actor . \n", " He acted . \n", " He acted . \n", ""]
+
+
+def test_rows_are_joined_as_they_are(tmp_path: Path) -> None:
+    """Blank rows, white space and copies stay, as in "\\n\\n".join(dataset["text"]); only rows without text do not."""
+    pyarrow.parquet.write_table(pyarrow.table({"text": [*ROWS, None]}), tmp_path / "test.parquet")
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in ROWS))
+    for name in ("test.parquet", "rows.jsonl"):
+        (joined,) = load_test(Source(str(tmp_path / name), join=True)).documents
+        assert joined == "\n\n".join(ROWS)
+
+
+def test_one_document_joined_is_that_document(tmp_path: Path) -> None:
+    text = "  Un texto.\n\nCon un final.<|endoftext|>\n"
+    (tmp_path / "one.txt").write_text(text)
+    test = load_test(Source(str(tmp_path / "one.txt"), join=True))
+    assert test.documents == (text,) and test.name == "test"
+
+
+def test_files_of_a_folder_are_joined_in_the_order_of_their_names(tmp_path: Path) -> None:
+    for name in ("b", "a", "c"):
+        (tmp_path / f"{name}.txt").write_text(f"{name}\n")
+    assert load_test(Source(str(tmp_path), join=True)).documents == ("a\n\n\nb\n\n\nc\n",)
+
+
+def test_nothing_that_is_scored_calibrates(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """All of a joined file is scored, so it calibrates nothing; an index keeps its two sides."""
+    (tmp_path / "one.txt").write_text("Uno.\n")
+    with pytest.raises(UserError, match=r'CORPUS=.*nothing is left to calibrate on.*QUANTIZE="--corpus OTHER'):
+        load_calibration(Source(str(tmp_path / "one.txt"), join=True))
+    folder = tmp_path / "indexed"
+    folder.mkdir()
+    for file in sorted(CORPUS.glob("*.txt"))[:6]:
+        shutil.copy(file, folder)
+    write_index(folder)
+    sides = load_calibration(Source(str(folder), join=True)), load_test(Source(str(folder), join=True))
+    for joined, divided in zip(sides, load_splits(Source(str(folder))), strict=True):
+        assert joined.documents == ("\n\n".join(divided.documents),) and joined.sha256 != divided.sha256
+
+
+def test_a_saved_data_set_calibrates_on_its_train_split(tmp_path: Path) -> None:
+    import datasets
+
+    splits = {"train": ["Uno.", "Dos."], "test": ROWS}
+    tables = {name: datasets.Dataset.from_dict({"text": rows}) for name, rows in splits.items()}
+    datasets.DatasetDict(tables).save_to_disk(str(tmp_path / "saved"))
+    source = Source(str(tmp_path / "saved"), split="test", join=True)
+    assert load_calibration(source).documents == ("Uno.\n\nDos.",)
+    assert load_test(source).documents == ("\n\n".join(ROWS),)
+    with pytest.raises(UserError, match="CORPUS_SPLIT=test"):
+        load_calibration(Source(str(tmp_path / "saved"), join=True))
+
+
+def test_what_cannot_be_joined_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="CORPUS_BY=line: divides the text, and CORPUS_JOIN=1"):
+        Source("text.txt", by="line", join=True)
+    (tmp_path / "blank.jsonl").write_text('{"text": " "}\n{"text": null}\n')
+    with pytest.raises(UserError, match=r"has no text \(1 row has no text \(null\)"):
+        load_test(Source(str(tmp_path / "blank.jsonl"), join=True))
+
+
+def test_text_that_the_model_writes_calibrates_and_the_embedded_one_is_scored(
+    capsys: pytest.CaptureFixture,
+) -> None:
+    source = Source("self", split="test", join=True)
+    calibration = load_calibration(source)
+    assert calibration.documents == () and calibration.seed == 0
+    assert calibration.sha256 != load_splits(Source())[0].sha256
+    load_test.cache_clear()
+    assert load_test(source) == load_splits(Source())[1] and scored(source) == Source()
+    assert 'what is scored is the test split of corpus/es, or of another text with EVAL="--corpus TEXT"' in (
+        capsys.readouterr().err
+    )

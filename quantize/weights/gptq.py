@@ -30,7 +30,7 @@ _LAZY_ROWS = 128
 # nearly always 0 do no harm.
 DAMPING = 0.01
 # How often `descend` visits every weight. Further passes hardly lower the error (es-mini: 0.3 % from 3 to 6).
-_PASSES = 4
+_PASSES = 3
 # `descend` rounds this many channels at a time, so that several threads can share the channels of one layer.
 _PART = 384
 

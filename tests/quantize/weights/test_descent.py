@@ -20,7 +20,6 @@ from cuantiza.quantize.recipes.registry import RECIPES
 from cuantiza.quantize.rewrite.weight_only import choose_weights
 from cuantiza.quantize.settings import Calibration
 from cuantiza.quantize.weights import gptq
-from cuantiza.quantize.weights.follow import _added
 from cuantiza.quantize.weights.gptq import DAMPING, descend
 from cuantiza.quantize.weights.rounding import STEPS, Grid, round_to_nearest
 
@@ -131,28 +130,20 @@ def graph_of(folder):
     return build(parse_config(read_config(folder), folder), read_checkpoint(folder).weights, 21, folder)
 
 
-def test_the_layers_that_add_to_the_residual_stream():
-    blocks = split(graph_of(ES_MINI).graph)
-    found = {one.name for block in blocks for one in block.projections if _added(one, block)}
-    # The first block starts from the token ids, and has no stream before it.
-    everything = {f"h.{layer}.{name}" for layer in range(6) for name in ("attn.c_proj", "mlp.c_proj")}
-    assert found == everything - {"h.0.attn.c_proj"}
-
-
 def test_a_layer_that_is_quantized_alone_makes_up_for_no_other():
     plans = {name: RECIPES[name].plan() for name in ("int4-weight", "int8-weight")}
     assert plans["int4-weight"].alone() == replace(plans["int4-weight"], rounding="gptq")
     assert plans["int8-weight"].alone() == plans["int8-weight"]
 
 
-def test_the_rounded_model_stays_closer_to_the_fp32_model(tmp_path, monkeypatch):
-    """After two layers, on text that did not calibrate: closer with the descent, and closer still as it follows."""
+def test_the_rounded_model_stays_closer_to_the_fp32_model(tmp_path):
+    """After the first layer, on text that did not calibrate."""
     test, calibration = (
         calibration_windows(ES_MINI, part, Calibration(8, 256, 8)) for part in load_splits(Source(str(CORPUS)))[::-1]
     )
     recipe = replace(RECIPES["int4-weight"], smoothing=())
     plain = graph_of(ES_MINI)
-    end = split(plain.graph)[3].end
+    end = split(plain.graph)[1].end
 
     def residual(model):
         whole = replace(split(model.graph)[0], end=end)
@@ -161,13 +152,11 @@ def test_the_rounded_model_stays_closer_to_the_fp32_model(tmp_path, monkeypatch)
 
     def distance(recipe):
         model = graph_of(ES_MINI)
-        decisions = decide(model, calibration, recipe.plan(), tmp_path, "h.1.mlp.c_proj")
+        decisions = decide(model, calibration, recipe.plan(), tmp_path, "h.0.mlp.c_proj")
         for name, weight in choose_weights(model, decisions, Grid(8)).items():
             if weight.grid.bits == 4:
                 model.graph.initializers[name].const_value = ir.tensor(weight.dequantize(), name=name)
         return float(np.square(residual(model) - wanted).sum())
 
     wanted = residual(plain)
-    by_gptq, following = distance(replace(recipe, rounding="gptq")), distance(recipe)
-    monkeypatch.setattr("cuantiza.quantize.weights.follow._added", lambda *_: None)
-    assert following < distance(recipe) < by_gptq and following < 0.8 * by_gptq
+    assert distance(recipe) < 0.9 * distance(replace(recipe, rounding="gptq"))

@@ -72,7 +72,7 @@ def build(config: GPT2Config, weights: dict[str, Weight], opset: int, folder: Pa
     x = layer_norm(x, "ln_f")
     tied = parts.is_tied(weights, "wte.weight", "lm_head.weight", config.tie_word_embeddings)
     logits = parts.head(op, x, wte if tied else weight("lm_head.weight", vocabulary, width))
-    return parts.finish(builder, logits, present, vocabulary)
+    return parts.finish(builder, logits, present, heads, vocabulary)
 
 
 def describe(config: GPT2Config) -> str:

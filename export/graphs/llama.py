@@ -126,7 +126,7 @@ def build(config: LlamaConfig, weights: Mapping[str, Weight], opset: int, folder
     logits = parts.head(op, x, embedding if tied else weight(HEAD))
     if config.logit_cap is not None:
         logits = op.Mul(op.Tanh(op.Div(logits, config.logit_cap)), config.logit_cap)
-    return parts.finish(builder, logits, present, config.vocabulary)
+    return parts.finish(builder, logits, present, heads, config.vocabulary)
 
 
 def describe(config: LlamaConfig) -> str:
@@ -149,7 +149,8 @@ def _turns(
     builder: onnxscript.GraphBuilder, position_ids: ir.Value, ropes: list[Rope]
 ) -> dict[Rope, tuple[ir.Value, ir.Value]]:
     """Cosines and sines [B, 1, T, r/2] of the angles by which each of `ropes` turns the new tokens."""
-    op, turns = builder.op, {}
+    op = builder.op
+    turns: dict[Rope, tuple[ir.Value, ir.Value]] = {}
     for number, rope in enumerate(dict.fromkeys(ropes)):
         name = f"rotary.{number}.frequencies"
         frequencies = builder.initializer(ir.tensor(np.array(rope.frequencies, np.float32), name=name), name)

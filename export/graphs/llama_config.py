@@ -62,10 +62,10 @@ class Family:
     partial: bool = False
     neighbours: bool = False
     windows: str = "none"
-    scales: Callable[[Any], dict[str, float | None]] = lambda config: {}
+    scales: Callable[[Any], dict[str, Any]] = lambda config: {}
 
 
-def _granite(config: Any) -> dict[str, float | None]:
+def _granite(config: Any) -> dict[str, Any]:
     return {
         "embedding_scale": config.embedding_multiplier,
         "attention_scale": config.attention_multiplier,
@@ -74,16 +74,16 @@ def _granite(config: Any) -> dict[str, float | None]:
     }
 
 
-def _gemma(config: Any) -> dict[str, float | None]:
+def _gemma(config: Any) -> dict[str, Any]:
     return {"embedding_scale": config.hidden_size**0.5}
 
 
-def _gemma2(config: Any) -> dict[str, float | None]:
+def _gemma2(config: Any) -> dict[str, Any]:
     scale = config.query_pre_attn_scalar**-0.5
     return _gemma(config) | {"attention_scale": scale, "logit_cap": config.final_logit_softcapping}
 
 
-def _gemma2_capped(config: Any) -> dict[str, float | None]:
+def _gemma2_capped(config: Any) -> dict[str, Any]:
     return _gemma2(config) | {"score_cap": config.attn_logit_softcapping}
 
 

@@ -78,7 +78,8 @@ def _changed(weight: Weight, change: Callable[[np.ndarray], np.ndarray]) -> Weig
 
 def _apart(config: LlamaConfig, weights: Mapping[str, Weight]) -> dict[str, Weight]:
     """`weights` with those that a family stores as one under the names of their parts."""
-    wanted, found = shapes(config), {}
+    wanted = shapes(config)
+    found: dict[str, Weight] = {}
     for name, weight in weights.items():
         layer, together = next(((name.split(key)[0], key) for key in _TOGETHER if f".{key}." in name), ("", ""))
         if not together:

@@ -141,7 +141,7 @@ def visible(op: onnxscript.OpBuilder, inputs: Inputs, windows: Collection[int | 
     queries = op.Unsqueeze(op.Slice(keys, op.Sub(total, count), total), [1])  # [T, 1]: P .. P+T-1
     causal = op.LessOrEqual(keys, queries)  # [T, P+T]
     real = op.Cast(op.Unsqueeze(inputs.attention_mask, [1, 2]), to=DataType.BOOL)  # [B, 1, 1, P+T]
-    masks = {}
+    masks: dict[int | None, ir.Value] = {}
     for window in windows:
         seen = causal if window is None else op.And(causal, op.Greater(keys, op.Sub(queries, window)))
         masks[window] = op.Where(op.And(seen, real), 0.0, contract.MASKED)
@@ -227,16 +227,16 @@ def activation(op: onnxscript.OpBuilder, x: ir.Value, name: str, opset: int) -> 
             return op.Mul(op.Mul(x, 0.5), op.Add(op.Tanh(op.Mul(cubic, (2 / np.pi) ** 0.5)), 1.0))
 
 
-def finish(builder: onnxscript.GraphBuilder, logits: ir.Value, present: list[ir.Value], vocabulary: int) -> ir.Model:
+def finish(
+    builder: onnxscript.GraphBuilder, logits: ir.Value, present: list[ir.Value], heads: Heads, vocabulary: int
+) -> ir.Model:
     """The model of the graph of `builder`, whose outputs are `logits` [B, T, V] and `present`, in the contract's order."""
     graph = builder.graph
     logits.shape = ir.Shape([contract.BATCH, contract.TOKENS, vocabulary])
     builder.add_output(logits, contract.LOGITS)
-    caches = {value.name: value.shape for value in graph.inputs if value.name and contract.is_past(value.name)}
-    for value, (past, shape) in zip(present, caches.items(), strict=True):
-        value.shape = shape.copy()
-        value.shape[2] = contract.TOTAL
-        builder.add_output(value, contract.present_of(past))
+    for value, name in zip(present, contract.present_names(len(present) // 2), strict=True):
+        value.shape = ir.Shape([contract.BATCH, heads.of_keys, contract.TOTAL, heads.width])
+        builder.add_output(value, name)
     for node in graph:
         node.metadata_props.clear()
     ir_version = onnx.helper.find_min_ir_version_for([onnx.helper.make_opsetid("", graph.opset_imports[""])])

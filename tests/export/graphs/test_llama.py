@@ -134,6 +134,22 @@ def test_positions_far_beyond_the_trained_ones(case: str, tmp_path: Path) -> Non
     assert max(differences(model, Runtime(tmp_path / "model.onnx"), tokens=300)) < 1e-4
 
 
+@pytest.mark.parametrize("case", ["plain", "llama3", "yarn"])
+def test_the_last_positions_of_131072(case: str, tmp_path: Path) -> None:
+    """There, a frequency of other bits than PyTorch's would turn by another angle."""
+    kind, fields = CASES[case]
+    model = tiny_llama(kind, **fields)
+    onnx_file.save(build(saved(model, tmp_path / "checkpoint")), tmp_path)
+    ids = np.random.default_rng(0).integers(0, 8192, (1, TOKENS))
+    positions = np.arange(131_072 - TOKENS, 131_072)[None]
+    feeds = contract.token_feeds(ids, np.ones_like(ids)) | {"position_ids": positions}
+    feeds |= {name: np.zeros((1, 2, 0, 6), np.float32) for name in contract.past_names(4)}
+    logits = Runtime(tmp_path / "model.onnx").session.run([contract.LOGITS], feeds)[0]
+    with torch.inference_mode():
+        wanted = model(torch.from_numpy(ids), position_ids=torch.from_numpy(positions)).logits.numpy()
+    assert np.abs(logits - wanted).max() < 1e-4
+
+
 def test_the_file_does_not_grow_with_the_positions(tmp_path: Path) -> None:
     sizes = []
     for positions in (128, 131_072):

@@ -38,8 +38,9 @@ def of_transformers(parameters: dict, channels: int) -> tuple[np.ndarray, float]
 def test_frequencies_are_those_of_transformers(parameters: dict, channels: int) -> None:
     wanted, scale = of_transformers(parameters, channels)
     found = rope(parameters, channels)
-    # transformers computes powers in float32 and we in float64, which is then rounded once.
-    np.testing.assert_allclose(np.float32(found.frequencies), wanted, rtol=1e-6)
+    # Most have the same bits; PyTorch's powers are not always rounded to the nearest float32.
+    np.testing.assert_allclose(np.float32(found.frequencies), wanted, rtol=6e-7)
+    assert np.mean(np.float32(found.frequencies) == wanted) > 0.7
     assert found.scale == pytest.approx(scale) and found.channels == channels
 
 

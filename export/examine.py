@@ -16,14 +16,14 @@ from tokenizers import Tokenizer
 
 from cuantiza.core.errors import UserError
 from cuantiza.core.inputs.checkpoints import base_folder, tokenizer_folder
-from cuantiza.core.inputs.gpt2_config import GPT2Config, canonical_fields, odd_fields, parse_config
+from cuantiza.core.inputs.gpt2_config import canonical_fields, odd_fields
 from cuantiza.core.inputs.model_types import check_model_type, refuse_other_formats
 from cuantiza.core.inputs.special_tokens import SpecialTokens, resolve_special_tokens
 from cuantiza.core.inputs.tokenizer import load_tokenizer
 from cuantiza.core.inputs.weights.adapters import read_fields
-from cuantiza.core.inputs.weights.checkpoint import Checkpoint, read_checkpoint
+from cuantiza.core.inputs.weights.checkpoint import Checkpoint
 from cuantiza.export.companions import write_configs
-from cuantiza.export.gpt2 import build
+from cuantiza.export.graphs.architectures import Architecture, architecture
 from cuantiza.export.tokenizer.write import write_tokenizer
 
 
@@ -31,16 +31,17 @@ from cuantiza.export.tokenizer.write import write_tokenizer
 class Findings:
     """What a checkpoint is.
 
-    `base` is the folder of its weights and config.json, whose canonical fields are `fields`. `config` and `checkpoint`
-    are those of a GPT-2, and `graph` is made of both; all are None for the exporter "optimum", and the last two are where
-    weights were not asked for. `warnings` are a sentence each.
+    `base` is the folder of its weights and config.json, whose canonical fields are `fields`. `architecture` says how
+    `config` and `checkpoint` were read, of which `graph` is made; all four are None for the exporter "optimum", and the
+    last two are where weights were not asked for. `warnings` are a sentence each.
     """
 
     base: Path
     fields: dict[str, Any]
     tokenizer: Tokenizer
     tokens: SpecialTokens
-    config: GPT2Config | None
+    architecture: Architecture | None
+    config: Any
     checkpoint: Checkpoint | None
     graph: ir.Model | None
     warnings: tuple[str, ...]
@@ -58,15 +59,16 @@ def examine(folder: Path, work: Path, exporter: str, opset: int = 21, weights: b
     fields = canonical_fields(given)
     check_model_type(fields, base / "config.json", exporter)
     faults: list[str] = []
+    kind = architecture(fields) if exporter == "graph" else None
     config, checkpoint, graph, tokenizer, tokens = None, None, None, None, None
     warnings = [*odd_fields(given)]
     with _kept(faults):
-        if exporter == "optimum":
+        if kind is not None:
+            config = kind.parse(given, base / "config.json")
+        else:
             from cuantiza.export.optimum import check_optimum
 
             check_optimum(fields, base / "config.json")
-        else:
-            config = parse_config(given, base / "config.json")
     if isinstance(vocabulary := fields.get("vocab_size"), int):
         with _kept(faults):
             warnings += write_tokenizer(tokenizer_files, work, vocabulary, fields)
@@ -74,16 +76,16 @@ def examine(folder: Path, work: Path, exporter: str, opset: int = 21, weights: b
             tokens = resolve_special_tokens(base, given, tokenizer, work, vocabulary)  # work's settings are complete
             warnings += tokens.warnings
             write_configs(fields, tokens, base, work)
-    if weights and exporter != "optimum":
+    if weights and kind is not None:
         with _kept(faults):
-            checkpoint = read_checkpoint(folder)
+            checkpoint = kind.read(folder, given)
             warnings += checkpoint.warnings
-    if config is not None and checkpoint is not None:
+    if kind is not None and config is not None and checkpoint is not None:
         with _kept(faults):  # sizes that contradict config.json
-            graph = build(config, checkpoint.weights, opset, folder)
+            graph = kind.build(config, checkpoint.weights, opset, folder)
     if faults or tokenizer is None or tokens is None:
         raise UserError("; ".join(faults))
-    return Findings(base, fields, tokenizer, tokens, config, checkpoint, graph, tuple(warnings))
+    return Findings(base, fields, tokenizer, tokens, kind, config, checkpoint, graph, tuple(warnings))
 
 
 @contextmanager

@@ -16,7 +16,6 @@ from cuantiza.core.cli import Parser
 from cuantiza.core.errors import UserError
 from cuantiza.core.inputs.checkpoints import base_folder, files_to_read, model_name, resolve_model
 from cuantiza.core.inputs.defaults import MODEL, PROMPT, place
-from cuantiza.core.inputs.gpt2_config import GPT2Config
 from cuantiza.core.inputs.model_config import end_tokens, max_positions, start_token
 from cuantiza.core.inputs.tokenizer import load_tokenizer, token_ids
 from cuantiza.core.pages import number
@@ -25,6 +24,7 @@ from cuantiza.export.stage import EXPORTERS
 
 if TYPE_CHECKING:
     from cuantiza.export.examine import Findings
+    from cuantiza.export.graphs.parts import Size
 
 _SHOWN = 12  # tokens of the example
 
@@ -54,12 +54,12 @@ def of_checkpoint(spec: str, exporter: str = "graph") -> dict[str, str | list[st
     here = bool(files_to_read(base_folder(model.folder)))
     with tempfile.TemporaryDirectory() as work:
         found = examine(model.folder, Path(work), exporter, weights=here or place(spec).is_dir())
-    config = found.config
     described: dict[str, str | list[str]] = {"model": f"{model_name(spec)}, in {model.folder}"}
-    described["architecture"] = _architecture(config) if config else str(found.fields["model_type"])
+    kind = found.architecture
+    described["architecture"] = kind.describe(found.config) if kind else str(found.fields["model_type"])
     described["positions"] = f"{max_positions(found.fields)} tokens at most"
-    if config:
-        described["parameters"] = _parameters(config)
+    if kind:
+        described["parameters"] = _parameters(kind.size(found.config))
     described["weights"] = _weights(found)
     described["tokenizer"] = _tokenizer(found.tokenizer)
     described["start_token"] = f"{_named(found.tokenizer, found.tokens.start)}, from {found.tokens.source}"
@@ -89,27 +89,11 @@ def of_artifact(folder: Path) -> dict[str, str | list[str]]:
     return described | ({"warnings": warnings} if warnings else {})
 
 
-def parameters(config: GPT2Config) -> int:
-    """The number of weights of a GPT-2; a head that is tied to the embedding counts once."""
-    width, inner = config.n_embd, config.n_inner
-    layer = (width + 1) * 3 * width + (width + 1) * width + (width + 1) * inner + (inner + 1) * width + 4 * width
-    embeddings = config.vocab_size * (1 if config.tie_word_embeddings else 2) + config.n_positions
-    return embeddings * width + config.n_layer * layer + 2 * width
-
-
-def _architecture(config: GPT2Config) -> str:
+def _parameters(size: Size) -> str:
+    tied = "shared with the head" if size.tied else "and as many in the head"
     return (
-        f"GPT-2: {config.n_layer} layers of width {config.n_embd}, {config.n_head} heads of {config.head_dim}, "
-        f"MLP of {config.n_inner} with {config.activation_function}, a vocabulary of {config.vocab_size}"
-    )
-
-
-def _parameters(config: GPT2Config) -> str:
-    count, embedding = parameters(config), config.vocab_size * config.n_embd
-    tied = "shared with the head" if config.tie_word_embeddings else "and as many in the head"
-    return (
-        f"{number(count / 1e6, 1, 'en')} million, {number(embedding / 1e6, 1, 'en')} of them in the embedding, {tied}; "
-        f"{_megabytes(4 * count)} in fp32"
+        f"{number(size.parameters / 1e6, 1, 'en')} million, {number(size.embedding / 1e6, 1, 'en')} of them in the "
+        f"embedding, {tied}; {_megabytes(4 * size.parameters)} in fp32"
     )
 
 

@@ -218,7 +218,7 @@ def _replace_by_transpose(graph: ir.Graph, weight: ir.Value, embedding: ir.Value
 
 
 def _set_interface(graph: ir.Graph, checkpoint: Path) -> None:
-    """Give the graph the order of inputs and outputs, and the names of axes, that the graphs of export/gpt2.py have.
+    """Give the graph the order of inputs and outputs, and the names of axes, that the graphs of export/graphs/gpt2.py have.
 
     Raises UserError where an input or output is missing or unknown, or where the number or width of heads is not fixed.
     """

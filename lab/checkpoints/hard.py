@@ -26,7 +26,7 @@ from cuantiza.core.inputs.model_config import read_config
 from cuantiza.core.inputs.tokenizer_files import names_in, tokenizer_files
 from cuantiza.core.inputs.weights.checkpoint import read_checkpoint
 from cuantiza.core.store.folders import replace, staging
-from cuantiza.export.gpt2 import build
+from cuantiza.export.graphs.gpt2 import build
 
 Weights = dict[str, np.ndarray]
 

@@ -69,7 +69,7 @@ def _bin(folder: Path) -> None:
 def _read_checkpoint(folder: Path) -> None:
     from cuantiza.core.inputs.gpt2_config import parse_config
     from cuantiza.core.inputs.weights.checkpoint import read_checkpoint
-    from cuantiza.export.gpt2 import build
+    from cuantiza.export.graphs.gpt2 import build
 
     fields = read_config(folder)
     config = parse_config(fields, folder / "config.json")
@@ -82,7 +82,7 @@ def _read_checkpoint(folder: Path) -> None:
 def _onnx(folder: Path) -> None:
     from cuantiza.core.inputs.gpt2_config import parse_config
     from cuantiza.core.inputs.weights.checkpoint import read_checkpoint
-    from cuantiza.export.gpt2 import build
+    from cuantiza.export.graphs.gpt2 import build
 
     _safetensors(folder)
     config = parse_config(read_config(folder), folder / "config.json")

@@ -280,11 +280,11 @@ def test_parity_refuses_another_graph(
     export_here: Callable[..., Result], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A graph in which one weight is wrong by one per cent is not published."""
-    import cuantiza.export.gpt2
+    import cuantiza.export.graphs.parts
 
-    real = cuantiza.export.gpt2.check_finite
+    real = cuantiza.export.graphs.parts.check_finite
     monkeypatch.setattr(
-        cuantiza.export.gpt2,
+        cuantiza.export.graphs.parts,
         "check_finite",
         lambda name, array, where: real(name, array, where) * (1.01 if name == "h.0.ln_1.bias" else 1),
     )

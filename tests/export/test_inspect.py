@@ -12,7 +12,8 @@ import pytest
 from cuantiza.core.errors import UserError
 from cuantiza.core.inputs.gpt2_config import parse_config
 from cuantiza.core.store.artifact import Artifact
-from cuantiza.export.inspect import main, of_artifact, of_checkpoint, parameters
+from cuantiza.export.graphs import gpt2
+from cuantiza.export.inspect import main, of_artifact, of_checkpoint
 
 from helpers import ES_MINI, copy_tokenizer, edit_config, edit_weights, stage, tiny_gpt2
 from hub_stub import files_of, serving
@@ -23,7 +24,7 @@ from hub_stub import files_of, serving
 def test_the_number_of_parameters_is_pytorchs(tied: bool, inner: int | None) -> None:
     model = tiny_gpt2(tie_word_embeddings=tied, n_inner=inner)
     config = parse_config(model.config.to_dict(), Path("config.json"))
-    assert parameters(config) == sum(parameter.numel() for parameter in model.parameters())
+    assert gpt2.size(config).parameters == sum(parameter.numel() for parameter in model.parameters())
 
 
 def test_the_embedded_model_in_one_screen(capsys: pytest.CaptureFixture) -> None:

@@ -146,7 +146,7 @@ def test_a_recipe_depends_on_no_other(kind: type) -> None:
 
 def test_every_module_that_exports_is_in_the_exports_digest(fp32: Artifact, tiny_folder: Path, tmp_path: Path) -> None:
     found = loaded_by([functools.partial(export, tiny_folder, tmp_path / "artifacts")], tmp_path)
-    assert {"cuantiza.export.gpt2", "cuantiza.export.parity", "cuantiza.core.run.runtime"} <= found
+    assert {"cuantiza.export.graphs.gpt2", "cuantiza.export.parity", "cuantiza.core.run.runtime"} <= found
     files = code_files("cuantiza.export.stage")
     assert found <= files.keys() and "cuantiza.export.optimum" in files
     assert fp32.manifest.inputs["code"] == code_digest("cuantiza.export.stage")

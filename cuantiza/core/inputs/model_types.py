@@ -8,6 +8,23 @@ from typing import Any
 from cuantiza.core.errors import UserError
 from cuantiza.core.inputs.gpt2_config import is_gpt2
 
+# The types with a graph of our own (export/graphs/architectures.py).
+GRAPH_TYPES = (
+    "gpt2",
+    "arcee",
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "granite",
+    "llama",
+    "ministral",
+    "mistral",
+    "olmo2",
+    "olmo3",
+    "qwen2",
+    "qwen3",
+    "smollm3",
+)
 # Each of these was exported end to end, with the parity check, by optimum-onnx 0.1.0.
 OPTIMUM_TYPES = (
     "arcee",
@@ -69,7 +86,7 @@ def check_model_type(fields: dict[str, Any], path: Path, exporter: str) -> None:
     The error names `path` and says what the model is. It sends to EXPORTER=optimum only what that exporter takes.
     """
     kind = fields.get("model_type")
-    if (exporter == "graph" and is_gpt2(fields)) or (exporter == "optimum" and _optimum_takes(fields)):
+    if (exporter == "graph" and _graph_takes(fields)) or (exporter == "optimum" and _optimum_takes(fields)):
         return
     if fields.get("is_encoder_decoder") is True or str(kind).endswith("encoder-decoder"):
         raise UserError(f"{path}: model_type {kind!r} {_encoder_decoder(fields)}")
@@ -154,6 +171,10 @@ def refuse_other_formats(folder: Path) -> None:
         raise UserError(
             f"{folder}: has no config.json, but {nested[-1].parent} has {nested[-1].name}; give that folder"
         )
+
+
+def _graph_takes(fields: dict[str, Any]) -> bool:
+    return is_gpt2(fields) or (fields.get("model_type") in GRAPH_TYPES and fields.get("is_encoder_decoder") is not True)
 
 
 def _optimum_takes(fields: dict[str, Any]) -> bool:

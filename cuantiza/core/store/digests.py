@@ -27,7 +27,7 @@ def sha256_file(path: Path) -> str:
 
 @functools.cache
 def code_digest(*modules: str) -> str:
-    """sha256 of the source of `modules` (such as "cuantiza.export.gpt2") and of all modules of ours that they import."""
+    """sha256 of the source of `modules` (such as "cuantiza.export.graphs.gpt2") and of all modules of ours that they import."""
     return digest({name: sha256_file(path) for name, path in code_files(*modules).items()})
 
 

@@ -17,7 +17,7 @@ from cuantiza.core.inputs.weights.checkpoint import read_checkpoint
 from cuantiza.core.onnx import file as onnx_file
 from cuantiza.core.run.divergence import compare
 from cuantiza.core.run.runtime import Runtime
-from cuantiza.export.gpt2 import build
+from cuantiza.export.graphs.gpt2 import build
 from cuantiza.quantize.decide.activation import ROW_ZERO_POINTS, PerRow, PerTensor, matmul_error
 from cuantiza.quantize.decide.blocks import open_block, split
 from cuantiza.quantize.decide.calibrate import calibration_windows

@@ -13,7 +13,7 @@ from cuantiza.core.inputs.weights.checkpoint import read_checkpoint
 from cuantiza.core.onnx import file as onnx_file
 from cuantiza.core.run.divergence import compare
 from cuantiza.core.run.runtime import Runtime
-from cuantiza.export.gpt2 import build
+from cuantiza.export.graphs.gpt2 import build
 from cuantiza.quantize.decide import smooth
 from cuantiza.quantize.decide.blocks import Block, open_block
 from cuantiza.quantize.decide.calibrate import calibration_windows

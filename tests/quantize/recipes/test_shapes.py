@@ -22,7 +22,7 @@ from cuantiza.core.onnx import file as onnx_file
 from cuantiza.core.onnx.genai_config import GENAI_CONFIG
 from cuantiza.core.run.runtime import Runtime
 from cuantiza.core.store import artifact, folders
-from cuantiza.export.gpt2 import build
+from cuantiza.export.graphs.gpt2 import build
 from cuantiza.quantize.decide.gptq import gptq
 from cuantiza.quantize.decide.rounding import Grid, round_to_nearest
 from cuantiza.quantize.recipes.registry import RECIPES, WeightOnly

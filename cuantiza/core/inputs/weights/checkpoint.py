@@ -1,4 +1,4 @@
-"""Read a GPT-2 checkpoint as people have it: any layout of its files, with an adapter or without."""
+"""Read a checkpoint as people have it: a GPT-2 in any layout, with an adapter or without, or a model of another family."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from cuantiza.core.inputs.checkpoints import base_folder, files_to_read
 from cuantiza.core.inputs.weights import adapters
 from cuantiza.core.inputs.weights.files import Weight, read_tensors
 from cuantiza.core.inputs.weights.heads import check_task, left_out
-from cuantiza.core.inputs.weights.layout import EMBEDDING, HEAD, arrange
+from cuantiza.core.inputs.weights.layout import EMBEDDING, HEAD, arrange, some
 from cuantiza.core.inputs.weights.quantized import check_floats, check_not_quantized
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The weights of a GPT-2, in transformers' layout (layout.py), and what a user should know of them.
+    """The weights of a model in transformers' layout (layout.py has GPT-2's), and what a user should know of them.
 
     `fields` are those of config.json. `dtypes` are those on disk, the most frequent first. `warnings` are a sentence
     each: what was repaired, left out or merged. `repaired` says that transformers' own from_pretrained would not have
@@ -36,7 +36,7 @@ class Checkpoint:
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
-    """Read the checkpoint in `folder`, and merge the LoRA adapter that lies beside or instead of its weights.
+    """Read the GPT-2 in `folder`, and merge the LoRA adapter that lies beside or instead of its weights.
 
     No tensor is read before its `read()` is called, but a head that lies beside the embedding. Raises UserError where weights are missing, damaged, quantized
     already, or of a model that is no language model, or where the adapter cannot be merged.
@@ -71,6 +71,31 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         )
     repaired = layout.repaired or bool(eight) or adapter is not None or _index_is_bare(base)
     return Checkpoint(fields, weights, dtypes, tuple(warnings), repaired)
+
+
+def read_by_names(folder: Path, fields: Mapping[str, Any], embedding: str) -> Checkpoint:
+    """Read the checkpoint of a model that transformers reads as it is, under names without the prefix of its backbone.
+
+    The prefix ("model.", or none) is what stands before `embedding`, the name of the embedding matrix. No tensor is read
+    before its `read()` is called. Raises UserError as `read_for_transformers` does, and where the embedding is missing,
+    where another prefix stands before it, or where weights have 8 bits.
+    """
+    tensors = read_for_transformers(folder, fields)
+    prefix = next((name.removesuffix(embedding) for name in tensors if name in (embedding, f"model.{embedding}")), None)
+    if prefix is None:
+        raise UserError(
+            f"{folder}: has no weight model.{embedding}; its tensors are named {some(tensors)}; "
+            "save the model with transformers' save_pretrained"
+        )
+    weights = {name.removeprefix(prefix): weight for name, weight in tensors.items()}
+    check_floats({name: weight for name, weight in weights.items() if name.endswith((".weight", ".bias"))}, folder)
+    dtypes = _dtypes(weights)
+    if eight := [name for name in dtypes if name.startswith("float8")]:
+        raise UserError(
+            f"{folder}: has weights of 8 bits ({', '.join(eight)}), which transformers does not read as they are; "
+            "give the checkpoint before it was quantized"
+        )
+    return Checkpoint(dict(fields), weights, dtypes, (), False)
 
 
 def read_for_transformers(folder: Path, fields: Mapping[str, Any]) -> dict[str, Weight]:

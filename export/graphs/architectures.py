@@ -1,0 +1,50 @@
+"""Which of our graphs a model has: GPT-2's, or that of Llama and the models that are built like it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from cuantiza.core.inputs.gpt2_config import is_gpt2, parse_config
+from cuantiza.core.inputs.weights.checkpoint import Checkpoint, read_by_names, read_checkpoint
+from cuantiza.export.graphs import gpt2, llama
+from cuantiza.export.graphs.llama_config import FAMILIES, parse_llama
+from cuantiza.export.graphs.parts import Size
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What an export calls for a model, in this order. All raise UserError for what they cannot take.
+
+    parse: the fields of config.json, and its path, to a configuration
+    read: the checkpoint in a folder, with the fields of its config.json
+    build: a configuration, weights, the opset and the folder to a graph, whose weights are read when it is saved
+    describe: a configuration in a line for users
+    size: the number of parameters of a configuration
+    """
+
+    parse: Callable[[dict[str, Any], Path], Any]
+    read: Callable[[Path, dict[str, Any]], Checkpoint]
+    build: Callable[[Any, dict[str, Any], int, Path], ir.Model]
+    describe: Callable[[Any], str]
+    size: Callable[[Any], Size]
+
+
+_GPT2 = Architecture(parse_config, lambda folder, _: read_checkpoint(folder), gpt2.build, gpt2.describe, gpt2.size)
+_LLAMA = Architecture(
+    parse_llama,
+    lambda folder, fields: read_by_names(folder, fields, llama.EMBEDDING),
+    llama.build,
+    llama.describe,
+    llama.size,
+)
+ARCHITECTURES = {"gpt2": _GPT2} | dict.fromkeys(FAMILIES, _LLAMA)
+
+
+def architecture(fields: dict[str, Any]) -> Architecture:
+    """That of the model whose config.json is `fields`, which `check_model_type` took for the exporter "graph"."""
+    return _GPT2 if is_gpt2(fields) else ARCHITECTURES[fields["model_type"]]

@@ -1,0 +1,226 @@
+"""Parse the config.json of a model that is built like Llama: a table of the families, and what one of them is.
+
+transformers' own configuration class of the model type reads the file, so that every spelling that it knows is read,
+and what a file leaves out is what transformers takes for it. What no field says, because transformers has it in code,
+is in the table.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cuantiza.core.errors import UserError
+from cuantiza.core.inputs.gpt2_config import ACTIVATIONS
+from cuantiza.export.graphs.rope import Rope, rope
+
+_MOST_LAYERS = 10_000  # transformers makes lists as long as a file says
+# Where a layer has its norms: of the input of attention, of its output, of the input of the MLP, of its output.
+_BEFORE = ("input_layernorm", None, "post_attention_layernorm", None)
+_AFTER = (None, "post_attention_layernorm", None, "post_feedforward_layernorm")
+_AROUND = (
+    "input_layernorm",
+    "post_attention_layernorm",
+    "pre_feedforward_layernorm",
+    "post_feedforward_layernorm",
+)
+
+
+@dataclass(frozen=True)
+class Family:
+    """What transformers' code says of a model type.
+
+    A bias is there always, never, or as the named field says. `norms` are the names of a layer's norms (see above).
+    `head_norm` says of what queries and keys are normed: each "head", the "whole" of them, or None. With
+    `unit_offset`, norms multiply by 1 + weight. `windows` says which layers have a sliding window: "none", "all" where
+    there is one, or as "layer_types" says.
+    """
+
+    qkv_bias: bool | str = "attention_bias"
+    output_bias: bool | str = "attention_bias"
+    mlp_bias: bool | str = "mlp_bias"
+    gated: bool = True
+    activation: str = "hidden_act"
+    norms: tuple[str | None, ...] = _BEFORE
+    head_norm: str | None = None
+    unit_offset: bool = False
+    windows: str = "none"
+    scales: Callable[[Any], dict[str, float | None]] = lambda config: {}
+
+
+def _granite(config: Any) -> dict[str, float | None]:
+    return {
+        "embedding_scale": config.embedding_multiplier,
+        "attention_scale": config.attention_multiplier,
+        "residual_scale": config.residual_multiplier,
+        "logit_scale": 1 / config.logits_scaling,
+    }
+
+
+def _gemma(config: Any) -> dict[str, float | None]:
+    return {"embedding_scale": config.hidden_size**0.5}
+
+
+def _gemma2(config: Any) -> dict[str, float | None]:
+    scale = config.query_pre_attn_scalar**-0.5
+    return _gemma(config) | {"attention_scale": scale, "logit_cap": config.final_logit_softcapping}
+
+
+def _gemma2_capped(config: Any) -> dict[str, float | None]:
+    return _gemma2(config) | {"score_cap": config.attn_logit_softcapping}
+
+
+FAMILIES = {
+    "arcee": Family(gated=False),
+    "gemma": Family(mlp_bias=False, unit_offset=True, scales=_gemma),
+    "gemma2": Family(
+        mlp_bias=False,
+        activation="hidden_activation",
+        norms=_AROUND,
+        unit_offset=True,
+        windows="layer_types",
+        scales=_gemma2_capped,
+    ),
+    "gemma3_text": Family(
+        mlp_bias=False,
+        activation="hidden_activation",
+        norms=_AROUND,
+        head_norm="head",
+        unit_offset=True,
+        windows="layer_types",
+        scales=_gemma2,
+    ),
+    "granite": Family(scales=_granite),
+    "llama": Family(),
+    "ministral": Family(qkv_bias=False, output_bias=False, mlp_bias=False, windows="layer_types"),
+    "mistral": Family(qkv_bias=False, output_bias=False, mlp_bias=False, windows="all"),
+    "olmo2": Family(mlp_bias=False, norms=_AFTER, head_norm="whole"),
+    "olmo3": Family(mlp_bias=False, norms=_AFTER, head_norm="whole", windows="layer_types"),
+    "qwen2": Family(qkv_bias=True, output_bias=False, mlp_bias=False, windows="layer_types"),
+    "qwen3": Family(mlp_bias=False, head_norm="head", windows="layer_types"),
+    "smollm3": Family(windows="layer_types"),
+}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What may differ between layers: the rotary embedding, None for none, and the sliding window in tokens, None for none."""
+
+    rope: Rope | None
+    window: int | None
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """What changes the logits of a model that is built like Llama.
+
+    `inner` is the width of the MLP, and `rotated` how many channels of each head the rotary embedding turns. The scales
+    multiply the embedding, the attention scores, what each half of a layer adds, and the logits. A cap c bounds a value
+    x by c · tanh(x / c).
+    """
+
+    model_type: str
+    family: Family
+    vocabulary: int
+    width: int
+    inner: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    layers: tuple[Layer, ...]
+    activation: str
+    epsilon: float
+    qkv_bias: bool
+    output_bias: bool
+    mlp_bias: bool
+    tied: bool
+    attention_scale: float
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    logit_scale: float = 1.0
+    score_cap: float | None = None
+    logit_cap: float | None = None
+
+
+def parse_llama(fields: Mapping[str, Any], path: Path) -> LlamaConfig:
+    """The model that `fields` of a config.json describe, whose model_type is one of FAMILIES.
+
+    Raises UserError where transformers does not read the fields, where they have a value that no such model has, or one
+    that is not exported; `path` is named in it.
+    """
+    try:
+        return _parse(fields)
+    except UserError:
+        raise
+    except Exception as error:  # transformers raises many kinds of exception
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise UserError(
+            f"{path}: {lines[-1] if lines else type(error).__name__}; take the config.json of the original checkpoint"
+        ) from None
+
+
+def _parse(fields: Mapping[str, Any]) -> LlamaConfig:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    kind = fields["model_type"]
+    family, layers = FAMILIES[kind], fields.get("num_hidden_layers")
+    if isinstance(layers, int) and layers > _MOST_LAYERS:
+        raise ValueError(f"num_hidden_layers is {layers}, and no such model has more than {_MOST_LAYERS}")
+    config: Any = CONFIG_MAPPING[kind].from_dict(copy.deepcopy(dict(fields)))  # which changes what it is given
+
+    def size(name: str, default: int | None = None) -> int:
+        value = getattr(config, name, None)
+        value = default if value is None else value
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**31:
+            raise ValueError(f"{name} is {value!r} where a positive whole number is needed")
+        return value
+
+    def flag(bias: bool | str) -> bool:
+        return bias if isinstance(bias, bool) else bool(getattr(config, bias))
+
+    heads = size("num_attention_heads")
+    kv_heads, head_dim = size("num_key_value_heads", heads), size("head_dim", config.hidden_size // heads)
+    if heads % kv_heads:
+        raise ValueError(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
+    if head_dim % 2:
+        raise ValueError(f"head_dim is {head_dim}, where a rotary embedding needs pairs of channels")
+    if (activation := getattr(config, family.activation)) not in (*ACTIVATIONS, "relu2"):
+        raise ValueError(f"{family.activation} {activation!r} is not one of {', '.join(ACTIVATIONS)}, relu2")
+    if not 0 < config.rms_norm_eps < math.inf:
+        raise ValueError(f"rms_norm_eps is {config.rms_norm_eps!r} where a small positive number is needed")
+    if getattr(config, "use_bidirectional_attention", False):
+        raise ValueError(
+            "use_bidirectional_attention is true; only models whose tokens see none after them are exported"
+        )
+    return LlamaConfig(
+        model_type=kind,
+        family=family,
+        vocabulary=size("vocab_size"),
+        width=size("hidden_size"),
+        inner=size("intermediate_size"),
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        layers=tuple(_layer(config, family, number, head_dim) for number in range(size("num_hidden_layers"))),
+        activation=activation,
+        epsilon=config.rms_norm_eps,
+        qkv_bias=flag(family.qkv_bias),
+        output_bias=flag(family.output_bias),
+        mlp_bias=flag(family.mlp_bias),
+        tied=config.tie_word_embeddings,
+        **{"attention_scale": head_dim**-0.5} | family.scales(config),
+    )
+
+
+def _layer(config: Any, family: Family, number: int, head_dim: int) -> Layer:
+    parameters = config.rope_parameters
+    kind = config.layer_types[number] if family.windows == "layer_types" else "full_attention"
+    if isinstance(parameters.get(kind), dict):
+        parameters = parameters[kind]
+    slides = family.windows == "all" or kind == "sliding_attention"
+    turned = getattr(config, "no_rope_layers", None) is None or config.no_rope_layers[number]
+    return Layer(rope(parameters, head_dim) if turned else None, config.sliding_window if slides else None)

@@ -12,7 +12,8 @@ ONNX Runtime folds that at load: the file stays as small as the portable one, an
 (other widths, very many positions), the rotary embedding stays outside in standard operators.
 
 LayerNormalization, Gelu and the residual additions stay as they are. SkipLayerNormalization takes five times as long
-as the two operators that it replaces (docs/performance.md), and ONNX Runtime fuses Gelu with its bias at load anyway.
+as the two operators that it replaces (docs/performance.md), and ONNX Runtime fuses Gelu with its bias at load anyway,
+as it does the nodes of an RMSNorm and of SiLU.
 
 B batch, T new tokens, P tokens in the cache, D width of the model, H heads, K heads of keys and values, d width of a
 head, r channels of a head that a rotary embedding turns.

@@ -22,6 +22,7 @@ from cuantiza.core.inputs.special_tokens import SpecialTokens, resolve_special_t
 from cuantiza.core.inputs.tokenizer import load_tokenizer
 from cuantiza.core.inputs.weights.adapters import read_fields
 from cuantiza.core.inputs.weights.checkpoint import Checkpoint
+from cuantiza.core.inputs.weights.heads import left_out
 from cuantiza.export.companions import write_configs
 from cuantiza.export.graphs.architectures import Architecture, architecture
 from cuantiza.export.tokenizer.write import write_tokenizer
@@ -83,6 +84,7 @@ def examine(folder: Path, work: Path, exporter: str, opset: int = 21, weights: b
     if kind is not None and config is not None and checkpoint is not None:
         with _kept(faults):  # sizes that contradict config.json
             graph = kind.build(config, checkpoint.weights, opset, folder)
+            warnings += left_out(kind.left_over(config, checkpoint.weights))
     if faults or tokenizer is None or tokens is None:
         raise UserError("; ".join(faults))
     return Findings(base, fields, tokenizer, tokens, kind, config, checkpoint, graph, tuple(warnings))

@@ -95,6 +95,36 @@ def tiny_gpt2(seed: int = 0, **overrides: object):
     return model
 
 
+def tiny_llama(kind: str = "llama", seed: int = 0, **overrides: object):
+    """A random model of type `kind`, which is built like Llama: 4 layers of width 32, 4 heads of 6 over 2 of keys.
+
+    No weight keeps its initial 0 or 1, as in `tiny_gpt2`, and head_dim is not the width over the heads.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    fields = {
+        "vocab_size": 8192,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 6,
+        "max_position_embeddings": 128,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "pad_token_id": 0,
+        **overrides,
+    }
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **fields)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    return model
+
+
 def copy_tokenizer(folder: Path, names: tuple[str, ...] = TOKENIZER_FILES) -> None:
     """Give `folder` files of es-mini's tokenizer."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,7 @@ from typing import TypeVar
 from cuantiza.core.errors import UserError
 from cuantiza.core.inputs.checkpoints import Model, base_folder, files_to_read, resolve_model
 from cuantiza.core.inputs.corpus import Source, Split, load_splits
-from cuantiza.core.inputs.gpt2_config import is_gpt2, parse_config
+from cuantiza.core.inputs.model_types import check_model_type
 from cuantiza.core.inputs.weights.adapters import read_fields
 from cuantiza.quantize.recipes.registry import Recipe, calibration_of, get_recipe
 
@@ -81,14 +81,15 @@ def _by_name(option: str, given: list[str], found: list[tuple[str, T]]) -> dict[
 
 
 def _model(given: str) -> tuple[str, Model]:
+    from cuantiza.export.graphs.architectures import architecture  # slow to import, and --help does not need it
+
     model = resolve_model(given)
     # The path must be absolute, because a process of a cluster has another working directory.
     model = replace(model, folder=model.folder.absolute())
     base, fields = base_folder(model.folder), read_fields(model.folder)
     path = base / "config.json"
-    if not is_gpt2(fields):
-        raise UserError(f"{path}: model_type is {fields.get('model_type')!r}; a sweep takes only GPT-2 checkpoints")
-    parse_config(fields, path)
+    check_model_type(fields, path, "graph")
+    architecture(fields).parse(fields, path)
     if not files_to_read(base):
         raise UserError(f"{model.folder}: has neither safetensors nor a pytorch_model.bin; put the weights into it")
     return model.name, model

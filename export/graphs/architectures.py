@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from cuantiza.core.inputs.gpt2_config import is_gpt2, parse_config
 from cuantiza.core.inputs.weights.checkpoint import Checkpoint, read_by_names, read_checkpoint
-from cuantiza.export.graphs import gpt2, llama
+from cuantiza.export.graphs import gpt2, llama, llama_weights
 from cuantiza.export.graphs.llama_config import FAMILIES, parse_llama
 from cuantiza.export.graphs.parts import Size
 
@@ -23,6 +23,7 @@ class Architecture:
     parse: the fields of config.json, and its path, to a configuration
     read: the checkpoint in a folder, with the fields of its config.json
     build: a configuration, weights, the opset and the folder to a graph, whose weights are read when it is saved
+    left_over: the names of weights that no graph of a configuration reads
     describe: a configuration in a line for users
     size: the number of parameters of a configuration
     """
@@ -30,17 +31,26 @@ class Architecture:
     parse: Callable[[dict[str, Any], Path], Any]
     read: Callable[[Path, dict[str, Any]], Checkpoint]
     build: Callable[[Any, dict[str, Any], int, Path], ir.Model]
+    left_over: Callable[[Any, dict[str, Any]], list[str]]
     describe: Callable[[Any], str]
     size: Callable[[Any], Size]
 
 
-_GPT2 = Architecture(parse_config, lambda folder, _: read_checkpoint(folder), gpt2.build, gpt2.describe, gpt2.size)
+_GPT2 = Architecture(
+    parse=parse_config,
+    read=lambda folder, _: read_checkpoint(folder),  # which says itself what it leaves out
+    build=gpt2.build,
+    left_over=lambda config, weights: [],
+    describe=gpt2.describe,
+    size=gpt2.size,
+)
 _LLAMA = Architecture(
-    parse_llama,
-    lambda folder, fields: read_by_names(folder, fields, llama.EMBEDDING),
-    llama.build,
-    llama.describe,
-    llama.size,
+    parse=parse_llama,
+    read=lambda folder, fields: read_by_names(folder, fields, llama_weights.EMBEDDING),
+    build=llama.build,
+    left_over=llama_weights.left_over,
+    describe=llama.describe,
+    size=llama.size,
 )
 ARCHITECTURES = {"gpt2": _GPT2} | dict.fromkeys(FAMILIES, _LLAMA)
 

@@ -27,7 +27,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -38,52 +37,21 @@ from onnx_ir import DataType
 from cuantiza.core.inputs.weights.files import Weight
 from cuantiza.export.graphs import parts
 from cuantiza.export.graphs.llama_config import LlamaConfig
+from cuantiza.export.graphs.llama_weights import EMBEDDING, HEAD, arranged, shapes
 from cuantiza.export.graphs.rope import Rope
 
-EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
 _LAYER = re.compile(r"layers\.(\d+)\.")
 
 
-def shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
-    """The name and shape of each weight, as transformers stores it, without the prefix "model."; a tied head is not there."""
-    width, inner, family = config.width, config.inner, config.family
-    queries, keys = config.heads * config.head_dim, config.kv_heads * config.head_dim
-    linear = {
-        "self_attn.q_proj": (queries, width, config.qkv_bias),
-        "self_attn.k_proj": (keys, width, config.qkv_bias),
-        "self_attn.v_proj": (keys, width, config.qkv_bias),
-        "self_attn.o_proj": (width, queries, config.output_bias),
-        "mlp.gate_proj": (inner, width, config.mlp_bias),
-        "mlp.up_proj": (inner, width, config.mlp_bias),
-        "mlp.down_proj": (width, inner, config.mlp_bias),
-    }
-    if not family.gated:
-        del linear["mlp.gate_proj"]
-    norms = {name: width for name in family.norms if name}
-    if family.head_norm:
-        whole = family.head_norm == "whole"
-        norms |= {"self_attn.q_norm": queries, "self_attn.k_norm": keys} if whole else {}
-        norms |= {"self_attn.q_norm": config.head_dim, "self_attn.k_norm": config.head_dim} if not whole else {}
-    found: dict[str, tuple[int, ...]] = {EMBEDDING: (config.vocabulary, width)}
-    for layer in range(len(config.layers)):
-        for name, (outputs, inputs, bias) in linear.items():
-            found[f"layers.{layer}.{name}.weight"] = (outputs, inputs)
-            if bias:
-                found[f"layers.{layer}.{name}.bias"] = (outputs,)
-        found |= {f"layers.{layer}.{name}.weight": (size,) for name, size in norms.items()}
-    found["norm.weight"] = (width,)
-    return found if config.tied else found | {HEAD: (config.vocabulary, width)}
-
-
 def build(config: LlamaConfig, weights: Mapping[str, Weight], opset: int, folder: Path) -> ir.Model:
-    """Build the graph of `config` with `weights`, named as `shapes` names them, which are read only when it is saved.
+    """Build the graph of `config` with `weights`, by transformers' names without "model.", read only when it is saved.
 
     Raises UserError where a weight is missing, has another shape, or (when it is read) is not finite. The message names
     `folder`.
     """
     layers = {int(found[1]): name for name in weights if (found := _LAYER.match(name))}
     parts.check_layers(layers, len(config.layers), "num_hidden_layers", "layers", folder)
-    family, weights = config.family, _folded(config, weights)
+    family, weights = config.family, arranged(config, weights)
     # Head and embedding may differ though config.json calls them tied; transformers then takes both.
     stored = shapes(config) | {HEAD: (config.vocabulary, config.width)}
     builder = parts.begin(config.model_type, opset)
@@ -131,7 +99,8 @@ def build(config: LlamaConfig, weights: Mapping[str, Weight], opset: int, folder
         k = heads(h, f"{block}.self_attn.k", config.kv_heads)  # [B, K, T, d]
         v = heads(h, f"{block}.self_attn.v", config.kv_heads)
         if layer.rope:
-            q, k = (_rotate(op, part, *turns[layer.rope], config.head_dim) for part in (q, k))
+            turned = layer.rope.channels
+            q, k = (_rotate(op, part, turns[layer.rope], turned, config.head_dim - turned) for part in (q, k))
         k = op.Concat(inputs.past[2 * number], k, axis=2)  # [B, K, P+T, d]
         v = op.Concat(inputs.past[2 * number + 1], v, axis=2)
         present += [k, v]
@@ -203,27 +172,18 @@ def _turns(
     return turns
 
 
-def _rotate(op: onnxscript.OpBuilder, x: ir.Value, cosines: ir.Value, sines: ir.Value, head_dim: int) -> ir.Value:
-    """Turn channels i and i + d/2 of x [B, H, T, d] by the angles of `cosines` and `sines` [B, 1, T, d/2]."""
-    a, b = op.Split(x, axis=-1, num_outputs=2, _outputs=2)
+def _rotate(
+    op: onnxscript.OpBuilder, x: ir.Value, turns: tuple[ir.Value, ir.Value], turned: int, rest: int
+) -> ir.Value:
+    """Turn x [B, H, T, d] by `turns`: of its first `turned` channels, i and i + `turned`/2; the `rest` stays.
+
+    `turns` are cosines and sines [B, 1, T, turned/2].
+    """
+    cosines, sines = turns
+    if rest:
+        a, b, *others = op.Split(x, [turned // 2, turned // 2, rest], axis=-1, _outputs=3)
+    else:
+        a, b, *others = op.Split(x, axis=-1, num_outputs=2, _outputs=2)
     first = op.Sub(op.Mul(a, cosines), op.Mul(b, sines))
     second = op.Add(op.Mul(b, cosines), op.Mul(a, sines))
-    return op.Concat(first, second, axis=-1)
-
-
-def _folded(config: LlamaConfig, weights: Mapping[str, Weight]) -> dict[str, Weight]:
-    """`weights` with what the model multiplies by constants: norms that add 1, and the scales of layers and logits."""
-
-    def changed(name: str, weight: Weight) -> Weight:
-        norm = len(weight.shape) == 1 and name.endswith("norm.weight")
-        scale = 1.0
-        if name == "norm.weight":
-            scale = config.logit_scale
-        elif ".self_attn.o_proj." in name or ".mlp.down_proj." in name:
-            scale = config.residual_scale
-        offset = 1.0 if norm and config.family.unit_offset else 0.0
-        if (scale, offset) == (1.0, 0.0):
-            return weight
-        return replace(weight, read=lambda: (weight.read() + np.float32(offset)) * np.float32(scale))
-
-    return {name: changed(name, weight) for name, weight in weights.items()}
+    return op.Concat(first, second, *others, axis=-1)

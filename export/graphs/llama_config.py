@@ -19,6 +19,16 @@ from cuantiza.core.inputs.gpt2_config import ACTIVATIONS
 from cuantiza.export.graphs.rope import Rope, rope
 
 _MOST_LAYERS = 10_000  # transformers makes lists as long as a file says
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "sliding_window",
+)
 # Where a layer has its norms: of the input of attention, of its output, of the input of the MLP, of its output.
 _BEFORE = ("input_layernorm", None, "post_attention_layernorm", None)
 _AFTER = (None, "post_attention_layernorm", None, "post_feedforward_layernorm")
@@ -36,7 +46,8 @@ class Family:
 
     A bias is there always, never, or as the named field says. `norms` are the names of a layer's norms (see above).
     `head_norm` says of what queries and keys are normed: each "head", the "whole" of them, or None. With
-    `unit_offset`, norms multiply by 1 + weight. `windows` says which layers have a sliding window: "none", "all" where
+    `unit_offset`, norms multiply by 1 + weight. The rotary embedding turns `partial`ly if only some channels of a head,
+    and with `neighbours` it turns channels 2i and 2i + 1 instead of i and i + r/2. `windows` says which layers have a sliding window: "none", "all" where
     there is one, or as "layer_types" says.
     """
 
@@ -48,6 +59,8 @@ class Family:
     norms: tuple[str | None, ...] = _BEFORE
     head_norm: str | None = None
     unit_offset: bool = False
+    partial: bool = False
+    neighbours: bool = False
     windows: str = "none"
     scales: Callable[[Any], dict[str, float | None]] = lambda config: {}
 
@@ -76,6 +89,7 @@ def _gemma2_capped(config: Any) -> dict[str, float | None]:
 
 FAMILIES = {
     "arcee": Family(gated=False),
+    "ernie4_5": Family(qkv_bias="use_bias", output_bias="use_bias", mlp_bias="use_bias", neighbours=True),
     "gemma": Family(mlp_bias=False, unit_offset=True, scales=_gemma),
     "gemma2": Family(
         mlp_bias=False,
@@ -94,14 +108,25 @@ FAMILIES = {
         windows="layer_types",
         scales=_gemma2,
     ),
+    "glm": Family(output_bias=False, mlp_bias=False, partial=True, neighbours=True),
+    "glm4": Family(
+        output_bias=False,
+        mlp_bias=False,
+        norms=("input_layernorm", "post_self_attn_layernorm", "post_attention_layernorm", "post_mlp_layernorm"),
+        partial=True,
+        neighbours=True,
+    ),
     "granite": Family(scales=_granite),
+    "helium": Family(output_bias=False, neighbours=True),
     "llama": Family(),
     "ministral": Family(qkv_bias=False, output_bias=False, mlp_bias=False, windows="layer_types"),
     "mistral": Family(qkv_bias=False, output_bias=False, mlp_bias=False, windows="all"),
     "olmo2": Family(mlp_bias=False, norms=_AFTER, head_norm="whole"),
     "olmo3": Family(mlp_bias=False, norms=_AFTER, head_norm="whole", windows="layer_types"),
+    "phi3": Family(qkv_bias=False, output_bias=False, mlp_bias=False, partial=True, windows="all"),
     "qwen2": Family(qkv_bias=True, output_bias=False, mlp_bias=False, windows="layer_types"),
     "qwen3": Family(mlp_bias=False, head_norm="head", windows="layer_types"),
+    "seed_oss": Family(output_bias="attention_out_bias"),
     "smollm3": Family(windows="layer_types"),
 }
 
@@ -118,8 +143,7 @@ class Layer:
 class LlamaConfig:
     """What changes the logits of a model that is built like Llama.
 
-    `inner` is the width of the MLP, and `rotated` how many channels of each head the rotary embedding turns. The scales
-    multiply the embedding, the attention scores, what each half of a layer adds, and the logits. A cap c bounds a value
+    `inner` is the width of the MLP. The scales multiply the embedding, the attention scores, what each half of a layer adds, and the logits. A cap c bounds a value
     x by c · tanh(x / c).
     """
 
@@ -164,26 +188,24 @@ def parse_llama(fields: Mapping[str, Any], path: Path) -> LlamaConfig:
 
 
 def _parse(fields: Mapping[str, Any]) -> LlamaConfig:
+    import transformers
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    kind = fields["model_type"]
-    family, layers = FAMILIES[kind], fields.get("num_hidden_layers")
-    if isinstance(layers, int) and layers > _MOST_LAYERS:
-        raise ValueError(f"num_hidden_layers is {layers}, and no such model has more than {_MOST_LAYERS}")
-    config: Any = CONFIG_MAPPING[kind].from_dict(copy.deepcopy(dict(fields)))  # which changes what it is given
-
-    def size(name: str, default: int | None = None) -> int:
-        value = getattr(config, name, None)
-        value = default if value is None else value
-        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**31:
+    for name in _SIZES:
+        value = fields.get(name)
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**31):
             raise ValueError(f"{name} is {value!r} where a positive whole number is needed")
-        return value
+    if (layers := fields.get("num_hidden_layers") or 0) > _MOST_LAYERS:
+        raise ValueError(f"num_hidden_layers is {layers}, and no such model has more than {_MOST_LAYERS}")
+    transformers.logging.set_verbosity_error()
+    family = FAMILIES[fields["model_type"]]
+    config: Any = CONFIG_MAPPING[fields["model_type"]].from_dict(copy.deepcopy(dict(fields)))  # it changes what it gets
 
     def flag(bias: bool | str) -> bool:
         return bias if isinstance(bias, bool) else bool(getattr(config, bias))
 
-    heads = size("num_attention_heads")
-    kv_heads, head_dim = size("num_key_value_heads", heads), size("head_dim", config.hidden_size // heads)
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads or config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     if heads % kv_heads:
         raise ValueError(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
     if head_dim % 2:
@@ -197,21 +219,21 @@ def _parse(fields: Mapping[str, Any]) -> LlamaConfig:
             "use_bidirectional_attention is true; only models whose tokens see none after them are exported"
         )
     return LlamaConfig(
-        model_type=kind,
+        model_type=fields["model_type"],
         family=family,
-        vocabulary=size("vocab_size"),
-        width=size("hidden_size"),
-        inner=size("intermediate_size"),
+        vocabulary=config.vocab_size,
+        width=config.hidden_size,
+        inner=config.intermediate_size,
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
-        layers=tuple(_layer(config, family, number, head_dim) for number in range(size("num_hidden_layers"))),
+        layers=tuple(_layer(config, family, number, head_dim) for number in range(config.num_hidden_layers)),
         activation=activation,
         epsilon=config.rms_norm_eps,
         qkv_bias=flag(family.qkv_bias),
         output_bias=flag(family.output_bias),
         mlp_bias=flag(family.mlp_bias),
-        tied=config.tie_word_embeddings,
+        tied=bool(config.tie_word_embeddings),
         **{"attention_scale": head_dim**-0.5} | family.scales(config),
     )
 
@@ -222,5 +244,6 @@ def _layer(config: Any, family: Family, number: int, head_dim: int) -> Layer:
     if isinstance(parameters.get(kind), dict):
         parameters = parameters[kind]
     slides = family.windows == "all" or kind == "sliding_attention"
+    channels = int(head_dim * parameters.get("partial_rotary_factor", 1.0)) if family.partial else head_dim
     turned = getattr(config, "no_rope_layers", None) is None or config.no_rope_layers[number]
-    return Layer(rope(parameters, head_dim) if turned else None, config.sliding_window if slides else None)
+    return Layer(rope(parameters, channels) if turned else None, config.sliding_window if slides else None)

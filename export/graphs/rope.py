@@ -31,6 +31,11 @@ class Rope:
     frequencies: tuple[float, ...]
     scale: float = 1.0
 
+    @property
+    def channels(self) -> int:
+        """How many channels of a head are turned."""
+        return 2 * len(self.frequencies)
+
 
 def rope(parameters: Mapping[str, Any], channels: int) -> Rope:
     """The rotary embedding of `channels` channels with `parameters`, transformers' rope_parameters of one layer.
@@ -97,7 +102,8 @@ _STRETCHED = {"default": _default, "linear": _linear, "llama3": _llama3, "yarn":
 
 
 def _number(parameters: Mapping[str, Any], key: str, default: float | None = None) -> float:
-    value = parameters.get(key) or default
+    value = parameters.get(key)
+    value = default if default is not None and not value else value
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
         raise ValueError(f"rope_parameters have {key} {value!r} where a positive number is needed")
     return float(value)

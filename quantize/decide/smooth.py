@@ -207,9 +207,10 @@ def _find_values(x: ir.Value, projections: list[Projection]) -> _Found | None:
     """Find the value columns of the linear layer that feeds attention, where x is the output of attention.
 
     The attention weights of a token sum to 1, so a shift of all values is the same shift of the output. The nodes are
-    x <- (Slice <-) Reshape <- Transpose <- MatMul(softmax, v <- (Reshape <- Expand <- Unsqueeze <-) Concat(past) <-
+    x <- (Slice <-) Reshape <- Transpose <- MatMul(softmax, v <- ((Reshape <- Expand <-) Unsqueeze <-) Concat(past) <-
     Transpose <- Reshape <- (Split <-) (Add(bias) <-) linear layer). The Slice keeps some of the tokens and does not
-    change them. The Unsqueeze, Expand and Reshape repeat each head of grouped-query attention.
+    change them. The Unsqueeze, Expand and Reshape repeat each head of grouped-query attention; an Unsqueeze alone lets
+    the matmul do it.
     """
     whole = _input_of(x, "Slice")
     if whole is not None and len(whole.uses()) != 1:
@@ -218,7 +219,8 @@ def _find_values(x: ir.Value, projections: list[Projection]) -> _Found | None:
     matmul = context.producer() if context is not None else None
     if matmul is None or matmul.op_type != "MatMul":
         return None
-    repeated = _input_of(matmul.inputs[1], "Reshape", "Expand", "Unsqueeze")
+    shared = matmul.inputs[1]
+    repeated = _input_of(shared, "Reshape", "Expand", "Unsqueeze") or _input_of(shared, "Unsqueeze")
     cached = (matmul.inputs[1] if repeated is None else repeated).producer()
     if cached is None or cached.op_type != "Concat":
         return None

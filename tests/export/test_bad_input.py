@@ -35,8 +35,13 @@ def test_broken_config(folder: Path, refused: Callable[..., str], content: bytes
     refused(str(folder / "config.json"), "JSON")
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gpt_neo", "bert", 7])
-def test_not_gpt2(folder: Path, refused: Callable[..., str], model_type: object) -> None:
+def test_a_gpt2_that_says_it_is_a_llama(folder: Path, refused: Callable[..., str]) -> None:
+    edit_config(folder, model_type="llama")
+    refused(str(folder), "embed_tokens.weight", "transformer.")
+
+
+@pytest.mark.parametrize("model_type", ["opt", "gpt_neo", "bert", 7])
+def test_not_exported(folder: Path, refused: Callable[..., str], model_type: object) -> None:
     edit_config(folder, model_type=model_type)
     refused(str(folder / "config.json"), f"{model_type!r}")
 

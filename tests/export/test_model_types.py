@@ -1,4 +1,4 @@
-"""What is no GPT-2 is named as what it is, and EXPORTER=optimum is advised only where that exporter takes it."""
+"""What is not exported is named as what it is, and an exporter is advised only where it takes the model."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from cuantiza.core.errors import UserError
-from cuantiza.core.inputs.model_types import OPTIMUM_TYPES, check_model_type
+from cuantiza.core.inputs.model_types import GRAPH_TYPES, OPTIMUM_TYPES, check_model_type
 
 from helpers import Result, assert_nothing_published, assert_user_error, edit_config
 
@@ -49,7 +49,15 @@ def test_what_no_exporter_takes(fields: dict, said: str, exporter: str) -> None:
     assert "EXPORTER=optimum exports it" not in line
 
 
-@pytest.mark.parametrize("kind", sorted({*OPTIMUM_TYPES} - {"gpt2"}))
+@pytest.mark.parametrize("kind", GRAPH_TYPES)
+def test_what_the_default_exporter_takes(kind: str) -> None:
+    check_model_type({"model_type": kind}, PATH, "graph")
+    if kind not in OPTIMUM_TYPES:
+        with pytest.raises(UserError, match=f"model_type is '{kind}'.*leave EXPORTER=optimum out"):
+            check_model_type({"model_type": kind}, PATH, "optimum")
+
+
+@pytest.mark.parametrize("kind", sorted({*OPTIMUM_TYPES} - {*GRAPH_TYPES}))
 def test_what_the_other_exporter_takes(kind: str) -> None:
     with pytest.raises(UserError, match=f"model_type is '{kind}'.*EXPORTER=optimum exports it"):
         check_model_type({"model_type": kind}, PATH, "graph")

@@ -1,4 +1,4 @@
-"""Say what a checkpoint is that is no GPT-2, so that the one line of an error names it and what to do."""
+"""Say which models are exported, and what a checkpoint is that is none, so that one line names it and what to do."""
 
 from __future__ import annotations
 
@@ -12,17 +12,23 @@ from cuantiza.core.inputs.gpt2_config import is_gpt2
 GRAPH_TYPES = (
     "gpt2",
     "arcee",
+    "ernie4_5",
     "gemma",
     "gemma2",
     "gemma3_text",
+    "glm",
+    "glm4",
     "granite",
+    "helium",
     "llama",
     "ministral",
     "mistral",
     "olmo2",
     "olmo3",
+    "phi3",
     "qwen2",
     "qwen3",
+    "seed_oss",
     "smollm3",
 )
 # Each of these was exported end to end, with the parity check, by optimum-onnx 0.1.0.
@@ -83,7 +89,7 @@ _SAVE = "save the model with transformers' save_pretrained, or choose a reposito
 def check_model_type(fields: dict[str, Any], path: Path, exporter: str) -> None:
     """Raise UserError where `exporter` ("graph" or "optimum") does not take the model whose config.json is `fields`.
 
-    The error names `path` and says what the model is. It sends to EXPORTER=optimum only what that exporter takes.
+    The error names `path` and says what the model is. It sends to the other exporter only what that one takes.
     """
     kind = fields.get("model_type")
     if (exporter == "graph" and _graph_takes(fields)) or (exporter == "optimum" and _optimum_takes(fields)):
@@ -96,9 +102,12 @@ def check_model_type(fields: dict[str, Any], path: Path, exporter: str) -> None:
             f"{path}: has no model_type{f', and its architectures are {names}' if names else ''}; "
             'if the model is a GPT-2, add "model_type": "gpt2"'
         )
+    if exporter == "optimum" and _graph_takes(fields):
+        raise UserError(f"{path}: model_type is {kind!r}, which optimum does not export; leave EXPORTER=optimum out")
     if _optimum_takes(fields):
         raise UserError(
-            f"{path}: model_type is {kind!r}, and the default exporter knows gpt2 only; EXPORTER=optimum exports it"
+            f"{path}: model_type is {kind!r}, and the default exporter knows {', '.join(GRAPH_TYPES)}; "
+            "EXPORTER=optimum exports it"
         )
     raise UserError(f"{path}: model_type {kind!r} {_KNOWN.get(str(kind)) or _described(str(kind))}")
 
@@ -195,7 +204,8 @@ def _described(kind: str) -> str:
     for mappings, said in _KINDS:
         if any(kind in getattr(modeling_auto, f"MODEL_FOR_{name}_MAPPING_NAMES", ()) for name in mappings):
             return f"{said}; {_ONLY}"
-    choose = f"choose a GPT-2, or one of these types for EXPORTER=optimum: {', '.join(OPTIMUM_TYPES)}"
+    others = ", ".join(name for name in OPTIMUM_TYPES if name not in GRAPH_TYPES)
+    choose = f"choose one of {', '.join(GRAPH_TYPES)}, or for EXPORTER=optimum of {others}"
     if kind in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         return f"is a language model that neither exporter can bring to the contract of docs/artifact.md; {choose}"
     if kind in configuration_auto.CONFIG_MAPPING_NAMES:

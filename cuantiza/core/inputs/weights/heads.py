@@ -56,7 +56,7 @@ def check_task(fields: Mapping[str, Any], names: Collection[str], folder: Path) 
 
 
 def left_out(others: Collection[str]) -> list[str]:
-    """Say in a sentence each which of `others`, the tensors that are no part of GPT-2, are left out."""
+    """Say in a sentence each which of `others`, the tensors that are no part of the model, are left out."""
     warnings, rest = [], set(others)
     for module, what in _BESIDE.items():
         if names := _under(module, rest):
@@ -67,7 +67,7 @@ def left_out(others: Collection[str]) -> list[str]:
             rest -= {*names}
             warnings.append(f"the export leaves out the head of another task ({some(names)})")
     if rest:
-        warnings.append(f"the export leaves out tensors that no GPT-2 has ({some(rest)})")
+        warnings.append(f"the export leaves out tensors that are no part of such a model ({some(rest)})")
     return warnings
 
 

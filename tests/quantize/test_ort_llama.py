@@ -53,6 +53,14 @@ KINDS = {
     "olmo2": Kind("olmo2", {}, INSIDE, INSIDE),
     "mistral": Kind("mistral", {"sliding_window": 6}, INSIDE | WINDOW, INSIDE | WINDOW),
     "smollm3": Kind("smollm3", {"no_rope_layers": [1, 0], "no_rope_layer_interval": 2}, INSIDE, OUTSIDE),
+    "phi3": Kind("phi3", {"head_dim": 32, "hidden_size": 128, "partial_rotary_factor": 0.5}, INSIDE, INSIDE),
+    "glm": Kind("glm", {"partial_rotary_factor": 0.5}, OUTSIDE, OUTSIDE),
+    "gemma3": Kind(
+        "gemma3_text",
+        {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 6, "query_pre_attn_scalar": 16},
+        INSIDE | WINDOW,
+        INSIDE,
+    ),
     "gemma2": Kind(
         "gemma2",
         {

@@ -74,7 +74,7 @@ KINDS = {
         INSIDE | CAP,
     ),
 }
-SHAPE = {"vocab_size": 8192, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2}
+SHAPE = {"vocab_size": 8192, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
 SHAPE |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 512}
 SHAPE |= {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
 
@@ -256,7 +256,7 @@ def test_genai_config(kind, expected, make):
     decoder, positions = fields["model"]["decoder"], KINDS[kind].fields.get("max_position_embeddings", 512)
     assert (fields["model"]["type"], fields["model"]["context_length"]) == (expected, positions)
     sizes = ("head_size", "hidden_size", "num_attention_heads", "num_key_value_heads", "num_hidden_layers")
-    assert [decoder[size] for size in sizes] == [16, 48, 4, 2, 2]
+    assert [decoder[size] for size in sizes] == [16, 64, 4, 2, 2]
     assert fields["search"] == {
         "do_sample": False,
         "max_length": min(positions, 4096),

@@ -141,7 +141,7 @@ def _find(graph: ir.Graph, layer: int) -> _Attention | None:
         return None
     heads = (query, key.producer().inputs[1], value.producer().inputs[1])
     turned = [_unturned(head, graph) for head in heads[:2]]
-    before = (*(head for head, _ in turned), heads[2])
+    before = (turned[0][0], turned[1][0], heads[2])
     rotary = turned[0][1]
     if rotary != turned[1][1] or any(_before(head, "Transpose") is None for head in before):
         return None
@@ -151,7 +151,7 @@ def _find(graph: ir.Graph, layer: int) -> _Attention | None:
         before=before,
         rotary=rotary,
         context=context,
-        past=tuple(item.producer().inputs[0] for item in present),
+        past=(key.producer().inputs[0], value.producer().inputs[0]),
         present=present,
         scale=constants[0],
         cap=0.0 if capped is None else constants[1],

@@ -1,4 +1,4 @@
-"""Continues a text with an artifact, token by token."""
+"""Continues a text with an artifact, token by token, or answers it."""
 
 from __future__ import annotations
 
@@ -25,16 +25,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from cuantiza.model import load
 
     model = load(artifact, args.threads)
-    ids = model.encode(prompt)
+    asked = model.chat(prompt) if args.chat else None
+    ids = model.encode(prompt) if asked is None else asked.ids
     room = model.room(ids)
     times = [time.perf_counter()]
 
     def timed() -> Iterator[int]:
-        for token in model.tokens(ids, args.tokens, sampling, args.seed):
+        for token in model.tokens(ids, args.tokens, sampling, args.seed, asked and asked.end):
             times.append(time.perf_counter())
             yield token
 
-    print(prompt, end="", flush=True)
+    if asked is None:
+        print(prompt, end="", flush=True)
     for piece in model.text(timed(), ids):
         print(piece, end="", flush=True)
     print(flush=True)
@@ -60,7 +62,11 @@ def _print_speed(times: list[float], prompt: int, args: argparse.Namespace, room
     drawn = "greedy" if args.greedy or args.temperature == 0 else f"seed {args.seed}"
     why = ""
     if count < args.tokens:
-        why = "; the model's last position" if count == room else "; the model ended the text"
+        why = (
+            "; the model's last position"
+            if count == room
+            else f"; the model ended the {'answer' if args.chat else 'text'}"
+        )
     print(f"{count} tokens after {prompt}{first}{speed}, {drawn}{why}", file=sys.stderr)
 
 
@@ -69,6 +75,9 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     default = ARTIFACTS / Path(MODEL).name / RECIPES[0]
     add_folder(parser, "--artifact", default, "folder of the artifact")
     parser.add_argument("--prompt", default=PROMPT, help=f"what to continue; - reads standard input ({PROMPT})")
+    parser.add_argument(
+        "--chat", action="store_true", help="answer the prompt, by the model's chat template; not all models have one"
+    )
     add_number(parser, "--tokens", 100, "how many tokens at most")
     parser.add_argument("--greedy", action="store_true", help="take the likeliest token each time")
     parser.add_argument("--temperature", type=float, default=0.8, help="of sampling; 0 is greedy (default 0.8)")

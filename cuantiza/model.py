@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from cuantiza.core.errors import UserError
 from cuantiza.core.inputs.defaults import PROMPT
 from cuantiza.core.inputs.model_config import end_tokens, max_positions, read_config, start_token
 from cuantiza.core.inputs.tokenizer import load_tokenizer, markers, token_ids
+from cuantiza.core.run.chat import Chat, chat
 from cuantiza.core.run.runtime import Runtime
 from cuantiza.core.run.sampling import Sampling, generate, text_of
 from cuantiza.core.store.artifact import Artifact, open_artifact
@@ -68,9 +70,24 @@ class Model:
             )
         return room
 
-    def tokens(self, ids: list[int], count: int, sampling: Sampling, seed: int = 0) -> Iterator[int]:
-        """Up to `count` token ids that follow `ids`, through the KV cache; ends before a token that ends a text."""
-        yield from generate(self.runtime, ids, min(count, self.room(ids)), sampling, seed, self.end)
+    def chat(self, message: str) -> Chat:
+        """The conversation in which the user says `message`, by the model's chat template.
+
+        Its `ids` end where the model answers, and its `end` are tokens that end the answer. Raises UserError if the
+        model has no chat template, or if it fails.
+        """
+        found = chat(self.artifact.path, self.tokenizer, message)
+        return replace(found, end=found.end | self.end)
+
+    def tokens(
+        self, ids: list[int], count: int, sampling: Sampling, seed: int = 0, end: frozenset[int] | None = None
+    ) -> Iterator[int]:
+        """Up to `count` token ids that follow `ids`, through the KV cache.
+
+        They end before a token of `end`; by default before one that ends a text.
+        """
+        stop = self.end if end is None else end
+        yield from generate(self.runtime, ids, min(count, self.room(ids)), sampling, seed, stop)
 
     def text(self, tokens: Iterable[int], before: list[int]) -> Iterator[str]:
         """The text of `tokens` as they come after the ids `before`, in pieces of whole characters."""

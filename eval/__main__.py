@@ -17,7 +17,7 @@ from cuantiza.core.cli import (
 )
 from cuantiza.core.errors import UserError, run
 from cuantiza.core.inputs.checkpoints import model_name
-from cuantiza.core.inputs.defaults import ARTIFACTS, RECIPES, REPORTS, ROUNDS, TOKENS, WINDOW
+from cuantiza.core.inputs.defaults import ARTIFACTS, POSITIONS, RECIPES, REPORTS, ROUNDS, TOKENS, WINDOW
 from cuantiza.eval.report.schema import PAPER_NAMES
 from cuantiza.eval.stage import LANGUAGES, evaluate
 
@@ -53,12 +53,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help=f"further protocols of perplexity, to compare with papers: {', '.join(PAPER_NAMES)}",
     )
     add_number(parser, "--rounds", ROUNDS, "interleaved rounds of latency")
+    add_number(parser, "--positions", POSITIONS, "measure latency up to so many positions")
     add_threads(parser)
     add_folder(parser, "--output", REPORTS, "folder of the reports")
     parser.add_argument("--language", choices=LANGUAGES, default="en", help="language of the pages (default en)")
     add_corpus(parser)
     args = parser.parse_args(arguments)
-    check_numbers(args, tokens=2, window=2, rounds=1)
+    check_numbers(args, tokens=2, window=2, rounds=1, positions=2)
     folder = args.artifacts / model_name(args.model)
     if args.artifacts.resolve() == args.output.resolve():
         raise UserError(f"--output {args.output}: is the folder of the artifacts; choose another one (REPORTS=)")
@@ -74,6 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rounds=args.rounds,
         threads=args.threads,
         protocols=args.protocols,
+        positions=args.positions,
         onnx=args.onnx,
         checkpoint=None if args.without_torch else args.model,
         output=args.output / folder.name,

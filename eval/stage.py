@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING
 from cuantiza.core.errors import UserError
 from cuantiza.core.inputs.checkpoints import checkpoint_digest, resolve_model
 from cuantiza.core.inputs.corpus import Source, Split, load_test, scored
-from cuantiza.core.inputs.defaults import CORPUS, ROUNDS, TOKENS, WINDOW
+from cuantiza.core.inputs.defaults import CORPUS, POSITIONS, ROUNDS, TOKENS, WINDOW
 from cuantiza.core.machine.hardware import check_threads, default_threads
 from cuantiza.core.machine.progress import report as say
 from cuantiza.core.machine.progress import working
 from cuantiza.core.store import artifact, digests, folders
 from cuantiza.core.store.artifact import Artifact
 from cuantiza.core.store.records import read_record, write_record
+from cuantiza.eval.kept import Kept
 from cuantiza.eval.report.schema import PAPER_NAMES, Inputs, LeftOut, Machine, PaperName, Report
 
 # What measures and what renders is imported where it is needed: a run that finds everything up to date does neither.
@@ -34,18 +35,20 @@ class Settings:
     """How artifacts are measured.
 
     tokens: whole documents are scored until this many tokens; window: the longest context of a scored token, in tokens;
-    rounds: interleaved rounds of latency; threads: threads of every runtime; protocols: further protocols, by name.
+    rounds: interleaved rounds of latency; threads: threads of every runtime; positions: latency is measured up to so
+    many; protocols: further protocols, by name.
     """
 
     tokens: int
     window: int
     rounds: int
     threads: int
+    positions: int
     protocols: tuple[PaperName, ...] = ()
 
     def __post_init__(self) -> None:
         check_threads(self.threads)
-        for name, least in (("tokens", 2), ("window", 2), ("rounds", 1)):
+        for name, least in (("tokens", 2), ("window", 2), ("rounds", 1), ("positions", 2)):
             if getattr(self, name) < least:
                 raise UserError(f"--{name} {getattr(self, name)}: give a number from {least} on")
         if unknown := [name for name in self.protocols if name not in PAPER_NAMES]:
@@ -60,6 +63,7 @@ def evaluate(
     window: int = WINDOW,
     rounds: int = ROUNDS,
     threads: int | None = None,
+    positions: int = POSITIONS,
     protocols: Sequence[PaperName] = (),
     onnx: Sequence[Path] = (),
     checkpoint: str | Path | None = None,
@@ -70,7 +74,9 @@ def evaluate(
 
     tokens: documents of the test split are scored until this many tokens, whole but for a long last one. window: the
     longest context of a scored token, in tokens. rounds: interleaved rounds of latency. threads: threads of every
-    runtime (all processors). protocols: names in PAPER_NAMES, by which perplexity is measured too. onnx: further ONNX files, or folders with a model.onnx, of the same interface. checkpoint:
+    runtime (all processors). positions: latency is measured up to so many, or to the model's last. protocols: names in
+    PAPER_NAMES, by which perplexity is measured too. onnx: further ONNX files, or folders with a model.onnx, of the same
+    interface. checkpoint:
     the model that the baseline was exported from; if it is given, PyTorch is measured too. output: a folder for the
     report and its pages in `language`; if an up-to-date report is there, it is read and nothing is measured.
 
@@ -79,7 +85,7 @@ def evaluate(
     the text is too short.
     """
     threads = default_threads() if threads is None else threads
-    settings = Settings(tokens, window, rounds, threads, tuple(dict.fromkeys(protocols)))
+    settings = Settings(tokens, window, rounds, threads, positions, tuple(dict.fromkeys(protocols)))
     corpus = corpus if isinstance(corpus, Source) else Source(str(corpus))
     paths = [path.path if isinstance(path, Artifact) else Path(path) for path in artifacts]
     published = [artifact.open_artifact(path, digests.sha256_known) for path in dict.fromkeys(paths)]
@@ -122,6 +128,13 @@ def _evaluate(
         if checkpoint is not None:
             folder = _same_checkpoint(str(checkpoint), published[0])
             subjects += [Subject("torch-fp32", "torch", folder), Subject("torch-dynamic", "torch-dynamic", folder)]
+        identities = {item.name: published[0].digest for item in subjects}  # PyTorch's rows: what was exported
+        identities |= {foreign[path].name: digest for path, digest in digests_of.items()}
+        identities |= {item.manifest.name: item.digest for item in published}
+        kept = Kept(output, inputs, identities)
+        known = kept.read()
+        if known:
+            say(f"quality   {' '.join(known)}: kept from an earlier run")
         report = measure(
             subjects,
             published[0].path,
@@ -132,10 +145,13 @@ def _evaluate(
             window=settings.window,
             rounds=settings.rounds,
             threads=settings.threads,
+            positions=settings.positions,
             left_out=[*broken.values()],
             by=scored(corpus).by,
             joined=scored(corpus).join,
             papers=settings.protocols,
+            known=known,
+            keep=kept.write,
         )
     else:
         _tell(report.left_out)
@@ -206,6 +222,7 @@ def _inputs(published: list[Artifact], test: Split, settings: Settings, onnx: di
         window=settings.window,
         rounds=settings.rounds,
         protocols=settings.protocols,
+        positions=settings.positions,
         machine=Machine(**machine(settings.threads), instructions=instruction_sets()),
         code=digests.code_digest("cuantiza.eval.measure.report"),
         versions=software(),

@@ -24,7 +24,7 @@ def write_graph(parent: Path, work: Path, target: Target, rewrite: Callable[[ir.
     Attention is fused for the `target` "ort" only, where ONNX Runtime can. Returns `details` for the manifest: those that
     `rewrite` returned, the number of layers with fused attention, and "warnings": attention that stays as it was, and a
     tokenizer that onnxruntime-genai misreads. Raises UserError if the target is "ort" and the graph's attention is not the
-    one that export/graphs/gpt2.py writes.
+    one that export/graphs writes.
     """
     path = parent / artifact.MODEL
     model = onnx_file.load(path)
@@ -33,7 +33,7 @@ def write_graph(parent: Path, work: Path, target: Target, rewrite: Callable[[ir.
     details = rewrite(model)
     if target == "ort":
         kept = not_fusable(model)
-        details["fused_attention"] = 0 if kept else fuse_attention(model)
+        details["fused_attention"] = 0 if kept else fuse_attention(model, max_positions(read_config(parent)))
         warnings = [*([kept] if kept else []), *_write_genai_config(model, parent, work)]
         if warnings:
             details["warnings"] = warnings

@@ -10,31 +10,33 @@ from statistics import median
 
 import numpy as np
 
+from cuantiza.core.inputs.defaults import POSITIONS
 from cuantiza.core.machine.process import Remote
 from cuantiza.core.machine.progress import track
 from cuantiza.eval.measure.engines import Engine, Subject
 
-PREFILL = (32, 128, 512)
-DECODE = (32, 128, 512)
-# The number of positions of GPT-2. The last position of a model for 100,000 tokens would take minutes and gigabytes.
-LONGEST = 1024
+# The lengths of a prefill and the positions of a decode step, as far as the model and the caller's limit go.
+STEPS = (32, 128, 512, 2048, 8192, 32768)
 
 
-def shapes(longest: int) -> tuple[list[int], list[int]]:
-    """Return (prefill lengths, decode positions) for a model of `longest` positions.
+def shapes(longest: int, limit: int = POSITIONS) -> tuple[list[int], list[int]]:
+    """Return (prefill lengths, decode positions) for a model of `longest` positions, of which `limit` are measured.
 
-    No length or position is beyond LONGEST. The last possible position is always one of the decode positions.
+    The last of these positions is always one of the decode positions.
     """
-    longest = min(longest, LONGEST)
-    prefill = [length for length in PREFILL if length <= longest] or [longest]
-    return prefill, sorted({*(position for position in DECODE if position < longest), longest - 1})
+    longest = min(longest, limit)
+    prefill = [length for length in STEPS if length <= longest] or [longest]
+    return prefill, sorted({*(position for position in STEPS if position < longest), longest - 1})
 
 
 def measure_latency(
-    subjects: list[Subject], ids: np.ndarray, longest: int, rounds: int, threads: int
+    subjects: list[Subject], ids: np.ndarray, longest: int, rounds: int, threads: int, limit: int = POSITIONS
 ) -> dict[str, dict]:
-    """Return the latency fields of every subject's row (docs/report.md). Ratios are to the first subject."""
-    prefill, decode = shapes(longest)
+    """Return the latency fields of every subject's row (docs/report.md). Ratios are to the first subject.
+
+    `longest` and `limit` are those of `shapes`; `ids` has to hold as many tokens.
+    """
+    prefill, decode = shapes(longest, limit)
     runs: dict[str, list[dict]] = {subject.name: [] for subject in subjects}
     order = [subjects[(turn + number) % len(subjects)] for number in range(rounds) for turn in range(len(subjects))]
     for subject in track(order, "latency", len(order)):

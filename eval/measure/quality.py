@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,24 +82,35 @@ def make_task(folder: Path, test: Split, tokens: int, window: int, papers: Seque
     return Task(tokenizer, documents, size, start, longest, window, stream, len(whole), tuple(papers))
 
 
-def measure_quality(subjects: list[Subject], task: Task, threads: int) -> dict[str, dict]:
+def measure_quality(
+    subjects: list[Subject],
+    task: Task,
+    threads: int,
+    known: dict[str, dict] | None = None,
+    keep: Callable[[dict[str, dict]], None] = lambda rows: None,
+) -> dict[str, dict]:
     """Return the quality fields of every subject's row. The first subject is the baseline, scored with the others.
 
-    Every subject has a process of its own. Besides the baseline, as many are loaded at once as `_groups` allows. Raises
-    ChildError, with the name of the subject, for one that cannot be measured.
+    Every subject has a process of its own. Besides the baseline, as many are loaded at once as `_groups` allows. Rows
+    that are `known` by the name of their subject are not measured again; `keep` is told all rows whenever there are
+    more. Raises ChildError, with the name of the subject, for one that cannot be measured.
     """
     baseline, *others = subjects
-    rows: dict[str, dict] = {baseline.name: {}}
+    rows = {item.name: known[item.name] for item in subjects if known and item.name in known}
+    if len(rows) == len(subjects):
+        return rows
     reference: dict[str, Scores] | None = None
     with Remote(Engine, baseline, threads, label=baseline.name) as first:
-        for group in _groups(others):
+        for group in _groups([item for item in others if item.name not in rows]):
             with ExitStack() as stack:
                 remotes = [stack.enter_context(Remote(Engine, item, threads, label=item.name)) for item in group]
                 for item, remote in zip(group, remotes, strict=True):
                     _check(first, remote, item.name, task)
                 label = "quality   " + " ".join(item.name for item in [baseline, *group])
                 scores = score(track(task.rolling, label, len(task.rolling)), [first, *remotes])
-                rows[baseline.name] |= quality(scores[0], task.size, None)
+                if baseline.name not in rows:
+                    alone = _alone(baseline, first, task) | {"key_error": _key_error(first, first, task)}
+                    rows[baseline.name] = quality(scores[0], task.size, None) | alone
                 if reference is None:
                     papers, reference = _by_papers(baseline, first, task, {})
                     rows[baseline.name] |= papers
@@ -107,7 +118,7 @@ def measure_quality(subjects: list[Subject], task: Task, threads: int) -> dict[s
                     rows[item.name] = quality(own, task.size, scores[0]) | _alone(item, remote, task)
                     rows[item.name] |= _by_papers(item, remote, task, reference)[0]
                     rows[item.name]["key_error"] = _key_error(first, remote, task)
-        rows[baseline.name] |= _alone(baseline, first, task) | {"key_error": _key_error(first, first, task)}
+                keep(rows)
     return rows
 
 

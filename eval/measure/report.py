@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from cuantiza.core.errors import UserError
@@ -12,7 +12,7 @@ from cuantiza.core.machine.progress import report as say
 from cuantiza.core.store.digests import digest
 from cuantiza.eval.measure.engines import Subject
 from cuantiza.eval.measure.latency import measure_latency
-from cuantiza.eval.measure.quality import PROMPT, Task, make_task, measure_quality
+from cuantiza.eval.measure.quality import PROMPT, make_task, measure_quality
 from cuantiza.eval.measure.size import companion_bytes, onnx_bytes
 from cuantiza.eval.report.schema import SCHEMA, Corpus, Inputs, LeftOut, PaperName, Report, Row
 
@@ -28,29 +28,46 @@ def measure(
     window: int,
     rounds: int,
     threads: int,
+    positions: int,
     by: str = "document",
     joined: bool = False,
     papers: Sequence[PaperName] = (),
     left_out: Sequence[LeftOut] = (),
+    known: dict[str, dict] | None = None,
+    keep: Callable[[dict[str, dict]], None] = lambda rows: None,
 ) -> Report:
     """Return the report on `subjects`. All are compared with the first, the artifact in the folder `baseline`.
 
     `test` is the split of the corpus `source`, divided `by` document, line or article, or `joined` to one text; `papers`
-    are further protocols; `inputs` is everything that the report depends on. A subject that cannot be measured is left out, and `left_out`, which begins with what the caller
-    left out, says why. Raises UserError where two subjects have the same name, or where the first cannot be measured.
+    are further protocols; `inputs` is everything that the report depends on. A subject that cannot be measured is left
+    out, and `left_out`, which begins with what the caller left out, says why. `known` and `keep` are those of
+    `measure_quality`. Raises UserError where two subjects have the same name, or where the first cannot be measured.
     """
     names = [subject.name for subject in subjects]
     if clash := next((name for name in names if names.count(name) > 1), None):
         raise UserError(f"--onnx: two artifacts are called {clash!r}; rename one of the files")
     task = make_task(baseline, test, tokens, window, papers)
     missing = list(left_out)
-    quality, latency = _measured(subjects := list(subjects), missing, task, rounds, threads)
+    subjects, done = list(subjects), dict(known or {})
+
+    def told(rows: dict[str, dict]) -> None:
+        done.update(rows)
+        keep(rows)
+
+    while True:  # until no subject fails; the quality of the others is not measured again, their latency is
+        try:
+            quality = measure_quality(subjects, task, threads, done, told)
+            ids = task.real_tokens(min(task.longest, positions))
+            latency = measure_latency(subjects, ids, task.longest, rounds, threads, positions)
+            break
+        except ChildError as error:
+            missing.append(_leave_out(subjects, error))
     rows = []
     for subject in subjects:
         if subject.kind == "onnx":
             size = onnx_bytes(subject.path)
         else:
-            weights = quality[subject.name].pop("weight_bytes")
+            weights = quality[subject.name]["weight_bytes"]
             size = {"bytes": weights + companion_bytes(baseline), "model_bytes": weights}
         kind = "onnx" if subject.kind == "onnx" else "torch"
         rows.append(Row(name=subject.name, kind=kind, **size, **quality[subject.name], **latency[subject.name]))
@@ -82,21 +99,11 @@ def measure(
     )
 
 
-def _measured(
-    subjects: list[Subject], left_out: list[LeftOut], task: Task, rounds: int, threads: int
-) -> tuple[dict[str, dict], dict[str, dict]]:
-    """Measure the quality and the latency of all `subjects`; move those that fail to `left_out`.
-
-    The others begin anew then, since all are measured together. A file that does not load fails at once.
-    """
-    while True:
-        try:
-            quality = measure_quality(subjects, task, threads)
-            return quality, measure_latency(subjects, task.real_tokens(task.longest), task.longest, rounds, threads)
-        except ChildError as error:
-            failed = next((subject for subject in subjects[1:] if subject.name == error.label), None)
-            if failed is None:
-                raise
-            subjects.remove(failed)
-            say(f"left out  {failed.name}: {error.reason}")
-            left_out.append(LeftOut(name=failed.name, kind=failed.kind, reason=error.reason))
+def _leave_out(subjects: list[Subject], error: ChildError) -> LeftOut:
+    """Remove from `subjects` the one that failed by `error`, and say why. Raises `error` if it is the first."""
+    failed = next((subject for subject in subjects[1:] if subject.name == error.label), None)
+    if failed is None:
+        raise error
+    subjects.remove(failed)
+    say(f"left out  {failed.name}: {error.reason}")
+    return LeftOut(name=failed.name, kind=failed.kind, reason=error.reason)

@@ -151,7 +151,8 @@ class Measured(Part):
     prefill: tuple[Prefill, ...] = Field(min_length=1, description="one element per prefill length: see below")
     decode: tuple[Decode, ...] = Field(
         min_length=1,
-        description="one element per position: see below; the last one is the model's last position, or 1023",
+        description="one element per position: see below; the last one is the model's last position, or the last of "
+        "`--positions`, 1023 where that is not given",
     )
 
     def usual(self, phase: Literal["prefill", "decode"]) -> Timing:
@@ -285,6 +286,7 @@ class Inputs(Part):
     protocols: tuple[PaperName, ...] = Field(
         (), exclude_if=lambda value: not value, description="`--protocols`; left out where there is none"
     )
+    positions: int = Field(1024, description="`--positions`; reports from before this field have 1024")
     machine: Machine = Field(description="as above")
     code: str = Field(description="sha256 of the code that measures")
     versions: dict[str, str] = Field(description="as above")

@@ -13,6 +13,9 @@ RECIPES = ("int8-dynamic", "int8-static")
 PROMPT = "Me gusta mucho el futbol"
 # The tokens of text that an evaluation scores, the longest context of a scored token, and interleaved latency rounds.
 TOKENS, WINDOW, ROUNDS = 12288, 512, 3
+# Latency is measured up to this many positions: GPT-2's. The last ones of a model for 131,072 would take hours and a KV
+# cache of gigabytes.
+POSITIONS = 1024
 # The rounds of a comparison; with fewer than the least, its first stage could never find anything (docs/compare.md).
 COMPARE_ROUNDS, LEAST_COMPARE_ROUNDS = 8, 4
 

@@ -10,8 +10,27 @@ from typing import Any
 from cuantiza.core import contract
 
 GENAI_CONFIG = "genai_config.json"
-# "decoder" is any graph with two cache tensors (keys, values) per layer; "gpt2" means one joint tensor per layer.
-_TYPE = "decoder"
+# The model types of config.json that onnxruntime-genai 0.18 knows by the same name (src/models/model_type.h there) and
+# for which it expects two cache tensors, keys and values, per layer. "decoder" is any other such graph: GPT-2's too,
+# since "gpt2" means one joint tensor per layer.
+_TYPES = (
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "granite",
+    "llama",
+    "mistral",
+    "olmo",
+    "phi",
+    "phi3",
+    "qwen2",
+    "qwen3",
+    "smollm3",
+)
+_OTHER_TYPE = "decoder"
+# The longest text by default where past and present are one buffer, which onnxruntime-genai allocates for all of it: at
+# 131,072 positions, Llama 3.2 1B would take 8.6 GB.
+_LONGEST = 4096
 
 
 def tokenizer_warning(tokenizer: dict[str, Any]) -> str | None:
@@ -48,16 +67,17 @@ def genai_config(
 ) -> dict[str, Any]:
     """The fields of genai_config.json for a graph with the inputs and outputs of cuantiza/core/contract.py.
 
-    The special tokens come from `generation` (generation_config.json), else from `config` (config.json). `heads` is
-    the number of key and value heads, which must be that of query heads too; `positions` is the longest sequence in
-    tokens. `in_place`: past and present may be one buffer [B, heads, capacity, head_dim].
+    The special tokens come from `generation` (generation_config.json), else from `config` (config.json), as do the
+    model's type, its width and its number of query heads. `heads` is the number of key and value heads; `positions` is
+    the longest sequence in tokens. `in_place`: past and present may be one buffer [B, heads, capacity, head_dim].
     """
     tokens = {key: value for key, value in (config | generation).items() if value is not None}
     end = tokens.get("eos_token_id", tokens.get("bos_token_id"))  # one token id, or a list of them
     first_end = end[0] if isinstance(end, list) else end
+    kind = config.get("model_type")
     return {
         "model": {
-            "type": _TYPE,
+            "type": kind if kind in _TYPES else _OTHER_TYPE,
             "vocab_size": vocabulary,
             "context_length": positions,
             "bos_token_id": tokens.get("bos_token_id", first_end),
@@ -66,8 +86,8 @@ def genai_config(
             "decoder": {
                 "filename": "model.onnx",
                 "head_size": head_dim,
-                "hidden_size": heads * head_dim,
-                "num_attention_heads": heads,
+                "hidden_size": config.get("hidden_size", heads * head_dim),
+                "num_attention_heads": config.get("num_attention_heads", heads),
                 "num_key_value_heads": heads,
                 "num_hidden_layers": layers,
                 "session_options": {"provider_options": []},
@@ -85,5 +105,9 @@ def genai_config(
                 },
             },
         },
-        "search": {"do_sample": False, "max_length": positions, "past_present_share_buffer": in_place},
+        "search": {
+            "do_sample": False,
+            "max_length": min(positions, _LONGEST) if in_place else positions,
+            "past_present_share_buffer": in_place,
+        },
     }

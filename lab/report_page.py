@@ -14,7 +14,18 @@ from pydantic import BaseModel
 from cuantiza.core.errors import UserError, run
 from cuantiza.core.machine.progress import report as say
 from cuantiza.core.pages import table
-from cuantiza.eval.report.schema import Corpus, Decode, Inputs, LeftOut, LlamaCpp, Machine, Prefill, Report, Row
+from cuantiza.eval.report.schema import (
+    Corpus,
+    Decode,
+    Inputs,
+    LastWords,
+    LeftOut,
+    LlamaCpp,
+    Machine,
+    Prefill,
+    Report,
+    Row,
+)
 from lab import DOCS
 from lab.pages import write
 
@@ -24,6 +35,7 @@ _PLACE = re.compile(r"(<!-- fields -->\n).*?(\n<!-- end -->)", re.DOTALL)
 _TABLES = (
     ("The file:", "", Report),
     ("Each row:", "artifacts[].", Row),
+    ("The last words of sentences:", "artifacts[].last_words.", LastWords),
     ("Each element of `prefill`:", "artifacts[].prefill[].", Prefill),
     ("Each element of `decode` has the same fields, except for its length:", "artifacts[].decode[].", Decode),
     ("llama.cpp's protocol:", "artifacts[].llama_cpp.", LlamaCpp),

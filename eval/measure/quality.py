@@ -17,9 +17,11 @@ from cuantiza.core.machine.hardware import memory_bytes
 from cuantiza.core.machine.process import ChildError, Remote
 from cuantiza.core.machine.progress import track
 from cuantiza.core.store.digests import digest
+from cuantiza.eval.measure.answers.flips import compared
+from cuantiza.eval.measure.answers.words import questions
 from cuantiza.eval.measure.engines import Engine, Subject
 from cuantiza.eval.measure.estimates import TextSize, llama_cpp_perplexity, quality, text_size
-from cuantiza.eval.measure.score import score
+from cuantiza.eval.measure.score import Scores, score
 from cuantiza.eval.measure.size import loaded_bytes
 from cuantiza.eval.measure.windows import Window, halves, rolling
 
@@ -32,7 +34,8 @@ KEY_TOKENS = 128  # how many tokens of the text are used for the error of the ke
 class Task:
     """The test text as tokens. Every subject is scored on it, in windows of at most `window` tokens.
 
-    `in_split` counts the documents of the whole split, of which `documents` are the first.
+    `in_split` counts the documents of the whole split, of which `documents` are the first. `words` int64 [W, 2] are the
+    last words of sentences that models are asked for: (first, end) among the tokens of all documents.
     """
 
     tokenizer: Tokenizer
@@ -43,6 +46,7 @@ class Task:
     window: int
     stream: np.ndarray
     in_split: int
+    words: np.ndarray
 
     @property
     def rolling(self) -> list[Window]:
@@ -72,7 +76,9 @@ def make_task(folder: Path, test: Split, tokens: int, window: int) -> Task:
         raise UserError("CORPUS=: its test split has fewer than 2 tokens; give more text")
     longest = max_positions(read_config(folder))
     stream = np.asarray(token_ids(tokenizer, "\n\n".join(texts)), np.int64)
-    return Task(tokenizer, documents, text_size(texts), start, longest, min(window, longest), stream, len(whole))
+    window = min(window, longest)
+    words = questions(taken, list(rolling(documents, start, window)))
+    return Task(tokenizer, documents, text_size(texts), start, longest, window, stream, len(whole), words)
 
 
 def measure_quality(subjects: list[Subject], task: Task, threads: int) -> dict[str, dict]:
@@ -91,12 +97,16 @@ def measure_quality(subjects: list[Subject], task: Task, threads: int) -> dict[s
                     _check(first, remote, item.name, task)
                 label = "quality   " + " ".join(item.name for item in [baseline, *group])
                 scores = score(track(task.rolling, label, len(task.rolling)), [first, *remotes])
-                rows[baseline.name] = quality(scores[0], task.size, None)
+                rows[baseline.name] = _quality(scores[0], None, task)
                 for item, remote, own in zip(group, remotes, scores[1:], strict=True):
-                    rows[item.name] = quality(own, task.size, scores[0]) | _alone(item, remote, task)
+                    rows[item.name] = _quality(own, scores[0], task) | _alone(item, remote, task)
                     rows[item.name]["key_error"] = _key_error(first, remote, task)
         rows[baseline.name] |= _alone(baseline, first, task) | {"key_error": _key_error(first, first, task)}
     return rows
+
+
+def _quality(scores: Scores, baseline: Scores | None, task: Task) -> dict:
+    return quality(scores, task.size, baseline) | {"last_words": compared(scores, baseline, task.words)}
 
 
 def _check(baseline: Remote, remote: Remote, name: str, task: Task) -> None:

@@ -18,6 +18,7 @@ from cuantiza.eval.report.schema import (
     Corpus,
     Decode,
     Inputs,
+    LastWords,
     LeftOut,
     LlamaCpp,
     Machine,
@@ -35,6 +36,7 @@ _PLACE = re.compile(r"(<!-- fields -->\n).*?(\n<!-- end -->)", re.DOTALL)
 _TABLES = (
     ("The file:", "", Report),
     ("Each row:", "artifacts[].", Row),
+    ("The last words of sentences:", "artifacts[].last_words.", LastWords),
     ("Each element of `prefill`:", "artifacts[].prefill[].", Prefill),
     ("Each element of `decode` has the same fields, except for its length:", "artifacts[].decode[].", Decode),
     ("llama.cpp's protocol:", "artifacts[].llama_cpp.", LlamaCpp),

@@ -17,7 +17,7 @@ from cuantiza.core.store.artifact import Artifact
 from cuantiza.eval.report.columns import cells, titles
 from cuantiza.eval.report.schema import Report, Row
 
-_FIGURES = ("graph_size", "perplexity", "delta", "decode")
+_FIGURES = ("graph_size", "perplexity", "delta", "last_words", "decode")
 
 # This note goes into cards of artifacts with int8 matmuls.
 _WITHOUT_VNNI = """On x86-64 without VNNI (AMD before Zen 4, most of Intel before 2019), ONNX Runtime multiplies int8 exactly only with the \
@@ -74,7 +74,8 @@ def card(report: Report, rows: list[Row], model: str, folder: Path, licence: Lic
         _table(rows),
         "",
         f"Measured on {rows[0].tokens_scored} tokens of {corpus.source}; ± is one standard error over documents, Δ is "
-        f"paired with fp32. Decode is the time of one token after a context of that many, in brackets the speed-up over fp32, on "
+        f"paired with fp32. Last words: the share of sentences whose last word the model has right, in brackets those that flipped "
+        f"against fp32, to right (+) and to wrong (−). Decode is the time of one token after a context of that many, in brackets the speed-up over fp32, on "
         f"{machine.cpu} with {count(machine.threads, 'thread')}, onnxruntime {report.versions.get('onnxruntime', 'unknown')}.",
         "",
         f"The examples continue the report's prompt with `{graph_name(shown.name)}`, the likeliest token each time, as the "

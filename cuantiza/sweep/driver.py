@@ -174,7 +174,7 @@ class Sweep:
     def _quality_inputs(self, cell: Cell) -> dict:
         text = self.texts[cell.model, cell.corpus]
         return self._inputs("quality", cell) | {
-            "text": digests.digest([text.documents, text.start, text.size.bytes, text.size.words]),
+            "text": digests.digest([text.documents, text.start, text.size.bytes, text.size.words, text.words.tolist()]),
             "window": text.window,
         }
 

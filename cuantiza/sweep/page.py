@@ -16,7 +16,7 @@ from cuantiza.sweep.result import Result
 
 JSON, MARKDOWN, HTML = "sweep.json", "sweep.md", "sweep.html"
 _NAMES = ("model", "corpus", "recipe", "front")
-_FIGURES = ("size", "ratio", "perplexity", "delta", "kl", "same_top", "prefill", "decode")
+_FIGURES = ("size", "ratio", "perplexity", "delta", "kl", "same_top", "last_words", "prefill", "decode")
 _TEXT = len(_NAMES)  # columns of words; the others hold figures
 _TEMPLATES = Path(__file__).resolve().parent / "templates"
 
@@ -71,6 +71,8 @@ def method(result: Result) -> list[str]:
         "decoding, and better in one of the three. Figures as measured: a difference within the noise counts.",
         "Perplexity is over whole test documents, every token once, in windows of at most "
         f"{result.window} tokens; ± is one standard error over documents; Δ and KL are paired with the model's fp32.",
+        "Last words: the share of sentences whose last word the model has right, in brackets the words that fp32 misses and this "
+        "recipe has right (+), and the reverse (−) (docs/report.md).",
         times,
         "Measured on " + "; ".join(f"{cpu}, {count(threads, 'thread')}" for cpu, threads in sorted(places)) + ".",
         "Versions: " + ", ".join(f"{name} {version}" for name, version in result.versions.items()) + ".",

@@ -16,6 +16,7 @@ from cuantiza.core.errors import UserError
 from cuantiza.eval.compare.budgets import Budgets
 from cuantiza.eval.compare.intervals import Interval, rank_sum, rounds_for_rank_sum, signed_rank
 from cuantiza.eval.compare.reports import Side, rounds, timings
+from cuantiza.eval.measure.answers.flips import exact_p, flips, marks
 from cuantiza.eval.measure.estimates import Estimate, mean_by_document
 from cuantiza.eval.report.read import MEND
 
@@ -135,6 +136,17 @@ def check_quality(recipe: str, base: float, head: float, delta: Estimate, budget
     return Check(recipe, "ln perplexity", "nats", base, head, change, budget, note)
 
 
+def answers_note(before: np.ndarray, after: np.ndarray) -> str:
+    """Say how many last words bool [W] head has right, and which flipped against base; nothing where there are none.
+
+    It decides nothing: of a few hundred words too few flip to show a change that the likelihoods do not show earlier.
+    """
+    if not len(after) or len(before) != len(after):
+        return ""
+    gained, lost = flips(before, after)
+    return f"last words {100 * after.mean():.1f} % (+{gained} −{lost}, p {exact_p(gained, lost):.3f})"
+
+
 def check_size(recipe: str, base: int, head: int, budget: float) -> Check:
     change = head / base - 1
     return Check(recipe, "size", "bytes", base, head, Interval(change, change, change), budget)
@@ -187,7 +199,9 @@ def compare_reports(
         counts = np.asarray(base.report.corpus.document_tokens)
         sums, total = np.subtract(ours.nll_by_document, theirs.nll_by_document), counts.sum()
         means = (sum(theirs.nll_by_document) / total, sum(ours.nll_by_document) / total)
-        checks.append(check_quality(name, *means, mean_by_document(sums, counts), budget.quality))
+        answers = [marks(row.last_words.right) for row in (theirs, ours) if row.last_words is not None]
+        note = answers_note(*answers) if len(answers) == 2 else ""
+        checks.append(check_quality(name, *means, mean_by_document(sums, counts), budget.quality, note))
         checks.append(check_size(name, theirs.bytes, ours.bytes, budget.size))
         if name in timed:
             checks += _report_latency(base, head, name, FALSE_ALARMS / figures, budget.latency)

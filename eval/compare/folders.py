@@ -17,6 +17,7 @@ from cuantiza.eval.compare.budgets import Budgets
 from cuantiza.eval.compare.decide import (
     FIRST_LEVEL,
     Check,
+    answers_note,
     check_latency,
     check_quality,
     check_size,
@@ -109,6 +110,7 @@ def _same_file(name: str, budgets: Budgets) -> list[Check]:
 def _quality_and_size(name: str, both: tuple[Artifact, Artifact], task, budgets: Budgets, threads: int) -> list[Check]:
     from cuantiza.core.machine.process import Remote
     from cuantiza.core.machine.progress import track
+    from cuantiza.eval.measure.answers.flips import answered
     from cuantiza.eval.measure.engines import Engine, Subject
     from cuantiza.eval.measure.estimates import mean_per_token
     from cuantiza.eval.measure.score import score
@@ -123,10 +125,12 @@ def _quality_and_size(name: str, both: tuple[Artifact, Artifact], task, budgets:
         theirs, ours = score(track(task.rolling, f"quality   {name}", len(task.rolling)), remotes)
     delta = mean_per_token(ours.nll - theirs.nll, ours.document)
     assert ours.kl is not None and ours.same_top is not None  # HEAD is scored against BASE
-    note = f"KL {np.mean(ours.kl):.5f} nats, same top token {100 * np.mean(ours.same_top):.1f} %"
+    notes = [f"KL {np.mean(ours.kl):.5f} nats", f"same top token {100 * np.mean(ours.same_top):.1f} %"]
+    if answers := answers_note(answered(theirs, task.words), answered(ours, task.words)):
+        notes.append(answers)
     before, after = (onnx_bytes(item.model)["bytes"] for item in both)
     return [
-        check_quality(name, float(theirs.nll.mean()), float(ours.nll.mean()), delta, budget.quality, note),
+        check_quality(name, float(theirs.nll.mean()), float(ours.nll.mean()), delta, budget.quality, ", ".join(notes)),
         check_size(name, before, after, budget.size),
     ]
 

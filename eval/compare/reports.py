@@ -71,6 +71,8 @@ def _faults(report: Report) -> Iterator[str]:
         for index, value in enumerate(row.nll_by_document):
             if not abs(value) <= _LARGEST:  # NaN fails this too
                 yield f"{where}.nll_by_document[{index}] is {shown(value)}, where a finite number below 1e15 belongs"
+        if row.last_words is not None and len(row.last_words.right) != row.last_words.words:
+            yield f"{where}.last_words.right has {len(row.last_words.right)} marks for {row.last_words.words} words"
         for name, timing in timings(row).items():
             if not sum(timing.samples_per_round) == len(timing.samples_ns) > 0:
                 yield (

@@ -18,6 +18,8 @@ from cuantiza.core.machine.hardware import memory_bytes
 from cuantiza.core.machine.process import ChildError, Remote
 from cuantiza.core.machine.progress import track
 from cuantiza.core.store.digests import digest
+from cuantiza.eval.measure.answers.flips import compared
+from cuantiza.eval.measure.answers.words import questions
 from cuantiza.eval.measure.engines import Engine, Subject
 from cuantiza.eval.measure.estimates import TextSize, llama_cpp_perplexity, quality, text_size
 from cuantiza.eval.measure.protocols import measure_protocol
@@ -35,8 +37,9 @@ KEY_TOKENS = 128  # how many tokens of the text are used for the error of the ke
 class Task:
     """The test text as tokens. Every subject is scored on it, in windows of at most `window` tokens.
 
-    `in_split` counts the documents of the whole split, of which `documents` are the first. `papers` are names of PAPERS
-    (eval/measure/protocols.py): by these protocols it is scored as well.
+    `in_split` counts the documents of the whole split, of which `documents` are the first. `words` int64 [W, 2] are the
+    last words of sentences that models are asked for: (first, end) among the tokens of all documents. `papers` are names
+    of PAPERS (eval/measure/protocols.py): by these protocols it is scored as well.
     """
 
     tokenizer: Tokenizer
@@ -47,6 +50,7 @@ class Task:
     window: int
     stream: np.ndarray
     in_split: int
+    words: np.ndarray
     papers: tuple[PaperName, ...] = ()
 
     @property
@@ -79,7 +83,8 @@ def make_task(folder: Path, test: Split, tokens: int, window: int, papers: Seque
     longest = max_positions(read_config(folder))
     stream = np.asarray(token_ids(tokenizer, "\n\n".join(texts)), np.int64)
     size, window = text_size(texts), min(window, longest)
-    return Task(tokenizer, documents, size, start, longest, window, stream, len(whole), tuple(papers))
+    words = questions(taken, list(rolling(documents, start, window)))
+    return Task(tokenizer, documents, size, start, longest, window, stream, len(whole), words, tuple(papers))
 
 
 def measure_quality(
@@ -110,16 +115,20 @@ def measure_quality(
                 scores = score(track(task.rolling, label, len(task.rolling)), [first, *remotes])
                 if baseline.name not in rows:
                     alone = _alone(baseline, first, task) | {"key_error": _key_error(first, first, task)}
-                    rows[baseline.name] = quality(scores[0], task.size, None) | alone
+                    rows[baseline.name] = _quality(scores[0], None, task) | alone
                 if reference is None:
                     papers, reference = _by_papers(baseline, first, task, {})
                     rows[baseline.name] |= papers
                 for item, remote, own in zip(group, remotes, scores[1:], strict=True):
-                    rows[item.name] = quality(own, task.size, scores[0]) | _alone(item, remote, task)
+                    rows[item.name] = _quality(own, scores[0], task) | _alone(item, remote, task)
                     rows[item.name] |= _by_papers(item, remote, task, reference)[0]
                     rows[item.name]["key_error"] = _key_error(first, remote, task)
                 keep(rows)
     return rows
+
+
+def _quality(scores: Scores, baseline: Scores | None, task: Task) -> dict:
+    return quality(scores, task.size, baseline) | {"last_words": compared(scores, baseline, task.words)}
 
 
 def _check(baseline: Remote, remote: Remote, name: str, task: Task) -> None:

@@ -1,4 +1,4 @@
-"""Score single tokens: negative log-likelihood, KL divergence to the baseline, and same top token or not."""
+"""Score single tokens: negative log-likelihood, whether it was the likeliest, and how far from the baseline's logits."""
 
 from __future__ import annotations
 
@@ -17,11 +17,13 @@ from cuantiza.eval.measure.windows import Window
 class Scores:
     """Scores with one element per scored token. `kl` and `same_top` are None for the baseline itself.
 
-    document int64 [N]; nll float64 [N] in nats; kl float64 [N] in nats, KL(baseline ‖ model); same_top bool [N]
+    document int64 [N]; nll float64 [N] in nats; right bool [N], whether the token that follows was the likeliest one;
+    kl float64 [N] in nats, KL(baseline ‖ model); same_top bool [N]
     """
 
     document: np.ndarray
     nll: np.ndarray
+    right: np.ndarray
     kl: np.ndarray | None = None
     same_top: np.ndarray | None = None
 
@@ -52,8 +54,9 @@ def score(windows: Iterable[Window], models: Sequence[Deferred]) -> list[Scores]
         if following is not None:
             _start(models, following)
         documents.append(np.full(n, window.document))
-        for column, values in zip(columns, compare(logits[0], logits[1:], window.targets), strict=True):
-            column.append(values)
+        compared = compare(logits[0], logits[1:], window.targets)
+        for column, own, (nll, *others) in zip(columns, logits, compared, strict=True):
+            column.append((nll, own.argmax(axis=1) == window.targets, *others))
         del logits  # frees the memory before the next logits arrive
     document = np.concatenate(documents)
     return [Scores(document, *map(np.concatenate, zip(*column, strict=True))) for column in columns]

@@ -103,6 +103,21 @@ def relative_rise(found: Protocol, language: str) -> str:
     return f"{sign}{plus_minus(100 * (factor - 1), error, 2, language)} %"
 
 
+def _last_words(row: Measured, first: Measured, language: str) -> str:
+    """Show `31.2 % (+3 −5)`: the share of last words that are right, and how many flipped either way."""
+    words = row.last_words
+    if words is None:
+        return NO_VALUE
+    share = percent(words.accuracy, 1, language)
+    return share if row is first else f"{share} (+{words.gained} −{words.lost})"
+
+
+def _flips_p(row: Measured, first: Measured, language: str) -> str:
+    if row is first:
+        return ""
+    return NO_VALUE if row.last_words is None else number(row.last_words.p, 3, language)
+
+
 COLUMNS = {
     "name": Column("artifact", "artefacto", lambda row, first, language: row.name),
     "size": Column("MB", "MB", _megabytes("bytes")),
@@ -120,6 +135,7 @@ COLUMNS = {
     "same_top": Column(
         "same top", "mismo token", _against(lambda row, language: percent(row.top1_agreement, 1, language))
     ),
+    "last_words": Column("last words", "últimas palabras", _last_words),
     "bits": Column("bits/byte", "bits por byte", lambda row, first, language: number(row.bits_per_byte, 4, language)),
     "prefill": Column("{prefill}, ms", "{prefill}, ms", _timed("prefill")),
     "decode": Column("{decode}, ms", "{decode}, ms", _timed("decode")),
@@ -140,16 +156,17 @@ COLUMNS = {
         "perplejidad por byte",
         lambda row, first, language: number(row.byte_perplexity, 4, language),
     ),
+    "flips_p": Column("p of flipped last words", "p de los cambios en las últimas palabras", _flips_p),
 }
 MAIN = (
-    *("name", "size", "ratio", "perplexity", "delta", "kl", "same_top", "bits"),
+    *("name", "size", "ratio", "perplexity", "delta", "kl", "same_top", "last_words", "bits"),
     *("prefill", "decode", "load", "peak"),
 )
 
 
 def protocols_of(first: Row) -> tuple[str, ...]:
     """The columns of the table of other protocols, in a report whose baseline is `first`."""
-    return ("name", "llama_cpp", *(item.name for item in first.protocols), "word", "byte")
+    return ("name", "llama_cpp", *(item.name for item in first.protocols), "word", "byte", "flips_p")
 
 
 def titles(keys: Sequence[str], first: Measured | None, language: str) -> list[str]:

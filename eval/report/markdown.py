@@ -99,7 +99,7 @@ def _split(report: Report, language: str) -> str:
 
 
 def protocols(report: Report, language: str) -> list[str]:
-    """Say how the perplexities in the table of other protocols are computed."""
+    """Say how the perplexities in the table of other protocols are computed, and what the last words are."""
     labels, llama = LABELS[language], report.baseline.llama_cpp
     notes = [labels["protocols_note"].format(documents=report.corpus.documents, window=report.corpus.window_tokens)]
     if llama is None:
@@ -117,6 +117,8 @@ def protocols(report: Report, language: str) -> list[str]:
         }
         scored = number(item.tokens_scored, 0, language)
         notes.append(labels[f"{item.name}_note"].format(**facts, scored=scored, first=report.baseline.name))
+    if words := report.baseline.last_words:
+        notes.append(labels["words_note"].format(words=number(words.words, 0, language), first=report.baseline.name))
     return notes
 
 

@@ -94,6 +94,27 @@ class Protocol(Part):
     tokens_scored: Count = Field(description="tokens with a negative log-likelihood")
 
 
+class LastWords(Part):
+    """How many last words of sentences are answered, and what flipped against the baseline."""
+
+    words: Count = Field(description="words that were asked for, 5,000 at most")
+    accuracy: Annotated[float, Field(ge=0, le=1)] = Field(
+        description="share of the words whose every token was the likeliest one, 0 to 1"
+    )
+    accuracy_stderr: float | None = Field(description="its standard error over documents; null for a single document")
+    gained: Annotated[int, Field(ge=0)] = Field(description="words that the baseline misses and this row has right")
+    lost: Annotated[int, Field(ge=0)] = Field(description="words that the baseline has right and this row misses")
+    p: Annotated[float, Field(ge=0, le=1)] = Field(
+        description="McNemar's exact test, two-sided: the probability of flips at least as uneven as these if each goes "
+        "either way with probability ½; 1 without flips"
+    )
+    right: str = Field(
+        pattern="^[01]*$",
+        description="a character for each word in the order of the text, 1 where it is right: two reports on the same "
+        "tokens are paired by it",
+    )
+
+
 class Measured(Part):
     """What is measured for an artifact beside its baseline, in a report and in a sweep: size, quality, latency."""
 
@@ -133,6 +154,11 @@ class Measured(Part):
     nll_by_document: Annotated[tuple[float, ...], FailFast()] = Field(
         description="negative log-likelihood of each document, the sum over its tokens in nats: two reports on the "
         "same tokens are paired by it"
+    )
+    last_words: LastWords | None = Field(
+        None,
+        description="how many last words of sentences are answered: see below; null where the text has none to ask for, and "
+        "in reports from before this field",
     )
     load_ms: Positive = Field(
         description="median time in ms to open a session from a warm file cache (PyTorch: to load and, for "

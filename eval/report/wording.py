@@ -28,6 +28,9 @@ LABELS = {
         "llama_note": "llama.cpp's protocol: the documents joined by an empty line, {windows} disjoint windows of {window} "
         "tokens without a start token; the second half of each window is scored, {scored} tokens in all. Its ± is the one that "
         "llama.cpp prints: the standard error over single tokens, as if they were independent. Elsewhere ± is over documents.",
+        "words_note": "Last words: the share of {words} sentences whose last word is the likeliest one, each of its tokens, after "
+        "all that precedes it in the window. In brackets: the words that {first} misses and the row has right (+), and the reverse "
+        "(−). p is the probability of flips at least as uneven by chance (McNemar's exact test, two-sided).",
         "llama_short": "llama.cpp's protocol scores windows of {window} tokens, and this text is shorter than one.",
         "transformers_note": "The windows of transformers' documentation on perplexity: the same text as one stream without a start "
         "token; {windows} windows of {window} tokens, {stride} apart, each scored on what follows the one before, {scored} tokens. "
@@ -95,6 +98,9 @@ LABELS = {
         "{window} tokens sin token inicial; se evalúa la segunda mitad de cada ventana, {scored} tokens en total. Su ± es el que "
         "imprime llama.cpp: el error estándar entre tokens sueltos, como si fueran independientes. En el resto, ± es entre "
         "documentos.",
+        "words_note": "Últimas palabras: en qué parte de {words} oraciones la última palabra es la más probable, en todos sus "
+        "tokens, tras todo lo que la precede en la ventana. Entre paréntesis: las palabras que {first} falla y la fila acierta (+), y "
+        "al revés (−). p es la probabilidad de cambios al menos tan desiguales por azar (prueba exacta de McNemar, bilateral).",
         "llama_short": "El protocolo de llama.cpp evalúa ventanas de {window} tokens, y este texto es más corto que una.",
         "transformers_note": "Las ventanas de la documentación de transformers sobre perplejidad: el mismo texto, seguido y sin token "
         "inicial; {windows} ventanas de {window} tokens, una cada {stride}, y de cada una se evalúa lo que sigue a la anterior, "

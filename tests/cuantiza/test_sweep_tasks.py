@@ -21,7 +21,8 @@ from helpers import report_row
 
 def scores(rng: np.random.Generator, document: np.ndarray, with_kl: bool) -> Scores:
     n = len(document)
-    return Scores(document, rng.random(n), *((rng.random(n), rng.random(n) < 0.5) if with_kl else (None, None)))
+    against = (rng.random(n), rng.random(n) < 0.5) if with_kl else (None, None)
+    return Scores(document, rng.random(n), rng.random(n) < 0.5, *against)
 
 
 def test_parts_of_a_text_make_the_whole() -> None:
@@ -39,12 +40,12 @@ def test_parts_of_a_text_make_the_whole() -> None:
 
         def part(own: Scores, first: int, end: int) -> Scores:
             at = (own.document >= first) & (own.document < end)
-            fields = (own.document, own.nll, own.kl, own.same_top)
+            fields = (own.document, own.nll, own.right, own.kl, own.same_top)
             return Scores(*(None if value is None else value[at] for value in fields))
 
         merged = merge([[part(own, *run) for own in whole] for run in runs])
         for own, again in zip(whole, merged, strict=True):
-            for field in ("document", "nll", "kl", "same_top"):
+            for field in ("document", "nll", "right", "kl", "same_top"):
                 assert np.array_equal(getattr(own, field), getattr(again, field)) or getattr(own, field) is None
 
 

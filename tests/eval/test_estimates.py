@@ -135,15 +135,15 @@ def test_llama_cpps_uncertainty_has_tokens_as_its_units():
         total, squares = total + value, squares + value * value
     mean = total / count
     printed = math.exp(mean) * math.sqrt((squares / count - mean * mean) / (count - 1))
-    found = llama_cpp_perplexity(Scores(np.arange(count) // 255, nll))
+    found = llama_cpp_perplexity(Scores(np.arange(count) // 255, nll, np.ones(count, bool)))
     assert found.value == pytest.approx(math.exp(mean), rel=1e-12) and found.stderr == pytest.approx(printed, rel=1e-9)
     # In which window a token stands makes no difference, other than for an error over documents.
-    assert llama_cpp_perplexity(Scores(np.zeros(count, int), nll)) == found
+    assert llama_cpp_perplexity(Scores(np.zeros(count, int), nll, np.ones(count, bool))) == found
 
 
 @pytest.mark.parametrize("nll", [[1.0], [1.0, math.inf], [900.0, 901.0]])
 def test_llama_cpps_uncertainty_is_left_out_where_there_is_none(nll):
-    assert llama_cpp_perplexity(Scores(np.zeros(len(nll), int), np.array(nll))).stderr is None
+    assert llama_cpp_perplexity(Scores(np.zeros(len(nll), int), np.array(nll), np.ones(len(nll), bool))).stderr is None
 
 
 def test_bits_per_byte_and_word_perplexity_follow_from_the_sum():

@@ -54,10 +54,11 @@ def token_ids(tokenizer: Tokenizer, text: str) -> list[int]:
 
 @dataclass(frozen=True)
 class Encoded:
-    """A document, or its beginning: `text`, and the ids of its tokens."""
+    """A document, or its beginning: `text`, the ids of its tokens, and which characters [start, end) each token covers."""
 
     text: str
     ids: list[int]
+    offsets: list[tuple[int, int]]
 
 
 def markers(tokenizer: Tokenizer, ids: Iterable[int]) -> tuple[str, ...]:
@@ -81,7 +82,8 @@ def take(
         if enough is not None and count >= enough:
             break
         if enough is None:
-            encoded.append(Encoded(text, token_ids(tokenizer, text)))
+            found = _encoding(tokenizer, text)
+            encoded.append(Encoded(text, found.ids, found.offsets))
         else:
             encoded.append(_beginning(tokenizer, text, enough - count, max(_SLACK, enough // 4)))
         count += len(encoded[-1].ids)
@@ -112,7 +114,7 @@ def _beginning(tokenizer: Tokenizer, text: str, tokens: int, slack: int) -> Enco
         if len(found.ids) > tokens + slack:
             break
         if len(part) == len(text):
-            return Encoded(text, found.ids)
+            return Encoded(text, found.ids, found.offsets)
         characters *= 2
     # A character may have several tokens, which end at the same place, and a token may end in white space that its
     # offsets leave out.
@@ -120,7 +122,7 @@ def _beginning(tokenizer: Tokenizer, text: str, tokens: int, slack: int) -> Enco
     ends = [end for _, end in found.offsets]
     while cut < len(ends) - 1 and (ends[cut] <= ends[cut - 1] or part[ends[cut - 1] - 1].isspace()):
         cut += 1
-    return Encoded(part[: ends[cut - 1]], found.ids[:cut])
+    return Encoded(part[: ends[cut - 1]], found.ids[:cut], found.offsets[:cut])
 
 
 def _encoding(tokenizer: Tokenizer, text: str) -> Encoding:

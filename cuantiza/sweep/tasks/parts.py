@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import numpy as np
 
+from cuantiza.eval.measure.answers.flips import compared
 from cuantiza.eval.measure.estimates import quality
 from cuantiza.eval.measure.quality import Task as Text
 from cuantiza.eval.measure.score import Scores
@@ -49,7 +50,9 @@ class Group:
         against: dict[Cell, tuple[Scores, Scores | None]] = {self.base: (baseline, None)}
         against |= {cell: (own, baseline) for cell, own in zip(self.others, others, strict=True)}
         return {
-            cell: quality(own, self.text.size, base) for cell, (own, base) in against.items() if cell in self.wanted
+            cell: quality(own, self.text.size, base) | {"last_words": compared(own, base, self.text.words)}
+            for cell, (own, base) in against.items()
+            if cell in self.wanted
         }
 
 

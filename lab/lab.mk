@@ -6,6 +6,7 @@ PEERS_VENV    ?= .venv-peers## environment of the libraries that `bench` compare
 RUNTIMES_VENV ?= .venv-runtimes## environment of the runtimes that `runtimes` tries
 RELEASE_VENV  ?= .venv-release## environment of `sbom` and `audit`
 BENCH         ?=## full adds gpt2-medium
+QUALITY       ?=## more options of `python -m lab.quality`: --rows 'llama.cpp*' --tokens 2048
 BENCH_ARGS    ?=## more options of `python -m lab.bench`: --without-peers --rounds 5
 
 # The recipes in standard operators: the chapters explain them, and every runtime is given them.
@@ -16,7 +17,7 @@ portable = $(shell $(run) cuantiza recipes --names --portable)
 accuracy: $(ready) ## docs/accuracy.md; MODELS="FOLDER …" and TEXT=file add to it
 	@OPTIMUM_PYTHON="$(OPTIMUM_VENV)/bin/python" $(VENV)/bin/python -m lab.accuracy $(if $(MODELS),--models $(MODELS)) $(call option,--text,$(TEXT))
 
-peers-quality: $(ready) ## docs/quality-peers.md: what other libraries lose on the same tokens; QUALITY="--rows 'llama.cpp*' --tokens 2048"
+peers-quality: $(ready) ## docs/quality-peers.md: what other libraries lose on the same tokens; MODELS="FOLDER …" adds to it
 	@OPTIMUM_PYTHON="$(OPTIMUM_VENV)/bin/python" PEERS_PYTHON="$(PEERS_VENV)/bin/python" $(run) lab.quality $(if $(MODELS),--models $(MODELS)) $(QUALITY)
 
 smollm2: peers ## the checkpoint of SmolLM2-135M-Instruct, from a package, in OUT=/checkpoints/SmolLM2-135M

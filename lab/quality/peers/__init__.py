@@ -46,6 +46,11 @@ def _nncf(name: str, kind: str, bits: int, how: str, calibrated: bool = True) ->
     return Peer(f"OpenVINO {name}", kind, "peers", f"{_HERE}.openvino_nncf", bits, how, calibrated)
 
 
+def _nbits(name: str, kind: str, how: str) -> Peer:
+    how = f"`MatMulNBitsQuantizer` of ONNX Runtime: {how}, 4 bits in blocks of 32"
+    return Peer(f"ONNX Runtime {name}", kind, "peers", f"{_HERE}.onnxruntime_nbits", 4, how)
+
+
 PEERS: tuple[Peer, ...] = (
     Peer("PyTorch fp32", "fp32", "peers", f"{_BENCH}.pytorch", 32, "transformers, not quantized"),
     Peer(
@@ -83,6 +88,9 @@ PEERS: tuple[Peer, ...] = (
         8,
         "the converter's `int8_float32` quantization",
     ),
+    _nbits("int4", "default", "rounding to nearest"),
+    _nbits("int4 HQQ", "hqq", "HQQ"),
+    _nbits("int4 k-quant", "k-quant", "k_quant"),
     Peer(
         "optimum int8",
         "int8",

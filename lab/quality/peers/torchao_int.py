@@ -20,12 +20,13 @@ from torchao.quantization import (
     PerGroup,
     quantize_,
 )
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.initialization import no_init_weights
 from transformers.utils import logging
 
 from lab.bench.peers.pytorch import all_logits, conv1d_to_linear
 
-STATE = "model.pt"
+STATE = "state.pt"
 GROUP = PerGroup(32)  # torchao's default for weights of few bits
 CONFIGS: dict[str, Any] = {
     "int8-dynamic": Int8DynamicActivationInt8WeightConfig(),
@@ -45,7 +46,8 @@ def prepare(kind: str, checkpoint: Path, ours: Path, folder: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, local_files_only=True).eval()
     conv1d_to_linear(model)
     quantize_(model, CONFIGS[kind])
-    torch.save(model, folder / STATE)
+    model.config.save_pretrained(folder)
+    torch.save(model.state_dict(), folder / STATE)
 
 
 def files(kind: str, folder: Path) -> list[Path]:
@@ -55,8 +57,12 @@ def files(kind: str, folder: Path) -> list[Path]:
 class Engine:
     def __init__(self, kind: str, folder: Path, threads: int) -> None:
         torch.set_num_threads(threads)
-        # The whole module, which `prepare` pickled: quantized weights are tensor subclasses of torchao.
-        self._model = torch.load(folder / STATE, weights_only=False)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        with no_init_weights():
+            self._model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        conv1d_to_linear(self._model)
+        # Quantized weights are tensors of torchao's own classes, so they take the place of the model's.
+        self._model.load_state_dict(torch.load(folder / STATE, weights_only=True), assign=True)
 
     def all_logits(self, ids: np.ndarray) -> np.ndarray:
         """Logits float32 [T, V] of ids [T]."""

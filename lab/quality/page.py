@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -204,7 +205,8 @@ def title(item: dict) -> str:
 
 def figure(item: dict) -> str:
     """The file name of a model's plot."""
-    return f"quality-peers-{item['model']}.svg"
+    place = re.sub(r"[^\w.-]+", "-", f"{item['model']}-{item['corpus']}")
+    return f"quality-peers-{place}.svg"
 
 
 def versions(models: list[dict], name: str) -> list[str]:

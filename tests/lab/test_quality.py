@@ -212,7 +212,7 @@ def test_the_page_and_its_plot_are_made_of_the_json(tmp_path: Path) -> None:
     assert f"| `int8-static` {line}" in text
     assert "| `int8-static` | 7.0 | 0.020 ± 0.0010 | llama.cpp Q8_0 (6.5 MB, KL 0.010 ± 0.0010) |" in text
     assert "- torchao 8da4w: not installed" in text
-    plot = (tmp_path / "figures" / "quality-peers-es-mini.svg").read_text(encoding="utf-8")
+    plot = (tmp_path / "figures" / "quality-peers-es-mini-corpus-es.svg").read_text(encoding="utf-8")
     assert ">int8-static<" in plot and ">llama.cpp Q8_0<" in plot and "torchao" not in plot
 
 

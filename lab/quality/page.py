@@ -55,7 +55,8 @@ def join(path: Path, model: dict, order: list[str]) -> dict:
     before = models.get(key)
     kept = before["rows"] if before and all(before[name] == model[name] for name in same) else []
     rows = {row["name"]: row for row in (*kept, *model["rows"]) if row["name"] in order}
-    models[key] = model | {"rows": sorted(rows.values(), key=lambda row: order.index(row["name"]))}
+    ordered = sorted(rows.values(), key=lambda row: order.index(row["name"]))
+    models[key] = model | {"rows": ordered, "not_measured": [name for name in order if name not in rows]}
     return report | {"models": list(models.values())}
 
 
@@ -114,6 +115,7 @@ def _model(item: dict) -> dict:
             )
             for own, better in beaten(rows, item["document_tokens"])
         ],
+        "not_measured": ", ".join(item.get("not_measured", [])),
         "skipped": [(shown(row), escape(row["skipped"])) for row in item["rows"] if "skipped" in row],
     }
 

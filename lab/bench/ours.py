@@ -36,3 +36,7 @@ class Engine:
 
     def feed(self, ids: np.ndarray) -> np.ndarray:
         return self._runtime.step(self._cache, ids)
+
+    def all_logits(self, ids: np.ndarray) -> np.ndarray:
+        """Logits float32 [T, V] of ids [T]."""
+        return self._runtime.forward(ids[None])[0]

@@ -165,7 +165,8 @@ def prepare_peer(row: Row, checkpoint: Path, artifacts: Path, inputs: dict, work
     temporary files. Raises Failed.
     """
     require(row.python)
-    inputs = inputs | {"code": digests.code_digest(row.module), "kind": row.kind, "python": str(row.python)}
+    code = {str(file.relative_to(ROOT)): digests.sha256_file(file) for file in code_files(row.module)}
+    inputs = inputs | {"code": code, "kind": row.kind, "python": str(row.python)}
     note = row.folder.with_name(f"{row.folder.name}.json")
     made = _noted(note, inputs)
     if made is None:
@@ -178,6 +179,22 @@ def prepare_peer(row: Row, checkpoint: Path, artifacts: Path, inputs: dict, work
         made = ask(row.python, request, work, PREPARE_TIMEOUT_S)
         note.write_text(json.dumps({"inputs": inputs} | made, indent=1) + "\n", encoding="utf-8")
     return Prepared(_bytes([Path(file) for file in made["files"]]), made["version"])
+
+
+def code_files(module: str) -> list[Path]:
+    """The file of a module of the lab, and of all modules of the lab that it imports (by `from`, on one line)."""
+    found: list[Path] = []
+    waiting = [module]
+    while waiting:
+        path = (ROOT / waiting.pop().replace(".", "/")).with_suffix(".py")
+        if path in found or not path.is_file():
+            continue
+        found.append(path)
+        for package, names in re.findall(
+            r"^\s*from (lab[\w.]*) import ([\w ,]+)$", path.read_text("utf-8"), re.MULTILINE
+        ):
+            waiting += [package, *(f"{package}.{name.strip()}" for name in names.split(","))]
+    return sorted(found)
 
 
 def _run(module: str, *arguments: object) -> str:

@@ -4,7 +4,8 @@ Prints lines of JSON. To "prepare", it is one line about the files that were mad
 row has loaded, and then one for each question on standard input. Imports the standard library, NumPy, modules of
 cuantiza that need no more than these, and the row's module, which has
 
-    prepare(kind, checkpoint, ours, folder)    makes the row's files in `folder` (our own rows have none to make)
+    prepare(kind, checkpoint, ours, folder)    makes the row's files in `folder` (our own rows have none to make); a row
+                                               that calibrates also takes the file of its windows, int64 [n, T]
     files(kind, folder) -> list[Path]          the files whose bytes count as the row's size
     class Engine(kind, folder, threads)        loads them
         start(batch, capacity)                 begins with an empty KV cache
@@ -14,6 +15,7 @@ cuantiza that need no more than these, and the row's module, which has
         generate(ids [B, T], count) -> list    exactly `count` tokens for each sequence, greedy
         times(ids [B, T], count) -> list       ns from the call to each of `count` tokens
         max_batch                              the largest batch, if there is a limit
+        all_logits(ids [T]) -> [T, V]          float32 logits of all positions of one sequence, if lab/quality has the row
     version() -> str                           the libraries and their versions
 """
 
@@ -66,7 +68,8 @@ def main(path: Path, out: TextIO) -> int:
 def prepare(module: Any, request: dict) -> dict:
     """Make the row's files in the empty folder `request["folder"]`; returns {files: [path], version}."""
     folder = Path(request["folder"])
-    module.prepare(request["kind"], Path(request["checkpoint"]), Path(request["ours"]), folder)
+    places = [Path(request[name]) for name in ("checkpoint", "ours", "folder", "calibration") if name in request]
+    module.prepare(request["kind"], *places)
     return {"files": [str(file) for file in module.files(request["kind"], folder)], "version": module.version()}
 
 
@@ -80,6 +83,7 @@ def serve(module: Any, request: dict, questions: Iterable[str]) -> Iterator[Any]
                                       the last prompt token and of each token after it, float32 [1 + count, V], are
                                       saved as `request["logits"]`
         ["peak"]                      the largest resident set so far, in bytes
+        ["logits", ids]               nothing; `all_logits` of the tokens `ids` are saved as `request["logits"]`
 
     Tokens are `request["ids"]` [B, N].
     """
@@ -108,6 +112,9 @@ def serve(module: Any, request: dict, questions: Iterable[str]) -> Iterator[Any]
             yield top
         elif what == "peak":
             yield peak_rss_bytes()
+        elif what == "logits":
+            np.save(request["logits"], engine.all_logits(np.asarray(*shape, np.int64)))
+            yield None
         else:
             raise ValueError(f"no such question: {what}")
 

@@ -83,15 +83,17 @@ def loaded(path: Path) -> set[str]:
 def test_what_runs_in_every_environment_imports_next_to_nothing() -> None:
     standard = set(sys.stdlib_module_names)
     assert packages(ROOT / "lab/bench/worker.py") <= {*standard, "numpy", "cuantiza"}
-    for name in ("lab/bench/__init__.py", "lab/bench/peers/__init__.py", "setup/make_env.py"):
+    rooms = ("lab/bench", "lab/bench/peers", "lab/quality", "lab/quality/peers")
+    for name in (*(f"{room}/__init__.py" for room in rooms), "setup/make_env.py"):
         assert packages(ROOT / name) <= standard, name
     for name in ("lab/__init__.py", "cuantiza/__init__.py"):
         assert packages(ROOT / name) <= {*standard, "cuantiza"} and not loaded(ROOT / name), name
-    programs = [*(ROOT / "lab/bench/peers").glob("*.py"), *(ROOT / "lab/matrix/python").glob("*.py")]
-    assert len(programs) > 10
+    peers = ("lab/bench/peers", "lab/quality/peers", "lab/matrix/python")
+    programs = [path for room in peers for path in (ROOT / room).glob("*.py")]
+    assert len(programs) > 15
     for path in (*programs, ROOT / "lab/bench/worker.py"):
         others = loaded(path) - LIGHT
-        assert all(name.startswith(("lab.bench.peers", "lab.matrix.python")) for name in others), f"{path}: {others}"
+        assert all(name.startswith(tuple(room.replace("/", ".") for room in peers)) for name in others), (path, others)
     for name in LIGHT:
         path = ROOT / f"{name.replace('.', '/')}.py"
         assert not path.is_file() or loaded(path) <= LIGHT, name

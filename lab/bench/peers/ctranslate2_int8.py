@@ -78,6 +78,10 @@ class Engine:
         """Logits [B, V] of the last of ids [B, T], for checks only: without a cache, and computed for all positions."""
         return np.array(self._generator.forward_batch(ids.tolist()))[:, -1]
 
+    def all_logits(self, ids: np.ndarray) -> np.ndarray:
+        """Logits float32 [T, V] of ids [T]."""
+        return np.array(self._generator.forward_batch([ids.tolist()]))[0]
+
     def _generate(self, ids: np.ndarray, count: int, **options: Any) -> list[ctranslate2.GenerationResult]:
         return self._generator.generate_batch(
             [[self._tokens[token] for token in row] for row in ids],

@@ -1,4 +1,4 @@
-"""llama.cpp through llama-cpp-python's low-level interface, on GGUF files in f32, Q8_0 and Q4_0 (gguf_file.py).
+"""llama.cpp through llama-cpp-python's low-level interface, on GGUF files in f32 and quantized (gguf_file.py).
 
 The settings are llama-bench's defaults: 2048 tokens a batch, 512 a micro-batch, keys and values in f16, weights
 repacked for the processor. Flash attention is on, as `auto` would choose: prefill is 1.2 × faster, decode not slower
@@ -16,7 +16,13 @@ import numpy as np
 
 from lab.bench.peers import gguf_file
 
-TYPES = {"q8_0": llama.LLAMA_FTYPE_MOSTLY_Q8_0, "q4_0": llama.LLAMA_FTYPE_MOSTLY_Q4_0}
+TYPES = {
+    "q8_0": llama.LLAMA_FTYPE_MOSTLY_Q8_0,
+    "q6_k": llama.LLAMA_FTYPE_MOSTLY_Q6_K,
+    "q5_k_m": llama.LLAMA_FTYPE_MOSTLY_Q5_K_M,
+    "q4_k_m": llama.LLAMA_FTYPE_MOSTLY_Q4_K_M,
+    "q4_0": llama.LLAMA_FTYPE_MOSTLY_Q4_0,
+}
 FLASH = llama.LLAMA_FLASH_ATTN_TYPE_ENABLED
 
 
@@ -39,14 +45,26 @@ def prepare(kind: str, checkpoint: Path, ours: Path, folder: Path) -> None:
     plain = folder / "f32.gguf"
     gguf_file.write(checkpoint, ours / "fp32" / "tokenizer.json", plain)
     if kind in TYPES:
-        # As llama-quantize does it: the tied embedding in Q8_0 for Q8_0 and in Q6_K for Q4_0; norms, biases and the
-        # position embedding in f32.
-        options = llama.llama_model_quantize_default_params()
-        options.ftype = TYPES[kind]
-        source, target = str(plain).encode(), str(folder / f"{kind}.gguf").encode()
-        if llama.llama_model_quantize(source, target, ctypes.byref(options)):
-            raise RuntimeError(f"llama.cpp could not quantize {plain} to {kind}")
+        quantize(kind, plain, folder / f"{kind}.gguf")
         plain.unlink()
+
+
+def quantize(kind: str, plain: Path, target: Path, importance: dict[str, np.ndarray] | None = None) -> None:
+    """Quantize the f32 file `plain` to a kind of TYPES, as llama-quantize does it.
+
+    The tied embedding is in Q8_0 for Q8_0 and in Q6_K for the others; norms, biases and the position embedding stay in
+    f32. `importance` is an importance matrix: for tensors by name, the mean square of each input, float32 [in].
+    """
+    options = llama.llama_model_quantize_default_params()
+    options.ftype = TYPES[kind]
+    if importance:
+        # An array of C structures, which ends with one that has no name.
+        options.imatrix = entries = (llama.llama_model_imatrix_data * (len(importance) + 1))()
+        for entry, (name, values) in zip(entries, importance.items(), strict=False):
+            entry.name, entry.size = name.encode(), values.size
+            entry.data = values.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+    if llama.llama_model_quantize(str(plain).encode(), str(target).encode(), ctypes.byref(options)):
+        raise RuntimeError(f"llama.cpp could not quantize {plain} to {kind}")
 
 
 def files(kind: str, folder: Path) -> list[Path]:
@@ -93,8 +111,22 @@ class Engine:
         rows = (llama.llama_get_logits_ith(self._context, (row + 1) * last - 1) for row in range(batch))
         return np.stack([np.ctypeslib.as_array(row, (self._vocabulary,)) for row in rows])
 
-    def _decode(self, ids: np.ndarray, wanted: bool) -> None:
-        """Add ids [B, T], one sequence after the other; if `wanted`, compute the logits of each one's last token."""
+    def all_logits(self, ids: np.ndarray) -> np.ndarray:
+        """Logits float32 [T, V] of ids [T], in batches as `feed` makes them; a copy."""
+        self.start(1, len(ids))
+        parts = []
+        for start in range(0, len(ids), self._room):
+            part = ids[start : start + self._room]
+            self._decode(part[None], True, every=True)
+            found = llama.llama_get_logits(self._context)
+            parts.append(np.ctypeslib.as_array(found, (len(part), self._vocabulary)).copy())
+        return np.concatenate(parts)
+
+    def _decode(self, ids: np.ndarray, wanted: bool, every: bool = False) -> None:
+        """Add ids [B, T], one sequence after the other; if `wanted`, compute the logits of each one's last token.
+
+        With `every`, those of all tokens are computed.
+        """
         batch, count = ids.shape
         size = self._batch.n_tokens = ids.size
         _view(self._batch.token, size)[:] = ids.reshape(-1)
@@ -104,7 +136,7 @@ class Engine:
             self._batch.seq_id[index][0] = index // count
         outputs = _view(self._batch.logits, size)
         outputs[:] = 0
-        outputs[count - 1 :: count] = wanted
+        outputs[0 if every else count - 1 :: 1 if every else count] = wanted
         if status := llama.llama_decode(self._context, self._batch):
             raise RuntimeError(f"llama_decode gave {status} for {batch} × {count} tokens after {self._length}")
         self._length += count

@@ -28,7 +28,7 @@ def prepare(kind: str, checkpoint: Path, ours: Path, folder: Path) -> None:
 
     model = ov.convert_model(ours / "fp32" / "model.onnx")
     _last_logits(model)
-    _hide_cache(model)
+    hide_cache(model)
     model = nncf.compress_weights(model)  # int8, asymmetric, a scale per output channel: its default
     ov.save_model(model, folder / MODEL, compress_to_fp16=False)
 
@@ -68,6 +68,12 @@ class Engine:
         self._request.wait()
         return self._request.get_tensor(contract.LOGITS).data[:, -1]
 
+    def all_logits(self, ids: np.ndarray) -> np.ndarray:
+        """Logits float32 [T, V] of ids [T], of a model that computes all; a view that the next call overwrites."""
+        self.start(1, len(ids))
+        self.feed(ids[None])
+        return self._request.get_tensor(contract.LOGITS).data[0]
+
 
 def _last_logits(model: ov.Model) -> None:
     """Slice the last position before the head, as OpenVINO GenAI does with the models that it loads."""
@@ -80,7 +86,7 @@ def _last_logits(model: ov.Model) -> None:
     model.validate_nodes_and_infer_types()
 
 
-def _hide_cache(model: ov.Model) -> None:
+def hide_cache(model: ov.Model) -> None:
     """Turn the cache's inputs and outputs into states of the model, reordered by a new input beam_idx [B]."""
     from openvino._offline_transformations import apply_make_stateful_transformation
 

@@ -49,6 +49,12 @@ class CachedSession:
             self._step(ids[:, start : start + together])
         return self._logits[: batch * together * self._vocabulary].reshape(batch, together, -1)[:, -1]
 
+    def all_logits(self, ids: np.ndarray) -> np.ndarray:
+        """Logits float32 [T, V] of ids [T]; a view that the next call overwrites."""
+        self.start(1, len(ids))
+        self._step(ids[None])
+        return self._logits[: len(ids) * self._vocabulary].reshape(len(ids), -1)
+
     def _step(self, ids: np.ndarray) -> None:
         batch, count = ids.shape
         positions = np.arange(self._length, self._length + count)

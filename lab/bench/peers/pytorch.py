@@ -71,11 +71,21 @@ class Engine:
             )
         return output.logits[:, -1].numpy()
 
+    def all_logits(self, ids: np.ndarray) -> np.ndarray:
+        """Logits float32 [T, V] of ids [T]."""
+        return all_logits(self._model, ids)
+
+
+def all_logits(model: torch.nn.Module, ids: np.ndarray) -> np.ndarray:
+    """Logits float32 [T, V] of a transformers model for ids [T]."""
+    with torch.inference_mode():
+        return model(input_ids=torch.from_numpy(ids)[None], use_cache=False).logits[0].float().numpy()
+
 
 def _quantize(kind: str, model: torch.nn.Module) -> torch.nn.Module:
     """Quantize the Linear modules of `model` to int8. For "linear", GPT-2's Conv1D layers become Linear first."""
     if kind == "linear":
-        _conv1d_to_linear(model)
+        conv1d_to_linear(model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # warnings that it is deprecated, and that LayerNorm has no dynamic form
         return torch.quantization.quantize_dynamic(
@@ -83,7 +93,8 @@ def _quantize(kind: str, model: torch.nn.Module) -> torch.nn.Module:
         )
 
 
-def _conv1d_to_linear(module: torch.nn.Module) -> None:
+def conv1d_to_linear(module: torch.nn.Module) -> None:
+    """Replace every Conv1D in `module` by the Linear that computes the same."""
     for name, child in module.named_children():
         if isinstance(child, Conv1D):
             # Conv1D holds its weight as [in, out], Linear as [out, in].
@@ -92,4 +103,4 @@ def _conv1d_to_linear(module: torch.nn.Module) -> None:
             linear.bias.data = child.bias.data
             setattr(module, name, linear)
         else:
-            _conv1d_to_linear(child)
+            conv1d_to_linear(child)

@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     times = [time.perf_counter()]
 
     def timed() -> Iterator[int]:
-        for token in model.tokens(ids, args.tokens, sampling, args.seed, asked and asked.end):
+        for token in model.tokens(ids, args.tokens, sampling, args.seed, asked.end if asked is not None else None):
             times.append(time.perf_counter())
             yield token
 

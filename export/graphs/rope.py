@@ -49,7 +49,7 @@ def rope(parameters: Mapping[str, Any], channels: int) -> Rope:
     if kind not in _STRETCHED:
         raise ValueError(f"rope_type {kind!r} is not one of {', '.join(_STRETCHED)}")
     # The model was trained with frequencies that PyTorch computed in float32, so the steps are rounded as it rounds them.
-    exponents = np.arange(0, channels, 2, np.float32) / np.float32(channels)
+    exponents = np.arange(0, channels, 2, dtype=np.float32) / np.float32(channels)
     periods = (_number(parameters, "rope_theta") ** exponents.astype(np.float64)).astype(np.float32)
     frequencies, scale = _STRETCHED[kind](np.float32(1) / periods, parameters)
     return Rope(tuple(frequencies.astype(np.float32).tolist()), scale)

@@ -115,7 +115,15 @@ def _calibrate(
             weights, before_rounded = round_block(model, block, grids, values, windows, streams, work, pool.map)
         inputs = [(projection, tensor) for tensor in tensors for projection in tensor.projections]
         decided = pool.map(
-            lambda both: _decide(*both, weights.get(both[0].name), histograms.get(both[1].name), tables, plan, work),  # noqa: B023
+            lambda both: _decide(
+                both[0],
+                both[1],
+                weights.get(both[0].name),  # noqa: B023
+                histograms.get(both[1].name),  # noqa: B023
+                tables,
+                plan,
+                work,
+            ),
             inputs,
         )
         decisions |= {projection.name: decision for (projection, _), decision in zip(inputs, decided, strict=True)}

@@ -63,10 +63,12 @@ class IntWeight:
 
     def with_channels(self, channels: slice, other: IntWeight) -> IntWeight:
         """Return this weight with `other` [K, n] in place of its `channels`."""
-        arrays = [array.copy() for array in (self.q, self.scale, self.zero_point)]
-        for array, new in zip(arrays, (other.q, other.scale, other.zero_point), strict=True):
-            array[:, channels] = new
-        return IntWeight(*arrays, self.grid)
+        q, scale, zero_point = (array.copy() for array in (self.q, self.scale, self.zero_point))
+        q[:, channels], scale[:, channels], zero_point[:, channels] = other.q, other.scale, other.zero_point
+        step = None if self.step is None else self.step.copy()
+        if step is not None:
+            step[channels] = other.step
+        return IntWeight(q, scale, zero_point, self.grid, step)
 
 
 def round_to_nearest(weight: np.ndarray, grid: Grid, clips: np.ndarray = CLIPS) -> IntWeight:

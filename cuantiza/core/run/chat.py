@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from jinja2 import nodes
 from jinja2.exceptions import TemplateError
@@ -41,7 +41,7 @@ class Chat:
 class _Generation(Extension):
     """The block {% generation %}, with which training marks answers; it changes no text."""
 
-    tags: ClassVar[set[str]] = {"generation"}
+    tags = {"generation"}  # noqa: RUF012  # as Extension declares it
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
         next(parser.stream)

@@ -121,9 +121,9 @@ def _texts_of(source: Source, seen: Seen) -> Iterator[Iterable[str]]:
             if left <= 0:
                 seen.longer = True
                 return
-            texts = list(_texts(file, kind, source.column, left, seen))
-            left -= sum(len(text.encode()) for text in texts)
-            yield texts
+            read = list(_texts(file, kind, source.column, left, seen))
+            left -= sum(len(text.encode()) for text in read)
+            yield read
 
 
 def _files(path: Path, seen: Seen) -> list[tuple[Path, files.Kind]]:

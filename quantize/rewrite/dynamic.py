@@ -19,8 +19,7 @@ from cuantiza.quantize.decide.decision import Decision
 from cuantiza.quantize.rewrite.edit import clean, constant, replace_node
 from cuantiza.quantize.rewrite.find import Embedding, Projection
 from cuantiza.quantize.rewrite.fuse_attention import ORT
-from cuantiza.quantize.rewrite.shared_weights import prepare_int8
-from cuantiza.quantize.rewrite.sixteen_bits import add_residual, quantize_twice
+from cuantiza.quantize.rewrite.int8 import add_residual, prepare_int8, quantize_twice
 from cuantiza.quantize.settings import Target
 
 # The largest magnitude of a row is clipped to the range in which fp16 has all of its 11 bits of precision.

@@ -131,9 +131,9 @@ def graph_of(folder):
 
 
 def test_a_layer_that_is_quantized_alone_makes_up_for_no_other():
-    plans = {name: RECIPES[name].plan() for name in ("int4-weight", "int8-weight")}
+    plans = {name: RECIPES[name].plan() for name in ("int4-weight", "int8-dynamic")}
     assert plans["int4-weight"].alone() == replace(plans["int4-weight"], rounding="gptq")
-    assert plans["int8-weight"].alone() == plans["int8-weight"]
+    assert plans["int8-dynamic"].alone() == plans["int8-dynamic"]
 
 
 def test_the_rounded_model_stays_closer_to_the_fp32_model(tmp_path):

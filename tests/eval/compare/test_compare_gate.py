@@ -1,6 +1,6 @@
 """The gate on real artifacts: it passes copies, and catches what is worse, larger or slower.
 
-`pytest -m slow tests/eval/test_compare_gate.py` compares identical artifacts twenty times and measures a slower one.
+`pytest -m slow tests/eval/compare/test_compare_gate.py` compares identical artifacts twenty times and measures a slower one.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ python -m lab.published --models gpt2 gpt2-medium    measures these; it needs a 
 python -m lab.published --reprint                    writes the page again from docs/data/published.json
 
 Models are openai-community's, the text is WikiText-2 (raw) of Salesforce/wikitext: its test split, joined to one text, is
-scored whole by the protocols of eval/measure/protocols.py, and its train split calibrates. Figures of other models stay in
+scored whole by the protocols of eval/measure/tokens/protocols.py, and its train split calibrates. Figures of other models stay in
 the JSON where they were measured with the same versions, code and text. The stages keep their artifacts in --work.
 """
 
@@ -23,9 +23,9 @@ from cuantiza.core.machine.process import Remote
 from cuantiza.core.machine.progress import report as say
 from cuantiza.core.store import digests
 from cuantiza.eval.measure.engines import Engine, Subject
-from cuantiza.eval.measure.protocols import measure_protocol
 from cuantiza.eval.measure.quality import make_task
 from cuantiza.eval.measure.score import Scores
+from cuantiza.eval.measure.tokens.protocols import measure_protocol
 from cuantiza.eval.report.columns import relative_rise
 from cuantiza.eval.report.schema import PAPER_NAMES, Protocol
 from cuantiza.export.stage import export
@@ -90,7 +90,7 @@ def about() -> dict:
     return {
         "cpu": cpu_name(),
         "versions": digests.versions("onnxruntime", "onnx", "numpy", "tokenizers"),
-        "code": digests.code_digest("cuantiza.quantize.recipes.registry", "cuantiza.eval.measure.protocols"),
+        "code": digests.code_digest("cuantiza.quantize.recipes.registry", "cuantiza.eval.measure.tokens.protocols"),
         "text_sha256": load_test(TEXT).sha256,
     }
 

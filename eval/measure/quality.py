@@ -22,10 +22,10 @@ from cuantiza.eval.measure.answers.flips import compared
 from cuantiza.eval.measure.answers.words import questions
 from cuantiza.eval.measure.engines import Engine, Subject
 from cuantiza.eval.measure.estimates import TextSize, llama_cpp_perplexity, quality, text_size
-from cuantiza.eval.measure.protocols import measure_protocol
 from cuantiza.eval.measure.score import Scores, score
 from cuantiza.eval.measure.size import loaded_bytes
-from cuantiza.eval.measure.windows import Window, halves, rolling
+from cuantiza.eval.measure.tokens.protocols import measure_protocol
+from cuantiza.eval.measure.tokens.windows import Window, halves, rolling
 from cuantiza.eval.report.schema import PaperName
 
 PROMPT = "Me gusta mucho el futbol"
@@ -39,7 +39,7 @@ class Task:
 
     `in_split` counts the documents of the whole split, of which `documents` are the first. `words` int64 [W, 2] are the
     last words of sentences that models are asked for: (first, end) among the tokens of all documents. `papers` are names
-    of PAPERS (eval/measure/protocols.py): by these protocols it is scored as well.
+    of PAPERS (eval/measure/tokens/protocols.py): by these protocols it is scored as well.
     """
 
     tokenizer: Tokenizer

@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 
 from cuantiza.core.run.divergence import compare
-from cuantiza.eval.measure.windows import Window
+from cuantiza.eval.measure.tokens.windows import Window
 
 
 @dataclass(frozen=True)

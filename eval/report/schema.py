@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, FailFast, Field
 from cuantiza.core.store import digests
 
 SCHEMA: Final = "cuantiza/report/1"
-# Protocols of papers, by which perplexity is measured on request (eval/measure/protocols.py).
+# Protocols of papers, by which perplexity is measured on request (eval/measure/tokens/protocols.py).
 PaperName = Literal["transformers", "gptq"]
 PAPER_NAMES: tuple[PaperName, ...] = get_args(PaperName)
 PREFILL, DECODE = 512, 128  # tokens: the lengths that tables and conclusions show

@@ -13,7 +13,7 @@ from cuantiza.core.machine.instructions import instruction_sets
 from cuantiza.eval.measure.engines import Engine
 from cuantiza.eval.measure.latency import measure_latency
 from cuantiza.eval.measure.score import Scores, score
-from cuantiza.eval.measure.windows import rolling
+from cuantiza.eval.measure.tokens.windows import rolling
 from cuantiza.sweep.tasks.made import Made
 
 

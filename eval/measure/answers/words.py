@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from cuantiza.core.inputs.tokenizer import Encoded
-from cuantiza.eval.measure.windows import Window
+from cuantiza.eval.measure.tokens.windows import Window
 
 LETTERS = 4  # of a word at least: shorter ones are often abbreviations (Sr., etc., pág.) or function words
 CONTEXT = 32  # tokens before each token of a word, within its window and with the start token, at least

@@ -15,7 +15,7 @@ from cuantiza.eval.measure.estimates import (
     text_size,
 )
 from cuantiza.eval.measure.score import Scores, score
-from cuantiza.eval.measure.windows import halves, rolling
+from cuantiza.eval.measure.tokens.windows import halves, rolling
 
 
 class Here:

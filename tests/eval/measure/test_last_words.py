@@ -19,7 +19,7 @@ from cuantiza.eval.measure.answers.flips import answered, compared, exact_p, fli
 from cuantiza.eval.measure.answers.words import CONTEXT, last_words, questions, spelled
 from cuantiza.eval.measure.quality import make_task
 from cuantiza.eval.measure.score import Scores, score
-from cuantiza.eval.measure.windows import rolling
+from cuantiza.eval.measure.tokens.windows import rolling
 from cuantiza.eval.report.columns import cells
 from cuantiza.eval.report.schema import Report
 

@@ -14,10 +14,10 @@ from cuantiza.core.inputs.corpus import Split
 from cuantiza.core.run.runtime import Runtime
 from cuantiza.core.store.artifact import Artifact
 from cuantiza.eval.measure.estimates import llama_cpp_perplexity, perplexity
-from cuantiza.eval.measure.protocols import LONGEST, PAPERS, measure_protocol
 from cuantiza.eval.measure.quality import Task, make_task
 from cuantiza.eval.measure.score import score
-from cuantiza.eval.measure.windows import Window, full, halves, rolling, strided
+from cuantiza.eval.measure.tokens.protocols import LONGEST, PAPERS, measure_protocol
+from cuantiza.eval.measure.tokens.windows import Window, full, halves, rolling, strided
 from cuantiza.eval.report.schema import PAPER_NAMES
 from cuantiza.eval.stage import evaluate
 

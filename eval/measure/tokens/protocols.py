@@ -15,7 +15,7 @@ import numpy as np
 from cuantiza.core.machine.progress import track
 from cuantiza.eval.measure.estimates import Estimate, mean_per_token, perplexity
 from cuantiza.eval.measure.score import Deferred, Scores, score
-from cuantiza.eval.measure.windows import Window, full, strided
+from cuantiza.eval.measure.tokens.windows import Window, full, strided
 from cuantiza.eval.report.schema import PaperName, Protocol
 
 # The longest window in tokens. Papers take the model's length; those on models of a longer one take 2048, as GPTQ's.

@@ -32,12 +32,12 @@ class Here:
     def __init__(self, logits: Callable[[np.ndarray], np.ndarray]) -> None:
         self._logits = logits
 
-    def start(self, method: str, ids: np.ndarray) -> None:
+    def start(self, method: str, ids: np.ndarray, last: int) -> None:
         assert method == "logits"
-        self._ids = ids
+        self._ids, self._last = ids, last
 
     def result(self) -> np.ndarray:
-        return self._logits(self._ids)
+        return self._logits(self._ids)[-self._last :]
 
 
 def targets(windows: list[Window]) -> list[int]:

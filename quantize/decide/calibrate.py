@@ -212,20 +212,24 @@ def _decide(
     def error(candidate: Activation) -> float:
         return matmul_error(rows, candidate.restore(rows), tensor.energy[keep], output)
 
-    if histogram is not None and tensor.bits == 16:
-        activation = PerTensor.of_16_bits(float(max(tensor.moments.high.max(), -tensor.moments.low.min())))
-    elif histogram is not None:
+    if histogram is not None:
         activation = PerTensor(*RANGES[plan.ranges](histogram))
     elif plan.ranges == "row":
         activation = row_activation(tensor)[0]
+    if activation is not None:
         too_coarse = tensor.bits == 16
         if of_values is not None:
-            energy = np.einsum("kn,kn->k", *2 * [weight[:, of_values.channels]])
-            in_values = of_values.error(activation.restore(of_values.rows), energy)
-            details["values_error"] = in_values
-            too_coarse |= in_values > error_limit(plan, strict=True)
-        if too_coarse:
+            values = weight[keep, of_values.channels]
+            seen = of_values.rows[:, keep]
+            details["values_error"] = of_values.error(
+                activation.restore(seen) - seen, np.einsum("kn,kn->k", values, values)
+            )
+            too_coarse |= details["values_error"] > error_limit(plan, strict=True)
+        if too_coarse and histogram is None:
             activation = PerRow(bits=16)
+        elif too_coarse:
+            highest, lowest = tensor.moments.high[keep].max(), tensor.moments.low[keep].min()
+            activation = PerTensor.of_16_bits(float(max(highest, -lowest)))
     in_float = np.flatnonzero(~keep)
     if rounded is None and _is_rounded(projection, tables, plan):
         ours = replace(plan, grid=_grid(projection, tables, plan))

@@ -88,12 +88,11 @@ class ValueMoments:
         rows = ((self.rows - shift) / scale).astype(np.float32)
         return ValueMoments(self.channels, self.averaged.transformed(scale, shift), rows, self.read, self.power)
 
-    def error(self, restored: np.ndarray, energy: np.ndarray) -> float:
-        """Expected squared error of attention's output, relative to its square, if `rows` become `restored` [S, K].
+    def error(self, difference: np.ndarray, energy: np.ndarray) -> float:
+        """Expected squared error of attention's output, relative to its square, if `rows` change by `difference` [S, K].
 
         `energy` [K] = Σₙ W² is that of the value channels.
         """
-        difference = restored - self.rows
         return float(self.read @ ((difference * difference) @ energy) / (self.power or 1.0))
 
 

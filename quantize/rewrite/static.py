@@ -36,7 +36,11 @@ def quantize_static(
         activation = decision.activation
         assert isinstance(activation, PerTensor), f"{projection.name} has no fixed range"
         scale, zero_point = activation.parameters
-        parameters = [constant(graph, f"{x.name}_scale", scale), constant(graph, f"{x.name}_zero_point", zero_point)]
+        suffix = "" if activation.bits == 8 else "_16"
+        parameters = [
+            constant(graph, f"{x.name}_scale{suffix}", scale),
+            constant(graph, f"{x.name}_zero_point{suffix}", zero_point),
+        ]
         weight, weight_scale = weights.get_columns(tape, projection)
         multiply = _multiply_portable if target == "portable" else _multiply_ort
         if activation.bits == 16:

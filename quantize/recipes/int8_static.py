@@ -57,7 +57,7 @@ class StaticInt8:
         from cuantiza.quantize.decide.decision import Plan
         from cuantiza.quantize.weights.rounding import Grid
 
-        return Plan(Grid(8), self.rounding, self.smoothing, self.ranges, self.float_channels, self.max_error)
+        return Plan(Grid(8), self.rounding, self.smoothing, self.ranges, self.float_channels, self.max_error, Grid(8))
 
     def rewrite(self) -> Rewrite:
         """Return the pass that writes the decisions into a graph."""

@@ -192,7 +192,7 @@ def _multiply_portable(
 ) -> ir.Value:
     """Add the nodes of x [.., K] · ((q − zero point) · scale) [K, N] + bias."""
     parts, grid = stored.parts, stored.weight.grid
-    if grid.block is not None and grid.bits == 8 and stored.inputs % grid.block == 0:
+    if grid.block is not None and grid.bits == 8:
         matrix = _dequantize_blocks(graph, tape, stored)
     else:
         if stored.channel_axis == 0:
@@ -212,19 +212,29 @@ def _dequantize(tape: ir.tape.Tape, q: ir.Value, scale: ir.Value, zero_point: ir
 
 
 def _dequantize_blocks(graph: ir.Graph, tape: ir.tape.Tape, stored: _Stored) -> ir.Value:
-    """Add the nodes of the matrix float32 [K, N], block by block, which runtimes fold at load.
+    """Add the nodes of the matrix float32 [K, N] of integers with a scale per block, which runtimes fold at load.
 
     A DequantizeLinear would do, but ONNX Runtime fuses it with the matmul, and that quantizes the activations too.
     """
-    inputs, channels, axis = stored.inputs, stored.channels, 1 - stored.channel_axis  # that of the inputs
-    block = stored.weight.grid.block
-    sizes = [inputs // block, block, channels] if axis == 0 else [channels, inputs // block, block]
-    q = tape.op("Reshape", [stored.parts[0], _vector(graph, f"shape_{'_'.join(map(str, sizes))}", *sizes)])
-    middle = _vector(graph, f"axis_{axis + 1}", axis + 1)
-    others = [tape.op("Unsqueeze", [part, middle]) for part in stored.parts[1:]]
-    shape = [inputs, channels] if axis == 0 else [channels, inputs]
-    matrix = tape.op("Reshape", [_dequantize(tape, q, *others), _vector(graph, f"shape_{shape[0]}_{shape[1]}", *shape)])
+    axis = 1 - stored.channel_axis  # that of the inputs
+    others = [_repeat(graph, tape, part, axis, stored) for part in stored.parts[1:]]
+    matrix = _dequantize(tape, stored.parts[0], *others)
     return matrix if axis == 0 else tape.op("Transpose", [matrix], {"perm": [1, 0]})
+
+
+def _repeat(graph: ir.Graph, tape: ir.tape.Tape, part: ir.Value, axis: int, stored: _Stored) -> ir.Value:
+    """Repeat `part`, which has an element for each block of inputs along `axis`, for each input."""
+    block, channels = stored.weight.grid.block, stored.channels
+    blocks = -(-stored.inputs // block)
+    wide = [blocks, block, channels] if axis == 0 else [channels, blocks, block]
+    flat = [blocks * block, channels] if axis == 0 else [channels, blocks * block]
+    repeated = tape.op("Unsqueeze", [part, _vector(graph, f"axis_{axis + 1}", axis + 1)])
+    repeated = tape.op("Expand", [repeated, _vector(graph, f"shape_{'_'.join(map(str, wide))}", *wide)])
+    repeated = tape.op("Reshape", [repeated, _vector(graph, f"shape_{'_'.join(map(str, flat))}", *flat)])
+    if blocks * block == stored.inputs:
+        return repeated
+    ends = [("slice_start", 0), (f"slice_end_{stored.inputs}", stored.inputs), (f"axis_{axis}", axis)]
+    return tape.op("Slice", [repeated, *(_vector(graph, name, value) for name, value in ends)])
 
 
 def _transpose(tape: ir.tape.Tape, part: ir.Value) -> ir.Value:

@@ -13,7 +13,7 @@ from cuantiza.core.contract import window_feeds
 from cuantiza.core.inputs.corpus import Source, Split, load_splits
 from cuantiza.core.onnx import file as onnx_file
 from cuantiza.core.run.exact_int8 import EXACT, exact_products
-from cuantiza.core.run.runtime import Runtime
+from cuantiza.core.run.runtime import Runtime, open_session
 from cuantiza.core.store.artifact import open_artifact
 from cuantiza.quantize.decide.activation import ROW_ZERO_POINTS, PerRow, PerTensor
 from cuantiza.quantize.decide.decision import Decision
@@ -63,25 +63,29 @@ def test_everything_is_quantized_and_stored_once(artifacts, name):
 
 @pytest.mark.parametrize("name", OURS)
 def test_stored_embeddings_are_the_checkpoints(artifacts, name):
-    """Embedding matrices are rounded to nearest. The tied one is smoothed for the head, and a factor undoes that."""
+    """Positions are rounded to nearest. The tied matrix is smoothed and rounded for the head; a factor undoes smoothing."""
     before = onnx_file.load(artifacts / "fp32/model.onnx").graph.initializers
     after = onnx_file.load(artifacts / name / "model.onnx").graph.initializers
     for table in ("wte.weight", "wpe.weight"):
         scale = after[f"{table}_scale"].const_value.numpy()[:, None]
-        back = after[f"{table}_unsmooth"].const_value.numpy() if table == "wte.weight" else 1
+        unsmooth = after.get(f"{table}_unsmooth")
+        back = 1 if unsmooth is None else unsmooth.const_value.numpy()
         restored = after[f"{table}_int8"].const_value.numpy() * scale * back
         original = before[table].const_value.numpy()
-        assert (np.abs(restored - original) <= scale * back / 2 * (1 + 1e-3)).all()
-        assert np.abs(after[f"{table}_int8"].const_value.numpy()).max(axis=1).min() == 127
+        steps = np.abs(restored - original) / (scale * back)
+        assert steps.mean() < 1 if table == "wte.weight" else steps.max() <= 0.5 * (1 + 1e-3)
+        assert table == "wte.weight" or np.abs(after[f"{table}_int8"].const_value.numpy()).max(axis=1).min() == 127
 
 
 @pytest.mark.parametrize("name", OURS)
 def test_the_manifest_tells_what_was_decided_on_every_linear_layer(artifacts, name):
     manifest = open_artifact(artifacts / name).manifest
     for projection, account in manifest.details["projections"].items():
-        assert account.keys() == {"alpha", "relative_error"} | (
+        assert account.keys() == {"alpha", "relative_error", "bits"} | (
             {"zero_point"} if name == "int8-dynamic" else {"low", "high"}
-        ), projection  # no float_channels: es-mini needs none
+        ) | ({"values_error"} if projection.endswith("c_attn") else set()), (
+            projection
+        )  # es-mini needs no float_channels
         assert account["alpha"] in ((None,) if projection.endswith("mlp.c_proj") else (None, *ALPHAS))
         assert 0 < account["relative_error"] < 1e-3
     after_gelu = [manifest.details["projections"][f"h.{layer}.mlp.c_proj"] for layer in range(LAYERS)]
@@ -89,7 +93,7 @@ def test_the_manifest_tells_what_was_decided_on_every_linear_layer(artifacts, na
         # GELU hardly gives negative values, so nearly all steps are used for positive ones.
         assert max(account["zero_point"] for account in after_gelu) <= 64
     else:
-        assert all(-0.2 < account["low"] < 0 < account["high"] for account in after_gelu)
+        assert all(-0.2 < account["low"] < 0 < account["high"] for account in after_gelu if account["bits"] == 8)
     assert manifest.calibration == load_splits(Source(str(CORPUS)))[0].sha256
     assert manifest.details["calibration"] == {"windows": Calibration().windows, "tokens_per_window": 512}
 
@@ -100,7 +104,10 @@ def test_onnx_runtime_computes_every_static_linear_layer_in_integers(artifacts, 
     options.log_severity_level = 3
     ort.InferenceSession(str(artifacts / "int8-static/model.onnx"), options)
     operators = [node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node]
-    assert operators.count("MatMulIntegerToFloat") == PROJECTIONS and "DequantizeLinear" not in operators
+    assert operators.count("MatMulIntegerToFloat") == PROJECTIONS
+    # 16 bits need what 8 bits leave.
+    accounts = open_artifact(artifacts / "int8-static").manifest.details["projections"].values()
+    assert operators.count("DequantizeLinear") == [account["bits"] for account in accounts].count(16) > 0
 
 
 @pytest.mark.parametrize("name", [*OURS, "ort-dynamic", "ort-static"])
@@ -192,7 +199,7 @@ def model_of(nodes, constants, source, output):
 
 def evaluate(model, x, folder):
     onnx_file.save(model, folder)
-    return ort.InferenceSession(str(folder / "model.onnx")).run(["y"], {"x": x})[0]
+    return open_session(folder / "model.onnx").run(["y"], {"x": x})[0]
 
 
 def to_nearest(weight, activation, taken=()):

@@ -80,7 +80,8 @@ def test_what_is_left_out_is_the_default():
     assert from_json({"type": "StaticInt8"}) == StaticInt8()
     partly = {"type": "MixedStaticInt8", "static": {"rounding": "nearest", "calibration": {"windows": 9}}}
     assert from_json(partly) == MixedStaticInt8(static=StaticInt8("nearest", calibration=Calibration(9)))
-    assert from_json({"type": "WeightOnly", "bits": 8, "block": None, "symmetric": True}) == RECIPES["int8-weight"]
+    weight_only = {"type": "WeightOnly", "bits": 8, "block": 32, "symmetric": True, "table_block": 32, "scale_bits": 8}
+    assert from_json(weight_only) == RECIPES["int8-weight"]
 
 
 @pytest.fixture

@@ -152,7 +152,10 @@ def test_channels_at_a_time_change_nothing(monkeypatch):
     nearest, by_gptq = round_to_nearest(weight, grid), gptq(weight, gram, grid)
     for module in ("rounding", "gptq"):
         monkeypatch.setattr(f"cuantiza.quantize.weights.{module}.COLUMNS", 7)
-    assert same(round_to_nearest(weight, grid), nearest) and same(gptq(weight, gram, grid), by_gptq)
+    assert same(round_to_nearest(weight, grid), nearest)
+    # The kernels of BLAS differ in a last bit for matrices of other widths, which may move a weight to the next integer.
+    moved = np.abs(gptq(weight, gram, grid).q.astype(int) - by_gptq.q)
+    assert moved.max() <= 1 and (moved > 0).mean() < 0.001
 
 
 @each_grid

@@ -165,7 +165,8 @@ def test_ort_is_the_dequantized_model(grid, fp32, case, windows, tmp_path):
     portable = logits(save(both["portable"], tmp_path), windows)
     path = save(both["ort"], tmp_path)
     found = logits(path, windows)
-    assert distance(portable, found) < 1e-5  # ONNX Runtime fuses the portable form into the same kernel
+    # ONNX Runtime fuses the portable form of 4 bits into the same kernel. That of 8 bits computes in float.
+    assert distance(portable, found if grid.bits == 4 else wanted) < 1e-5
     # The error of int8 activations, with a scale per block, measured 0.013 to 0.020 on es-mini.
     assert distance(found, wanted) < 0.03
     assert (found.argmax(axis=-1) == wanted.argmax(axis=-1)).mean() > 0.9

@@ -372,12 +372,8 @@ def test_the_neuron_of_a_massive_activation_stays_in_float(sink, windows, splits
     exact, losses = logits(graph_of(folder)), {}
     for limit in (0, 16):
         model = graph_of(folder)
-        decisions = decide(
-            model,
-            windows,
-            StaticInt8("nearest", float_channels=limit, calibration=LITTLE, max_error=None).plan(),
-            tmp_path,
-        )
+        recipe = StaticInt8("nearest", float_channels=limit, calibration=LITTLE, max_error=None)
+        decisions = decide(model, windows, recipe.plan(), tmp_path)
         taken = {
             name: decision.float_channels.tolist()
             for name, decision in decisions.items()

@@ -1,0 +1,77 @@
+"""Activations of 16 bits: two uint8 tensors, of which the second holds what the first rounds away."""
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from cuantiza.core.onnx import file as onnx_file
+from cuantiza.core.run.runtime import open_session
+from cuantiza.quantize.decide.activation import RESIDUAL_STEPS, PerRow, PerTensor
+from cuantiza.quantize.decide.decision import Decision
+from cuantiza.quantize.rewrite.dynamic import quantize_dynamic
+from cuantiza.quantize.rewrite.static import quantize_static
+from cuantiza.quantize.weights.rounding import Grid, round_to_nearest
+
+
+@pytest.fixture
+def x():
+    """Tokens [2, 5, 32] with one massive value, which makes the steps of its token coarse."""
+    values = np.random.default_rng(0).standard_normal((2, 5, 32)).astype(np.float32)
+    values[1, 2, 7] = 300
+    return values
+
+
+def test_a_token_is_within_half_a_fine_step(x):
+    rows = x.reshape(-1, 32)
+    step = np.abs(rows).max(axis=1, keepdims=True) / 127
+    coarse, fine = (np.abs(PerRow(bits=bits).restore(rows) - rows) for bits in (8, 16))
+    assert (coarse <= step / 2 * 1.001).all() and (fine <= step / RESIDUAL_STEPS / 2 * 1.01).all()
+    assert coarse.max() > 100 * fine.max()
+
+
+def test_a_fixed_range_is_within_half_a_fine_step_up_to_twice_what_was_seen(x):
+    largest = float(np.abs(x).max())
+    activation = PerTensor.of_16_bits(largest)
+    scale, zero = activation.parameters
+    assert zero == 128
+    for factor in (1.0, 2.0):
+        error = np.abs(activation.restore(factor * x.reshape(-1, 32)) - factor * x.reshape(-1, 32))
+        assert error.max() <= scale / RESIDUAL_STEPS / 2 * 1.01
+    assert activation.restore(np.float32([[4 * largest]]))[0, 0] == pytest.approx(2 * largest, rel=0.02)
+
+
+def quantized(x, activation, target, folder, bias):
+    """The output of a linear layer whose activations have 16 bits, and what it should be."""
+    generator = np.random.default_rng(1)
+    weight, vector = (generator.standard_normal(shape).astype(np.float32) for shape in ((32, 16), (16,)))
+    constants = [ir.val(name, const_value=ir.tensor(array)) for name, array in (("w", weight), ("b", vector))]
+    source = ir.val("input_ids", ir.DataType.FLOAT, ["batch", "tokens", 32])  # a name that gives the number of rows
+    output = ir.val("y", ir.DataType.FLOAT, ["batch", "tokens", 16])
+    result = ir.val("product") if bias else output
+    nodes = [ir.node("MatMul", [source, constants[0]], outputs=[result], name="linear")]
+    if bias:
+        nodes.append(ir.node("Add", [result, constants[1]], outputs=[output]))
+    graph = ir.Graph([source], [output], nodes=nodes, initializers=constants, opset_imports={"": 21}, name="small")
+    model = ir.Model(graph, ir_version=10)
+    rounded = round_to_nearest(weight, Grid(8))
+    decision = Decision(rounded, activation, np.zeros(0, int), np.zeros((0, 16), np.float32))
+    rewrite = quantize_dynamic if isinstance(activation, PerRow) else quantize_static
+    rewrite(model, {"linear": decision}, target)
+    onnx_file.save(model, folder)
+    found = open_session(folder / "model.onnx").run(["y"], {"input_ids": x})[0]
+    restored = activation.restore(x.reshape(-1, 32)).reshape(x.shape)
+    return found, restored @ rounded.dequantize() + (vector if bias else 0)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("target", ["portable", "ort"])
+@pytest.mark.parametrize("activation", [PerRow(bits=16), PerTensor(-600, 600, 16)], ids=["row", "tensor"])
+def test_the_graph_computes_what_restore_says(x, activation, target, bias, tmp_path):
+    found, wanted = quantized(x, activation, target, tmp_path, bias)
+    # A token's scale is rounded to fp16 in the graph, which moves the fine integers by one at most.
+    assert np.abs(found - wanted).max() < 2e-5 * np.abs(wanted).max()
+
+
+def test_both_targets_compute_the_same_bits(x, tmp_path):
+    portable, fused = (quantized(x, PerRow(bits=16), target, tmp_path, False)[0] for target in ("portable", "ort"))
+    assert np.array_equal(portable, fused)

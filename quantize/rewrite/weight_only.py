@@ -10,15 +10,15 @@ The target `portable` uses standard operators (DequantizeLinear of opset 21). A 
     [K, N]                          scale and zero point [G, N], or [N] without blocks
     [N, K], embedding matrices      scale and zero point [N, G], or [N] without blocks
   The type is int8 or int4 where the grid is symmetric (no zero point), and uint8 or uint4 where it is not.
-  Without blocks, q · scale is a Cast and a Mul of constants, which runtimes fold at load. Results, speed and memory are
-  then those of fp32, with a file a quarter of the size.
+  In 8 bits, and without blocks, q · scale is a Cast and a Mul of constants, which runtimes fold at load; the scales of
+  blocks are repeated for their inputs. Results, speed and memory are then those of fp32, with a file a quarter of the size.
   Where the grid has 8-bit scales, they are stored as uint8 and multiplied, Cast and Mul, by a step float32 per channel.
   Runtimes fold this at load, too.
-  With blocks, ONNX Runtime 1.32 fuses DequantizeLinear and MatMul into MatMulNBits at load. It does so for blocks of a
-  power of two from 16 on, along axis 0 of [K, N]. It folds a transposed constant before that, so the Transpose stands
+  In 4 bits with blocks, ONNX Runtime 1.32 fuses DequantizeLinear and MatMul into MatMulNBits at load. It does so for blocks
+  of a power of two from 16 on, along axis 0 of [K, N]. It folds a transposed constant before that, so the Transpose stands
   before DequantizeLinear. Other blocks give correct results too, but every run dequantizes the whole matrix.
   The fused operator quantizes activations to int8, with a scale per block, unless the session sets
-  session.qdq_matmulnbits_accuracy_level to 0; with that setting, 8 bits have no fast kernel.
+  session.qdq_matmulnbits_accuracy_level to 0.
 
 The target `ort` uses com.microsoft operators (ONNX Runtime's docs/ContribOperators.md). Zeros pad K to G · block:
     weight      uint8 [N, G, block · bits / 8] for MatMulNBits, as [N, G · block · bits / 8] for GatherBlockQuantized
@@ -260,6 +260,14 @@ def _embed_portable(graph: ir.Graph, tape: ir.tape.Tape, stored: _Stored, ids: i
     if grid.block is None:
         # DequantizeLinear with a whole row as its block would do, but OpenVINO 2026.4 accepts that for constants only.
         return _dequantize(tape, *rows)
+    if grid.bits == 8 and stored.inputs % grid.block == 0:
+        blocks = stored.inputs // grid.block
+        wide = _vector(graph, f"shape_rows_{blocks}_{grid.block}", -1, blocks, grid.block)
+        narrow = _vector(graph, f"shape_rows_{blocks}_1", -1, blocks, 1)
+        parts = [tape.op("Reshape", [part, narrow if place else wide]) for place, part in enumerate(rows)]
+        width = _vector(graph, f"width_{stored.inputs}", stored.inputs)
+        shape = tape.op("Concat", [tape.op("Shape", [ids]), width], {"axis": 0})
+        return tape.op("Reshape", [_dequantize(tape, *parts), shape])
     return tape.op("DequantizeLinear", rows, {"axis": -1, "block_size": grid.block})
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -13,11 +13,13 @@ from cuantiza.core.errors import UserError
 from cuantiza.core.inputs.defaults import PROMPT
 from cuantiza.core.inputs.model_config import end_tokens, max_positions, read_config, start_token
 from cuantiza.core.inputs.tokenizer import load_tokenizer, markers, token_ids
-from cuantiza.core.run.chat import Chat, chat
 from cuantiza.core.run.runtime import Runtime
 from cuantiza.core.run.sampling import Sampling, generate, text_of
 from cuantiza.core.store.artifact import Artifact, open_artifact
 from cuantiza.core.store.digests import sha256_known
+
+if TYPE_CHECKING:  # templates take a while to load, and only a chat needs them
+    from cuantiza.core.run.chat import Chat
 
 
 def load(artifact: str | Path | Artifact, threads: int | None = None) -> Model:
@@ -76,6 +78,8 @@ class Model:
         Its `ids` end where the model answers, and its `end` are tokens that end the answer. Raises UserError if the
         model has no chat template, or if it fails.
         """
+        from cuantiza.core.run.chat import chat
+
         found = chat(self.artifact.path, self.tokenizer, message)
         return replace(found, end=found.end | self.end)
 

@@ -61,7 +61,7 @@ class Grid:
 def read_grid(models: list[str], recipes: list[str], corpora: list[str]) -> Grid:
     """Read the grid of MODELS=, RECIPES= and CORPORA=. Models and texts from the hub are downloaded.
 
-    Raises UserError if one of them cannot be read, a model is not a GPT-2, or two have the same name.
+    Raises UserError if one of them cannot be read, a model has no graph of ours, or two have the same name.
     """
     return Grid(
         _by_name("MODELS", models, [_model(given) for given in models]),

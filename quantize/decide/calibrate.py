@@ -34,10 +34,10 @@ from cuantiza.quantize.decide.blocks import Block, open_block, split
 from cuantiza.quantize.decide.decision import Decision, Plan
 from cuantiza.quantize.decide.observations import Histogram, Moments
 from cuantiza.quantize.decide.ranges import RANGES
-from cuantiza.quantize.decide.tensor import Tensor, decide_tensor, error_limit, is_head, is_static, row_activation
+from cuantiza.quantize.decide.tensor import Tensor, decide_tensor, error_limit, is_static, row_activation
 from cuantiza.quantize.decide.values import ValueMoments, Values, find_values
 from cuantiza.quantize.own_text import own_windows
-from cuantiza.quantize.rewrite.find import Projection, find_tables
+from cuantiza.quantize.rewrite.find import Projection, find_tables, is_head
 from cuantiza.quantize.settings import Calibration
 from cuantiza.quantize.weights.follow import on_disk, round_block
 from cuantiza.quantize.weights.gptq import gptq
@@ -217,13 +217,12 @@ def _decide(
     elif plan.ranges == "row":
         activation = row_activation(tensor)[0]
     if activation is not None:
-        too_coarse = tensor.bits == 16
+        # A static range need not be the best one that `decide_tensor` found possible.
+        too_coarse = tensor.bits == 16 or error(activation) > error_limit(plan, strict=is_head(projection))
         if of_values is not None:
-            values = weight[keep, of_values.channels]
+            energy = tensor.value_energy[projection.name] * tensor.smoothing.scale**2
             seen = of_values.rows[:, keep]
-            details["values_error"] = of_values.error(
-                activation.restore(seen) - seen, np.einsum("kn,kn->k", values, values)
-            )
+            details["values_error"] = of_values.error(activation.restore(seen) - seen, energy[keep])
             too_coarse |= details["values_error"] > error_limit(plan, strict=True)
         if too_coarse and histogram is None:
             activation = PerRow(bits=16)

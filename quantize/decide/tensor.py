@@ -14,7 +14,7 @@ from cuantiza.quantize.decide.decision import Plan
 from cuantiza.quantize.decide.observations import Moments
 from cuantiza.quantize.decide.ranges import RANGES
 from cuantiza.quantize.decide.values import ValueMoments
-from cuantiza.quantize.rewrite.find import Projection
+from cuantiza.quantize.rewrite.find import Projection, is_head
 from cuantiza.quantize.weights.rounding import rounding_noise
 
 # Shares of the full range for which the searches below estimate the error. The final range comes from the histogram.
@@ -31,8 +31,8 @@ _STRICT = 0.1
 class Tensor:
     """The input x [.., K] of one or more linear layers, after smoothing and before its range is chosen.
 
-    `moments` are those of x after smoothing, and `of_values` those for the linear layers that compute values, by name.
-    `weight_energy` [K] = Σₙ W² is that of the weights before smoothing. `keep` bool [K] marks the channels that stay in
+    `moments` are those of x after smoothing, and `of_values` those for the linear layers that compute values, by name;
+    `value_energy` [K] = Σₙ W² is that of the channels that are values, before smoothing. `weight_energy` [K] = Σₙ W² is that of the weights before smoothing. `keep` bool [K] marks the channels that stay in
     the int8 matmul; the others stay in floating point. `bits` are those of the activations.
     """
 
@@ -42,6 +42,7 @@ class Tensor:
     smoothing: smooth.Smoothing
     moments: Moments
     of_values: dict[str, ValueMoments]
+    value_energy: dict[str, np.ndarray]
     weight_energy: np.ndarray
     keep: np.ndarray
     bits: int = 8
@@ -66,11 +67,6 @@ def is_static(plan: Plan) -> bool:
     return plan.ranges in RANGES
 
 
-def is_head(projection: Projection) -> bool:
-    """Whether `projection` computes the logits."""
-    return projection.node.outputs[0].is_graph_output()
-
-
 def decide_tensor(
     projections: Sequence[Projection],
     moments: Moments,
@@ -88,6 +84,9 @@ def decide_tensor(
     energy = np.sum([np.einsum("kn,kn->k", weight, weight) for weight in weights], axis=0)
     count = len(energy)
     smoothing = smooth.Smoothing(np.ones(count, np.float32), np.zeros(count, np.float32), None)
+    read = {p.name: of_values[p.name] for p in projections if p.name in of_values}
+    parts = {p.name: p.matrix[:, read[p.name].channels] for p in projections if p.name in read}
+    value_energy = {name: np.einsum("kn,kn->k", part, part) for name, part in parts.items()}
     limit = error_limit(plan, strict=any(map(is_head, projections)))
 
     def smoothed(smoothing: smooth.Smoothing, bits: int) -> Tensor:
@@ -98,7 +97,8 @@ def decide_tensor(
             group,
             smoothing,
             moments.transformed(scale, shift) if group is not None else moments,
-            {p.name: of_values[p.name].transformed(scale, shift) for p in projections if p.name in of_values},
+            {name: found.transformed(scale, shift) for name, found in read.items()},
+            value_energy,
             energy,
             np.ones(count, bool),
             bits,

@@ -49,7 +49,7 @@ class ValueMoments:
     """What calibration keeps of the input x [T, K] of a linear layer, the `channels` of which are values.
 
     `averaged` are the moments of A·x. `rows` [S, K] are the tokens that attention reads most, and `read` [S] says how
-    much: the sum of A² over the positions that read the token. `power` is Σ‖context‖² over all positions.
+    much: the sum of A² over the positions that read the token, times the number of heads that share a value. `power` is Σ‖context‖² over all positions.
     """
 
     channels: slice
@@ -64,7 +64,10 @@ class ValueMoments:
     ) -> ValueMoments:
         """Compute them from one window: x [1, T, K], weights [1, .., T, T], context [1, .., T, head width]."""
         tokens, weights = x.reshape(-1, x.shape[-1]), weights.reshape(-1, *weights.shape[-2:])
-        read = np.einsum("hqt,hqt->t", weights, weights) / len(weights)
+        copies = context.size // (
+            len(tokens) * (channels.stop - channels.start)
+        )  # heads that share each head of values
+        read = np.einsum("hqt,hqt->t", weights, weights) / len(weights) * copies
         most = np.sort(np.argsort(-read, kind="stable")[:_TOKENS])
         return cls(
             channels,

@@ -180,5 +180,6 @@ def _work(args: argparse.Namespace, function: Callable, recipe: Recipe, *more: A
         from cuantiza.core.machine.process import isolated
 
         split = load_calibration(source_of(args))
+        artifact.verify(parent)
         with folders.staging(parent.path) as work:
             return isolated(function, recipe, parent.path, work, split, *more)

@@ -52,7 +52,9 @@ class WeightOnly:
         scale = "scale" if self.scale_bits == 32 else f"{self.scale_bits}-bit scale"
         parameters = f"{'an' if self.scale_bits == 8 else 'a'} {scale}" if self.symmetric else f"{scale} and zero point"
         place = "channel" if self.block is None else f"{self.block} inputs"
-        portable = "computed in fp32" if self.block is None else "DequantizeLinear, which ONNX Runtime fuses"
+        portable = (
+            "computed in fp32" if self.block is None or self.bits == 8 else "DequantizeLinear, which ONNX Runtime fuses"
+        )
         how = "MatMulNBits, int8 activations" if self.target == "ort" else portable
         return for_target(f"weights in {self.bits} bits, {parameters} per {place}; {how}", self.target)
 

@@ -112,10 +112,20 @@ def is_own(value: ir.Value | None) -> bool:
     return value is not None and value.is_initializer() and len(value.uses()) == 1
 
 
+def is_head(projection: Projection) -> bool:
+    """Whether `projection` computes the logits, which may be scaled or capped afterwards."""
+    value = projection.node.outputs[0]
+    while not value.is_graph_output():
+        uses = list(value.uses())
+        if len(uses) != 1 or uses[0].node.op_type not in ("Add", "Div", "Mul", "Tanh"):
+            return False
+        value = uses[0].node.outputs[0]
+    return value.name == "logits"
+
+
 def find_tables(graph: ir.Graph) -> set[ir.Value]:
     """Find the matrices with one row per token or position: embedding matrices, and the head's weight, tied or not."""
-    logits = {value.producer() for value in graph.outputs if value.name == "logits"}
-    heads = {projection.weight for projection in find_projections(graph) if projection.node in logits}
+    heads = {projection.weight for projection in find_projections(graph) if is_head(projection)}
     return heads | {embedding.table for embedding in find_embeddings(graph)}
 
 

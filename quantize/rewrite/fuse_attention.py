@@ -76,7 +76,7 @@ class _Attention:
 
 
 def check_attention(model: ir.Model, path: Path) -> None:
-    """Check that `model` has the attention that export/gpt2.py writes; raise a UserError that names `path` if not."""
+    """Check that `model` has the attention that export/graphs writes; raise a UserError that names `path` if not."""
     if None in (found := _find_all(model.graph)) or not found:
         raise UserError(
             f"{path}: target ort needs the attention that `export --exporter graph` writes, and this graph has another; "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -80,7 +81,7 @@ def load_calibration(source: Source) -> Split:
     if _has_index(source):
         return _joined(load_splits(source)[0])
     train = Source.split
-    if source.split == train or not documents.has_splits(source):
+    if train in re.split(r"[+\[]", source.split) or not documents.has_splits(source):
         raise UserError(
             f"CORPUS={source.spec}: all of it is scored where CORPUS_JOIN=1, so nothing is left to calibrate on; score "
             "another split of a data set (CORPUS_SPLIT=test), or calibrate on another text: "

@@ -89,12 +89,14 @@ def _template(folder: Path) -> Callable[[list[dict[str, str]], bool], str]:
     )
     environment.filters["tojson"] = lambda value, **options: json.dumps(value, **{"ensure_ascii": False} | options)
     environment.globals |= {"raise_exception": _refuse, "strftime_now": lambda text: datetime.now().strftime(text)}
-    special = {key: _text(value) for key, value in settings.items() if key.endswith("_token") and value is not None}
+    # Not the switches such as add_bos_token, which transformers keeps to itself.
+    tokens = {key: value for key, value in settings.items() if key.endswith("_token") and isinstance(value, str | dict)}
+    given = {"tools": None, "documents": None} | {key: _text(value) for key, value in tokens.items()}
 
     def render(messages: list[dict[str, str]], answer: bool) -> str:
         try:
             compiled = environment.from_string(source)
-            return compiled.render(messages=messages, add_generation_prompt=answer, **special)
+            return compiled.render(messages=messages, add_generation_prompt=answer, **given)
         except (
             TemplateError,
             ArithmeticError,

@@ -1,16 +1,30 @@
 """Activations of 16 bits: two uint8 tensors, of which the second holds what the first rounds away."""
 
+from dataclasses import replace
+
 import numpy as np
 import onnx_ir as ir
 import pytest
 
+from cuantiza.core.inputs.corpus import Source, load_splits
+from cuantiza.core.inputs.gpt2_config import parse_config
+from cuantiza.core.inputs.model_config import read_config
+from cuantiza.core.inputs.weights.checkpoint import read_checkpoint
 from cuantiza.core.onnx import file as onnx_file
-from cuantiza.core.run.runtime import open_session
+from cuantiza.core.run.runtime import Runtime, open_session
+from cuantiza.export.graphs.gpt2 import build
 from cuantiza.quantize.decide.activation import RESIDUAL_STEPS, PerRow, PerTensor
+from cuantiza.quantize.decide.calibrate import calibration_windows
 from cuantiza.quantize.decide.decision import Decision
+from cuantiza.quantize.layers import decide
+from cuantiza.quantize.recipes.int8_dynamic import DynamicInt8
 from cuantiza.quantize.rewrite.dynamic import quantize_dynamic
+from cuantiza.quantize.rewrite.fuse_attention import fuse_attention
 from cuantiza.quantize.rewrite.static import quantize_static
+from cuantiza.quantize.settings import Calibration
 from cuantiza.quantize.weights.rounding import Grid, round_to_nearest
+
+from helpers import CORPUS, ES_MINI
 
 
 @pytest.fixture
@@ -75,3 +89,22 @@ def test_the_graph_computes_what_restore_says(x, activation, target, bias, tmp_p
 def test_both_targets_compute_the_same_bits(x, tmp_path):
     portable, fused = (quantized(x, PerRow(bits=16), target, tmp_path, False)[0] for target in ("portable", "ort"))
     assert np.array_equal(portable, fused)
+
+
+@pytest.mark.parametrize("fine", ["none", "h.5.mlp.c_fc", "h."])
+def test_a_prompt_in_the_cache_gives_the_logits_of_its_last_token(fine, tmp_path):
+    """In the `-ort` form, where the last layer computes one token only, and some or all of its layers have 16 bits."""
+    model = build(parse_config(read_config(ES_MINI), ES_MINI), read_checkpoint(ES_MINI).weights, 21, ES_MINI)
+    calibration = Calibration(1, 64, 1)
+    windows = calibration_windows(ES_MINI, load_splits(Source(str(CORPUS)))[0], calibration)
+    plan = DynamicInt8("nearest", (), calibration, max_error=None).plan()
+    decisions = {
+        name: replace(decision, activation=PerRow(bits=16 if name.startswith(fine) else 8))
+        for name, decision in decide(model, windows, plan, tmp_path).items()
+    }
+    quantize_dynamic(model, decisions, "ort")
+    fuse_attention(model, 1024)
+    onnx_file.save(model, tmp_path)
+    runtime = Runtime(tmp_path / "model.onnx")
+    whole, cache = runtime.forward(windows)[:, -1], runtime.cache(1, 128)
+    assert np.abs(runtime.step(cache, windows).reshape(whole.shape) - whole).max() < 1e-3

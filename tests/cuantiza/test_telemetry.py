@@ -58,7 +58,8 @@ def surroundings(home: Path, allowed: bool) -> dict[str, str]:
     """The environment of a user with the empty home `home`, who has allowed telemetry, or said nothing about it."""
     home.mkdir(parents=True)
     kept = {name: value for name, value in os.environ.items() if name not in (*CI, SWITCH, "XDG_CACHE_HOME")}
-    return kept | {"HOME": str(home)} | ({SWITCH: "0"} if allowed else {})
+    own = {"HOME": str(home), "CUANTIZA_CACHE": "off"}  # what cuantiza itself keeps there is not what is looked for
+    return kept | own | ({SWITCH: "0"} if allowed else {})
 
 
 def left_in(home: Path) -> list[str]:

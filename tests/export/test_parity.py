@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import cuantiza.export.examine
 from cuantiza.core.store.artifact import Artifact
+from cuantiza.export.graphs import architectures
 from cuantiza.export.parity import ATOL, RTOL, _beyond
 
 from helpers import Result, assert_nothing_published, assert_user_error, edit_weights
@@ -64,12 +64,9 @@ def test_a_graph_of_another_configuration_is_refused(
     factor: float,
 ) -> None:
     """The graph is built for `wrong`, whose logits are close; PyTorch reads config.json as it is."""
-    real = cuantiza.export.examine.parse_config
-    monkeypatch.setattr(
-        cuantiza.export.examine,
-        "parse_config",
-        lambda *args, **kwargs: dataclasses.replace(real(*args, **kwargs), **wrong),
-    )
+    gpt2 = architectures.ARCHITECTURES["gpt2"]
+    parse = lambda *args: dataclasses.replace(gpt2.parse(*args), **wrong)  # noqa: E731
+    monkeypatch.setattr(architectures, "_GPT2", dataclasses.replace(gpt2, parse=parse))
     scale(folder, factor, *SCALED[1:])
     output = tmp_path / "artifacts"
     assert_user_error(export_here("--model", folder, "--output", output), "differs from PyTorch", "largest |logit|")

@@ -124,8 +124,10 @@ def test_the_figures_are_those_of_the_report(
 
 def test_the_tail_of_scores() -> None:
     document = np.array([0, 0, 1])
-    base = Scores(document, -np.log([0.5, 0.2, 0.1]))
-    own = Scores(document, -np.log([0.4, 0.2, 0.3]), np.array([0.1, 0.2, 0.6]), np.array([True, True, False]))
+    base = Scores(document, -np.log([0.5, 0.2, 0.1]), np.zeros(3, bool))
+    own = Scores(
+        document, -np.log([0.4, 0.2, 0.3]), np.zeros(3, bool), np.array([0.1, 0.2, 0.6]), np.array([True, True, False])
+    )
     found = score.tail(own, base)
     assert found["kl_divergence_max"] == 0.6
     assert found["rms_change_of_p"] == pytest.approx(np.sqrt((0.1**2 + 0 + 0.2**2) / 3))

@@ -159,7 +159,7 @@ def test_every_module_that_measures_is_in_the_reports_digest(fp32: Artifact, tin
         Subject("torch-dynamic", "torch-dynamic", tiny_folder),
     ]
     test = load_splits(Source(str(CORPUS)))[1]
-    settings = {"tokens": 300, "window": 64, "rounds": 1}
+    settings = {"tokens": 300, "window": 64, "rounds": 1, "positions": 1024}
     inputs = Inputs(
         artifacts=(),
         onnx=(),

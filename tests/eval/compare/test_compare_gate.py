@@ -139,7 +139,7 @@ def test_copies_pass_and_are_really_evaluated(es_mini_fp32, tmp_path):
     result = compare(es_mini_fp32.path.parent, copy.path.parent, tmp_path, *QUICK, "--without-latency")
     assert result.status == 0, result.stderr
     assert verdicts(tmp_path) == {
-        ("fp32", "ln perplexity"): "ok (KL 0.00000 nats, same top token 100.0 %)",
+        ("fp32", "ln perplexity"): "ok (KL 0.00000 nats, same top token 100.0 %, last words 2.2 % (+0 −0, p 1.000))",
         ("fp32", "size"): "ok",
     }
     assert "es-mini: no regression" in result.stdout and "quality" in result.stderr

@@ -43,7 +43,7 @@ class Reference:
         self._folder = folder / fp32.digest[:16]
         self._folder.mkdir(parents=True, exist_ok=True)
 
-    def start(self, method: str, ids: np.ndarray, last: int) -> None:
+    def start(self, method: str, ids: np.ndarray, last: int | None = None) -> None:
         self._last = last
         self._file = self._folder / f"{digests.digest(ids.tolist())[:32]}.npy"
         if not self._file.is_file():
@@ -54,7 +54,7 @@ class Reference:
             work.replace(self._file)
 
     def result(self) -> np.ndarray:
-        return np.load(self._file)[-self._last :]
+        return np.load(self._file)[-(self._last or 0) :]
 
 
 class Answers:
@@ -63,13 +63,13 @@ class Answers:
     def __init__(self, resident: Resident, file: Path, vocabulary: int) -> None:
         self._resident, self._file, self._vocabulary = resident, file, vocabulary
 
-    def start(self, method: str, ids: np.ndarray, last: int) -> None:
+    def start(self, method: str, ids: np.ndarray, last: int | None = None) -> None:
         self._last = last
         self._resident.ask("logits", ids.tolist())
         self._logits = np.load(self._file)
 
     def result(self) -> np.ndarray:
-        return self._logits[-self._last :, : self._vocabulary]  # some libraries pad the vocabulary
+        return self._logits[-(self._last or 0) :, : self._vocabulary]  # some libraries pad the vocabulary
 
 
 @contextmanager

@@ -32,8 +32,9 @@ class Tensor:
     """The input x [.., K] of one or more linear layers, after smoothing and before its range is chosen.
 
     `moments` are those of x after smoothing, and `of_values` those for the linear layers that compute values, by name;
-    `value_energy` [K] = Σₙ W² is that of the channels that are values, before smoothing. `weight_energy` [K] = Σₙ W² is that of the weights before smoothing. `keep` bool [K] marks the channels that stay in
-    the int8 matmul; the others stay in floating point. `bits` are those of the activations.
+    `weight_energy` [K] = Σₙ W² is that of the weights before smoothing, and `value_energy` that of the channels that are
+    values. `keep` bool [K] marks the channels that stay in the int8 matmul; the others stay in floating point. `bits`
+    are those of the activations.
     """
 
     name: str

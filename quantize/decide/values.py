@@ -26,8 +26,9 @@ class Values:
     """The channels of a linear layer that are the values of attention: `width` of them, from `first` on.
 
     `weights` [B, .., T, P + T] is the softmax and `context` [B, .., T, head width] = weights · values, where .. are the
-    heads, or the heads of values and those that share each; `past` is the cache [B, H, P, head width] of earlier values. `bias` is added to the linear layer's matmul, or None. `repeated` says
-    that several heads share the values of one (grouped-query attention).
+    heads, or the heads of values and those that share each; `past` is the cache [B, H, P, head width] of earlier values.
+    `bias` is added to the linear layer's matmul, or None. `repeated` says that several heads share the values of one
+    (grouped-query attention).
     """
 
     projection: Projection
@@ -49,7 +50,8 @@ class ValueMoments:
     """What calibration keeps of the input x [T, K] of a linear layer, the `channels` of which are values.
 
     `averaged` are the moments of A·x. `rows` [S, K] are the tokens that attention reads most, and `read` [S] says how
-    much: the sum of A² over the positions that read the token, times the number of heads that share a value. `power` is Σ‖context‖² over all positions.
+    much: the sum of A² over the positions that read the token, times the number of heads that share a value.
+    `power` is Σ‖context‖² over all positions.
     """
 
     channels: slice
@@ -64,9 +66,8 @@ class ValueMoments:
     ) -> ValueMoments:
         """Compute them from one window: x [1, T, K], weights [1, .., T, T], context [1, .., T, head width]."""
         tokens, weights = x.reshape(-1, x.shape[-1]), weights.reshape(-1, *weights.shape[-2:])
-        copies = context.size // (
-            len(tokens) * (channels.stop - channels.start)
-        )  # heads that share each head of values
+        # How many heads share each head of values.
+        copies = context.size // (len(tokens) * (channels.stop - channels.start))
         read = np.einsum("hqt,hqt->t", weights, weights) / len(weights) * copies
         most = np.sort(np.argsort(-read, kind="stable")[:_TOKENS])
         return cls(

@@ -12,8 +12,8 @@ BENCH_ARGS    ?=## more options of `python -m lab.bench`: --without-peers --roun
 # The recipes in standard operators: the chapters explain them, and every runtime is given them.
 portable = $(shell $(run) cuantiza recipes --names --portable)
 
-.PHONY: accuracy peers-quality smollm bench chapters published own-text runtimes emulation sweep-speedup torture fuzz \
-        peers runtimes-env sbom audit
+.PHONY: accuracy peers-quality smollm bench chapters published own-text runtimes
+.PHONY: emulation sweep-speedup torture fuzz peers runtimes-env sbom audit
 
 accuracy: $(ready) ## docs/accuracy.md; MODELS="FOLDER …" and TEXT=file add to it
 	@OPTIMUM_PYTHON="$(OPTIMUM_VENV)/bin/python" $(VENV)/bin/python -m lab.accuracy $(if $(MODELS),--models $(MODELS)) $(call option,--text,$(TEXT))

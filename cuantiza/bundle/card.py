@@ -6,7 +6,7 @@ from pathlib import Path
 
 import yaml
 
-from cuantiza.bundle.examples import exact_set, examples, opening
+from cuantiza.bundle.examples import examples, opening
 from cuantiza.bundle.files import DTYPES, graph_name
 from cuantiza.bundle.licence import Licence
 from cuantiza.core.errors import UserError
@@ -19,13 +19,6 @@ from cuantiza.eval.report.schema import Report, Row
 
 _FIGURES = ("graph_size", "perplexity", "delta", "last_words", "decode")
 
-# This note goes into cards of artifacts with int8 matmuls.
-_WITHOUT_VNNI = """On x86-64 without VNNI (AMD before Zen 4, most of Intel before 2019), ONNX Runtime multiplies int8 exactly only with the \
-session option `session.x64quantprecision` at `1`. Δ above was measured {how}."""
-_HOW = {
-    True: "with it, as the examples set it; leave the line out on other processors, where it only costs time",
-    False: "without it, on a processor that needs no such option; elsewhere take the line with it into the code",
-}
 # For a start token that cannot be written as text.
 _UNPARSED = " in the last example. In the others, put the id {id} before the prompt's ids: its text gives other tokens."
 _TELEMETRY = """ONNX Runtime from 1.29 on reports its use to its makers unless `ORT_DISABLE_TELEMETRY=1` is in the environment before it \
@@ -58,7 +51,7 @@ def card(report: Report, rows: list[Row], model: str, folder: Path, licence: Lic
     shown = rows[1 if len(rows) > 1 else 0]
     begin = opening(load_tokenizer(folder), start_token(folder), report.prompt)
     optimum, javascript, plain = examples(
-        f"owner/{model}", report.prompt, begin, shown, graph_name(shown.name), DTYPES[shown.name]
+        f"owner/{model}", report.prompt, begin, graph_name(shown.name), DTYPES[shown.name]
     )
     corpus, machine = report.corpus, report.machine
     lines = [
@@ -100,7 +93,6 @@ def card(report: Report, rows: list[Row], model: str, folder: Path, licence: Lic
         plain,
         "```",
         "",
-        *([_WITHOUT_VNNI.format(how=_HOW[exact_set(rows)]), ""] if any(_is_int8(row) for row in rows) else []),
         _TELEMETRY,
         "",
         "Past keys and values go in as `past_key_values.*` and come out as `present.*`; the graphs are standard operators.",
@@ -110,10 +102,6 @@ def card(report: Report, rows: list[Row], model: str, folder: Path, licence: Lic
         licence.sentence,
     ]
     return "\n".join(lines) + "\n"
-
-
-def _is_int8(row: Row) -> bool:
-    return row.name.startswith("int8-")
 
 
 def _table(rows: list[Row]) -> str:

@@ -3,31 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tokenizers import Tokenizer
 
-from cuantiza.core.run.exact_int8 import EXACT
-from cuantiza.eval.report.schema import Row
-
 TOKENS = 32  # as many as the report's continuation has
-(_KEY, _VALUE), *_ = EXACT.items()
 
-_PYTHON = """import onnxruntime as ort
-from optimum.onnxruntime import ORTModelForCausalLM
+_PYTHON = """from optimum.onnxruntime import ORTModelForCausalLM
 from transformers import AutoTokenizer
 
-options = ort.SessionOptions()
-{option}
 tokenizer = AutoTokenizer.from_pretrained("{id}")
-model = ORTModelForCausalLM.from_pretrained("{id}", file_name="{file}", session_options=options)
+model = ORTModelForCausalLM.from_pretrained("{id}", file_name="{file}")
 inputs = tokenizer({opened}, add_special_tokens=False, return_tensors="pt")
 tokens = model.generate(**inputs, max_new_tokens={tokens}, do_sample=False)
 print(tokenizer.decode(tokens[0], skip_special_tokens=True))"""
 _JAVASCRIPT = """import {{ pipeline }} from "@huggingface/transformers";
 
-const options = {{ dtype: "{dtype}"{option} }};
+const options = {{ dtype: "{dtype}" }};
 const generator = await pipeline("text-generation", "{id}", options);
 const text = {opened};
 const [made] = await generator(text, {{ max_new_tokens: {tokens}, do_sample: false, add_special_tokens: false }});
@@ -36,9 +28,7 @@ _PLAIN = """import numpy as np, onnxruntime as ort
 from tokenizers import Tokenizer
 
 tokenizer = Tokenizer.from_file("tokenizer.json")
-options = ort.SessionOptions()
-{option}
-session = ort.InferenceSession("onnx/{file}", options, providers=["CPUExecutionProvider"])
+session = ort.InferenceSession("onnx/{file}", providers=["CPUExecutionProvider"])
 inputs = {{item.name: item.shape for item in session.get_inputs()}}
 names = [name for name in inputs if name.startswith("past_key_values.")]
 past = [np.zeros((1, inputs[name][1], 0, inputs[name][3]), np.float32) for name in names]
@@ -74,28 +64,17 @@ def opening(tokenizer: Tokenizer, start: int, prompt: str) -> Opening:
     return Opening(start, text, tokenizer.encode(text + prompt, add_special_tokens=False).ids == ids)
 
 
-def exact_set(rows: Sequence[Row]) -> bool:
-    """Whether the session option that makes int8 sums exact was set while `rows` were measured."""
-    return any(row.session_options.get(_KEY) == _VALUE for row in rows)
+def examples(hub_id: str, prompt: str, begin: Opening, file: str, dtype: str) -> tuple[str, str, str]:
+    """The code for optimum, transformers.js and ONNX Runtime alone, with the graph `file` of type `dtype`.
 
-
-def examples(hub_id: str, prompt: str, begin: Opening, row: Row, file: str, dtype: str) -> tuple[str, str, str]:
-    """The code for optimum, transformers.js and ONNX Runtime alone. `row` is that of the graph `file`, of type `dtype`.
-
-    Each prints the continuation that the report has for `row`.
+    Each prints the continuation that the report has for that graph.
     """
-    set_here = exact_set([row])
-    call = f'options.add_session_config_entry("{_KEY}", "{_VALUE}")'
-    comment = "  # x86-64 without VNNI: exact int8 sums"
-    python = (call if set_here else f"# {call}") + comment
-    extra = f', session_options: {{ extra: {{ session: {{ {_KEY.removeprefix("session.")}: "{_VALUE}" }} }} }}'
     opened = _quoted(begin.text + prompt if begin.parsed else prompt)
     fill = {"id": hub_id, "file": file, "tokens": TOKENS, "opened": opened}
     return (
-        _PYTHON.format(option=python, **fill),
-        _JAVASCRIPT.format(dtype=dtype, option=extra if set_here else "", **fill),
+        _PYTHON.format(**fill),
+        _JAVASCRIPT.format(dtype=dtype, **fill),
         _PLAIN.format(
-            option=python,
             file=file,
             tokens=TOKENS,
             prompt=_quoted(prompt),

@@ -12,6 +12,7 @@ import onnx_ir as ir
 from cuantiza.core.errors import UserError
 from cuantiza.core.inputs.model_config import read_config
 from cuantiza.core.onnx import file as onnx_file
+from cuantiza.core.run.exact_int8 import SESSION_OPTIONS
 from cuantiza.core.store import artifact
 from cuantiza.core.store.artifact import Artifact
 
@@ -46,6 +47,10 @@ def open_all(folder: Path, recipes: list[str]) -> list[Artifact]:
     for other in opened[1:]:
         if other.manifest.parent != first.digest:
             raise UserError(f"{other.path}: was not made from {first.path}; run `make export quantize` again")
+        if not SESSION_OPTIONS.keys().isdisjoint(other.manifest.details):
+            raise UserError(
+                f"{other.path}: its int8 sums are clipped on some processors; an older version made it, so run `make quantize` again"
+            )
     return opened
 
 

@@ -249,14 +249,16 @@ def _round(
     `gram` [K, K] is that of the inputs; for the channels that are values of attention, `of_values` has another.
     """
     part = weight if keep.all() else weight[keep]
+    inputs = np.flatnonzero(keep)
     if plan.rounding != "gptq":
-        rounded = round_to_nearest(part, plan.grid)
+        rounded = round_to_nearest(part, plan.grid, inputs=inputs)
     else:
         kept = np.ix_(keep, keep)
-        rounded = gptq(part, gram[kept], plan.grid)
+        rounded = gptq(part, gram[kept], plan.grid, inputs)
         if of_values is not None:
             channels = of_values.channels
-            rounded = rounded.with_channels(channels, gptq(part[:, channels], of_values.averaged.gram[kept], plan.grid))
+            values = gptq(part[:, channels], of_values.averaged.gram[kept], plan.grid, inputs)
+            rounded = rounded.with_channels(channels, values)
     if keep.all():
         return rounded
     q = np.zeros(weight.shape, rounded.q.dtype)

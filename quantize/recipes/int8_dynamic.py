@@ -50,7 +50,8 @@ class DynamicInt8:
         from cuantiza.quantize.decide.decision import Plan
         from cuantiza.quantize.weights.rounding import Grid
 
-        return Plan(Grid(8), self.rounding, self.smoothing, "row", max_error=self.max_error, table=Grid(8))
+        grid = Grid(8, pairs=True)
+        return Plan(grid, self.rounding, self.smoothing, "row", max_error=self.max_error, table=grid)
 
     def rewrite(self) -> Rewrite:
         """Return the pass that writes the decisions into a graph."""
@@ -63,7 +64,6 @@ class DynamicInt8:
 
         Returns `details` for the manifest. The stage calls this in a process of its own.
         """
-        from cuantiza.core.run.exact_int8 import SESSION_OPTIONS
         from cuantiza.quantize.layers import write_quantized
 
-        return write_quantized(self, parent, work, split) | SESSION_OPTIONS
+        return write_quantized(self, parent, work, split)

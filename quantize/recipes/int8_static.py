@@ -57,7 +57,8 @@ class StaticInt8:
         from cuantiza.quantize.decide.decision import Plan
         from cuantiza.quantize.weights.rounding import Grid
 
-        return Plan(Grid(8), self.rounding, self.smoothing, self.ranges, self.float_channels, self.max_error, Grid(8))
+        grid = Grid(8, pairs=True)
+        return Plan(grid, self.rounding, self.smoothing, self.ranges, self.float_channels, self.max_error, grid)
 
     def rewrite(self) -> Rewrite:
         """Return the pass that writes the decisions into a graph."""
@@ -70,7 +71,6 @@ class StaticInt8:
 
         Returns `details` for the manifest. The stage calls this in a process of its own.
         """
-        from cuantiza.core.run.exact_int8 import SESSION_OPTIONS
         from cuantiza.quantize.layers import write_quantized
 
-        return write_quantized(self, parent, work, split) | SESSION_OPTIONS
+        return write_quantized(self, parent, work, split)

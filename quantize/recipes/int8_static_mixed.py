@@ -61,7 +61,6 @@ class MixedStaticInt8:
 
         Returns `details` for the manifest. The stage calls this in a process of its own.
         """
-        from cuantiza.core.run.exact_int8 import SESSION_OPTIONS
         from cuantiza.core.store import artifact, folders
         from cuantiza.quantize.inspect.sensitivity import EVERY, Gauge, within_budget
         from cuantiza.quantize.layers import write_quantized
@@ -80,4 +79,4 @@ class MixedStaticInt8:
             }
             return {name: found for name, found in decisions.items() if name not in kept}, {"mixed": details}
 
-        return write_quantized(self, parent, work, split, leave_in_float) | SESSION_OPTIONS
+        return write_quantized(self, parent, work, split, leave_in_float)

@@ -12,10 +12,12 @@ import numpy as np
 
 from cuantiza.quantize.weights.rounding import (
     COLUMNS,
+    PAIR_LIMIT,
     Grid,
     IntWeight,
     choose_scale,
     in_steps,
+    partners,
     round_to_nearest,
     scale_step,
 )
@@ -35,27 +37,43 @@ _PASSES = 3
 _PART = 384
 
 
-def gptq(weight: np.ndarray, gram: np.ndarray, grid: Grid) -> IntWeight:
+def gptq(weight: np.ndarray, gram: np.ndarray, grid: Grid, inputs: np.ndarray | None = None) -> IntWeight:
     """Round `weight` [K, N] so that ‖x·(Ŵ − W)‖² is small for the inputs x of which `gram` [K, K] = Σ xᵀx is the sum.
 
     This is algorithm 1 of GPTQ, arXiv 2210.17323, which is greedy. The weights of one input after another are rounded,
     and their error is distributed over the weights that are not yet rounded, by the Cholesky factor of the inverse
     Hessian. With per-channel scales, the inputs with the largest energy come first ("act-order" in the authors' code);
     with blocks, the inputs keep their order. Where the squares of huge inputs are beyond float32, `gram` says nothing, and
-    the weights are rounded to nearest.
+    the weights are rounded to nearest. `inputs` is that of `round_to_nearest`.
     """
     if not np.isfinite(gram).all():
-        return round_to_nearest(weight, grid)
-    by_energy = np.argsort(-gram.diagonal().astype(np.float64), kind="stable")
-    order = by_energy if grid.block is None else np.arange(len(weight))
-    factor = _damped_factor(_hessian(gram)[np.ix_(order, order)], DAMPING * _mean_energy(gram))
+        return round_to_nearest(weight, grid, inputs=inputs)
+    damping = DAMPING * _mean_energy(gram)
+    parts = _parts(weight.shape[1], COLUMNS)
+    if grid.block is None:
+        order = np.argsort(-gram.diagonal().astype(np.float64), kind="stable")
+        factor = _damped_factor(_hessian(gram)[np.ix_(order, order)], damping)
+        nearest = round_to_nearest(weight, grid, inputs=inputs)
+        partner = _partners(order, np.arange(len(weight)) if inputs is None else inputs) if grid.pairs else None
+        fixed = [
+            _gptq_fixed(weight[order, part].astype(np.float32), factor, nearest.of_channels(part), order, partner)
+            for part in parts
+        ]
+        return replace(nearest, q=np.concatenate(fixed, axis=1))
+    factor = _damped_factor(_hessian(gram), damping)
     step = scale_step(weight, grid)
-    parts = [
-        _gptq_columns(weight[order, part].astype(np.float32), factor, grid, None if step is None else step[part])
-        for part in _parts(weight.shape[1], COLUMNS)
+    found = [
+        _gptq_columns(weight[:, part].astype(np.float32), factor, grid, None if step is None else step[part])
+        for part in parts
     ]
-    q, scale, zero = (np.concatenate(arrays, axis=1) for arrays in zip(*parts, strict=True))
-    return IntWeight(q[np.argsort(order)], scale.astype(np.float32), zero.astype(q.dtype), grid, step)
+    q, scale, zero = (np.concatenate(arrays, axis=1) for arrays in zip(*found, strict=True))
+    return IntWeight(q, scale.astype(np.float32), zero.astype(q.dtype), grid, step)
+
+
+def _partners(order: np.ndarray, inputs: np.ndarray) -> np.ndarray:
+    """`partners` of `inputs` [K] for weights that stand in `order` [K]."""
+    partner = partners(inputs)[order]
+    return np.where(partner < 0, -1, np.argsort(order)[partner])
 
 
 def descend(
@@ -188,10 +206,14 @@ def _gptq_columns(
     return q, np.stack(scales), np.stack(zeros)
 
 
-def _gptq_fixed(rest: np.ndarray, factor: np.ndarray, fixed: IntWeight, order: np.ndarray) -> np.ndarray:
+def _gptq_fixed(
+    rest: np.ndarray, factor: np.ndarray, fixed: IntWeight, order: np.ndarray, partner: np.ndarray | None = None
+) -> np.ndarray:
     """Return q [K, N] of the weights `rest` [K, N], which stand in `order` [K], with the scales of `fixed`.
 
-    q is in the inputs' own order. `rest` is overwritten.
+    q is in the inputs' own order. `rest` is overwritten. `partner` [K], of a grid with `pairs`, says where the other weight of
+    a pair stands. Where both together are above PAIR_LIMIT, the first one that is rounded gives up half of that; GPTQ
+    makes up for it, as for any error.
     """
     low, high = fixed.grid.limits
     inputs = len(rest)
@@ -203,7 +225,14 @@ def _gptq_fixed(rest: np.ndarray, factor: np.ndarray, fixed: IntWeight, order: n
         for row in range(start, end):
             scale = fixed.scale[order[row] // block]
             zero = fixed.zero_point[order[row] // block].astype(np.float32)
-            q[order[row]] = rounded = (np.rint(rest[row] / scale) + zero).clip(low, high)
+            steps, lowest, highest = rest[row] / scale, low, high
+            if partner is not None and partner[row] > row:
+                both = steps + rest[partner[row]] / scale
+                steps = steps - (both - both.clip(-PAIR_LIMIT, PAIR_LIMIT)) / 2
+            elif partner is not None and partner[row] >= 0:
+                taken = q[order[partner[row]]].astype(np.float32)
+                lowest, highest = np.maximum(low, -PAIR_LIMIT - taken), np.minimum(high, PAIR_LIMIT - taken)
+            q[order[row]] = rounded = (np.rint(steps) + zero).clip(lowest, highest)
             errors[row - start] = (rest[row] - (rounded - zero) * scale) / factor[row, row]
             rest[row + 1 : end] -= factor[row, row + 1 : end, None] * errors[row - start]
         rest[end:] -= factor[start:end, end:].T @ errors

@@ -12,9 +12,13 @@ import numpy as np
 # Shares of the full range that are tried as a clipped range. The one with the least Σ |error|^NORM is chosen. NORM is
 # above 2, because the few large weights matter more than their part of the squared error (GPTQ's own choice).
 CLIPS = np.linspace(1.0, 0.6, 9, dtype=np.float32)
+# The same for a grid with `pairs`, whose integers have to be smaller where large weights are neighbours.
+PAIR_CLIPS = np.concatenate([np.linspace(2.0, 1.1, 10, dtype=np.float32), CLIPS])
 NORM = 2.4
 # How many steps the largest scale of a channel has, where a byte stores each scale.
 STEPS = 255
+# The largest sum of two neighbouring integers of a channel, so that u8·s8 + u8·s8 fits into 16 bits: 255 · 128 = 32,640.
+PAIR_LIMIT = 128
 # Channels are independent, so this many are rounded at a time. Temporary arrays for a whole vocabulary would be large.
 COLUMNS = 8192
 
@@ -27,12 +31,17 @@ class Grid:
     are signed and have zero point 0: −127..127 for 8 bits, −2^(b−1)..2^(b−1)−1 for b < 8. Others are unsigned: 0..2^b−1.
     With `scale_bits` 8, the scales of a channel are 1 to 255 times a step of the channel, so that a byte stores each
     (double quantization, QLoRA, arXiv 2305.14314); with 32 they are float32.
+
+    With `pairs`, the integers of the inputs 2i and 2i + 1 of a channel add up to PAIR_LIMIT at most, above and below 0. The
+    instruction vpmaddubsw of x86-64 adds the products with two such inputs in 16 bits, and clips what does not fit
+    (cuantiza/core/run/exact_int8.py). It never has to clip these, whatever the activations are.
     """
 
     bits: int
     block: int | None = None
     symmetric: bool = True
     scale_bits: int = 32
+    pairs: bool = False
 
     @property
     def limits(self) -> tuple[int, int]:
@@ -61,6 +70,11 @@ class IntWeight:
         spread = [np.repeat(array, block, axis=0)[: len(self.q)] for array in (self.scale, self.zero_point)]
         return (self.q.astype(np.float32) - spread[1]) * spread[0]
 
+    def of_channels(self, channels: slice) -> IntWeight:
+        """Return the part of this weight that computes `channels`."""
+        step = None if self.step is None else self.step[channels]
+        return IntWeight(self.q[:, channels], self.scale[:, channels], self.zero_point[:, channels], self.grid, step)
+
     def with_channels(self, channels: slice, other: IntWeight) -> IntWeight:
         """Return this weight with `other` [K, n] in place of its `channels`."""
         q, scale, zero_point = (array.copy() for array in (self.q, self.scale, self.zero_point))
@@ -71,24 +85,59 @@ class IntWeight:
         return IntWeight(q, scale, zero_point, self.grid, step)
 
 
-def round_to_nearest(weight: np.ndarray, grid: Grid, clips: np.ndarray = CLIPS) -> IntWeight:
-    """Round each weight of float32 [K, N] to the nearest integer, with the best of the scales that `clips` allow."""
-    low, high = grid.limits
-    inputs, channels = weight.shape
-    block = grid.block or inputs
+def round_to_nearest(
+    weight: np.ndarray, grid: Grid, clips: np.ndarray | None = None, inputs: np.ndarray | None = None
+) -> IntWeight:
+    """Round each weight of float32 [K, N] to the nearest integer, with the best of the scales that `clips` allow.
+
+    `inputs` int64 [K] says which inputs of the matmul the weights belong to, where they are not all of them; only a grid
+    with `pairs` needs it.
+    """
+    count, channels = weight.shape
+    block = grid.block or count
     q = np.empty(weight.shape, np.int8 if grid.symmetric else np.uint8)
-    scales = np.empty((-(-inputs // block), channels), np.float32)
+    scales = np.empty((-(-count // block), channels), np.float32)
     zeros = np.empty(scales.shape, q.dtype)
     step = scale_step(weight, grid)
+    inputs = np.arange(count) if inputs is None else inputs
     for first in range(0, channels, COLUMNS):
         columns = slice(first, first + COLUMNS)
         steps = None if step is None else step[columns]
-        for group, start in enumerate(range(0, inputs, block)):
-            rows = weight[start : start + block, columns]
-            scale, zero = choose_scale(rows, grid, clips, steps)
-            q[start : start + block, columns] = (np.rint(rows / scale) + zero).clip(low, high)
+        for group, start in enumerate(range(0, count, block)):
+            rows, places = weight[start : start + block, columns], inputs[start : start + block]
+            scale, zero = choose_scale(rows, grid, clips, steps, places)
+            q[start : start + block, columns] = _to_integers(rows, scale, zero, grid, places)
             scales[group, columns], zeros[group, columns] = scale, zero
     return IntWeight(q, scales, zeros, grid, step)
+
+
+def _to_integers(
+    rows: np.ndarray, scale: np.ndarray, zero: np.ndarray, grid: Grid, inputs: np.ndarray | None
+) -> np.ndarray:
+    """Return rows [B, N] / scale [N] + zero [N], rounded to integers of `grid`, as floats."""
+    low, high = grid.limits
+    q: np.ndarray = (np.rint(rows / scale) + zero).clip(low, high)
+    if grid.pairs:
+        _limit_pairs(q, np.arange(len(q)) if inputs is None else inputs)
+    return q
+
+
+def partners(inputs: np.ndarray) -> np.ndarray:
+    """For each of `inputs` int64 [K], where the other one of its pair (2i, 2i + 1) stands in `inputs`; -1 if nowhere."""
+    place = np.full(inputs.max() + 2, -1)
+    place[inputs] = np.arange(len(inputs))
+    return place[inputs ^ 1]
+
+
+def _limit_pairs(q: np.ndarray, inputs: np.ndarray) -> None:
+    """Take from both integers of a pair half of what is above PAIR_LIMIT, in `q` [K, N] itself."""
+    partner = partners(inputs)
+    first = np.flatnonzero((inputs % 2 == 0) & (partner >= 0))
+    second = partner[first]
+    both = q[first] + q[second]
+    excess = both - both.clip(-PAIR_LIMIT, PAIR_LIMIT)
+    q[first] -= excess // 2
+    q[second] -= excess - excess // 2
 
 
 def scale_step(weight: np.ndarray, grid: Grid) -> np.ndarray | None:
@@ -114,14 +163,20 @@ def _full_scales(weight: np.ndarray, grid: Grid) -> np.ndarray:
 
 
 def choose_scale(
-    rows: np.ndarray, grid: Grid, clips: np.ndarray = CLIPS, step: np.ndarray | None = None
+    rows: np.ndarray,
+    grid: Grid,
+    clips: np.ndarray | None = None,
+    step: np.ndarray | None = None,
+    inputs: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return (scale, zero point), float32 [N] each, for `rows` [B, N], the weights of one block of inputs.
 
     They cover the range of each channel, or a share of it where clipping lowers Σ |error|^2.4, in whole multiples of
-    `step` [N] if there is one. A channel of zeros gets scale 1 and stays exactly zero.
+    `step` [N] if there is one. A channel of zeros gets scale 1 and stays exactly zero. `inputs` is that of
+    `round_to_nearest`.
     """
     low, high = grid.limits
+    clips = clips if clips is not None else PAIR_CLIPS if grid.pairs else CLIPS
     bottom, top = np.minimum(rows.min(axis=0), 0), np.maximum(rows.max(axis=0), 0)
     best = np.full(rows.shape[1], np.inf)
     chosen = np.ones(rows.shape[1], np.float32), np.zeros(rows.shape[1], np.float32)
@@ -129,7 +184,7 @@ def choose_scale(
         full = np.maximum(top / high, bottom / low) if grid.symmetric else (top - bottom) / (high - low)
         scale = in_steps(np.where(full > 0, full * clip, 1).astype(np.float32), step)
         zero = np.zeros_like(scale) if grid.symmetric else np.rint(-bottom * clip / scale).clip(low, high)
-        error = (np.rint(rows / scale) + zero).clip(low, high)
+        error = _to_integers(rows, scale, zero, grid, inputs)
         error -= zero
         error *= scale
         error -= rows

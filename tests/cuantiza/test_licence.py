@@ -7,12 +7,10 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer
 
-from cuantiza.bundle.card import card
 from cuantiza.bundle.examples import examples, opening
 from cuantiza.bundle.licence import licence_of
-from cuantiza.eval.report.schema import Report
 
-from helpers import ES_MINI, report_fields, report_row
+from helpers import ES_MINI
 
 ID = "owner/name"
 MIT = "---\nlicense: mit\n---\n# a model\n"
@@ -111,23 +109,9 @@ def test_the_examples_begin_with_the_start_token() -> None:
     tokenizer = Tokenizer.from_file(str(ES_MINI / "tokenizer.json"))
     begin = opening(tokenizer, 0, "Hola")
     assert begin.parsed and begin.text == "<|endoftext|>"
-    row = Report.model_validate(report_fields([report_row("int8-dynamic")])).baseline
-    optimum, javascript, plain = examples(ID, 'dijo "no"', begin, row, "model_quantized.onnx", "q8")
+    optimum, javascript, plain = examples(ID, 'dijo "no"', begin, "model_quantized.onnx", "q8")
     assert '"<|endoftext|>dijo \\"no\\""' in optimum and '"<|endoftext|>dijo \\"no\\""' in javascript
     assert "new = [0, *" in plain
     # The id of an ordinary word, which that word before a prompt does not give.
     other = opening(tokenizer, tokenizer.token_to_id("a"), "mor")
-    assert not other.parsed and '("Hola"' in examples(ID, "Hola", other, row, "model.onnx", "fp32")[0]
-
-
-@pytest.mark.parametrize("measured", [{}, {"session.x64quantprecision": "1"}])
-def test_the_session_option_is_set_as_it_was_measured(measured: dict[str, str]) -> None:
-    rows = [report_row("fp32", session_options=measured), report_row("int8-dynamic", session_options=measured)]
-    report = Report.model_validate(report_fields(rows))
-    text = card(report, list(report.artifacts), "es-mini", ES_MINI, licence_of(ES_MINI, None), None)
-    call = 'options.add_session_config_entry("session.x64quantprecision", "1")'
-    lines = text.splitlines()
-    live = sum(line.startswith(call) for line in lines)
-    assert live == (2 if measured else 0) and sum(line.startswith(f"# {call}") for line in lines) == 2 - live
-    assert ("x64quantprecision:" in text) == bool(measured)
-    assert f"Δ above was measured with{'' if measured else 'out'} it" in text
+    assert not other.parsed and '("Hola"' in examples(ID, "Hola", other, "model.onnx", "fp32")[0]

@@ -12,7 +12,7 @@ import pytest
 from cuantiza.core.contract import window_feeds
 from cuantiza.core.inputs.corpus import Source, Split, load_splits
 from cuantiza.core.onnx import file as onnx_file
-from cuantiza.core.run.exact_int8 import EXACT, exact_products
+from cuantiza.core.run.exact_int8 import EXACT, exact_options, exact_products
 from cuantiza.core.run.runtime import Runtime, open_session
 from cuantiza.core.store.artifact import open_artifact
 from cuantiza.quantize.decide.activation import ROW_ZERO_POINTS, PerRow, PerTensor
@@ -110,7 +110,28 @@ def test_onnx_runtime_computes_every_static_linear_layer_in_integers(artifacts, 
     assert operators.count("DequantizeLinear") == [account["bits"] for account in accounts].count(16) > 0
 
 
-@pytest.mark.parametrize("name", [*OURS, "ort-dynamic", "ort-static"])
+@pytest.mark.parametrize("name", OURS)
+def test_no_sum_of_two_products_leaves_16_bits(artifacts, name):
+    """So the artifact asks for no option, and vpmaddubsw, which adds two products in 16 bits, never clips."""
+    found = open_artifact(artifacts / name)
+    graph = onnx_file.load(found.model).graph
+    for layer in found.manifest.details["projections"]:
+        tied = layer == "lm_head"
+        q = graph.initializers["wte.weight_int8" if tied else f"{layer}.weight_int8"].const_value.numpy().astype(int)
+        pairs = (q.T if tied else q).reshape(-1, 2, q.shape[0 if tied else 1])
+        above, below = pairs.clip(min=0).sum(axis=1), pairs.clip(max=0).sum(axis=1)  # inputs of 255 where it counts
+        assert (255 * above < 2**15).all() and (255 * below >= -(2**15)).all(), layer
+    assert "session_options" not in found.manifest.details and exact_options(found.model) == {}
+
+
+def test_files_of_other_tools_get_the_option_where_sums_are_clipped(artifacts, tmp_path):
+    assert exact_options(artifacts / "ort-dynamic/model.onnx") == exact_products()
+    assert exact_options(tmp_path / "model.onnx") == exact_products()
+    (tmp_path / "manifest.json").write_text('{"schema": 1, "details": 2}')
+    assert exact_options(tmp_path / "model.onnx") == exact_products()
+
+
+@pytest.mark.parametrize("name", ["ort-dynamic", "ort-static"])
 def test_the_option_for_processors_without_vnni_loads_and_changes_no_exact_matmul(artifacts, name):
     found = open_artifact(artifacts / name)
     (options,) = found.manifest.details["session_options"].values()

@@ -1,25 +1,45 @@
 """Whether ONNX Runtime's u8·s8 matmuls are exact on this processor, and the session option that makes them exact.
 
 x86-64 without VNNI multiplies with the instruction vpmaddubsw, which clips the sum of two neighbouring products to 16
-bits. The option converts the weights to u8, for kernels that widen to more bits first. With VNNI these are up to twice
-as slow, so the option is set only where a test matmul comes out wrong. Its name and rule are in ONNX Runtime's
-onnxruntime_session_options_config_keys.h, kOrtSessionOptionsAvx2PrecisionMode.
+bits. Our own int8 recipes choose weights that never reach this limit (`pairs` in quantize/weights/rounding.py). Weights of
+other tools do. For them, the option converts the weights to u8, for kernels that widen to more bits first. With VNNI these
+are up to twice as slow, so the option is set only where a test matmul comes out wrong. Its name and rule are in ONNX
+Runtime's onnxruntime_session_options_config_keys.h, kOrtSessionOptionsAvx2PrecisionMode.
 """
 
 from __future__ import annotations
 
 import functools
+import json
 import platform
+from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
 
+from cuantiza.core.store.artifact import MANIFEST, SCHEMA
+
 EXACT = {"session.x64quantprecision": "1"}
-# A manifest's note for programs that open an artifact with integer matmuls; cuantiza/core/run/runtime.py needs none.
-SESSION_OPTIONS = {"session_options": {"x86-64 without VNNI": EXACT}}
+# A manifest's note for programs that open an artifact whose integer matmuls may be clipped; `exact_options` reads it.
+_NOTE = "session_options"
+SESSION_OPTIONS = {_NOTE: {"x86-64 without VNNI": EXACT}}
 # Sizes that reach the main loop of every kernel.
 _INPUTS, _CHANNELS = 32, 16
 _UINT8, _INT8, _INT32 = 2, 3, 6  # TensorProto.DataType
+
+
+def exact_options(model: Path) -> dict[str, str]:
+    """The session options, by name, that make the integer matmuls of the ONNX file `model` exact on this processor.
+
+    There are none for a file whose manifest asks for none. A file without a manifest may be of any tool.
+    """
+    try:
+        manifest = json.loads((model.parent / MANIFEST).read_bytes())
+        if manifest["schema"] == SCHEMA and _NOTE not in manifest["details"]:
+            return {}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        pass  # no artifact's folder; whoever needs a whole artifact opens it by cuantiza/core/store/artifact.py
+    return exact_products()
 
 
 @functools.cache

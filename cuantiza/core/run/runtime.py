@@ -13,7 +13,7 @@ import onnxruntime as ort
 from cuantiza.core import contract
 from cuantiza.core.errors import UserError
 from cuantiza.core.machine.hardware import default_threads
-from cuantiza.core.run.exact_int8 import exact_products
+from cuantiza.core.run.exact_int8 import exact_options
 from cuantiza.core.run.large_pages import use_large_pages
 from cuantiza.core.run.packed import is_packed, open_packed
 
@@ -273,7 +273,7 @@ def open_session(
     entries = {
         "session.force_spinning_stop": "0" if spin else "1",
         "session.disable_prepacking": "0" if prepack else "1",
-        **exact_products(),
+        **exact_options(model),
     }
 
     def options() -> ort.SessionOptions:

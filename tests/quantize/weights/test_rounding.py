@@ -18,7 +18,15 @@ from cuantiza.quantize.rewrite.find import find_projections
 from cuantiza.quantize.settings import Calibration
 from cuantiza.quantize.weights import rounding
 from cuantiza.quantize.weights.gptq import DAMPING, gptq
-from cuantiza.quantize.weights.rounding import NORM, Grid, choose_scale, round_to_nearest, rounding_noise
+from cuantiza.quantize.weights.rounding import (
+    NORM,
+    PAIR_LIMIT,
+    Grid,
+    choose_scale,
+    partners,
+    round_to_nearest,
+    rounding_noise,
+)
 
 from helpers import CORPUS
 
@@ -270,3 +278,41 @@ def test_gptq_on_a_real_layer(real_layers, name, grid):
     by_gptq, nearest = gptq(weight, seen, grid), round_to_nearest(weight, grid)
     ratios = [matmul_loss(by_gptq, weight, gram) / matmul_loss(nearest, weight, gram) for gram in (seen, unseen)]
     assert max(ratios) < 0.25, ratios  # measured: 0.07 to 0.14
+
+
+# --- pairs ---
+
+
+@pytest.mark.parametrize("method", ["nearest", "gptq"])
+@pytest.mark.parametrize("kept", ["all", "some"])
+def test_pairs_stay_within_their_limit_and_lose_less_than_7_bits(method, kept):
+    """Of weights whose large ones are neighbours; a pair is that of the matmul's inputs, also where some are left out."""
+    generator = np.random.default_rng(0)
+    inputs = np.arange(INPUTS) if kept == "all" else np.delete(np.arange(INPUTS), [3, 10, 11, 120])
+    weight = generator.standard_normal((INPUTS, CHANNELS)).astype(np.float32)[inputs]
+    gram = correlated()[np.ix_(inputs, inputs)]
+
+    def rounded(grid):
+        return (
+            round_to_nearest(weight, grid, inputs=inputs) if method == "nearest" else gptq(weight, gram, grid, inputs)
+        )
+
+    found = rounded(Grid(8, pairs=True))
+    whole = np.zeros((INPUTS, CHANNELS), int)
+    whole[inputs] = found.q
+    largest = np.abs(whole.reshape(-1, 2, CHANNELS).sum(axis=1)).max()
+    assert largest == PAIR_LIMIT and np.abs(found.q.astype(int)).max() <= 127
+    free, coarse = (matmul_loss(rounded(grid), weight, gram) for grid in (Grid(8), Grid(7)))
+    assert np.abs(rounded(Grid(8)).q.astype(int).reshape(-1, 2, CHANNELS).sum(axis=1)).max() > PAIR_LIMIT
+    assert free < matmul_loss(found, weight, gram) < 0.6 * coarse
+
+
+def test_weights_without_large_neighbours_are_rounded_as_without_the_limit():
+    weight = random_weight()
+    weight[1::2] = 0
+    assert same(*(round_to_nearest(weight, Grid(8, pairs=pairs), FULL) for pairs in (True, False)))
+
+
+def test_partners():
+    assert list(partners(np.arange(4))) == [1, 0, 3, 2]
+    assert list(partners(np.array([0, 2, 3, 7]))) == [-1, 2, 1, -1]

@@ -54,9 +54,9 @@ def shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
 
 
 def left_over(config: LlamaConfig, weights: Mapping[str, Weight]) -> list[str]:
-    """The names in `weights` that the graph does not read; old checkpoints store the frequencies of rotary embeddings."""
+    """The names in `weights` that the graph does not read."""
     known = {HEAD, *shapes(config)}
-    return [name for name in _apart(config, weights) if name not in known and not name.endswith(".rotary_emb.inv_freq")]
+    return [name for name in _apart(config, weights) if name not in known]
 
 
 def arranged(config: LlamaConfig, weights: Mapping[str, Weight]) -> dict[str, Weight]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,11 @@ from cuantiza.core.inputs.weights.files import Weight, read_tensors
 from cuantiza.core.inputs.weights.heads import check_task, left_out
 from cuantiza.core.inputs.weights.layout import EMBEDDING, HEAD, arrange, some
 from cuantiza.core.inputs.weights.quantized import check_floats, check_not_quantized
+
+# What old checkpoints store and no model learns: causal masks, what they are filled with, and rotary embeddings.
+_BUFFER = re.compile(
+    r"(?:.*\.)?(?:(?:attn|attention)\.(?:bias|masked_bias|embed_positions)|rotary_emb\.inv_freq|version)"
+)
 
 
 @dataclass(frozen=True)
@@ -73,18 +79,20 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     return Checkpoint(fields, weights, dtypes, tuple(warnings), repaired)
 
 
-def read_by_names(folder: Path, fields: Mapping[str, Any], embedding: str) -> Checkpoint:
+def read_by_names(folder: Path, fields: Mapping[str, Any], embedding: str, backbone: str = "model.") -> Checkpoint:
     """Read the checkpoint of a model that transformers reads as it is, under names without the prefix of its backbone.
 
-    The prefix ("model.", or none) is what stands before `embedding`, the name of the embedding matrix. No tensor is read
-    before its `read()` is called. Raises UserError as `read_for_transformers` does, and where the embedding is missing,
-    where another prefix stands before it, or where weights have 8 bits.
+    The prefix (`backbone`, or none) is what stands before `embedding`, the name of the embedding matrix. Masks and
+    frequencies, which old checkpoints store beside the weights, are left out. No tensor is read before its `read()` is
+    called. Raises UserError as `read_for_transformers` does, and where the embedding is missing, where another prefix
+    stands before it, or where weights have 8 bits.
     """
     tensors = read_for_transformers(folder, fields)
-    prefix = next((name.removesuffix(embedding) for name in tensors if name in (embedding, f"model.{embedding}")), None)
+    tensors = {name: weight for name, weight in tensors.items() if not _BUFFER.fullmatch(name)}
+    prefix = next((found for found in (backbone, "") if f"{found}{embedding}" in tensors), None)
     if prefix is None:
         raise UserError(
-            f"{folder}: has no weight model.{embedding}; its tensors are named {some(tensors)}; "
+            f"{folder}: has no weight {backbone}{embedding}; its tensors are named {some(tensors)}; "
             "save the model with transformers' save_pretrained"
         )
     weights = {name.removeprefix(prefix): weight for name, weight in tensors.items()}

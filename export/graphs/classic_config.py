@@ -164,6 +164,7 @@ def _phi(config: Any) -> dict[str, Any]:
     if config.qk_layernorm:
         raise ValueError("qk_layernorm is true; Phi is exported only where queries and keys have no norm")
     return _named(config, "hidden_act", "layer_norm_eps") | {
+        **_grouped(config),
         "inner": config.intermediate_size,
         "qkv_bias": True,
         "output_bias": True,
@@ -174,6 +175,7 @@ def _phi(config: Any) -> dict[str, Any]:
 
 def _starcoder2(config: Any) -> dict[str, Any]:
     return _named(config, "hidden_act", "norm_epsilon") | {
+        **_grouped(config),
         "inner": config.intermediate_size,
         "qkv_bias": config.use_bias,
         "output_bias": config.use_bias,
@@ -186,6 +188,11 @@ def _starcoder2(config: Any) -> dict[str, Any]:
 def _named(config: Any, activation: str, epsilon: str | None = None) -> dict[str, Any]:
     found: dict[str, Any] = {"activation": activation_of(config, activation)}
     return found | ({"epsilon": epsilon_of(config, epsilon)} if epsilon else {})
+
+
+def _grouped(config: Any) -> dict[str, Any]:
+    width = _head_dim(config)
+    return {"kv_heads": config.num_key_value_heads, "head_dim": width, "attention_scale": width**-0.5}
 
 
 def _rope(config: Any) -> Rope:
@@ -295,10 +302,7 @@ def _parse(fields: Mapping[str, Any]) -> ClassicConfig:
     if sum(item[1] for item in fields.get("attention_types") or []) > MOST_LAYERS:
         raise ValueError(f"attention_types names more than {MOST_LAYERS} layers")
     family, config = FAMILIES[fields["model_type"]], transformers_config(fields, _SIZES)
-    heads, head_dim = config.num_attention_heads, _head_dim(config)
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    if heads % kv_heads:
-        raise ValueError(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
+    heads = config.num_attention_heads
     if config.hidden_size % heads:
         raise ValueError(f"hidden_size {config.hidden_size} is not a multiple of num_attention_heads {heads}")
     shared: dict[str, Any] = {
@@ -307,16 +311,21 @@ def _parse(fields: Mapping[str, Any]) -> ClassicConfig:
         "vocabulary": config.vocab_size,
         "width": config.hidden_size,
         "heads": heads,
-        "kv_heads": kv_heads,
-        "head_dim": head_dim,
+        "kv_heads": heads,
+        "head_dim": config.hidden_size // heads,
         "tied": bool(config.tie_word_embeddings),
         "windows": (None,) * config.num_hidden_layers,
-        "attention_scale": head_dim**-0.5,
+        "attention_scale": (config.hidden_size // heads) ** -0.5,
         "embedding_width": config.hidden_size,
     }
     found = ClassicConfig(**shared | family.read(config))
-    if found.rope and not 0 < found.rope.channels <= head_dim:
-        raise ValueError(f"a rotary embedding turns {found.rope.channels} channels of heads of {head_dim}")
+    if heads % found.kv_heads:
+        raise ValueError(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {found.kv_heads}")
+    if found.rope and not 0 < found.rope.channels <= found.head_dim:
+        raise ValueError(
+            f"rotary_dim, rotary_pct or partial_rotary_factor says that {found.rope.channels} of the {found.head_dim} "
+            "channels of a head are turned"
+        )
     return found
 
 

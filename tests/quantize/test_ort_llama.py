@@ -305,7 +305,7 @@ print(json.dumps(rows))
 
 
 @pytest.mark.skipif(not GENAI.exists(), reason="no .venv-runtimes here; `make runtimes` creates it")
-@pytest.mark.parametrize("kind", ["llama", "qwen3", "mistral", "olmo2"])
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "mistral", "olmo2", "opt", "gpt_neo", "gpt_neox", "phi"])
 def test_onnxruntime_genai_gives_the_same_logits(kind, make, ids):
     folder = make(kind, "fp32-ort")[0]
     command = [GENAI, "-c", SCRIPT, str(folder), json.dumps(ids[0].tolist())]

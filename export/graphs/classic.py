@@ -29,8 +29,6 @@ from cuantiza.export.graphs import parts
 from cuantiza.export.graphs.classic_config import FAMILIES, HEAD, PROJECT_IN, PROJECT_OUT, ClassicConfig, blocks, shapes
 from cuantiza.export.graphs.rope import paired, turn, turning
 
-_OLD_HEAD = "embed_out."  # GPT-NeoX's name of the head before transformers 5
-
 
 def read(folder: Path, fields: Mapping[str, Any]) -> Checkpoint:
     """The checkpoint in `folder`, whose config.json has `fields`. Raises UserError as `read_by_names` does."""
@@ -177,9 +175,7 @@ def _apart(config: ClassicConfig, weights: Mapping[str, Weight]) -> dict[str, We
     family = config.family
     found: dict[str, Weight] = {}
     for name, weight in weights.items():
-        if name.startswith(_OLD_HEAD):
-            found[f"{HEAD}.{name.removeprefix(_OLD_HEAD)}"] = weight
-        elif family.fused and f".{family.fused}." in name:
+        if family.fused and f".{family.fused}." in name:
             for number, part in enumerate(family.attention):
                 found[name.replace(family.fused, part)] = _part(weight, number, config.heads)
         else:

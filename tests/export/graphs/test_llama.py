@@ -272,8 +272,7 @@ def test_inspect_says_what_it_is(make_llama: Callable[..., Path], capsys: pytest
     assert "smollm3: 4 layers of width 32, 4 heads of 6, which share 2 keys and values" in said
 
 
-def test_a_folder_with_an_adapter_is_refused(make_llama: Callable[..., Path], refused_here: Callable[..., str]) -> None:
+def test_half_an_adapter_is_refused(make_llama: Callable[..., Path], refused_here: Callable[..., str]) -> None:
     folder = make_llama()
     (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
-    edit_config(folder, model_type="llama")
-    refused_here(folder, "adapter")
+    refused_here(folder, "adapter_config.json: has no adapter_model.safetensors beside it")

@@ -23,7 +23,7 @@ from cuantiza.export.graphs import classic_config, llama, llama_weights
 from cuantiza.export.graphs.architectures import ARCHITECTURES
 from cuantiza.export.graphs.llama_config import FAMILIES, parse_llama
 
-from helpers import differences, edit_config, edit_weights, saved, tiny_llama
+from helpers import differences, edit_weights, saved, tiny_llama
 
 BIASES = {"attention_bias": True, "mlp_bias": True}
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}

@@ -18,13 +18,12 @@ from cuantiza.quantize.rewrite.find import find_projections
 from helpers import tiny_llama
 
 # The layers of olmo2 end in no norm: what is multiplied by the first linear layers is the residual stream itself. In an
-# MLP without a gate, an activation precedes the second linear layer.
+# MLP without a gate, an activation precedes the second linear layer, and only a ReLU lets a scale pass.
 UNREACHED = {
     "olmo2": {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"},
     "arcee": {"down_proj"},
     "gpt_neo": {"c_proj"},
     "gpt_neox": {"dense_4h_to_h"},
-    "opt": {"fc2"},
     "phi": {"fc2"},
 }
 LLAMAS = ["llama", "qwen2", "qwen3", "smollm3", "granite", "gemma3_text", "olmo2", "arcee"]
@@ -53,7 +52,7 @@ def test_heads_that_share_values_share_scales(tmp_path: Path) -> None:
     assert len(sources) == 4 and all(np.array_equal(source, wanted) for source in sources)
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma3_text", "gpt_neox", "phi"])
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma3_text", "gpt_neox", "opt", "phi"])
 def test_the_model_computes_the_same(kind: str, tmp_path: Path) -> None:
     model, random = build(kind, tmp_path), np.random.default_rng(0)
     ids = random.integers(0, 8192, (1, 20))

@@ -1,4 +1,4 @@
-"""Which of our graphs a model has: GPT-2's, that of Llama and its relatives, or that of models with a layer of GPT-2's kind."""
+"""Which of our graphs a model has: GPT-2's, that of models with layers of its kind, or that of Llama and its like."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """OPT, GPT-Neo, GPT-NeoX and others whose layers are GPT-2's in kind, as an ONNX graph of standard operators.
 
-The code reads from top to bottom like the model: LayerNorm, attention, LayerNorm, an MLP without a gate. The families of
-classic_config.py differ in names, in where norms and biases are, in how positions enter (an embedding, or a rotary one),
-and in whether attention and MLP stand one after the other or side by side. The inputs and outputs are those of
+The code reads from top to bottom like the model: LayerNorm, attention, LayerNorm, an MLP without a gate. The families
+of classic_config.py differ in names, in where norms and biases are, in how positions enter (an embedding, or a rotary
+one), and in whether attention and MLP stand one after the other or side by side. The inputs and outputs are those of
 cuantiza/core/contract.py; parts.py and rope.py have what other graphs share. The nodes of attention are those that
 llama.py describes.
 
@@ -133,7 +133,7 @@ def left_over(config: ClassicConfig, weights: Mapping[str, Weight]) -> list[str]
 
 
 def arranged(config: ClassicConfig, weights: Mapping[str, Weight]) -> dict[str, Weight]:
-    """`weights` as the graph reads them: queries, keys and values apart and paired, positions from 0, every norm whole."""
+    """`weights` as the graph reads them: queries, keys and values apart, positions from 0, every norm with both weights."""
     family, found = config.family, _apart(config, weights)
     if family.neighbours and config.rope:
         order = partial(paired, channels=config.rope.channels, width=config.head_dim)
@@ -159,7 +159,7 @@ def arranged(config: ClassicConfig, weights: Mapping[str, Weight]) -> dict[str, 
 
 
 def _layer_norms(config: ClassicConfig, block: str) -> tuple[str, str]:
-    """The names of a layer's norms. Where attention and MLP read one, the MLP has a copy: each is smoothed for itself."""
+    """The names of a layer's norms. Where attention and MLP share one, the MLP has a copy, which is smoothed apart."""
     first, second = config.family.norms
     return f"{block}.{first}", f"{block}.{second or f'{first}.mlp'}"
 
@@ -184,7 +184,7 @@ def _apart(config: ClassicConfig, weights: Mapping[str, Weight]) -> dict[str, We
 
 
 def _part(weight: Weight, number: int, heads: int) -> Weight:
-    """Queries (`number` 0), keys (1) or values (2) of a matrix or bias [H·3·d, ..] that holds the three head by head."""
+    """Queries (`number` 0), keys (1) or values (2) of a weight [H·3·d, ..] that holds the three head by head."""
 
     def read() -> np.ndarray:
         array = weight.read()

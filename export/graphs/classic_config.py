@@ -1,7 +1,7 @@
 """Parse the config.json of a model whose layers are GPT-2's in kind: a table of the families, and what one of them is.
 
-Such a layer has LayerNorms, attention, and an MLP of two linear layers without a gate. The table says what a family calls
-its modules; functions read what differs from the configuration that transformers makes of the file.
+Such a layer has LayerNorms, attention, and an MLP of two linear layers without a gate. The table says what a family
+calls its modules; functions read what differs from the configuration that transformers makes of the file.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Family:
     number of layers. `attention` are queries, keys and values, which a checkpoint holds apart, or together as `fused`,
     head by head. `norms` stand before attention and before the MLP; the second is None where both read the first. With
     `neighbours`, a rotary embedding turns channels 2i and 2i + 1 and not i and i + r/2. The first `offset` rows of the
-    position embeddings are no position's. `read` gives what ClassicConfig has beside the fields that all families share.
+    position embeddings are no position's. `read` gives what ClassicConfig has beside what all families share.
     """
 
     read: Callable[[Any], dict[str, Any]]
@@ -80,10 +80,11 @@ class ClassicConfig:
     """What changes the logits of such a model.
 
     `inner` is the width of the MLP. `windows` are the sliding window of each layer in tokens, None for none. Where
-    `positions` is not 0, so many positions have an embedding of their own; `rope` is the rotary embedding, None for none.
-    `embedding_width` is that of a token's embedding, which a linear layer then brings to `width`. With `parallel`, the
-    MLP reads the same residual stream as attention, and not attention's sum. With `norm_after`, norms are of the sums.
-    `last_norm` says whether there is one before the head, and `norm_weights` whether norms have scales and biases.
+    `positions` is not 0, so many positions have an embedding of their own; `rope` is the rotary embedding, None for
+    none. `embedding_width` is that of a token's embedding, which a linear layer then brings to `width`. With
+    `parallel`, the MLP reads the residual stream as attention does, without what attention adds. With `norm_after`,
+    norms are of the sums. `last_norm` says whether there is one before the head, and `norm_weights` whether norms have
+    scales and biases.
     """
 
     model_type: str

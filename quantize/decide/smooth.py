@@ -2,8 +2,8 @@
 
 The model computes the same as before, because x·W = ((x − z) / s) · (s·W) + z·W. What computes x takes the division by
 s and the shift by z: the scale and bias of a LayerNorm, the scale of an RMSNorm, the value columns of the linear layer
-that feeds attention, or the linear layer before a ReLU or that is multiplied with a gate (SwiGLU). The linear layer that reads x takes s
-into the rows of its weight and z·W into its bias.
+that feeds attention, or the linear layer that a ReLU follows or that is multiplied with a gate (SwiGLU). The linear
+layer that reads x takes s into the rows of its weight and z·W into its bias.
 
 Each channel has its own s = max|x|^α / max|W|^(1−α), as in SmoothQuant (arXiv 2211.10438); α is searched for each
 tensor. The shift z by the mean of each channel is that of Outlier Suppression+ (arXiv 2304.09145).
@@ -179,7 +179,7 @@ def _find_norm(x: ir.Value, width: int) -> _Found | None:
 
 
 def _find_linear(x: ir.Value) -> _Found | None:
-    """Find the linear layer that can take the division by s, where x is a gated activation such as SwiGLU's, or a ReLU's.
+    """Find the linear layer that can take the division by s, where x is a gated activation (SwiGLU) or a ReLU's.
 
     In x = act(g) · u it is the one that computes u; in x = max(u, 0) too, because max(u / s, 0) = max(u, 0) / s. It
     cannot take a shift, which the gate would multiply and the ReLU would cut.

@@ -1,4 +1,4 @@
-"""The graph of OPT, GPT-Neo, GPT-NeoX and their like gives PyTorch's logits: whole, through the KV cache, and padded."""
+"""The graph of OPT, GPT-Neo, GPT-NeoX and their like gives PyTorch's logits: whole, through the cache, and padded."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ CASES = {
     "starcoder2": ("starcoder2", {}),
     "starcoder2 without biases": ("starcoder2", {"use_bias": False, "sliding_window": None}),
 }
-# The names of weights that stand in a file, not in a model, and what they hold.
+# What old files hold beside the weights.
 MASK = torch.ones(1, 1, 8, 8).tril().bool()
 
 

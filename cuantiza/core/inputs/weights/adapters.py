@@ -88,9 +88,9 @@ class Adapter:
 class Names:
     """What the weights are called that an adapter is merged into.
 
-    `embedding` and `head` are the two that a model may tie; `embeddings` are the modules of which rows are read. `module`
-    and `weight` say which module, or weight, a name in an adapter's file stands for, None for none. The weights of the
-    modules that `transposed` has are [inputs, outputs], others [outputs, inputs].
+    `embedding` and `head` are the two that a model may tie; `embeddings` are the modules of which rows are read.
+    `module` and `weight` say which module, or weight, a name in an adapter's file stands for, None for none. The weights
+    of modules for which `transposed` holds are [inputs, outputs], others [outputs, inputs].
     """
 
     embedding: str
@@ -110,7 +110,7 @@ GPT2 = Names(
 def names_of(weights: Mapping[str, Weight], folder: Path) -> Names:
     """Those of a model that transformers reads as it is, whose linear layers are nn.Linear.
 
-    A name in an adapter is that of the weight in which it ends. Raises UserError where no weight is an embedding matrix.
+    A name in an adapter stands for the weight whose name it ends in. Raises UserError where no weight is an embedding.
     """
     embedding = next((name for name in weights if name.endswith(_EMBEDDINGS)), None)
     if embedding is None:

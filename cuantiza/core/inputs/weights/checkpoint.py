@@ -79,9 +79,9 @@ def read_by_names(folder: Path, fields: Mapping[str, Any], embedding: str, backb
 
     The prefix (`backbone`, or none) is what stands before `embedding`, the name of the embedding matrix. Masks and
     frequencies, which old checkpoints store beside the weights, are left out, and a LoRA adapter that lies beside or
-    instead of them is merged. No tensor is read before its `read()` is called, but a head beside an embedding where there
-    is an adapter. Raises UserError as `read_merged` does, and where the embedding is missing, where another prefix stands
-    before it, or where weights have 8 bits.
+    instead of them is merged. No tensor is read before its `read()` is called, but a head beside an embedding where
+    there is an adapter. Raises UserError as `read_merged` does, and where the embedding is missing, where another prefix
+    stands before it, or where weights have 8 bits.
     """
     tensors, adapter = read_merged(folder, fields)
     prefix = next((found for found in (backbone, "") if f"{found}{embedding}" in tensors), None)
@@ -105,8 +105,8 @@ def read_by_names(folder: Path, fields: Mapping[str, Any], embedding: str, backb
 def read_merged(folder: Path, fields: Mapping[str, Any]) -> tuple[dict[str, Weight], adapters.Adapter | None]:
     """Return the weights of a model that is no GPT-2, by transformers' names, and the LoRA adapter that was merged.
 
-    `fields` are those of its config.json. Raises UserError where the files are damaged, quantized or of no language model,
-    or where the adapter cannot be merged.
+    `fields` are those of its config.json. Raises UserError where the files are damaged, quantized or of no language
+    model, or where the adapter cannot be merged.
     """
     base, adapter = base_folder(folder), adapters.read_adapter(folder)
     stored = read_tensors(base)

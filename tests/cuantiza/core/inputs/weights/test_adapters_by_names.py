@@ -1,4 +1,4 @@
-"""LoRA adapters of models that are no GPT-2: merged into the weights whose names they end in, as peft itself computes."""
+"""LoRA adapters of models that are no GPT-2: merged into the weights in whose names theirs end, as peft computes."""
 
 from __future__ import annotations
 

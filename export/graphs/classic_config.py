@@ -6,6 +6,7 @@ calls its modules; functions read what differs from the configuration that trans
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -300,8 +301,7 @@ def parse_classic(fields: Mapping[str, Any], path: Path) -> ClassicConfig:
 
 
 def _parse(fields: Mapping[str, Any]) -> ClassicConfig:
-    if sum(item[1] for item in fields.get("attention_types") or []) > MOST_LAYERS:
-        raise ValueError(f"attention_types names more than {MOST_LAYERS} layers")
+    _check_types(fields.get("attention_types") or [])
     family, config = FAMILIES[fields["model_type"]], transformers_config(fields, _SIZES)
     heads = config.num_attention_heads
     if config.hidden_size % heads:
@@ -328,6 +328,17 @@ def _parse(fields: Mapping[str, Any]) -> ClassicConfig:
             "channels of a head are turned"
         )
     return found
+
+
+def _check_types(types: Any) -> None:
+    """Raise ValueError unless `types` are GPT-Neo's attention_types, of which transformers makes a list of all layers."""
+    for item in types if isinstance(types, list) else [types]:
+        match item:
+            case [list(kinds), int(times)] if len(kinds) * times <= MOST_LAYERS:
+                continue
+        raise ValueError(
+            f"attention_types has {reprlib.repr(item)} where [[kind, ..], times] is needed, of {MOST_LAYERS} layers at most"
+        )
 
 
 def shapes(config: ClassicConfig) -> dict[str, tuple[int, ...]]:

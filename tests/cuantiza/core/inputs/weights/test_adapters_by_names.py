@@ -23,7 +23,6 @@ from helpers import copy_tokenizer, saved, tiny_llama
 IDS = torch.tensor([[0, 5, 17, 300, 8191]])
 # The type of model, what its config.json and its adapter have beside the rest, and the linear layers that are adapted.
 CASES: dict[str, tuple[str, dict, dict, list[str]]] = {
-    "llama": ("llama", {}, {}, ["q_proj", "v_proj"]),
     "all linear layers of a tied llama": (
         "llama",
         {"tie_word_embeddings": True},
@@ -35,9 +34,8 @@ CASES: dict[str, tuple[str, dict, dict, list[str]]] = {
     "one matrix": ("phi3", {}, {}, ["qkv_proj", "gate_up_proj"]),
     "head by head": ("gpt_neox", {}, {"lora_bias": True}, ["query_key_value", "dense"]),
     "old head": ("gpt_neox", {}, {}, ["lm_head"]),
-    "opt": ("opt", {"ffn_dim": 48}, {"modules_to_save": ["embed_positions"]}, ["fc1", "out_proj"]),
     "embedding": ("phi", {"partial_rotary_factor": 0.7}, {}, ["embed_tokens", "fc1"]),
-    "tied embedding saved": ("opt", {"ffn_dim": 48}, {"modules_to_save": ["embed_tokens"]}, ["q_proj"]),
+    "tied embedding saved": ("opt", {"ffn_dim": 48}, {"modules_to_save": ["embed_tokens", "embed_positions"]}, ["fc1"]),
 }
 
 

@@ -10,6 +10,14 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from cuantiza.core import contract
+
+if TYPE_CHECKING:
+    from cuantiza.core.run.runtime import Runtime
 
 ROOT = Path(__file__).resolve().parent.parent
 ES_MINI = ROOT / "models" / "es-mini"
@@ -96,9 +104,10 @@ def tiny_gpt2(seed: int = 0, **overrides: object):
 
 
 def tiny_llama(kind: str = "llama", seed: int = 0, **overrides: object):
-    """A random model of type `kind`, which is built like Llama: 4 layers of width 32, 4 heads of 6 over 2 of keys.
+    """A random model of type `kind`, which has a graph here: 4 layers of width 32, 4 heads of 6 over 2 of keys.
 
-    No weight keeps its initial 0 or 1, as in `tiny_gpt2`, and head_dim is not the width over the heads.
+    No weight keeps its initial 0 or 1, as in `tiny_gpt2`, and head_dim is not the width over the heads. Types that know
+    no head_dim or shared keys have 4 heads of 8.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -123,6 +132,35 @@ def tiny_llama(kind: str = "llama", seed: int = 0, **overrides: object):
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.2)
     return model
+
+
+def saved(model, folder: Path) -> Path:
+    """Write the checkpoint of `model` to `folder`, as transformers does; gives the folder."""
+    model.save_pretrained(folder)
+    return folder
+
+
+def differences(model, runtime: Runtime, tokens: int = 40) -> list[float]:
+    """The largest |Δ logit| of `runtime` to the PyTorch `model`, in a batch that is padded on the left.
+
+    First in one pass, then in pieces of 3 and 1 tokens through the cache.
+    """
+    import torch
+
+    ids = np.random.default_rng(0).integers(0, 8192, (2, tokens))
+    mask = np.stack([np.arange(tokens) >= skipped for skipped in (0, tokens // 3)]).astype(np.int64)
+    model.set_attn_implementation("eager")
+    with torch.inference_mode():
+        feeds = {name: torch.from_numpy(array) for name, array in contract.token_feeds(ids, mask).items()}
+        wanted = model(**feeds).logits.numpy()
+    past, pieces, start = runtime.empty_past(2), [], 0
+    while start < tokens:
+        end = min(start + (3 if start % 2 else 1), tokens)
+        logits, past = runtime.extend(ids[:, start:end], past, mask[:, :end])
+        pieces.append(logits)
+        start = end
+    found, real = [runtime.forward(ids, mask), np.concatenate(pieces, axis=1)], mask.astype(bool)
+    return [float(np.abs(logits - wanted)[real].max()) for logits in found]
 
 
 def copy_tokenizer(folder: Path, names: tuple[str, ...] = TOKENIZER_FILES) -> None:

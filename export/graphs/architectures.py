@@ -1,4 +1,4 @@
-"""Which of our graphs a model has: GPT-2's, or that of Llama and the models that are built like it."""
+"""Which of our graphs a model has: GPT-2's, that of models with layers of its kind, or that of Llama and its like."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ import onnx_ir as ir
 
 from cuantiza.core.inputs.gpt2_config import is_gpt2, parse_config
 from cuantiza.core.inputs.weights.checkpoint import Checkpoint, read_by_names, read_checkpoint
-from cuantiza.export.graphs import gpt2, llama, llama_weights
-from cuantiza.export.graphs.llama_config import FAMILIES, parse_llama
+from cuantiza.export.graphs import classic, classic_config, gpt2, llama, llama_config, llama_weights
 from cuantiza.export.graphs.parts import Size
 
 
@@ -45,14 +44,24 @@ _GPT2 = Architecture(
     size=gpt2.size,
 )
 _LLAMA = Architecture(
-    parse=parse_llama,
+    parse=llama_config.parse_llama,
     read=lambda folder, fields: read_by_names(folder, fields, llama_weights.EMBEDDING),
     build=llama.build,
     left_over=llama_weights.left_over,
     describe=llama.describe,
     size=llama.size,
 )
-ARCHITECTURES = {"gpt2": _GPT2} | dict.fromkeys(FAMILIES, _LLAMA)
+_CLASSIC = Architecture(
+    parse=classic_config.parse_classic,
+    read=classic.read,
+    build=classic.build,
+    left_over=classic.left_over,
+    describe=classic.describe,
+    size=classic.size,
+)
+ARCHITECTURES = (
+    {"gpt2": _GPT2} | dict.fromkeys(llama_config.FAMILIES, _LLAMA) | dict.fromkeys(classic_config.FAMILIES, _CLASSIC)
+)
 
 
 def architecture(fields: dict[str, Any]) -> Architecture:

@@ -50,7 +50,7 @@ def build(config: GPT2Config, weights: dict[str, Weight], opset: int, folder: Pa
     wte = weight("wte.weight", vocabulary, width)
     wpe = weight("wpe.weight", config.n_positions, width)
     x = op.Add(op.Gather(wte, inputs.input_ids, _name="wte"), op.Gather(wpe, inputs.position_ids, _name="wpe"))
-    visible = parts.visible(op, inputs, [None])[None]  # [B, 1, T, P+T]
+    visible = parts.visible(op, inputs, [None], heads)[None]  # [B, 1, T, P+T]
 
     for layer in range(config.n_layer):  # x [B, T, D]
         block = f"h.{layer}"

@@ -29,16 +29,13 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
 import onnx_ir as ir
-import onnxscript
-from onnx_ir import DataType
 
 from cuantiza.core.inputs.weights.files import Weight
 from cuantiza.export.graphs import parts
 from cuantiza.export.graphs.llama_config import LlamaConfig
 from cuantiza.export.graphs.llama_weights import EMBEDDING, HEAD, arranged, shapes
-from cuantiza.export.graphs.rope import Rope
+from cuantiza.export.graphs.rope import turn, turning
 
 _LAYER = re.compile(r"layers\.(\d+)\.")
 
@@ -56,13 +53,8 @@ def build(config: LlamaConfig, weights: Mapping[str, Weight], opset: int, folder
     stored = shapes(config) | {HEAD: (config.vocabulary, config.width)}
     builder = parts.begin(config.model_type, opset)
     op, heads = builder.op, parts.Heads(config.heads, config.kv_heads, config.head_dim)
-
-    def weight(name: str, turned: bool = False) -> ir.Value:
-        return parts.weight(builder, weights, folder, name, stored[name], turned)
-
-    def linear(x: ir.Value, name: str) -> ir.Value:
-        y = op.MatMul(x, weight(f"{name}.weight", turned=True), _name=name)
-        return op.Add(y, weight(f"{name}.bias"), _name=f"{name}.bias") if f"{name}.bias" in stored else y
+    modules = parts.Modules(builder, weights, stored, folder)
+    weight, linear = modules.weight, modules.linear
 
     def norm(x: ir.Value, name: str) -> ir.Value:
         mean = op.ReduceMean(op.Pow(x, 2.0), [-1], keepdims=1)
@@ -87,10 +79,8 @@ def build(config: LlamaConfig, weights: Mapping[str, Weight], opset: int, folder
     if config.embedding_scale != 1.0:
         x = op.Mul(x, config.embedding_scale)
     windows = list(dict.fromkeys(layer.window for layer in config.layers))
-    visible = parts.visible(op, inputs, windows)  # [B, 1, T, P+T] each
-    if heads.of_keys < heads.number:
-        visible = {window: op.Unsqueeze(mask, [1]) for window, mask in visible.items()}
-    turns = _turns(builder, inputs.position_ids, [layer.rope for layer in config.layers if layer.rope])
+    visible = parts.visible(op, inputs, windows, heads)  # [B, 1, T, P+T] each
+    turns = turning(builder, inputs.position_ids, [layer.rope for layer in config.layers if layer.rope])
 
     for number, layer in enumerate(config.layers):
         block = f"layers.{number}"
@@ -100,8 +90,7 @@ def build(config: LlamaConfig, weights: Mapping[str, Weight], opset: int, folder
         k = split(h, f"{block}.self_attn.k", heads.of_keys)  # [B, K, T, d]
         v = split(h, f"{block}.self_attn.v", heads.of_keys)
         if layer.rope:
-            turned = layer.rope.channels
-            q, k = (_rotate(op, part, turns[layer.rope], turned, heads.width - turned) for part in (q, k))
+            q, k = (turn(op, part, layer.rope, turns, heads.width) for part in (q, k))
         k = op.Concat(inputs.past[2 * number], k, axis=2)  # [B, K, P+T, d]
         v = op.Concat(inputs.past[2 * number + 1], v, axis=2)
         present += [k, v]
@@ -143,38 +132,3 @@ def size(config: LlamaConfig) -> parts.Size:
     """The number of parameters of a model."""
     counts = {name: math.prod(shape) for name, shape in shapes(config).items()}
     return parts.Size(sum(counts.values()), counts[EMBEDDING], config.tied)
-
-
-def _turns(
-    builder: onnxscript.GraphBuilder, position_ids: ir.Value, ropes: list[Rope]
-) -> dict[Rope, tuple[ir.Value, ir.Value]]:
-    """Cosines and sines [B, 1, T, r/2] of the angles by which each of `ropes` turns the new tokens."""
-    op = builder.op
-    turns: dict[Rope, tuple[ir.Value, ir.Value]] = {}
-    for number, rope in enumerate(dict.fromkeys(ropes)):
-        name = f"rotary.{number}.frequencies"
-        frequencies = builder.initializer(ir.tensor(np.array(rope.frequencies, np.float32), name=name), name)
-        positions = op.Cast(op.Unsqueeze(position_ids, [1, 3]), to=DataType.FLOAT)  # [B, 1, T, 1]
-        angles = op.Mul(positions, frequencies)
-        cosines, sines = op.Cos(angles), op.Sin(angles)
-        if rope.scale != 1.0:
-            cosines, sines = op.Mul(cosines, rope.scale), op.Mul(sines, rope.scale)
-        turns[rope] = cosines, sines
-    return turns
-
-
-def _rotate(
-    op: onnxscript.OpBuilder, x: ir.Value, turns: tuple[ir.Value, ir.Value], turned: int, rest: int
-) -> ir.Value:
-    """Turn x [B, H, T, d] by `turns`: of its first `turned` channels, i and i + `turned`/2; the `rest` stays.
-
-    `turns` are cosines and sines [B, 1, T, turned/2].
-    """
-    cosines, sines = turns
-    if rest:
-        a, b, *others = op.Split(x, [turned // 2, turned // 2, rest], axis=-1, _outputs=3)
-    else:
-        a, b, *others = op.Split(x, axis=-1, num_outputs=2, _outputs=2)
-    first = op.Sub(op.Mul(a, cosines), op.Mul(b, sines))
-    second = op.Add(op.Mul(b, cosines), op.Mul(a, sines))
-    return op.Concat(first, second, *others, axis=-1)

@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from cuantiza.core.errors import UserError
 from cuantiza.core.inputs.gpt2_config import ACTIVATIONS
 from cuantiza.export.graphs.rope import Rope, rope
 
-_MOST_LAYERS = 10_000  # transformers makes lists as long as a file says
+T = TypeVar("T")
+
+MOST_LAYERS = 10_000  # transformers makes lists as long as a file says
+_LAYERS = ("num_hidden_layers", "num_layers", "n_layer")
 _SIZES = (
     "vocab_size",
     "hidden_size",
@@ -176,28 +179,11 @@ def parse_llama(fields: Mapping[str, Any], path: Path) -> LlamaConfig:
     Raises UserError where transformers does not read the fields, where they have a value that no such model has, or one
     that is not exported; `path` is named in it.
     """
-    try:
-        return _parse(fields)
-    except Exception as error:  # transformers raises many kinds of exception, and says what is wrong in the last line
-        said = [type(error).__name__, *filter(None, map(str.strip, str(error).splitlines()))][-1]
-        raise UserError(
-            f"{path}: {said.partition('Error: ')[2] or said}; take the config.json of the original checkpoint"
-        ) from None
+    return explained(_parse, fields, path)
 
 
 def _parse(fields: Mapping[str, Any]) -> LlamaConfig:
-    import transformers
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    for name in _SIZES:
-        value = fields.get(name)
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**31):
-            raise ValueError(f"{name} is {value!r} where a positive whole number is needed")
-    if (layers := fields.get("num_hidden_layers") or 0) > _MOST_LAYERS:
-        raise ValueError(f"num_hidden_layers is {layers}, and no such model has more than {_MOST_LAYERS}")
-    transformers.logging.set_verbosity_error()
-    family = FAMILIES[fields["model_type"]]
-    config: Any = CONFIG_MAPPING[fields["model_type"]].from_dict(copy.deepcopy(dict(fields)))  # it changes what it gets
+    family, config = FAMILIES[fields["model_type"]], transformers_config(fields, _SIZES)
 
     def flag(bias: bool | str) -> bool:
         return bias if isinstance(bias, bool) else bool(getattr(config, bias))
@@ -206,10 +192,6 @@ def _parse(fields: Mapping[str, Any]) -> LlamaConfig:
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     if heads % kv_heads:
         raise ValueError(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
-    if (activation := getattr(config, family.activation)) not in (*ACTIVATIONS, "relu2"):
-        raise ValueError(f"{family.activation} {activation!r} is not one of {', '.join(ACTIVATIONS)}, relu2")
-    if not 0 < config.rms_norm_eps < math.inf:
-        raise ValueError(f"rms_norm_eps is {config.rms_norm_eps!r} where a small positive number is needed")
     if getattr(config, "use_bidirectional_attention", False):
         raise ValueError(
             "use_bidirectional_attention is true; only models whose tokens see none after them are exported"
@@ -224,8 +206,8 @@ def _parse(fields: Mapping[str, Any]) -> LlamaConfig:
         kv_heads=kv_heads,
         head_dim=head_dim,
         layers=tuple(_layer(config, family, number, head_dim) for number in range(config.num_hidden_layers)),
-        activation=activation,
-        epsilon=config.rms_norm_eps,
+        activation=activation_of(config, family.activation),
+        epsilon=epsilon_of(config, "rms_norm_eps"),
         qkv_bias=flag(family.qkv_bias),
         output_bias=flag(family.output_bias),
         mlp_bias=flag(family.mlp_bias),
@@ -243,3 +225,49 @@ def _layer(config: Any, family: Family, number: int, head_dim: int) -> Layer:
     channels = int(head_dim * parameters.get("partial_rotary_factor", 1.0)) if family.partial else head_dim
     turned = getattr(config, "no_rope_layers", None) is None or config.no_rope_layers[number]
     return Layer(rope(parameters, channels) if turned else None, config.sliding_window if slides else None)
+
+
+def explained(parse: Callable[[Mapping[str, Any]], T], fields: Mapping[str, Any], path: Path) -> T:
+    """What `parse` makes of `fields`. Raises UserError, which names `path`, where it raises anything."""
+    try:
+        return parse(fields)
+    except Exception as error:  # transformers raises many kinds of exception, and says what is wrong in the last line
+        said = [type(error).__name__, *filter(None, map(str.strip, str(error).splitlines()))][-1]
+        raise UserError(
+            f"{path}: {said.partition('Error: ')[2] or said}; take the config.json of the original checkpoint"
+        ) from None
+
+
+def transformers_config(fields: Mapping[str, Any], sizes: Iterable[str]) -> Any:
+    """The configuration that transformers makes of `fields`.
+
+    Raises ValueError where one of `sizes` is there and is no positive whole number, or the layers are too many.
+    """
+    import transformers
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    for name in sizes:
+        value = fields.get(name)
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**31):
+            raise ValueError(f"{name} is {value!r} where a positive whole number is needed")
+    for name in _LAYERS:
+        if (layers := fields.get(name) or 0) > MOST_LAYERS:
+            raise ValueError(f"{name} is {layers}, and no such model has more than {MOST_LAYERS}")
+    transformers.logging.set_verbosity_error()
+    return CONFIG_MAPPING[fields["model_type"]].from_dict(copy.deepcopy(dict(fields)))  # it changes what it gets
+
+
+def activation_of(config: Any, field: str) -> str:
+    """The activation that `field` names. Raises ValueError where no graph here has it."""
+    name = getattr(config, field)
+    if name not in (*ACTIVATIONS, "relu2"):
+        raise ValueError(f"{field} {name!r} is not one of {', '.join(ACTIVATIONS)}, relu2")
+    return str(name)
+
+
+def epsilon_of(config: Any, field: str) -> float:
+    """What a norm adds, in `field`, so that it never divides by 0. Raises ValueError where it is not positive."""
+    epsilon = getattr(config, field)
+    if not 0 < epsilon < math.inf:
+        raise ValueError(f"{field} is {epsilon!r} where a small positive number is needed")
+    return float(epsilon)

@@ -6,13 +6,15 @@ Weights stay lazy: each is read, and changed, when the model is saved.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
 
 from cuantiza.core.inputs.weights.files import Weight
 from cuantiza.export.graphs.llama_config import LlamaConfig
+from cuantiza.export.graphs.parts import changed
+from cuantiza.export.graphs.rope import paired
 
 EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
 # Layers that some families store as one matrix, one below the other.
@@ -52,28 +54,25 @@ def shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
 
 
 def left_over(config: LlamaConfig, weights: Mapping[str, Weight]) -> list[str]:
-    """The names in `weights` that the graph does not read; old checkpoints store the frequencies of rotary embeddings."""
+    """The names in `weights` that the graph does not read."""
     known = {HEAD, *shapes(config)}
-    return [name for name in _apart(config, weights) if name not in known and not name.endswith(".rotary_emb.inv_freq")]
+    return [name for name in _apart(config, weights) if name not in known]
 
 
 def arranged(config: LlamaConfig, weights: Mapping[str, Weight]) -> dict[str, Weight]:
     """`weights` as the graph reads them: apart, paired as rotary embeddings are, with offsets and factors in them."""
     found = _apart(config, weights)
+    turned = next((layer.rope.channels for layer in config.layers if layer.rope), 0)
     for name, weight in found.items():
         if config.family.neighbours and ("self_attn.q_proj." in name or "self_attn.k_proj." in name):
-            found[name] = _changed(weight, lambda array: _halves(array, config))
+            found[name] = changed(weight, lambda array: paired(array, turned, config.head_dim))
         elif config.family.unit_offset and name.endswith("norm.weight"):
-            found[name] = _changed(weight, lambda array: array + np.float32(1))
+            found[name] = changed(weight, lambda array: array + np.float32(1))
         elif config.residual_scale != 1 and (".o_proj." in name or ".down_proj." in name):
-            found[name] = _changed(weight, lambda array: array * np.float32(config.residual_scale))
+            found[name] = changed(weight, lambda array: array * np.float32(config.residual_scale))
     if config.logit_scale != 1 and "norm.weight" in found:
-        found["norm.weight"] = _changed(found["norm.weight"], lambda array: array * np.float32(config.logit_scale))
+        found["norm.weight"] = changed(found["norm.weight"], lambda array: array * np.float32(config.logit_scale))
     return found
-
-
-def _changed(weight: Weight, change: Callable[[np.ndarray], np.ndarray]) -> Weight:
-    return replace(weight, read=lambda: change(weight.read()))
 
 
 def _apart(config: LlamaConfig, weights: Mapping[str, Weight]) -> dict[str, Weight]:
@@ -97,14 +96,3 @@ def _apart(config: LlamaConfig, weights: Mapping[str, Weight]) -> dict[str, Weig
 
 def _rows(weight: Weight, start: int, end: int) -> Weight:
     return replace(weight, shape=(max(end - start, 0), *weight.shape[1:]), read=lambda: weight.read()[start:end])
-
-
-def _halves(array: np.ndarray, config: LlamaConfig) -> np.ndarray:
-    """Reorder the channels of queries or keys [heads · d, ..] so that channels 2i and 2i + 1 become i and i + r/2.
-
-    Some families turn neighbours, others the halves of a head's r channels. Scores are the same, because queries and
-    keys change their order together.
-    """
-    turned = next((layer.rope.channels for layer in config.layers if layer.rope), 0)
-    order = [*range(0, turned, 2), *range(1, turned, 2), *range(turned, config.head_dim)]
-    return array.reshape(-1, config.head_dim, *array.shape[1:])[:, order].reshape(array.shape)

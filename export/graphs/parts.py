@@ -6,8 +6,8 @@ head, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 
@@ -88,6 +88,39 @@ def weight(
     return builder.initializer(tensor, name)
 
 
+@dataclass(frozen=True)
+class Modules:
+    """The modules of a checkpoint by their names, where linear layers are torch's: their weights are [outputs, inputs].
+
+    `shapes` are those that config.json says of all `weights` that the graph reads. Errors name `folder`.
+    """
+
+    builder: onnxscript.GraphBuilder
+    weights: Mapping[str, Weight]
+    shapes: Mapping[str, tuple[int, ...]]
+    folder: Path
+
+    def weight(self, name: str, turned: bool = False) -> ir.Value:
+        """The initializer of a weight, or of its transpose. Raises UserError as the function `weight` does."""
+        return weight(self.builder, self.weights, self.folder, name, self.shapes[name], turned)
+
+    def linear(self, x: ir.Value, name: str) -> ir.Value:
+        """The linear layer `name` of x [.., K]: [.., N]. It has a bias where `shapes` have one."""
+        op, bias = self.builder.op, f"{name}.bias"
+        y = op.MatMul(x, self.weight(f"{name}.weight", turned=True), _name=name)
+        return op.Add(y, self.weight(bias), _name=bias) if bias in self.shapes else y
+
+    def layer_norm(self, x: ir.Value, name: str, epsilon: float) -> ir.Value:
+        """The LayerNorm `name` of x [.., D]."""
+        scale, bias = self.weight(f"{name}.weight"), self.weight(f"{name}.bias")
+        return self.builder.op.LayerNormalization(x, scale, bias, axis=-1, epsilon=epsilon, _name=name)
+
+
+def changed(source: Weight, change: Callable[[np.ndarray], np.ndarray]) -> Weight:
+    """The weight `source` with `change` done to its array, of the same shape, when it is read."""
+    return replace(source, read=lambda: change(source.read()))
+
+
 def check_layers(layers: Mapping[int, str], number: int, field: str, prefix: str, folder: Path) -> None:
     """Raise UserError unless `layers`, the name of a weight of each layer, are the layers below `number`.
 
@@ -129,8 +162,12 @@ def add_inputs(builder: onnxscript.GraphBuilder, layers: int, heads: Heads) -> I
     return Inputs(input_ids, attention_mask, position_ids, past, keep)
 
 
-def visible(op: onnxscript.OpBuilder, inputs: Inputs, windows: Collection[int | None]) -> dict[int | None, ir.Value]:
+def visible(
+    op: onnxscript.OpBuilder, inputs: Inputs, windows: Collection[int | None], heads: Heads
+) -> dict[int | None, ir.Value]:
     """Make an attention mask [B, 1, T, P+T] for each of `windows`: 0 where the new token t may see position s.
+
+    Where `heads` share keys, it is [B, 1, 1, T, P+T], as `attention` takes it.
 
     Elsewhere it is contract.MASKED. The token may see s if s ≤ P + t and s is not padding, and in a sliding window of
     w positions only if also s > P + t - w. The window None has no such limit.
@@ -145,7 +182,7 @@ def visible(op: onnxscript.OpBuilder, inputs: Inputs, windows: Collection[int | 
     for window in windows:
         seen = causal if window is None else op.And(causal, op.Greater(keys, op.Sub(queries, window)))
         masks[window] = op.Where(op.And(seen, real), 0.0, contract.MASKED)
-    return masks
+    return masks if heads.of_keys == heads.number else {key: op.Unsqueeze(mask, [1]) for key, mask in masks.items()}
 
 
 def split_heads(op: onnxscript.OpBuilder, x: ir.Value, number: int, width: int) -> ir.Value:

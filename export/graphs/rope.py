@@ -9,16 +9,21 @@ yarn     the same with other bounds, and queries and keys made longer (arXiv 230
 
 A graph holds the r/2 frequencies, and makes cosines and sines of the positions that it is given: a table of them would
 have 131,072 rows for a model of today.
+
+B batch, T new tokens, H heads, d width of a head, r channels of a head that are turned.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
+import onnxscript
+from onnx_ir import DataType
 
 # Kinds whose frequencies change with the length of the text, while past keys have been turned by the old ones.
 _CHANGING = ("dynamic", "longrope", "su")
@@ -53,6 +58,51 @@ def rope(parameters: Mapping[str, Any], channels: int) -> Rope:
     periods = (_number(parameters, "rope_theta") ** exponents.astype(np.float64)).astype(np.float32)
     frequencies, scale = _STRETCHED[kind](np.float32(1) / periods, parameters)
     return Rope(tuple(frequencies.astype(np.float32).tolist()), scale)
+
+
+def turning(
+    builder: onnxscript.GraphBuilder, position_ids: ir.Value, ropes: Iterable[Rope]
+) -> dict[Rope, tuple[ir.Value, ir.Value]]:
+    """Cosines and sines [B, 1, T, r/2] of the angles by which each of `ropes` turns the new tokens."""
+    op = builder.op
+    turns: dict[Rope, tuple[ir.Value, ir.Value]] = {}
+    for number, rope in enumerate(dict.fromkeys(ropes)):
+        name = f"rotary.{number}.frequencies"
+        frequencies = builder.initializer(ir.tensor(np.array(rope.frequencies, np.float32), name=name), name)
+        positions = op.Cast(op.Unsqueeze(position_ids, [1, 3]), to=DataType.FLOAT)  # [B, 1, T, 1]
+        angles = op.Mul(positions, frequencies)
+        cosines, sines = op.Cos(angles), op.Sin(angles)
+        if rope.scale != 1.0:
+            cosines, sines = op.Mul(cosines, rope.scale), op.Mul(sines, rope.scale)
+        turns[rope] = cosines, sines
+    return turns
+
+
+def turn(
+    op: onnxscript.OpBuilder, x: ir.Value, rope: Rope, turns: Mapping[Rope, tuple[ir.Value, ir.Value]], width: int
+) -> ir.Value:
+    """Turn queries or keys x [B, H, T, d] by `rope`, whose cosines and sines are in `turns`; d is `width`.
+
+    Of the first r channels, i and i + r/2 are a pair; the rest stays.
+    """
+    (cosines, sines), half, rest = turns[rope], rope.channels // 2, width - rope.channels
+    if rest:
+        a, b, *others = op.Split(x, [half, half, rest], axis=-1, _outputs=3)
+    else:
+        a, b, *others = op.Split(x, axis=-1, num_outputs=2, _outputs=2)
+    first = op.Sub(op.Mul(a, cosines), op.Mul(b, sines))
+    second = op.Add(op.Mul(b, cosines), op.Mul(a, sines))
+    return op.Concat(first, second, *others, axis=-1)
+
+
+def paired(array: np.ndarray, channels: int, width: int) -> np.ndarray:
+    """Reorder queries' or keys' outputs [H·d, ..] so that channels 2i and 2i + 1 of the first `channels` become a pair.
+
+    Some families turn neighbours, and not i and i + r/2; `width` is d. Scores are the same, because queries and keys
+    change their order together.
+    """
+    order = [*range(0, channels, 2), *range(1, channels, 2), *range(channels, width)]
+    return array.reshape(-1, width, *array.shape[1:])[:, order].reshape(array.shape)
 
 
 def _default(frequencies: np.ndarray, _: Mapping[str, Any]) -> tuple[np.ndarray, float]:

@@ -2,8 +2,8 @@
 
 The model computes the same as before, because x·W = ((x − z) / s) · (s·W) + z·W. What computes x takes the division by
 s and the shift by z: the scale and bias of a LayerNorm, the scale of an RMSNorm, the value columns of the linear layer
-that feeds attention, or the linear layer that is multiplied with a gate (SwiGLU). The linear layer that reads x takes s
-into the rows of its weight and z·W into its bias.
+that feeds attention, or the linear layer that a ReLU follows or that is multiplied with a gate (SwiGLU). The linear
+layer that reads x takes s into the rows of its weight and z·W into its bias.
 
 Each channel has its own s = max|x|^α / max|W|^(1−α), as in SmoothQuant (arXiv 2211.10438); α is searched for each
 tensor. The shift z by the mean of each channel is that of Outlier Suppression+ (arXiv 2304.09145).
@@ -79,7 +79,7 @@ def find_groups(graph: ir.Graph) -> dict[str, Group]:
         if not _feeds_only(x, len(projections)):
             continue
         width = projections[0].weight.shape.numpy()[1 - projections[0].channel_axis]
-        found = _find_norm(x, width) or _find_gated(x) or _find_values(x, projections)
+        found = _find_norm(x, width) or _find_linear(x) or _find_values(x, projections)
         if found is not None:
             scales, shift, source = found
             if source is not None or not all(bias_of(projection) for projection in projections):
@@ -151,7 +151,7 @@ def _unscale_embeddings(graph: ir.Graph, group: Group, factor: np.ndarray) -> No
             graph.insert_after(embedding.node, back)
 
 
-# What `_find_norm`, `_find_gated` and `_find_values` return: the fields scales, shift and source of a Group.
+# What `_find_norm`, `_find_linear` and `_find_values` return: the fields scales, shift and source of a Group.
 _Found = tuple[tuple[tuple[ir.Value, int], ...], ir.Value | None, np.ndarray | None]
 _RMS_NORMS = ("RMSNormalization", "SimplifiedLayerNormalization")
 
@@ -178,14 +178,14 @@ def _find_norm(x: ir.Value, width: int) -> _Found | None:
     return None
 
 
-def _find_gated(x: ir.Value) -> _Found | None:
-    """Find the linear layer that computes one factor of x, where x is a gated activation such as SwiGLU's.
+def _find_linear(x: ir.Value) -> _Found | None:
+    """Find the linear layer that can take the division by s, where x is a gated activation (SwiGLU) or a ReLU's.
 
-    In x = act(g) · u, the linear layer that computes u can take the division by s. It cannot take a shift, because the
-    gate multiplies it.
+    In x = act(g) · u it is the one that computes u; in x = max(u, 0) too, because max(u / s, 0) = max(u, 0) / s. It
+    cannot take a shift, which the gate would multiply and the ReLU would cut.
     """
     node = x.producer()
-    if node is None or node.op_type != "Mul":
+    if node is None or node.op_type not in ("Mul", "Relu"):
         return None
     for factor in node.inputs:
         source = factor.producer()

@@ -40,7 +40,7 @@ def test_a_gpt2_that_says_it_is_a_llama(folder: Path, refused: Callable[..., str
     refused(str(folder), "embed_tokens.weight", "transformer.")
 
 
-@pytest.mark.parametrize("model_type", ["opt", "gpt_neo", "bert", 7])
+@pytest.mark.parametrize("model_type", ["bloom", "mpt", "bert", 7])
 def test_not_exported(folder: Path, refused: Callable[..., str], model_type: object) -> None:
     edit_config(folder, model_type=model_type)
     refused(str(folder / "config.json"), f"{model_type!r}")

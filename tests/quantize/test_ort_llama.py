@@ -36,10 +36,12 @@ class Kind:
     fields: dict
     first: dict
     second: dict
+    rotary: bool = True
 
 
 INSIDE = {"num_heads": 4, "kv_num_heads": 2, "do_rotary": 1}
 OUTSIDE = {"num_heads": 4, "kv_num_heads": 2}
+UNGROUPED, TURNED = {"num_heads": 4, "kv_num_heads": 4}, {"do_rotary": 1}
 WINDOW, CAP = {"local_window_size": 6}, {"softcap": 2.0}
 KINDS = {
     "llama": Kind("llama", {}, INSIDE, INSIDE),
@@ -74,6 +76,19 @@ KINDS = {
         INSIDE | CAP,
     ),
 }
+KINDS |= {
+    "opt": Kind("opt", {"ffn_dim": 128}, UNGROUPED, UNGROUPED, rotary=False),
+    "gpt_neo": Kind(
+        "gpt_neo",
+        {"attention_types": [[["global", "local"], 1]], "window_size": 6},
+        UNGROUPED,
+        UNGROUPED | WINDOW,
+        rotary=False,
+    ),
+    "gpt_neox": Kind("gpt_neox", {}, UNGROUPED, UNGROUPED),
+    "gpt_neox whole": Kind("gpt_neox", {"rotary_pct": 1.0}, UNGROUPED | TURNED, UNGROUPED | TURNED),
+    "phi": Kind("phi", {"partial_rotary_factor": 1.0}, INSIDE, INSIDE),
+}
 SHAPE = {"vocab_size": 8192, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
 SHAPE |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 512}
 SHAPE |= {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
@@ -89,7 +104,7 @@ def make_fp32(model_type: str, folder: Path, **fields: object) -> Path:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.normal_(std=0.2)
-            if "norm" in name:
+            if "norm" in name or ".ln_" in name:
                 parameter.add_(1)
     model.save_pretrained(folder / "checkpoint")
     copy_tokenizer(folder / "checkpoint")
@@ -168,7 +183,7 @@ def test_the_operator_does_all_that_it_can(kind, make):
         found = {name: item.value for name, item in node.attributes.items() if name != "scale"}
         assert found == expected
         assert [value is None for value in node.inputs[7:11]] == [not found.get("do_rotary")] * 3 + [False]
-    assert ("Split" in others) == ("do_rotary" not in KINDS[kind].first)
+    assert ("Split" in others) == (KINDS[kind].rotary and "do_rotary" not in KINDS[kind].first)
 
 
 def test_what_onnx_runtime_does_at_load(make, tmp_path):
@@ -216,7 +231,7 @@ LIMITS = {
 
 
 @pytest.mark.parametrize("name", LIMITS)
-@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gpt_neox", "opt"])
 def test_every_recipe_has_an_ort_form(kind, name, make, ids):
     portable, fused = (make(kind, form) for form in (name, f"{name}-ort"))
     largest, mean = LIMITS[name]
@@ -249,7 +264,14 @@ def test_attention_with_another_rotary_embedding_is_refused(make, tmp_path):
 
 @pytest.mark.parametrize(
     "kind, expected",
-    [("llama", "llama"), ("long", "llama"), ("qwen3", "qwen3"), ("mistral", "mistral"), ("olmo2", "decoder")],
+    [
+        ("llama", "llama"),
+        ("long", "llama"),
+        ("qwen3", "qwen3"),
+        ("mistral", "mistral"),
+        ("olmo2", "decoder"),
+        ("phi", "phi"),
+    ],
 )
 def test_genai_config(kind, expected, make):
     fields = json.loads((make(kind, "fp32-ort")[0] / GENAI_CONFIG).read_text())
@@ -283,7 +305,7 @@ print(json.dumps(rows))
 
 
 @pytest.mark.skipif(not GENAI.exists(), reason="no .venv-runtimes here; `make runtimes` creates it")
-@pytest.mark.parametrize("kind", ["llama", "qwen3", "mistral", "olmo2"])
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "mistral", "olmo2", "opt", "gpt_neo", "gpt_neox", "phi"])
 def test_onnxruntime_genai_gives_the_same_logits(kind, make, ids):
     folder = make(kind, "fp32-ort")[0]
     command = [GENAI, "-c", SCRIPT, str(folder), json.dumps(ids[0].tolist())]

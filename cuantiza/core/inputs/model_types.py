@@ -18,6 +18,9 @@ GRAPH_TYPES = (
     "gemma3_text",
     "glm",
     "glm4",
+    "gpt_neo",
+    "gpt_neox",
+    "gptj",
     "granite",
     "helium",
     "llama",
@@ -25,11 +28,14 @@ GRAPH_TYPES = (
     "mistral",
     "olmo2",
     "olmo3",
+    "opt",
+    "phi",
     "phi3",
     "qwen2",
     "qwen3",
     "seed_oss",
     "smollm3",
+    "starcoder2",
 )
 # Each of these was exported end to end, with the parity check, by optimum-onnx 0.1.0.
 OPTIMUM_TYPES = (

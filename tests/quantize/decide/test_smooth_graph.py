@@ -1,4 +1,4 @@
-"""Every linear layer of the graph of a Llama is smoothed, and the model computes the same."""
+"""Every linear layer that a norm or a gate precedes is smoothed, in every graph, and the model computes the same."""
 
 from __future__ import annotations
 
@@ -9,28 +9,34 @@ import onnx_ir as ir
 import pytest
 
 from cuantiza.core.inputs.model_config import read_config
-from cuantiza.core.inputs.weights.checkpoint import read_by_names
 from cuantiza.core.onnx import file as onnx_file
 from cuantiza.core.run.runtime import Runtime
-from cuantiza.export.graphs import llama, llama_weights
-from cuantiza.export.graphs.llama_config import parse_llama
+from cuantiza.export.graphs.architectures import ARCHITECTURES
 from cuantiza.quantize.decide import smooth
 from cuantiza.quantize.rewrite.find import find_projections
 
 from helpers import tiny_llama
 
-# Their layers end in no norm: what is multiplied by the first linear layers is the residual stream itself.
-UNREACHED = {"olmo2": {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"}, "arcee": {"down_proj"}}
+# The layers of olmo2 end in no norm: what is multiplied by the first linear layers is the residual stream itself. In an
+# MLP without a gate, an activation precedes the second linear layer, and only a ReLU lets a scale pass.
+UNREACHED = {
+    "olmo2": {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"},
+    "arcee": {"down_proj"},
+    "gpt_neo": {"c_proj"},
+    "gpt_neox": {"dense_4h_to_h"},
+    "phi": {"fc2"},
+}
+LLAMAS = ["llama", "qwen2", "qwen3", "smollm3", "granite", "gemma3_text", "olmo2", "arcee"]
+OWN = {"gpt_neo": {"attention_types": [[["global"], 4]]}, "phi": {"partial_rotary_factor": 0.7}}
 
 
 def build(kind: str, folder: Path) -> ir.Model:
-    tiny_llama(kind).save_pretrained(folder)
-    fields = read_config(folder)
-    weights = read_by_names(folder, fields, llama_weights.EMBEDDING).weights
-    return llama.build(parse_llama(fields, folder / "config.json"), weights, 21, folder)
+    tiny_llama(kind, **OWN.get(kind, {})).save_pretrained(folder)
+    fields, made = read_config(folder), ARCHITECTURES[kind]
+    return made.build(made.parse(fields, folder / "config.json"), made.read(folder, fields).weights, 21, folder)
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "smollm3", "granite", "gemma3_text", "olmo2", "arcee"])
+@pytest.mark.parametrize("kind", [*LLAMAS, "gpt_neo", "gpt_neox", "opt", "phi"])
 def test_linear_layers_are_smoothed(kind: str, tmp_path: Path) -> None:
     model = build(kind, tmp_path)
     reached = {layer.name for group in smooth.find_groups(model.graph).values() for layer in group.projections}
@@ -46,7 +52,7 @@ def test_heads_that_share_values_share_scales(tmp_path: Path) -> None:
     assert len(sources) == 4 and all(np.array_equal(source, wanted) for source in sources)
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma3_text"])
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma3_text", "gpt_neox", "opt", "phi"])
 def test_the_model_computes_the_same(kind: str, tmp_path: Path) -> None:
     model, random = build(kind, tmp_path), np.random.default_rng(0)
     ids = random.integers(0, 8192, (1, 20))

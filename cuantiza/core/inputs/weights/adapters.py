@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from cuantiza.core.errors import UserError
 from cuantiza.core.inputs.checkpoints import ADAPTER, adapter_fields, base_folder
 from cuantiza.core.inputs.model_config import read_config
 from cuantiza.core.inputs.weights.files import Weight, read_file
+from cuantiza.core.inputs.weights.heads import with_head
 from cuantiza.core.inputs.weights.layout import EMBEDDING, HEAD, canonical_module, canonical_name
 from cuantiza.core.inputs.weights.quantized import check_floats
 
@@ -68,6 +69,9 @@ _PART = re.compile(
 # Patterns of adapter_config.json, a file from anywhere, on which Python's matcher could work for ever: with a repeated
 # group, or with more repetitions than these.
 _REPEATED_GROUP, _REPETITION, _MOST_REPETITIONS, _LONGEST_NAME = re.compile(r"\)[*+{]"), re.compile(r"[*+?{]"), 4, 128
+# The embedding matrix as the families call it.
+_EMBEDDINGS = ("wte.weight", "embed_tokens.weight", "embed_in.weight")
+_POSITIONS = ("wpe.weight", "embed_positions.weight")
 _WHOLE = re.compile(r"\.(?:base_layer|modules_to_save(?:\.[\w-]+(?=\.\w+$))?)(?=\.)")
 
 
@@ -78,6 +82,53 @@ class Adapter:
     fields: dict[str, Any]
     tensors: dict[str, Weight]
     file: Path
+
+
+@dataclass(frozen=True)
+class Names:
+    """What the weights are called that an adapter is merged into.
+
+    `embedding` and `head` are the two that a model may tie; `embeddings` are the modules of which rows are read.
+    `module` and `weight` say which module, or weight, a name in an adapter's file stands for, None for none. The weights
+    of modules for which `transposed` holds are [inputs, outputs], others [outputs, inputs].
+    """
+
+    embedding: str
+    head: str
+    embeddings: frozenset[str]
+    module: Callable[[str], str | None]
+    weight: Callable[[str], str | None]
+    transposed: Callable[[str], bool]
+
+
+# transformers' Conv1D is [inputs, outputs], as is an embedding; nn.Linear, of which the head is one, is the opposite.
+GPT2 = Names(
+    EMBEDDING, HEAD, frozenset({"wte", "wpe"}), canonical_module, canonical_name, lambda module: module != "lm_head"
+)
+
+
+def names_of(weights: Mapping[str, Weight], folder: Path) -> Names:
+    """Those of a model that transformers reads as it is, whose linear layers are nn.Linear.
+
+    A name in an adapter stands for the weight whose name it ends in. Raises UserError where no weight is an embedding.
+    """
+    embedding = next((name for name in weights if name.endswith(_EMBEDDINGS)), None)
+    if embedding is None:
+        raise UserError(
+            f"{folder}: has no embedding matrix, which the model of an adapter has; take the files of the original checkpoint"
+        )
+    tables = {name.removesuffix(".weight") for name in weights if name.endswith((*_EMBEDDINGS, *_POSITIONS))}
+
+    def weight(name: str) -> str | None:
+        parts = with_head(name).split(".")
+        endings = (".".join(parts[first:]) for first in range(len(parts)))
+        return next((ending for ending in endings if ending in weights or ending == HEAD), None)
+
+    def module(name: str) -> str | None:
+        found = weight(f"{name}.weight")
+        return found and found.removesuffix(".weight")
+
+    return Names(embedding, HEAD, frozenset(tables), module, weight, tables.__contains__)
 
 
 def read_adapter(folder: Path) -> Adapter | None:
@@ -121,29 +172,32 @@ def read_fields(folder: Path) -> dict[str, Any]:
     """
     fields, adapter = read_config(base_folder(folder)), read_adapter(folder)
     for name, tensor in (adapter.tensors if adapter else {}).items():
-        if _PART.fullmatch(name) is None and canonical_name(_WHOLE.sub("", name)) == EMBEDDING and tensor.shape:
+        plain = _WHOLE.sub("", name)
+        embedding = canonical_name(plain) == EMBEDDING or plain.endswith(_EMBEDDINGS)
+        if _PART.fullmatch(name) is None and embedding and tensor.shape:
             fields = fields | {"vocab_size": tensor.shape[0]}
     return fields
 
 
-def merge(weights: Mapping[str, Weight], adapter: Adapter, tied: bool) -> dict[str, Weight]:
-    """Return `weights`, in transformers' layout, with `adapter` merged into them when they are read.
+def merge(weights: Mapping[str, Weight], adapter: Adapter, tied: bool, names: Names = GPT2) -> dict[str, Weight]:
+    """Return `weights`, which are called as `names` says, with `adapter` merged into them when they are read.
 
     `tied` says that head and embedding of the base share a matrix. If the adapter changes only one of such a pair, the
     result has both, as the adapted model computes with both.
     Raises UserError where the adapter does not fit the weights.
     """
-    merged = {HEAD: weights[EMBEDDING], **weights}
-    whole, factors = _sorted(adapter)
+    embedding, head = names.embedding, names.head
+    merged = {head: weights[embedding], **weights}
+    whole, factors = _sorted(adapter, names)
     for name, tensor in whole.items():
-        _check_replacement(name, tensor, merged, adapter)
+        _check_replacement(name, tensor, merged, adapter, names)
         merged[name] = tensor
-    if EMBEDDING in whole and HEAD not in whole and tied and _follows(whole[EMBEDDING], weights, adapter):
-        merged[HEAD] = whole[EMBEDDING]
+    if embedding in whole and head not in whole and tied and _follows(whole[embedding], weights, adapter, names):
+        merged[head] = whole[embedding]
     for module, parts in factors.items():
-        merged |= _adapted(module, parts, merged, adapter)
-    if merged[HEAD] is merged[EMBEDDING]:
-        del merged[HEAD]
+        merged |= _adapted(module, parts, merged, adapter, names)
+    if merged[head] is merged[embedding]:
+        del merged[head]
     return merged
 
 
@@ -167,8 +221,8 @@ class _Factors:
     tensors: dict[str, Weight]
 
 
-def _sorted(adapter: Adapter) -> tuple[dict[str, Weight], dict[str, _Factors]]:
-    """Sort an adapter's tensors: those that replace the base's by GPT-2's names, and factors by GPT-2's modules.
+def _sorted(adapter: Adapter, names: Names) -> tuple[dict[str, Weight], dict[str, _Factors]]:
+    """Sort an adapter's tensors: those that replace the base's by the weights' names, and factors by their modules.
 
     Raises UserError where a tensor is neither, or where two claim one place.
     """
@@ -178,11 +232,11 @@ def _sorted(adapter: Adapter) -> tuple[dict[str, Weight], dict[str, _Factors]]:
         if ".original_module." in name:  # the base's own, which modules_to_save replaces
             continue
         if found := _PART.fullmatch(name):
-            module = canonical_module(found["module"])
+            module = names.module(found["module"])
             place = factors.setdefault(module, _Factors(_plain(found["module"]), {})).tensors if module else None
             key = found["part"] + (".bias" if found["kind"] == "bias" else "")
         else:
-            place, key = whole, canonical_name(_WHOLE.sub("", name)) or ""
+            place, key = whole, names.weight(_WHOLE.sub("", name)) or ""
         if place is whole and key in whole and _equal(whole[key], tensor):  # peft stores a resized one twice
             continue
         if not key or place is None or key in place:
@@ -202,10 +256,12 @@ def _plain(module: str) -> str:
     return module.removeprefix("base_model.model.").replace(".base_layer", "")
 
 
-def _check_replacement(name: str, tensor: Weight, weights: Mapping[str, Weight], adapter: Adapter) -> None:
+def _check_replacement(
+    name: str, tensor: Weight, weights: Mapping[str, Weight], adapter: Adapter, names: Names
+) -> None:
     old = weights[name].shape if name in weights else None
     # Tokens that were added in training make embedding and head longer.
-    fits = old == tensor.shape or (name in (EMBEDDING, HEAD) and old and old[1:] == tensor.shape[1:])
+    fits = old == tensor.shape or (name in (names.embedding, names.head) and old and old[1:] == tensor.shape[1:])
     if not fits:
         raise UserError(
             f"{adapter.file}: has {name} {list(tensor.shape)} where the base has {list(old) if old else 'none'}; "
@@ -213,28 +269,32 @@ def _check_replacement(name: str, tensor: Weight, weights: Mapping[str, Weight],
         )
 
 
-def _follows(embedding: Weight, weights: Mapping[str, Weight], adapter: Adapter) -> bool:
+def _follows(embedding: Weight, weights: Mapping[str, Weight], adapter: Adapter, names: Names) -> bool:
     """Whether the head of a tied pair follows an `embedding` that replaces the base's.
 
     Of such a pair, peft trains a copy of the embedding alone if modules_to_save names that alone; an embedding
     that was stored because it was resized is the head too.
     """
-    names = adapter.fields.get("modules_to_save")
-    copied = isinstance(names, list) and any(canonical_module(str(name)) == "wte" for name in names)
-    grown = embedding.shape != weights[EMBEDDING].shape
+    saved, module = adapter.fields.get("modules_to_save"), f".{names.embedding.removesuffix('.weight')}"
+    # peft saves the modules whose names end in one of those; a name there may begin before ours.
+    copied = isinstance(saved, list) and any(
+        module.endswith(f".{name}") or f".{name}".endswith(module) for name in map(str, saved)
+    )
+    grown = embedding.shape != weights[names.embedding].shape
     return grown or not copied
 
 
-def _adapted(module: str, factors: _Factors, weights: Mapping[str, Weight], adapter: Adapter) -> dict[str, Weight]:
+def _adapted(
+    module: str, factors: _Factors, weights: Mapping[str, Weight], adapter: Adapter, names: Names
+) -> dict[str, Weight]:
     """The weight of `module` with B A added, and its bias where B has one. Raises UserError where shapes do not fit."""
-    embedding = module in ("wte", "wpe")
+    embedding = module in names.embeddings
     left, right = ("embedding_A", "embedding_B") if embedding else ("A", "B")
     a, b, base = factors.tensors.get(left), factors.tensors.get(right), weights.get(f"{module}.weight")
     odd = factors.tensors.keys() - {left, right, *(() if embedding else ("B.bias",))}
     if a is None or b is None or base is None or odd or len(a.shape) != 2 or len(b.shape) != 2:
         raise UserError(f"{adapter.file}: has no A and B of two axes for {factors.name}; take the original adapter")
-    # transformers' Conv1D is [inputs, outputs], as is an embedding; nn.Linear, of which the head is one, is the opposite.
-    turned = module != "lm_head"
+    turned = names.transposed(module)
     change = (a.shape[1], b.shape[0]) if turned else (b.shape[0], a.shape[1])
     if change != base.shape or a.shape[0] != b.shape[1]:
         raise UserError(

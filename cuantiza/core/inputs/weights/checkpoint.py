@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +15,14 @@ from cuantiza.core.errors import UserError
 from cuantiza.core.inputs.checkpoints import base_folder, files_to_read
 from cuantiza.core.inputs.weights import adapters
 from cuantiza.core.inputs.weights.files import Weight, read_tensors
-from cuantiza.core.inputs.weights.heads import check_task, left_out
+from cuantiza.core.inputs.weights.heads import check_task, left_out, with_head
 from cuantiza.core.inputs.weights.layout import EMBEDDING, HEAD, arrange, some
 from cuantiza.core.inputs.weights.quantized import check_floats, check_not_quantized
+
+# What old checkpoints store and no model learns: causal masks, what they are filled with, and rotary embeddings.
+_BUFFER = re.compile(
+    r"(?:.*\.)?(?:(?:attn|attention)\.(?:bias|masked_bias|embed_positions)|rotary_emb\.inv_freq|version)"
+)
 
 
 @dataclass(frozen=True)
@@ -63,28 +69,25 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     adapter = adapters.read_adapter(folder)
     if adapter is not None:
         weights = adapters.merge(weights, adapter, tied)
-        what = f"the LoRA adapter {adapters.describe(adapter)} was merged into"
-        warnings.append(
-            f"{what} the weights beside it; if those are merged already, remove adapter_config.json and that file"
-            if base == folder
-            else f"{what} its base {adapters.base_name(adapter, base)}"
-        )
+        warnings.append(_merged(adapter, folder, base))
     repaired = layout.repaired or bool(eight) or adapter is not None or _index_is_bare(base)
     return Checkpoint(fields, weights, dtypes, tuple(warnings), repaired)
 
 
-def read_by_names(folder: Path, fields: Mapping[str, Any], embedding: str) -> Checkpoint:
+def read_by_names(folder: Path, fields: Mapping[str, Any], embedding: str, backbone: str = "model.") -> Checkpoint:
     """Read the checkpoint of a model that transformers reads as it is, under names without the prefix of its backbone.
 
-    The prefix ("model.", or none) is what stands before `embedding`, the name of the embedding matrix. No tensor is read
-    before its `read()` is called. Raises UserError as `read_for_transformers` does, and where the embedding is missing,
-    where another prefix stands before it, or where weights have 8 bits.
+    The prefix (`backbone`, or none) is what stands before `embedding`, the name of the embedding matrix. Masks and
+    frequencies, which old checkpoints store beside the weights, are left out, and a LoRA adapter that lies beside or
+    instead of them is merged. No tensor is read before its `read()` is called, but a head beside an embedding where
+    there is an adapter. Raises UserError as `read_merged` does, and where the embedding is missing, where another prefix
+    stands before it, or where weights have 8 bits.
     """
-    tensors = read_for_transformers(folder, fields)
-    prefix = next((name.removesuffix(embedding) for name in tensors if name in (embedding, f"model.{embedding}")), None)
+    tensors, adapter = read_merged(folder, fields)
+    prefix = next((found for found in (backbone, "") if f"{found}{embedding}" in tensors), None)
     if prefix is None:
         raise UserError(
-            f"{folder}: has no weight model.{embedding}; its tensors are named {some(tensors)}; "
+            f"{folder}: has no weight {backbone}{embedding}; its tensors are named {some(tensors)}; "
             "save the model with transformers' save_pretrained"
         )
     weights = {name.removeprefix(prefix): weight for name, weight in tensors.items()}
@@ -95,7 +98,35 @@ def read_by_names(folder: Path, fields: Mapping[str, Any], embedding: str) -> Ch
             f"{folder}: has weights of 8 bits ({', '.join(eight)}), which transformers does not read as they are; "
             "give the checkpoint before it was quantized"
         )
-    return Checkpoint(dict(fields), weights, dtypes, (), False)
+    warnings = () if adapter is None else (_merged(adapter, folder, base_folder(folder)),)
+    return Checkpoint(dict(fields), weights, dtypes, warnings, adapter is not None)
+
+
+def read_merged(folder: Path, fields: Mapping[str, Any]) -> tuple[dict[str, Weight], adapters.Adapter | None]:
+    """Return the weights of a model that is no GPT-2, by transformers' names, and the LoRA adapter that was merged.
+
+    `fields` are those of its config.json. Raises UserError where the files are damaged, quantized or of no language
+    model, or where the adapter cannot be merged.
+    """
+    base, adapter = base_folder(folder), adapters.read_adapter(folder)
+    stored = read_tensors(base)
+    check_not_quantized(fields, stored, base)
+    check_task(fields, stored, base)
+    tensors = {with_head(name): weight for name, weight in stored.items() if not _BUFFER.fullmatch(name)}
+    if adapter is None:
+        return tensors, None
+    names = adapters.names_of(tensors, base)
+    head, embedding = tensors.get(names.head), tensors[names.embedding]
+    tied = head is None or (head.shape == embedding.shape and np.array_equal(head.read(), embedding.read()))
+    return adapters.merge(tensors, adapter, tied, names), adapter
+
+
+def _merged(adapter: adapters.Adapter, folder: Path, base: Path) -> str:
+    """Say into what `adapter` of `folder` was merged."""
+    what = f"the LoRA adapter {adapters.describe(adapter)} was merged into"
+    if base == folder:
+        return f"{what} the weights beside it; if those are merged already, remove adapter_config.json and that file"
+    return f"{what} its base {adapters.base_name(adapter, base)}"
 
 
 def read_for_transformers(folder: Path, fields: Mapping[str, Any]) -> dict[str, Weight]:
@@ -106,7 +137,7 @@ def read_for_transformers(folder: Path, fields: Mapping[str, Any]) -> dict[str, 
     """
     if adapters.read_adapter(folder) is not None:
         raise UserError(
-            f"{folder}: has a LoRA adapter, which is merged for GPT-2 only; merge it with peft's merge_and_unload and give the merged model"
+            f"{folder}: has a LoRA adapter, which EXPORTER=optimum does not merge; merge it with peft's merge_and_unload and give the merged model"
         )
     tensors = read_tensors(folder)
     check_not_quantized(fields, tensors, folder)

@@ -23,6 +23,7 @@ _BESIDE = {
     "value_head": "a value head",
     "ilql_heads": "the heads of ILQL",
 }
+_OLD_HEAD = re.compile(r"(?<![^.])embed_out(?![^.])")
 _ADAPTER = re.compile(r".*\.(?:lora_(?:A|B|embedding_A|embedding_B|magnitude_vector)|base_layer)(?:\..*)?")
 
 
@@ -53,6 +54,11 @@ def check_task(fields: Mapping[str, Any], names: Collection[str], folder: Path) 
         f"{folder}: is a {architecture}{because}, and only language models are exported; "
         "give the language model that it was trained from, because the rest of this one no longer predicts text"
     )
+
+
+def with_head(name: str) -> str:
+    """The `name` of a tensor or a module, where GPT-NeoX's head, embed_out before transformers 5, is lm_head."""
+    return _OLD_HEAD.sub("lm_head", name)
 
 
 def left_out(others: Collection[str]) -> list[str]:

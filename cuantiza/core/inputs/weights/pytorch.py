@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from cuantiza.core.errors import UserError
+from cuantiza.core.inputs.checkpoints import base_folder
 from cuantiza.core.inputs.gpt2_config import canonical_fields, is_gpt2
-from cuantiza.core.inputs.weights.adapters import read_fields
-from cuantiza.core.inputs.weights.checkpoint import read_checkpoint
+from cuantiza.core.inputs.weights.adapters import read_adapter, read_fields
+from cuantiza.core.inputs.weights.checkpoint import read_checkpoint, read_merged
+from cuantiza.core.inputs.weights.files import Weight
 
 
 def pytorch_loader(
@@ -34,12 +36,28 @@ def pytorch_loader(
     local = {"local_files_only": True, "trust_remote_code": False}
     given = read_fields(folder)
     fields = canonical_fields(given)
+
+    def filled(family: Any, config: Any, weights: Mapping[str, Weight]) -> Any:
+        """The model of class `family` with `weights`, which are named as transformers names them."""
+        state = {name: torch.from_numpy(weight.read().copy()) for name, weight in weights.items()}
+        model, found = family.from_pretrained(
+            None, config=config, state_dict=state, output_loading_info=True, **options
+        )
+        if odd := {key: names for key, names in found.items() if names}:
+            raise ValueError(f"its config.json does not fit its weights: {odd}")
+        return model.eval()
+
     if not is_gpt2(fields):
 
         def load_other() -> Any:
-            configuration = transformers.AutoConfig.from_pretrained(config or folder, **local)
+            configuration = transformers.AutoConfig.from_pretrained(config or base_folder(folder), **local)
             family = transformers.AutoModelForCausalLM
-            return family.from_pretrained(folder, config=configuration, **options, **local).eval()
+            if read_adapter(folder) is None:
+                return family.from_pretrained(folder, config=configuration, **options, **local).eval()
+            weights, _ = read_merged(folder, given)
+            configuration.vocab_size = given["vocab_size"]
+            configuration.tie_word_embeddings = "lm_head.weight" not in weights
+            return filled(family._model_mapping[type(configuration)], configuration, weights)
 
         return _explained(load_other, folder, advice)
     gpt2, checkpoint = transformers.GPT2LMHeadModel, read_checkpoint(folder)
@@ -54,14 +72,11 @@ def pytorch_loader(
     def assemble() -> Any:
         tied = "lm_head.weight" not in checkpoint.weights
         config = transformers.GPT2Config.from_dict(fields | {"tie_word_embeddings": tied})
-        state = {
-            name if name.startswith("lm_head.") else f"transformer.{name}": torch.from_numpy(weight.read().copy())
+        weights = {
+            name if name.startswith("lm_head.") else f"transformer.{name}": weight
             for name, weight in checkpoint.weights.items()
         }
-        model, found = gpt2.from_pretrained(None, config=config, state_dict=state, output_loading_info=True, **options)
-        if odd := {key: names for key, names in found.items() if names}:
-            raise ValueError(f"its config.json does not fit its weights: {odd}")
-        return model.eval()
+        return filled(gpt2, config, weights)
 
     return _explained(assemble, folder, advice)
 

@@ -1,4 +1,4 @@
-"""GPT-2 checkpoints to ONNX files that are small, fast on a CPU and measured against the original.
+"""Language model checkpoints to ONNX files that are small, fast on a CPU and measured against the original.
 
 `export`, `quantize`, `evaluate`, `compare` and `load` do from Python what the commands of the same names do
 (docs/python.md). Nothing heavy is imported before one of them is used.

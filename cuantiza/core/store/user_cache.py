@@ -48,6 +48,4 @@ def _place() -> Path:
         return Path(given, "cuantiza")
     if sys.platform == "darwin":
         return Path.home() / "Library" / "Caches" / "cuantiza"
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "cuantiza"
     return Path.home() / ".cache" / "cuantiza"

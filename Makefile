@@ -22,7 +22,7 @@ OPTIMUM_VENV  ?= .venv-optimum## environment for EXPORTER=optimum
 RAY_VENV      ?= .venv-ray## environment for RAY=
 MODEL         ?= models/es-mini## checkpoint: folder or owner/name[@revision]
 CORPUS        ?= corpus/es## text: file, folder or owner/name (CORPUS_CONFIG=, CORPUS_SPLIT=, CORPUS_COLUMN=, CORPUS_BY=line, CORPUS_JOIN=1); self: the model writes what calibrates it
-RECIPES       ?= int8-dynamic int8-static## how to quantize: `python -m cuantiza recipes` lists them
+RECIPES       ?= int8-dynamic int8-static int8-dynamic-ort## how to quantize: `python -m cuantiza recipes` lists them
 RECIPE        ?= int8-dynamic## the one artifact of `generate` and `demo`
 OUT           ?= artifacts## folder for artifacts
 REPORTS       ?= reports## folder for reports

@@ -23,7 +23,7 @@ from helpers import CORPUS, ROOT, Result, copy_tokenizer, tiny_gpt2
 QUICK = "EVAL=--tokens 300 --rounds 1 --without-torch"
 PLACES = ("", "OPTIMUM_", "PEERS_", "RUNTIMES_", "RAY_", "RELEASE_")
 GOALS = ("optimum", "peers", "runtimes-env", "ray", "sbom")
-RECIPES = ("fp32", "int8-dynamic", "int8-static")
+RECIPES = ("fp32", "int8-dynamic", "int8-static", "int8-dynamic-ort")
 
 
 @pytest.fixture
@@ -74,7 +74,7 @@ def test_what_changed_is_rebuilt_and_nothing_else(clone: Path, make: Callable[..
     assert first.status == 0, first.stderr
     before = state(clone)
     again = make("export", "quantize", "eval")
-    assert again.status == 0 and again.stderr.count("up to date") == 4 and not rebuilt(clone, before)
+    assert again.status == 0 and again.stderr.count("up to date") == 5 and not rebuilt(clone, before)
 
     append(clone / "eval/measure/latency.py", "# another version\n")
     assert make("eval").status == 0
@@ -100,7 +100,7 @@ def test_what_changed_is_rebuilt_and_nothing_else(clone: Path, make: Callable[..
     (clone / "texts/index.json").write_text(json.dumps(index))
     result = make("eval")
     assert result.status == 0 and "int8-dynamic: changed: calibration" in result.stderr
-    assert rebuilt(clone, before) == {"int8-dynamic", "int8-static", "report.json"}
+    assert rebuilt(clone, before) == {*RECIPES[1:], "report.json"}
 
     before = state(clone)
     tiny_gpt2(seed=1, n_positions=64).save_pretrained(clone / "tiny")
@@ -128,7 +128,7 @@ def test_two_makes_at_once(clone: Path) -> None:
     assert [run.returncode for run in runs] == [0, 0], errors
     assert (
         sum(error.count("fp32: new") for error in errors) == 1
-        and sum(error.count("up to date") for error in errors) == 4
+        and sum(error.count("up to date") for error in errors) == 5
     )
     for name in RECIPES:
         open_artifact(clone / "artifacts/tiny" / name)

@@ -56,7 +56,7 @@ def test_the_three_stages_on_a_checkpoint_of_2020(tmp_path: Path) -> None:
         assert result.status == 0, result.stderr
     report = json.loads((reports / "checkpoint/report.json").read_text(encoding="utf-8"))
     rows = {row["name"]: row for row in report["artifacts"]}
-    assert list(rows) == ["fp32", "int8-dynamic", "int8-static", "torch-fp32", "torch-dynamic"]
+    assert list(rows) == ["fp32", "int8-dynamic", "int8-static", "int8-dynamic-ort", "torch-fp32", "torch-dynamic"]
     assert abs(rows["torch-fp32"]["delta_ln_ppl"]) < 1e-4
 
 

@@ -17,10 +17,10 @@ Target = Literal["portable", "ort"]
 # The exponents of SmoothQuant that calibration tries for each tensor. A recipe without exponents does not smooth.
 ALPHAS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
-# The relative squared error from which on activations get 16 bits: noise of 1.4 % of a matmul's output.
-MAX_ERROR = 2e-4
+# The relative squared error from which on activations get 16 bits: noise of 1 % of a matmul's output.
+MAX_ERROR = 1e-4
 # The same where the range of an activation is fixed. It is larger, because most matmuls would need 16 bits otherwise.
-MAX_STATIC_ERROR = 3e-4
+MAX_STATIC_ERROR = 1.5e-4
 
 
 @dataclass(frozen=True)

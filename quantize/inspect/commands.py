@@ -108,6 +108,8 @@ def histogram(arguments: Sequence[str] | None = None) -> int:
         raise UserError(f"--tensor {args.tensor}: all its elements are 0 on this corpus; there is no range to choose")
     ranges = tables.ranges_of(found)
     title = f"{model_name(args.model)}, {name}: input of {args.tensor}"
+    if details["bits"] == 16:
+        title += " (which gets 16 bits; these are the ranges for 8)"
     show(tables.histogram_table(found, ranges[plan.ranges], f"{title}, as smoothing left it"))
     show(tables.ranges_table(ranges, plan.ranges, details))
     if args.plot is not None:

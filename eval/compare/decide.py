@@ -191,7 +191,7 @@ def compare_reports(
     figures = sum(len(timings(base.rows[name]).keys() & timings(head.rows[name]).keys()) for name in timed)
     if timed and not figures:
         raise UserError(
-            f"{base.path} and {head.path}: time no shape in common; make both by one version of `make eval`"
+            f"{base.path} and {head.path}: time no shape in common; make both by one version of `make eval`, with the same --positions"
         )
     checks: list[Check] = []
     for name in names:
@@ -224,7 +224,7 @@ def _report_latency(base: Side, head: Side, name: str, level: float, budget: flo
     for figure, theirs in timings(base.rows[name]).items():
         if figure not in own:
             raise UserError(
-                f"{head.path}: {name} has no {figure}, which BASE has; make both by one version of `make eval`"
+                f"{head.path}: {name} has no {figure}, which BASE has; make both by one version of `make eval`, with the same --positions"
             )
         ms = (median(rounds(theirs)) / 1e6, median(rounds(own[figure])) / 1e6)
         ratios = [_ln_ratios(side, name, figure) for side in (base, head)]

@@ -15,7 +15,7 @@ from cuantiza.core.inputs.defaults import CORPUS
 from cuantiza.core.machine.progress import report, warn
 from cuantiza.core.store import artifact, digests, folders
 from cuantiza.core.store.artifact import Artifact
-from cuantiza.quantize.recipes.int8_static_mixed import MixedStaticInt8
+from cuantiza.quantize.recipes.budget.int8_static_mixed import MixedStaticInt8
 from cuantiza.quantize.recipes.registry import RECIPES, Recipe, calibration_of, get_recipe, to_json
 
 _LIBRARIES = ("numpy", "onnx", "onnx-ir", "onnxruntime", "tokenizers")

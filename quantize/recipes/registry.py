@@ -14,7 +14,7 @@ from cuantiza.quantize.recipes.float_ort import Float
 from cuantiza.quantize.recipes.half import Half
 from cuantiza.quantize.recipes.int8_dynamic import DynamicInt8
 from cuantiza.quantize.recipes.int8_static import StaticInt8
-from cuantiza.quantize.recipes.int8_static_mixed import MixedStaticInt8
+from cuantiza.quantize.recipes.budget.int8_static_mixed import MixedStaticInt8
 from cuantiza.quantize.recipes.ort_dynamic import OrtDynamic
 from cuantiza.quantize.recipes.ort_static import OrtStatic
 from cuantiza.quantize.recipes.weight_only import WeightOnly

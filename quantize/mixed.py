@@ -3,7 +3,7 @@
 1. Every matrix is rounded to 4 bits in blocks of 32, by GPTQ, and the KL divergence that each causes alone is measured.
 2. What other grids would cause follows from the expected errors Σ power · (Ŵ − W)² of a sample of the channels.
 3. The choice that loses least within the budget is a knapsack (quantize/weights/allocate.py).
-4. All is rounded as chosen, as int4-weight does it, and measured on windows that decided nothing before. Where the
+4. All is rounded as chosen, as int4-weight does it, and measured on windows that decide nothing before. Where the
    budget is not kept, or a budget in KL is not used up, the choice is made again with what was learnt.
 
 Bytes are those of the file with standard operators or with ONNX Runtime's, whichever takes more, so that both targets
@@ -47,8 +47,8 @@ OTHERS = (
     Grid(8, None, symmetric=True),
     Grid(8, 32, symmetric=True, scale_bits=8),
 )
-# One window of so many is kept from calibration, to measure on: half of these choose, the others check.
-EVERY = 4
+# Of so many windows, the first chooses, the second checks, and the others calibrate.
+EVERY = 8
 # How many channels of a matrix stand for all when the errors of grids are compared.
 _CHANNELS = 512
 # A choice for a budget in KL is good enough if the model uses this share of it.
@@ -86,21 +86,23 @@ def spend(
     shapes = matrix_shapes(original.graph)
     if max_bytes is not None:
         _check_bytes(original, shapes, max_bytes)
-    kept, rest = windows[::EVERY], np.delete(windows, np.s_[::EVERY], axis=0)
+    choosing, checking = windows[::EVERY], windows[1::EVERY]
+    seen = np.delete(windows, np.s_[1::EVERY], axis=0)
     with folders.staging(work / "gauge") as folder:
-        options = _measure(path, original.clone(), shapes, kept[::2], rest, plan, folder)
+        others = np.delete(seen, np.s_[:: EVERY - 1], axis=0)
+        options = _measure(path, original.clone(), shapes, choosing, others, plan, folder)
     with folders.staging(work / "gauge") as folder:
-        gauge = Gauge(path, kept[1::2], folder)
+        gauge = Gauge(path, checking, folder)
 
         def attempt(chosen: Mapping[str, Option]) -> tuple[Mixed, int, Effect]:
             model = original.clone()
             grids = {name: option.grid for name, option in chosen.items()}
-            decisions = decide(model, rest, replace(plan, grids=grids), folder)
+            decisions = decide(model, seen, replace(plan, grids=grids), folder)
             weights = choose_weights(model, decisions, BASE, grids)
             effect = gauge.effect(model, weights, _portable)
             size = graph_bytes(model, weights)
             report(f"mixed     {size / 1e6:.2f} MB, KL {effect.kl_divergence:.5f} nats on windows that chose nothing")
-            return Mixed(model, decisions, weights, _details(chosen, options, size, effect)), size, effect
+            return Mixed(model, decisions, weights, _details(chosen, options, effect)), size, effect
 
         if max_bytes is not None:
             return _keep_bytes(options, max_bytes, attempt, original, shapes)
@@ -165,11 +167,18 @@ def _check_bytes(model: ir.Model, shapes: dict[str, tuple[int, int]], max_bytes:
         name: min(grids_for(shape[0]), key=lambda grid: matrix_bytes(shape, grid)) for name, shape in shapes.items()
     }
     size = graph_bytes(model, {name: _blank(shape, least[name]) for name, shape in shapes.items()})
+    size += _smoothing_bytes(model, shapes)
     if size > max_bytes:
         raise UserError(
             f"--max-bytes: the budget is {max_bytes:,} bytes, and the smallest file of this model, all in 4 bits, takes "
             f"{size:,}; give {-(-size // 10**4) / 100:.2f}MB or more"
         )
+
+
+def _smoothing_bytes(model: ir.Model, shapes: dict[str, tuple[int, int]]) -> int:
+    """What smoothing may add at most: a factor for each input of a matrix that head and embedding share, and its node."""
+    read = {projection.weight for projection in find_projections(model.graph)}
+    return sum(4 * shapes[table.name][0] + 512 for table in find_tables(model.graph) if table in read)
 
 
 def _portable(model: ir.Model, weights: dict[str, IntWeight]) -> object:
@@ -191,8 +200,8 @@ def _measure(
     weights = choose_weights(model, decisions, BASE)
     powers = {p.weight.name: decisions[p.name].power for p in find_projections(model.graph) if p.name in decisions}
     gauge = Gauge(path, measured, work)
-    options = {}
-    for name in track(list(weights), "sensitivity", len(weights)):
+    options, names = {}, [name for name in shapes if name in weights]  # in an order that is the same in every run
+    for name in track(names, "sensitivity", len(names)):
         alone = gauge.effect(model, {name: weights[name]}, _portable).kl_divergence
         matrix = _tensor(model.graph.initializers[name]).numpy()
         matrix = matrix if matrix.shape == shapes[name] else matrix.T
@@ -225,26 +234,28 @@ Attempt = Callable[[Mapping[str, Option]], tuple[Mixed, int, Effect]]
 def _keep_bytes(
     options: Options, budget: int, attempt: Attempt, model: ir.Model, shapes: dict[str, tuple[int, int]]
 ) -> Mixed:
-    """Choose for a file of at most `budget` bytes, and round. What is no matrix is estimated first, and measured then."""
-    chosen = smallest(options)
-    blank = {name: _blank(shapes[name], option.grid) for name, option in chosen.items()}
-    other = graph_bytes(model, blank) - total_bytes(chosen)
+    """Choose for a file of at most `budget` bytes, and round; with less to spend where smoothing made it larger."""
+    spare = _smoothing_bytes(model, shapes)
     for _ in range(_ROUNDS):
-        for _ in range(_ROUNDS):  # nodes of 8 bits take more than those of 4
-            within = within_bytes(options, budget - other)
-            if within is None:
-                break
-            chosen = within
-            blank = {name: _blank(shapes[name], option.grid) for name, option in chosen.items()}
-            excess = graph_bytes(model, blank) - total_bytes(chosen) - other
-            if excess <= 0:
-                break
-            other += excess
-        found, size, _ = attempt(chosen)
+        found, size, _ = attempt(_fitting(options, budget - spare, model, shapes))
         if size <= budget:
             return found
-        other += size - budget
-    raise UserError(f"--max-bytes: no choice takes at most {budget:,} bytes; the next one takes {size:,}: give so many")
+        spare += size - budget
+    raise UserError(f"--max-bytes: no file of at most {budget:,} bytes was found; the last one takes {size:,}")
+
+
+def _fitting(
+    options: Options, budget: int, model: ir.Model, shapes: dict[str, tuple[int, int]]
+) -> Mapping[str, Option]:
+    """Choose what loses least in a file of `budget` bytes. What is no matrix is estimated, and corrected if too low."""
+    chosen, other = smallest(options), 0
+    for _ in range(_ROUNDS):
+        size = graph_bytes(model, {name: _blank(shapes[name], option.grid) for name, option in chosen.items()})
+        if other and size <= budget:
+            return chosen
+        other = size - total_bytes(chosen)  # nodes of 8 bits take more than those of 4
+        chosen = within_bytes(options, budget - other) or smallest(options)
+    return smallest(options)
 
 
 def _keep_kl(options: Options, budget: float, attempt: Attempt) -> Mixed:
@@ -260,10 +271,10 @@ def _keep_kl(options: Options, budget: float, attempt: Attempt) -> Mixed:
             best = found, size
         if chosen == closest(options) and effect.kl_divergence > budget:
             break
-        if _USED * budget <= effect.kl_divergence <= budget:
+        if effect.kl_divergence <= budget and (effect.kl_divergence >= _USED * budget or chosen == smallest(options)):
             break
         # Halfway between the shares that are used up and that are not, so that the next one is within.
-        aim = total_kl(chosen) * budget * (1 + _USED) / 2 / effect.kl_divergence
+        aim = total_kl(chosen) * budget * (1 + _USED) / 2 / max(effect.kl_divergence, 1e-9)
     if best is None:
         raise UserError(
             f"--max-kl {budget}: is less than 8 bits everywhere lose, {effect.kl_divergence:.2g} nats; give so much, or "
@@ -272,10 +283,9 @@ def _keep_kl(options: Options, budget: float, attempt: Attempt) -> Mixed:
     return best[0]
 
 
-def _details(chosen: Mapping[str, Option], options: Options, size: int, effect: Effect) -> dict:
+def _details(chosen: Mapping[str, Option], options: Options, effect: Effect) -> dict:
     alone = {name: next(option.kl for option in some if option.grid == BASE) for name, some in options.items()}
     return {
-        "bytes": size,
         "predicted_kl": total_kl(chosen),
         "measured_on_calibration": asdict(effect),
         "matrices": {

@@ -42,6 +42,11 @@ class MixedWeightOnly:
         if self.max_kl is not None and not 0 < self.max_kl < math.inf:
             raise ValueError(f"max_kl is {self.max_kl}; give a number of nats above 0, such as 0.01")
 
+        if self.calibration.minimum < 3:
+            raise ValueError(
+                f"calibration has minimum {self.calibration.minimum}; give 3 windows or more: some calibrate, others measure"
+            )
+
     def describe(self) -> str:
         """Describe the recipe in one line, for `cuantiza recipes`."""
         budget = f"a file of {self.max_bytes}" if self.max_kl is None else f"a KL of {self.max_kl} nats"

@@ -5,6 +5,7 @@ The models are built without transformers, with random weights and a tokenizer o
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from cuantiza.core.onnx.genai_config import GENAI_CONFIG
 from cuantiza.core.run.runtime import Runtime
 from cuantiza.core.store import artifact, folders
 from cuantiza.export.graphs.gpt2 import build
-from cuantiza.quantize.recipes.registry import RECIPES, WeightOnly
+from cuantiza.quantize.recipes.registry import RECIPES, MixedWeightOnly, WeightOnly
 from cuantiza.quantize.rewrite import onnxruntime_tools
 from cuantiza.quantize.stage import quantize
 from cuantiza.quantize.steps import write_graph
@@ -116,7 +117,10 @@ def about_attention(details: dict) -> int:
 
 @pytest.mark.parametrize("name", GRID)
 def test_every_recipe_takes_every_shape(name: str, model: Model, tmp_path: Path) -> None:
-    details = RECIPES[name].make(model.folder, tmp_path, model.split)
+    recipe = RECIPES[name]
+    if isinstance(recipe, MixedWeightOnly):  # so small a graph has no weights to save at
+        recipe = dataclasses.replace(recipe, max_bytes=None, max_kl=0.02)
+    details = recipe.make(model.folder, tmp_path, model.split)
     # ort-dynamic has one scale for all tokens. The integers of the others may tip over by a float's last digit.
     assert_runs(
         tmp_path / "model.onnx", model, exact=name.startswith(("fp", "int8-weight")) and "8-weight-ort" not in name

@@ -26,7 +26,7 @@ from cuantiza.core.store import artifact, folders
 from cuantiza.quantize.decide.decision import Decision, Plan
 from cuantiza.quantize.inspect.sensitivity import Effect, Gauge
 from cuantiza.quantize.layers import decide
-from cuantiza.quantize.rewrite.find import find_projections, find_tables
+from cuantiza.quantize.rewrite.find import find_embeddings, find_projections, find_tables
 from cuantiza.quantize.rewrite.weight_only import choose_weights, quantize_weights
 from cuantiza.quantize.weights.allocate import (
     Option,
@@ -177,8 +177,9 @@ def _check_bytes(model: ir.Model, shapes: dict[str, tuple[int, int]], max_bytes:
 
 def _smoothing_bytes(model: ir.Model, shapes: dict[str, tuple[int, int]]) -> int:
     """What smoothing may add at most: a factor for each input of a matrix that head and embedding share, and its node."""
-    read = {projection.weight for projection in find_projections(model.graph)}
-    return sum(4 * shapes[table.name][0] + 512 for table in find_tables(model.graph) if table in read)
+    read = {projection.weight.name for projection in find_projections(model.graph)}
+    shared = read & {embedding.table.name for embedding in find_embeddings(model.graph)}
+    return sum(4 * shapes[name][0] + 512 for name in shapes if name in shared)
 
 
 def _portable(model: ir.Model, weights: dict[str, IntWeight]) -> object:
@@ -261,8 +262,8 @@ def _fitting(
 def _keep_kl(options: Options, budget: float, attempt: Attempt) -> Mixed:
     """Choose for a KL of at most `budget`, and round, until what is measured keeps the budget and uses it up."""
     aim, best, tried = budget, None, []
-    for _ in range(_ROUNDS):
-        chosen = within_kl(options, aim) or closest(options)
+    for left in reversed(range(_ROUNDS)):
+        chosen = closest(options) if best is None and not left else within_kl(options, aim) or closest(options)
         if chosen in tried:
             break
         tried.append(chosen)

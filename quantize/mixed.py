@@ -254,7 +254,7 @@ def _fitting(
         size = graph_bytes(model, {name: _blank(shapes[name], option.grid) for name, option in chosen.items()})
         if other and size <= budget:
             return chosen
-        other = size - total_bytes(chosen)  # nodes of 8 bits take more than those of 4
+        other = max(other, size - total_bytes(chosen))  # nodes of 8 bits take more than those of 4
         chosen = within_bytes(options, budget - other) or smallest(options)
     return smallest(options)
 

@@ -1,4 +1,4 @@
-"""The pages on what a choice is worth: lab/own_text.py and lab/mixed.py, their figures, and the pages made of them."""
+"""The pages on what a choice is worth: lab/own_text.py and lab/accuracy/mixed.py, their figures, and the pages made of them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from pathlib import Path
 
 from cuantiza.core.onnx import file as onnx_file
 from cuantiza.core.store.artifact import Artifact
-from lab import mixed, own_text
+from lab import own_text
+from lab.accuracy import mixed
 
 from helpers import ROOT
 

@@ -1,7 +1,7 @@
 """Measures what a budget of bits is worth: int-mixed beside int4-weight and a rule by place, and writes docs/mixed.md.
 
-python -m lab.mixed               makes the artifacts, scores them, and writes docs/data/mixed.json and the page
-python -m lab.mixed --reprint     writes the page again from the JSON
+python -m lab.accuracy.mixed               makes the artifacts, scores them, and writes docs/data/mixed.json and the page
+python -m lab.accuracy.mixed --reprint     writes the page again from the JSON
 
 The rule by place is that of llama.cpp's Q4_K_M: in the first and the last eighth of the layers, and in every third
 between them, values and the MLP's last linear layer have 8 bits, and so has the head; all else has 4. Rounding is that of
@@ -50,7 +50,7 @@ _FIELDS = ("delta_ln_ppl", "delta_ln_ppl_stderr", "kl_divergence", "kl_divergenc
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m lab.mixed", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m lab.accuracy.mixed", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", type=Path, default=ES_MINI, help="folder of the checkpoint (default es-mini)")
     parser.add_argument("--shares", nargs="*", default=SHARES, help=f"further budgets (default {' '.join(SHARES)})")
@@ -157,7 +157,7 @@ def write_page(path: Path) -> None:
         for found in fields["predictions"]
     ]
     text = filled(
-        Path(__file__).resolve().parent / "templates/mixed.md.j2",
+        Path(__file__).resolve().parent / "mixed.md.j2",
         model=fields["model"],
         cpu=fields["cpu"],
         onnxruntime=fields["versions"]["onnxruntime"],

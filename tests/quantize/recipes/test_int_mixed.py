@@ -26,7 +26,7 @@ from cuantiza.quantize.weights.follow import with_embedding
 from cuantiza.quantize.weights.gptq import descend
 from cuantiza.quantize.weights.rounding import Grid, round_to_nearest
 
-from helpers import CORPUS
+from helpers import CORPUS, copy_tokenizer, tiny_llama
 
 LITTLE = Calibration(windows=10, tokens=64, minimum=10)
 
@@ -97,6 +97,17 @@ def test_budgets_that_nothing_keeps_are_refused_with_the_least(make, fp32, split
     assert make("least", max_bytes=least)[0] <= bytes_of(least, 0)
     with pytest.raises(UserError, match=r"--max-kl 1e-09: .* 8 bits everywhere lose, [\d.e-]+ nats; .* int8-weight"):
         make("exact", max_kl=1e-9)
+
+
+def test_head_and_embedding_of_their_own(split, tmp_path):
+    """In a Llama whose head is not tied, both get bits of their own, and so do the layers that read one tensor."""
+    tiny_llama(num_hidden_layers=1, tie_word_embeddings=False).save_pretrained(tmp_path / "llama")
+    copy_tokenizer(tmp_path / "llama")
+    fp32 = export(tmp_path / "llama", tmp_path / "artifacts")
+    (work := tmp_path / "work").mkdir()
+    found = MixedWeightOnly("0.19x", calibration=LITTLE).make(fp32.path, work, split)["mixed"]
+    assert (work / "model.onnx").stat().st_size <= 0.19 * fp32.model.stat().st_size
+    assert len(found["matrices"]) == 7 + 2 and {part["bits"] for part in found["matrices"].values()} == {4, 8}
 
 
 def test_predictions_come_true(fp32, split, tmp_path):

@@ -42,7 +42,9 @@ SHAPES = {
     "one-wide-head": {"n_embd": 136, "n_head": 1, "n_inner": 100},
 }
 # Recipes without calibration and those with it, portable and not; the others differ from these in constants.
-GRID = tuple(name for name in RECIPES if name not in ("bf16", "fp16-ort", "bf16-ort", "int8-static-mixed-ort"))
+GRID = tuple(
+    name for name in RECIPES if name not in ("bf16", "fp16-ort", "bf16-ort", "int8-static-mixed-ort", "int-mixed-ort")
+)
 
 
 @dataclass(frozen=True)

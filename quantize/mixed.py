@@ -199,15 +199,16 @@ def _measure(
     base = dict.fromkeys(shapes, BASE)
     decisions = decide(model, windows, replace(plan.alone(), grids=base), work)
     weights = choose_weights(model, decisions, BASE)
-    powers = {p.weight.name: decisions[p.name].power for p in find_projections(model.graph) if p.name in decisions}
+    readers = {projection.weight.name: projection for projection in find_projections(model.graph)}
     gauge = Gauge(path, measured, work)
     options, names = {}, [name for name in shapes if name in weights]  # in an order that is the same in every run
     for name in track(names, "sensitivity", len(names)):
         alone = gauge.effect(model, {name: weights[name]}, _portable).kl_divergence
-        matrix = _tensor(model.graph.initializers[name]).numpy()
-        matrix = matrix if matrix.shape == shapes[name] else matrix.T
         grids = grids_for(shapes[name][0])
-        errors = _errors(matrix, powers.get(name), grids)
+        if name in readers:
+            errors = _errors(readers[name].matrix, decisions[readers[name].name].power, grids)
+        else:
+            errors = _errors(_tensor(model.graph.initializers[name]).numpy().T, None, grids)
         found = [
             Option(grid, matrix_bytes(shapes[name], grid), alone * error / errors[0])
             for grid, error in zip(grids, errors, strict=True)

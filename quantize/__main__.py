@@ -10,7 +10,7 @@ from cuantiza.core.inputs.checkpoints import model_name
 from cuantiza.core.inputs.defaults import ARTIFACTS
 from cuantiza.core.inputs.defaults import RECIPES as DEFAULT
 from cuantiza.quantize.recipes.registry import RECIPES, Recipe, get_recipe
-from cuantiza.quantize.stage import opened, quantize_one, with_budget
+from cuantiza.quantize.stage import opened, quantize_one, with_bits_budget, with_budget
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -29,6 +29,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="NATS",
         help="how far int8-static-mixed may raise ln perplexity, in nats per token (default: what the recipe says)",
     )
+    parser.add_argument(
+        "--max-bytes",
+        metavar="SIZE",
+        help="how large the ONNX file of int-mixed may be: 5MB, 4900kB, or 0.16x for a share of fp32's (default: what the "
+        "recipe says)",
+    )
+    parser.add_argument(
+        "--max-kl",
+        type=float,
+        metavar="NATS",
+        help="in place of --max-bytes: the KL divergence from fp32 that int-mixed may cause, in nats per token",
+    )
     add_model(parser)
     add_folder(parser, "--output", ARTIFACTS, "folder of the artifacts")
     add_corpus(parser)
@@ -42,6 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise UserError(f"RECIPES={given}: another recipe is named {name} too; give the file another name")
     if args.max_delta_ln_ppl is not None:
         recipes = with_budget(recipes, args.max_delta_ln_ppl)
+    if args.max_bytes is not None or args.max_kl is not None:
+        recipes = with_bits_budget(recipes, args.max_bytes, args.max_kl)
     with opened(args.output / model_name(args.model) / "fp32") as parent:
         for name, recipe in recipes.items():
             quantize_one(parent, parent.path.parent / name, name, recipe, source_of(args))

@@ -15,7 +15,8 @@ from cuantiza.core.inputs.defaults import CORPUS
 from cuantiza.core.machine.progress import report, warn
 from cuantiza.core.store import artifact, digests, folders
 from cuantiza.core.store.artifact import Artifact
-from cuantiza.quantize.recipes.int8_static_mixed import MixedStaticInt8
+from cuantiza.quantize.recipes.budget.int8_static_mixed import MixedStaticInt8
+from cuantiza.quantize.recipes.budget.int_mixed import MixedWeightOnly
 from cuantiza.quantize.recipes.registry import RECIPES, Recipe, calibration_of, get_recipe, to_json
 
 _LIBRARIES = ("numpy", "onnx", "onnx-ir", "onnxruntime", "tokenizers")
@@ -78,6 +79,25 @@ def with_budget(recipes: dict[str, Recipe], nats: float) -> dict[str, Recipe]:
             f"--max-delta-ln-ppl {nats}: none of {', '.join(recipes)} has a budget; add int8-static-mixed to --recipes"
         )
     return recipes | {name: dataclasses.replace(recipe, max_delta_ln_ppl=nats) for name, recipe in mixed.items()}
+
+
+def with_bits_budget(recipes: dict[str, Recipe], max_bytes: str | None, max_kl: float | None) -> dict[str, Recipe]:
+    """Return `recipes` with `max_bytes`, or `max_kl` nats per token, as the budget of every MixedWeightOnly.
+
+    Raises UserError if `recipes` has no such recipe, or if not one budget is given, or if it says nothing.
+    """
+    if max_bytes is not None and max_kl is not None:
+        raise UserError("--max-bytes and --max-kl: are two budgets; give one of them")
+    option = f"--max-bytes {max_bytes}" if max_kl is None else f"--max-kl {max_kl}"
+    mixed = {name: recipe for name, recipe in recipes.items() if isinstance(recipe, MixedWeightOnly)}
+    if not mixed:
+        raise UserError(f"{option}: none of {', '.join(recipes)} has such a budget; add int-mixed to --recipes")
+    try:
+        return recipes | {
+            name: dataclasses.replace(recipe, max_bytes=max_bytes, max_kl=max_kl) for name, recipe in mixed.items()
+        }
+    except ValueError as error:
+        raise UserError(f"{option}: {error}") from None
 
 
 def quantize_one(parent: Artifact, target: Path, name: str, recipe: Recipe, source: Source) -> Artifact:

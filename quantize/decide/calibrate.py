@@ -37,9 +37,9 @@ from cuantiza.quantize.decide.ranges import RANGES
 from cuantiza.quantize.decide.tensor import Tensor, decide_tensor, error_limit, is_static, row_activation
 from cuantiza.quantize.decide.values import ValueMoments, Values, find_values
 from cuantiza.quantize.own_text import own_windows
-from cuantiza.quantize.rewrite.find import Projection, find_tables, is_head
+from cuantiza.quantize.rewrite.find import Projection, find_embeddings, find_tables, is_head
 from cuantiza.quantize.settings import Calibration
-from cuantiza.quantize.weights.follow import on_disk, round_block
+from cuantiza.quantize.weights.follow import on_disk, round_block, with_embedding
 from cuantiza.quantize.weights.gptq import gptq
 from cuantiza.quantize.weights.rounding import Grid, IntWeight, round_to_nearest
 
@@ -112,7 +112,8 @@ def _calibrate(
         if follows:
             grids = {p.name: _grid(p, tables, plan) for p in block.projections if _is_rounded(p, tables, plan)}
             streams = list(zip(before, before_rounded, strict=True))
-            weights, before_rounded = round_block(model, block, grids, values, windows, streams, work, pool.map)
+            shared = {p.name: found for tensor in tensors for p, found in _shared(model.graph, tensor, grids)}
+            weights, before_rounded = round_block(model, block, grids, shared, values, windows, streams, work, pool.map)
         inputs = [(projection, tensor) for tensor in tensors for projection in tensor.projections]
         decided = pool.map(
             lambda both: _decide(
@@ -139,7 +140,19 @@ def _is_rounded(projection: Projection, tables: set[ir.Value], plan: Plan) -> bo
 
 
 def _grid(projection: Projection, tables: set[ir.Value], plan: Plan) -> Grid:
-    return plan.table if projection.weight in tables and plan.table is not None else plan.grid
+    name = projection.weight.name
+    return plan.table if projection.weight in tables and plan.table and name not in plan.grids else plan.grid_of(name)
+
+
+def _shared(graph: ir.Graph, tensor: Tensor, grids: dict[str, Grid]) -> list[tuple[Projection, np.ndarray]]:
+    """List the linear layers of `tensor` on `grids` of less than 8 bits that share their matrix with an embedding.
+
+    With each comes the square [K] of the factor that undoes smoothing after the embedding. In 8 bits both lose next to
+    nothing.
+    """
+    embedded = {embedding.table for embedding in find_embeddings(graph)}
+    fine = [p for p in tensor.projections if p.weight in embedded and p.name in grids and grids[p.name].bits < 8]
+    return [(projection, 1 / np.square(tensor.smoothing.scale)) for projection in fine]
 
 
 def _observe(
@@ -232,13 +245,17 @@ def _decide(
     in_float = np.flatnonzero(~keep)
     if rounded is None and _is_rounded(projection, tables, plan):
         ours = replace(plan, grid=_grid(projection, tables, plan))
-        rounded = _round(weight, tensor.moments.gram, of_values, keep, ours)
+        gram = tensor.moments.gram
+        for shared, power in _shared(projection.node.graph, tensor, {projection.name: ours.grid}):
+            gram = with_embedding(gram, power) if shared is projection and gram is not None else gram
+        rounded = _round(weight, gram, of_values, keep, ours)
         rounded = replace(rounded, q=on_disk(rounded.q, work))
     if activation is not None:
         details |= asdict(activation) | {"relative_error": error(activation)}
     if len(in_float):
         details |= {"float_channels": in_float.tolist(), "float_bytes": 4 * weight[in_float].size}
-    return Decision(rounded, activation, in_float, np.ascontiguousarray(weight[in_float]), details, histogram)
+    power = np.mean(np.square(tensor.moments.rows), axis=0)
+    return Decision(rounded, activation, in_float, np.ascontiguousarray(weight[in_float]), details, histogram, power)
 
 
 def _round(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 class Plan:
     """The choices of a recipe that calibration follows.
 
-    `grid` says which integers the weights become, and `rounding` how they are rounded: "gptq"; "descent", which is GPTQ and
-    more (follow.py), without float channels; else to nearest.
+    `grid` says which integers the weights become, except those of the matrices (initializers) that `grids`
+    names, which have grids of their own. `rounding` says how they are rounded: "gptq"; "descent", which is GPTQ and more
+    (follow.py), without float channels; else to nearest.
     `alphas` are the exponents that smoothing tries; without any there is no smoothing. `ranges` says how activations
     get their range: "row" for each token at run time, a name of RANGES for a static one, None where they stay in
     floating point. `float_channels` is the largest number of channels of a tensor that may stay in floating point.
@@ -39,6 +40,11 @@ class Plan:
     float_channels: int = 0
     max_error: float | None = None
     table: Grid | None = None
+    grids: Mapping[str, Grid] = field(default_factory=dict)
+
+    def grid_of(self, matrix: str) -> Grid:
+        """Return the grid of the matrix of that name, unless it is a table on the grid `table`."""
+        return self.grids.get(matrix, self.grid)
 
     def alone(self) -> Plan:
         """Return the plan for layers that are quantized one at a time, and need not make up for others."""
@@ -52,7 +58,8 @@ class Decision:
     `float_channels` int64 [k] are the input channels that stay in floating point, and `float_rows` float32 [k, N] their
     rows of W; `weight` has zeros in these rows. `weight` is None for a matrix of `find.find_tables` that is rounded to
     nearest later. `details` is what the manifest says of
-    the layer, and `histogram` that of the activations from which a static range was chosen.
+    the layer, and `histogram` that of the activations from which a static range was chosen. `power` [K] is the mean
+    square of each input channel, after smoothing.
     """
 
     weight: IntWeight | None
@@ -61,6 +68,7 @@ class Decision:
     float_rows: np.ndarray
     details: dict = field(default_factory=dict)
     histogram: Histogram | None = None
+    power: np.ndarray | None = None
 
 
 # A pass that writes decisions, by the names of the linear layers, into a graph, and returns what it quantized.

@@ -15,7 +15,7 @@ from cuantiza.quantize.decide.observations import Moments
 from cuantiza.quantize.decide.ranges import RANGES
 from cuantiza.quantize.decide.values import ValueMoments
 from cuantiza.quantize.rewrite.find import Projection, is_head
-from cuantiza.quantize.weights.rounding import rounding_noise
+from cuantiza.quantize.weights.rounding import Grid, rounding_noise
 
 # Shares of the full range for which the searches below estimate the error. The final range comes from the histogram.
 _SHARES = (1.0, 0.8, 0.6, 0.4, 0.2)
@@ -82,6 +82,7 @@ def decide_tensor(
     embeddings and the head.
     """
     weights = [projection.matrix for projection in projections]
+    grids = [plan.grid_of(projection.weight.name) for projection in projections]
     energy = np.sum([np.einsum("kn,kn->k", weight, weight) for weight in weights], axis=0)
     count = len(energy)
     smoothing = smooth.Smoothing(np.ones(count, np.float32), np.zeros(count, np.float32), None)
@@ -106,7 +107,7 @@ def decide_tensor(
         )
 
     if group is not None:
-        smoothing = _search_smoothing(moments, weights, energy, group, plan)
+        smoothing = _search_smoothing(moments, weights, grids, energy, group, plan)
     tensor = smoothed(smoothing, 8)
     if plan.float_channels and not any(projection.weight in tables for projection in projections):
         output = tensor.output(tensor.moments.rows)
@@ -115,7 +116,7 @@ def decide_tensor(
     if plan.ranges is not None and _least_error(tensor, plan) > limit:
         # 16 bits need neither smoothing nor float channels. What is left for smoothing is to make the weights round well.
         if group is not None:
-            smoothing = _search_smoothing(moments, weights, energy, group, replace(plan, ranges=None))
+            smoothing = _search_smoothing(moments, weights, grids, energy, group, replace(plan, ranges=None))
         tensor = smoothed(smoothing, 16)
     return tensor
 
@@ -145,7 +146,12 @@ def row_activation(tensor: Tensor) -> tuple[PerRow, float]:
 
 
 def _search_smoothing(
-    moments: Moments, weights: list[np.ndarray], energy: np.ndarray, group: smooth.Group, plan: Plan
+    moments: Moments,
+    weights: list[np.ndarray],
+    grids: list[Grid],
+    energy: np.ndarray,
+    group: smooth.Group,
+    plan: Plan,
 ) -> smooth.Smoothing:
     """Find the smoothing exponent, or none, with the least expected error of activations and weights together."""
     shift = moments.mean.astype(np.float32) if group.shift is not None else np.zeros(len(energy), np.float32)
@@ -165,7 +171,8 @@ def _search_smoothing(
             activations = _static_error(rows, low / scale, high / scale, after, output)
         elif plan.ranges == "row":
             activations = matmul_error(rows, PerRow().restore(rows), after, output)
-        noise = sum(rounding_noise(weight * scale[:, None], plan.grid) for weight in weights)
+        both = zip(weights, grids, strict=True)
+        noise = sum(rounding_noise(weight * scale[:, None], grid) for weight, grid in both)
         return activations + float(np.mean((rows * rows) @ noise / output))
 
     alpha, scale = min(options, key=lambda option: cost(option[1]))

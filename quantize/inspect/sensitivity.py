@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -71,8 +73,8 @@ class Gauge:
                 self._logits = np.lib.format.open_memmap(work / "baseline.npy", "w+", np.float32, shape)
             self._logits[index] = logits
 
-    def effect(self, model: ir.Model, decisions: dict[str, Decision], rewrite: Rewrite) -> Effect:
-        """Measure `model` with the linear layers of `decisions` quantized and the others in floating point."""
+    def effect(self, model: ir.Model, decisions: Any, rewrite: Callable[[ir.Model, Any], object]) -> Effect:
+        """Measure `model` with what `rewrite` quantizes by `decisions`, and all else in floating point."""
         copy = model.clone()
         rewrite(copy, decisions)
         onnx_file.save(copy, self._work)

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Literal
 
 from cuantiza.core.errors import UserError
+from cuantiza.quantize.recipes.budget.int8_static_mixed import MixedStaticInt8
+from cuantiza.quantize.recipes.budget.int_mixed import MixedWeightOnly
 from cuantiza.quantize.recipes.float_ort import Float
 from cuantiza.quantize.recipes.half import Half
 from cuantiza.quantize.recipes.int8_dynamic import DynamicInt8
 from cuantiza.quantize.recipes.int8_static import StaticInt8
-from cuantiza.quantize.recipes.int8_static_mixed import MixedStaticInt8
 from cuantiza.quantize.recipes.ort_dynamic import OrtDynamic
 from cuantiza.quantize.recipes.ort_static import OrtStatic
 from cuantiza.quantize.recipes.weight_only import WeightOnly
@@ -26,7 +27,9 @@ if typing.TYPE_CHECKING:
 # Every kind has `describe() -> str`, which says in one line what it does, and `make(parent, work, split) -> dict`,
 # which writes the files. A kind that quantizes linear layers one by one also has `plan` and `rewrite`
 # (quantize/layers.py).
-Recipe = DynamicInt8 | StaticInt8 | MixedStaticInt8 | WeightOnly | Half | Float | OrtDynamic | OrtStatic
+Recipe = (
+    DynamicInt8 | StaticInt8 | MixedStaticInt8 | WeightOnly | MixedWeightOnly | Half | Float | OrtDynamic | OrtStatic
+)
 
 # Each of these uses standard operators, and has a form NAME-ort in the operators that are fastest in ONNX Runtime.
 PORTABLE: dict[str, DynamicInt8 | StaticInt8 | WeightOnly | Half] = {
@@ -40,10 +43,12 @@ PORTABLE: dict[str, DynamicInt8 | StaticInt8 | WeightOnly | Half] = {
 RECIPES: dict[str, Recipe] = {
     **PORTABLE,
     "int8-static-mixed": MixedStaticInt8(),
+    "int-mixed": MixedWeightOnly("0.16x"),
     "fp32-ort": Float("ort"),
     # These forms have the same weights and integers, in other operators.
     **{f"{name}-ort": dataclasses.replace(recipe, target="ort") for name, recipe in PORTABLE.items()},
     "int8-static-mixed-ort": MixedStaticInt8(static=StaticInt8(target="ort")),
+    "int-mixed-ort": MixedWeightOnly("0.16x", target="ort"),
     "ort-dynamic": OrtDynamic(),
     "ort-static": OrtStatic(),
 }

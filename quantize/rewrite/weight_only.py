@@ -30,7 +30,9 @@ The target `ort` uses com.microsoft operators (ONNX Runtime's docs/ContribOperat
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 import onnx_ir as ir
@@ -72,11 +74,13 @@ class _Stored:
         return self.weight.q.shape[1]
 
 
-def choose_weights(model: ir.Model, decisions: dict[str, Decision], tables: Grid) -> dict[str, IntWeight]:
+def choose_weights(
+    model: ir.Model, decisions: dict[str, Decision], tables: Grid, grids: Mapping[str, Grid] = MappingProxyType({})
+) -> dict[str, IntWeight]:
     """Collect the integer weights for `quantize_weights`, by the names of their initializers.
 
     Linear layers have the weights of `decisions`. The other matrices of the embeddings and the head are rounded to
-    nearest here, on the grid `tables`. A matrix that a linear layer outside `decisions` reads is left out.
+    nearest here, on the grid that `grids` has for their name, or else `tables`. A matrix that a linear layer outside `decisions` reads is left out.
     """
     projections = find_projections(model.graph)
     weights = {
@@ -90,7 +94,7 @@ def choose_weights(model: ir.Model, decisions: dict[str, Decision], tables: Grid
             (p.channel_axis == 0 for p in projections if p.weight is matrix), True
         )  # [V, D], as embeddings store it
         array = matrix.const_value.numpy()
-        weights[matrix.name] = round_to_nearest(array.T if rows else array, tables)
+        weights[matrix.name] = round_to_nearest(array.T if rows else array, grids.get(matrix.name, tables))
     return weights
 
 
@@ -257,10 +261,10 @@ def _embed_portable(graph: ir.Graph, tape: ir.tape.Tape, stored: _Stored, ids: i
             # the Gather, where it is folded at load into a tensor of its own.
             source = tape.op("Unsqueeze", [source, _vector(graph, "axis_last", -1)])
         rows.append(tape.op("Gather", [source, ids]))
+    # A DequantizeLinear of the rows, in blocks, would do, but OpenVINO 2026.4 accepts that for constants only.
     if grid.block is None:
-        # DequantizeLinear with a whole row as its block would do, but OpenVINO 2026.4 accepts that for constants only.
         return _dequantize(tape, *rows)
-    if grid.bits == 8 and stored.inputs % grid.block == 0:
+    if stored.inputs % grid.block == 0:
         blocks = stored.inputs // grid.block
         wide = _vector(graph, f"shape_rows_{blocks}_{grid.block}", -1, blocks, grid.block)
         narrow = _vector(graph, f"shape_rows_{blocks}_1", -1, blocks, 1)

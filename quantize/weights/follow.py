@@ -27,12 +27,16 @@ from cuantiza.quantize.weights.rounding import Grid, IntWeight
 
 # Columns of a Gram matrix that are one task: a fixed number, so that sums do not depend on the number of threads.
 _PANEL = 512
+# The weight of an embedding beside the head that shares its matrix, in mean energies of the head's inputs. Of 0, 0.03,
+# 0.1, 0.3, 1 and 3, this gives es-mini the least KL: 22 % less than 0 in 4 bits, with blocks of 32.
+EMBEDDING = 1.0
 
 
 def round_block(
     model: ir.Model,
     block: Block,
     grids: dict[str, Grid],
+    shared: dict[str, np.ndarray],
     values: dict[str, Values],
     windows: np.ndarray,
     streams: list[tuple],
@@ -41,6 +45,7 @@ def round_block(
 ) -> tuple[dict[str, IntWeight], list]:
     """Round the linear layers of `block` that `grids` names, each on its grid, in the graph's order.
 
+    `shared` has those whose matrix is an embedding's too, with what `with_embedding` asks.
     `streams` has, for each of `windows` int64 [n, T], the value that the block starts from in the fp32 model and in the
     rounded one (None for the first block). What `values` names computes values of attention. `work` is a folder for
     temporary files; the integers are mapped from one. `each` runs tasks, whose size does not depend on the number of
@@ -58,7 +63,10 @@ def round_block(
         sums, *of_values = _sums(runs, windows, streams, each)
         read = {one.projection.name: found for one, found in zip(attention, of_values, strict=True)}
         for projection in readers:
-            weight = _round(projection.matrix, *sums, grids[projection.name], each)
+            gram, cross = sums
+            if projection.name in shared:
+                gram = with_embedding(gram, shared[projection.name])
+            weight = _round(projection.matrix, gram, cross, grids[projection.name], each)
             if projection.name in read:
                 channels = values[projection.name].channels
                 part = projection.matrix[:, channels]
@@ -73,6 +81,16 @@ def round_block(
         return weights, [None] * len(windows)
     run = open_block(rounded, block, [block.end], work)
     return weights, [run(window, start)[0] for window, (_, start) in zip(windows, streams, strict=True)]
+
+
+def with_embedding(gram: np.ndarray, power: np.ndarray) -> np.ndarray:
+    """Return the Gram matrix [K, K] of a head's inputs, with a share for the embedding that reads the same matrix.
+
+    The embedding adds rows of Ŵ − W to the residual stream as they are, times factors with squares `power` [K]: as if the
+    head had more inputs, independent and with these mean squares.
+    """
+    share = EMBEDDING * gram.diagonal().mean() / power.mean()
+    return gram + np.diag(share * power).astype(np.float32)
 
 
 def _round(matrix: np.ndarray, gram: np.ndarray, cross: np.ndarray, grid: Grid, each: Each) -> IntWeight:

@@ -37,11 +37,13 @@ OWN = (
 def changed(recipe, path=()):
     """Yield copies of `recipe`, each with one of its numbers, choices or lists changed."""
     others = {"nearest": "gptq", "gptq": "nearest", "mse": "entropy", "portable": "ort", "ort": "portable"}
-    others |= {"fp16": "bf16", "bf16": "fp16", "descent": "gptq"}
+    others |= {"fp16": "bf16", "bf16": "fp16", "descent": "gptq", "0.16x": "5MB"}
     for field in dataclasses.fields(recipe):
         value = getattr(recipe, field.name)
         if dataclasses.is_dataclass(value):
             yield from (dataclasses.replace(recipe, **{field.name: inner}) for inner in changed(value))
+        elif field.name == "max_kl":
+            yield dataclasses.replace(recipe, max_bytes=None, max_kl=0.01)
         elif isinstance(value, bool):
             yield dataclasses.replace(recipe, **{field.name: not value})
         elif field.name in ("bits", "table_bits"):
@@ -99,7 +101,7 @@ def run(tmp_path, monkeypatch):
     ("text", "fragments"),
     [
         ("{", ["Expecting"]),
-        ("[]", ['"type" must be one of DynamicInt8, StaticInt8, MixedStaticInt8, WeightOnly, Half']),
+        ("[]", ['"type" must be one of DynamicInt8, StaticInt8, MixedStaticInt8, WeightOnly, MixedWeightOnly']),
         ("3", []),
         ('"recipe"', []),
         ("[" * 100_000, []),
@@ -131,6 +133,11 @@ def run(tmp_path, monkeypatch):
         ('{"type": "WeightOnly", "bits": 4, "block": 64, "symmetric": 1}', ["symmetric is 1, not bool"]),
         ('{"type": "WeightOnly", "bits": 4, "block": null, "symmetric": true, "scale_bits": 8}', ["scale_bits is 8"]),
         ('{"type": "StaticInt8", "rounding": "descent"}', ["rounding is 'descent'; choose from gptq, nearest"]),
+        ('{"type": "MixedWeightOnly"}', ["max_bytes and max_kl: give one of the two"]),
+        ('{"type": "MixedWeightOnly", "max_bytes": "5MB", "max_kl": 1}', ["max_bytes and max_kl: give one of the two"]),
+        ('{"type": "MixedWeightOnly", "max_bytes": "5 percent"}', ["max_bytes is 5 percent", "5MB", "0.16x"]),
+        ('{"type": "MixedWeightOnly", "max_kl": 0}', ["max_kl is 0", "above 0"]),
+        ('{"type": "MixedWeightOnly", "max_kl": 1, "calibration": {"minimum": 2}}', ["minimum 2", "3 windows or more"]),
         ('{"type": "Half", "dtype": "fp8"}', ["dtype is 'fp8'; choose from fp16, bf16"]),
         ('{"recipe": {"type": "StaticInt8"}}', ["'name'"]),
         ('{"recipe": {"type": "StaticInt8"}, "name": "../fp32"}', ["'../fp32' is not a name"]),

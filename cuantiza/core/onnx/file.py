@@ -95,14 +95,45 @@ def save(model: ir.Model, folder: Path) -> None:
     twice: GPT-2 small peaks at 2.3 GB that way, and at 0.8 GB here. Only the framing of the three enclosing messages is
     our own (cuantiza/core/onnx/stream.py); every message inside them is serialized by the library.
     """
-    weights = {
-        name: value.const_value
-        for name, value in model.graph.initializers.items()
-        if value.const_value is not None  # onnx_ir refuses to write one without a value
-    }
+    weights = _weights(model)
     if sum(tensor.nbytes for tensor in weights.values()) > INLINE_LIMIT_BYTES:
         ir.save(model, folder / "model.onnx", external_data=DATA)
         return
+    skeleton, graph, heads, lengths = _pieces(model, weights)
+    total = _graph_bytes(graph, lengths)
+    # It is written under another name first, because weights may be memory-mapped from the file that is replaced.
+    new = folder / ".tmp-model.onnx"
+    with new.open("wb") as file:
+        file.write(skeleton)
+        file.write(frame(MODEL_GRAPH, total) + graph)
+        for name, tensor in weights.items():
+            file.write(frame(GRAPH_INITIALIZER, lengths[name]) + heads[name])
+            _write_raw(file, tensor)
+    new.replace(folder / "model.onnx")
+
+
+def saved_bytes(model: ir.Model) -> int:
+    """Return how many bytes `save` would write, without computing a weight.
+
+    Where the weights exceed 2 GB, this is the size of a single file, which that of the two differs from by their names.
+    """
+    skeleton, graph, _, lengths = _pieces(model, _weights(model))
+    total = _graph_bytes(graph, lengths)
+    return len(skeleton) + len(frame(MODEL_GRAPH, total)) + total
+
+
+def _weights(model: ir.Model) -> dict[str, ir.TensorProtocol]:
+    """The initializers by name. onnx_ir refuses to write one without a value."""
+    values = model.graph.initializers.items()
+    return {name: value.const_value for name, value in values if value.const_value is not None}
+
+
+def _pieces(
+    model: ir.Model, weights: dict[str, ir.TensorProtocol]
+) -> tuple[bytes, bytes, dict[str, bytes], dict[str, int]]:
+    """What `save` frames: the model without its graph, the graph without its weights, and of each weight, by name, its
+    description and the length of description and data together.
+    """
     skeleton = ir.to_proto(_without_weights(model, weights))
     graph = skeleton.graph.SerializeToString(deterministic=True)
     skeleton.ClearField("graph")
@@ -114,16 +145,11 @@ def save(model: ir.Model, folder: Path) -> None:
         name: len(heads[name]) + len(frame(TENSOR_RAW_DATA, tensor.nbytes)) + tensor.nbytes
         for name, tensor in weights.items()
     }
-    total = len(graph) + sum(len(frame(GRAPH_INITIALIZER, length)) + length for length in lengths.values())
-    # It is written under another name first, because weights may be memory-mapped from the file that is replaced.
-    new = folder / ".tmp-model.onnx"
-    with new.open("wb") as file:
-        file.write(skeleton.SerializeToString(deterministic=True))
-        file.write(frame(MODEL_GRAPH, total) + graph)
-        for name, tensor in weights.items():
-            file.write(frame(GRAPH_INITIALIZER, lengths[name]) + heads[name])
-            _write_raw(file, tensor)
-    new.replace(folder / "model.onnx")
+    return skeleton.SerializeToString(deterministic=True), graph, heads, lengths
+
+
+def _graph_bytes(graph: bytes, lengths: dict[str, int]) -> int:
+    return len(graph) + sum(len(frame(GRAPH_INITIALIZER, length)) + length for length in lengths.values())
 
 
 def _without_weights(model: ir.Model, weights: dict[str, ir.TensorProtocol]) -> ir.Model:

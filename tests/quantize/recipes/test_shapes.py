@@ -5,6 +5,7 @@ The models are built without transformers, with random weights and a tokenizer o
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from cuantiza.core.onnx.genai_config import GENAI_CONFIG
 from cuantiza.core.run.runtime import Runtime
 from cuantiza.core.store import artifact, folders
 from cuantiza.export.graphs.gpt2 import build
-from cuantiza.quantize.recipes.registry import RECIPES, WeightOnly
+from cuantiza.quantize.recipes.registry import RECIPES, MixedWeightOnly, WeightOnly
 from cuantiza.quantize.rewrite import onnxruntime_tools
 from cuantiza.quantize.stage import quantize
 from cuantiza.quantize.steps import write_graph
@@ -41,7 +42,9 @@ SHAPES = {
     "one-wide-head": {"n_embd": 136, "n_head": 1, "n_inner": 100},
 }
 # Recipes without calibration and those with it, portable and not; the others differ from these in constants.
-GRID = tuple(name for name in RECIPES if name not in ("bf16", "fp16-ort", "bf16-ort", "int8-static-mixed-ort"))
+GRID = tuple(
+    name for name in RECIPES if name not in ("bf16", "fp16-ort", "bf16-ort", "int8-static-mixed-ort", "int-mixed-ort")
+)
 
 
 @dataclass(frozen=True)
@@ -116,7 +119,10 @@ def about_attention(details: dict) -> int:
 
 @pytest.mark.parametrize("name", GRID)
 def test_every_recipe_takes_every_shape(name: str, model: Model, tmp_path: Path) -> None:
-    details = RECIPES[name].make(model.folder, tmp_path, model.split)
+    recipe = RECIPES[name]
+    if isinstance(recipe, MixedWeightOnly):  # so small a graph has no weights to save at
+        recipe = dataclasses.replace(recipe, max_bytes=None, max_kl=0.02)
+    details = recipe.make(model.folder, tmp_path, model.split)
     # ort-dynamic has one scale for all tokens. The integers of the others may tip over by a float's last digit.
     assert_runs(
         tmp_path / "model.onnx", model, exact=name.startswith(("fp", "int8-weight")) and "8-weight-ort" not in name

@@ -1,0 +1,112 @@
+"""The recipe int-mixed: weights in 4 and 8 bits, as many as a budget in bytes allows, or as few as one in KL needs."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cuantiza.quantize.settings import ALPHAS, Calibration, Target, for_target
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from cuantiza.core.inputs.corpus import Split
+    from cuantiza.quantize.decide.decision import Plan, Rewrite
+
+# Of 40 windows, 10 measure and 30 calibrate, which is about as many as int4-weight has.
+_CALIBRATION = Calibration(windows=40)
+_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9}
+
+
+@dataclass(frozen=True)
+class MixedWeightOnly:
+    """Quantizes only weights, as int4-weight does, each matrix to 4 or 8 bits so that a budget is kept.
+
+    Either `max_bytes` is a budget in bytes of the ONNX file, such as "5MB", or "0.16x" for a share of fp32's; or `max_kl`
+    is one in nats per token, the KL divergence from fp32 on windows of the calibration text that decide nothing.
+    """
+
+    max_bytes: str | None = None
+    max_kl: float | None = None
+    target: Target = "portable"
+    calibration: Calibration = _CALIBRATION
+
+    def __post_init__(self) -> None:
+        if (self.max_bytes is None) == (self.max_kl is None):
+            raise ValueError("max_bytes and max_kl: give one of the two")
+        if self.max_bytes is not None:
+            bytes_of(self.max_bytes, 1)
+        if self.max_kl is not None and not 0 < self.max_kl < math.inf:
+            raise ValueError(f"max_kl is {self.max_kl}; give a number of nats above 0, such as 0.01")
+
+        if self.calibration.minimum < 3:
+            raise ValueError(
+                f"calibration has minimum {self.calibration.minimum}; give 3 windows or more: some calibrate, others measure"
+            )
+
+    def describe(self) -> str:
+        """Describe the recipe in one line, for `cuantiza recipes`."""
+        budget = f"a file of {self.max_bytes}" if self.max_kl is None else f"a KL of {self.max_kl} nats"
+        return for_target(f"weights in 4 or 8 bits, matrix by matrix, for at most {budget}", self.target)
+
+    def plan(self) -> Plan:
+        """Return what calibration has to decide for each linear layer, before each matrix has a grid of its own."""
+        from cuantiza.quantize.decide.decision import Plan
+        from cuantiza.quantize.mixed import BASE
+
+        return Plan(BASE, "descent", ALPHAS, table=BASE)
+
+    def rewrite(self) -> Rewrite:
+        """Return the pass that writes decisions of that plan into a graph."""
+        from cuantiza.quantize.mixed import BASE
+        from cuantiza.quantize.rewrite.weight_only import choose_weights, quantize_weights
+
+        return lambda model, decisions: quantize_weights(model, choose_weights(model, decisions, BASE), self.target)
+
+    def make(self, parent: Path, work: Path, split: Split) -> dict:
+        """Write the quantized form of the fp32 artifact `parent` into the folder `work`, calibrated on `split`.
+
+        Returns `details` for the manifest. The stage calls this in a process of its own. Raises UserError where no choice
+        of bits keeps the budget.
+        """
+        from cuantiza.core.onnx import file as onnx_file
+        from cuantiza.core.store import artifact
+        from cuantiza.quantize.decide.calibrate import calibration_windows
+        from cuantiza.quantize.layers import calibrated_on
+        from cuantiza.quantize.mixed import spend
+        from cuantiza.quantize.rewrite.find import left_in_float
+        from cuantiza.quantize.rewrite.weight_only import quantize_weights
+        from cuantiza.quantize.steps import write_graph
+
+        windows = calibration_windows(parent, split, self.calibration)
+        files = [parent / artifact.MODEL, parent / onnx_file.DATA]
+        fp32 = sum(path.stat().st_size for path in files if path.is_file())
+        budget = None if self.max_bytes is None else bytes_of(self.max_bytes, fp32)
+
+        def rewrite(model: ir.Model) -> dict:
+            kept = left_in_float(model.graph)
+            found = spend(parent, work, windows, self.plan(), budget, self.max_kl)
+            model.graph = found.model.graph
+            _, embeddings = quantize_weights(model, found.weights, self.target)
+            return {
+                "mixed": found.details,
+                "projections": {name: decision.details for name, decision in found.decisions.items()},
+                "embeddings": [embedding.name for embedding in embeddings],
+                "left_in_float": kept,
+            }
+
+        return calibrated_on(windows, split) | write_graph(parent, work, self.target, rewrite)
+
+
+def bytes_of(size: str, fp32: int) -> int:
+    """Return the bytes that `size` says: "5MB", "4900kB", "5000000", or "0.16x" for a share of `fp32` bytes.
+
+    Raises ValueError if it says none.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*(x|b|kb|mb|gb|)\s*", size.lower())
+    if found is None or not float(found[1]):
+        raise ValueError(f"max_bytes is {size}; give bytes, such as 5MB or 4900kB, or 0.16x for a share of fp32's")
+    return int(float(found[1]) * (fp32 if found[2] == "x" else _UNITS[found[2]]))

@@ -85,8 +85,7 @@ def evaluate(
     the text is too short.
     """
     threads = default_threads() if threads is None else threads
-    papers = [protocols] if isinstance(protocols, str) else protocols
-    settings = Settings(tokens, window, rounds, threads, positions, tuple(dict.fromkeys(papers)))
+    settings = Settings(tokens, window, rounds, threads, positions, tuple(dict.fromkeys(protocols)))
     corpus = corpus if isinstance(corpus, Source) else Source(str(corpus))
     paths = [path.path if isinstance(path, Artifact) else Path(path) for path in artifacts]
     published = [artifact.open_artifact(path, digests.sha256_known) for path in dict.fromkeys(paths)]

@@ -89,7 +89,7 @@ def main() -> int:
     if changed := [name for name, item in found.items() if reported.get(name) != item.digest]:
         raise UserError(f"{args.report}: was measured on another {changed[0]} than that in {args.artifacts}; {_MAKE}")
     say("chapters  measuring the artifacts")
-    data = isolated(_measure, found, report, label="chapters")
+    data = _measure(found, report)
     publish(rounded(data), args.output)
     say(f"chapters  {args.output}: written")
     return 0
@@ -98,19 +98,19 @@ def main() -> int:
 def _measure(found: dict[str, artifact.Artifact], report: dict) -> dict:
     """The content of quantization.json, unrounded.
 
-    Runs in a child process, so that the memory of PyTorch and of the activations is freed afterwards.
+    Child processes measure, so that the memory of PyTorch and of the activations is freed afterwards.
     """
     from lab.chapters.exercise import modules_by_kind
     from lab.chapters.measure import measure
 
-    measured = asdict(measure(*found.values(), Source(str(ROOT / "corpus" / "es"))))
+    measured = isolated(measure, *found.values(), Source(str(ROOT / "corpus" / "es")), label="chapters")
     return {
         "schema": SCHEMA,
-        **measured,
+        **asdict(measured),
         "report": pick_report(report),
         "accuracy": pick_accuracy(DATA / "accuracy.json"),
         "gpt2": pick_big(DATA / "big-models.json"),
-        "exercise": [asdict(kind) for kind in modules_by_kind(MODEL)],
+        "exercise": [asdict(kind) for kind in isolated(modules_by_kind, MODEL, label="chapters")],
     }
 
 

@@ -19,6 +19,7 @@ from cuantiza.core.run.runtime import Runtime
 from cuantiza.core.store.artifact import Artifact
 from lab.accuracy import __main__ as accuracy
 from lab.accuracy import page as accuracy_page
+from lab.accuracy.naive import make_naive
 
 from helpers import ES_MINI, ROOT, Result, assert_user_error
 
@@ -139,13 +140,13 @@ def test_naive_rows_are_artifacts_that_run(tiny_folder: Path, exported: Callable
     logits = Runtime(fp32.model).forward(ids)
     for name, operator in (("naive-dynamic", "DynamicQuantizeLinear"), ("naive-static", "QuantizeLinear")):
         target = fp32.path.parent / name
-        made = accuracy.make_naive(name, fp32, target, SENTENCES)
+        made = make_naive(name, fp32, target, SENTENCES)
         assert operator in operators(made) and made.manifest.parent == fp32.digest
         assert 1e-4 < np.abs(Runtime(made.model).forward(ids) - logits).max() < np.abs(logits).max()
         before = target.stat().st_ino
-        accuracy.make_naive(name, fp32, target, SENTENCES)
+        make_naive(name, fp32, target, SENTENCES)
         assert target.stat().st_ino == before
-    accuracy.make_naive("naive-static", fp32, target, SENTENCES[:1])
+    make_naive("naive-static", fp32, target, SENTENCES[:1])
     assert target.stat().st_ino != before
 
 
@@ -166,14 +167,14 @@ def test_an_optimum_that_fails_is_named(
     monkeypatch.setenv("OPTIMUM_PYTHON", sys.executable)  # an environment without optimum
     fp32 = exported(tiny_folder)
     with pytest.raises(UserError, match=r"optimum failed on tiny .*No module named 'optimum"):
-        accuracy.make_naive("optimum-dynamic", fp32, fp32.path.parent / "optimum-dynamic", SENTENCES)
+        make_naive("optimum-dynamic", fp32, fp32.path.parent / "optimum-dynamic", SENTENCES)
     assert [path.name for path in fp32.path.parent.iterdir() if path.is_dir()] == ["fp32"]
 
 
 @pytest.mark.skipif(not (ROOT / ".venv-optimum").exists(), reason="no .venv-optimum here; `make optimum` creates it")
 def test_optimum_calibrates_on_the_sentences(tiny_folder: Path, exported: Callable[..., Artifact]) -> None:
     fp32 = exported(tiny_folder)
-    made = accuracy.make_naive("optimum-static", fp32, fp32.path.parent / "optimum-static", SENTENCES)
+    made = make_naive("optimum-static", fp32, fp32.path.parent / "optimum-static", SENTENCES)
     assert "QuantizeLinear" in operators(made) and np.isfinite(Runtime(made.model).forward(np.arange(9)[None])).all()
 
 
@@ -181,7 +182,7 @@ def test_scores_are_kept(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_folder: Path, exported: Callable[..., Artifact]
 ) -> None:
     fp32 = exported(tiny_folder)
-    items = [fp32, accuracy.make_naive("naive-dynamic", fp32, fp32.path.parent / "naive-dynamic", SENTENCES)]
+    items = [fp32, make_naive("naive-dynamic", fp32, fp32.path.parent / "naive-dynamic", SENTENCES)]
     text = accuracy.Text("two", Split("test", ("Una frase corta.", "Otra frase, algo más larga.")))
     first = accuracy._measure_on(text, items, tmp_path / "scores")
     monkeypatch.setattr(accuracy, "measure_quality", None)

@@ -132,3 +132,21 @@ def test_a_wrong_import_is_found(tmp_path: Path, file: str, line: str, contract:
         [sys.executable, tmp_path / "setup/check_tree.py", "imports"], capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 1 and re.search(rf"{contract}.* BROKEN", done.stdout), done.stdout + done.stderr
+
+
+def test_no_child_process_is_given_what_a_main_module_defines() -> None:
+    """A child cannot import from the `__main__.py` of a package, so a function of it fails there, and only there."""
+    found = []
+    for path in ROOT.glob("[a-z]*/**/__main__.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        own = {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+        calls = (node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name))
+        sent = {
+            arg.id
+            for call in calls
+            if call.func.id in ("isolated", "Remote")
+            for arg in call.args
+            if isinstance(arg, ast.Name)
+        }
+        found += [(path, name) for name in own & sent]
+    assert not found

@@ -123,10 +123,10 @@ def quantize_all(parent: Artifact, wanted: Sequence[Wanted], source: Source) -> 
             missing.append(_Missing(one, inputs, calibration))
     if missing:
         artifact.verify(parent)
-    layered = [one for one in missing if hasattr(one.wanted.recipe, "plan")]
-    for one in missing:
-        if one not in layered:
-            made[one.wanted.target] = _make(parent, one)
+    layered = [item for item in missing if hasattr(item.wanted.recipe, "plan")]
+    for item in missing:
+        if item not in layered:
+            made[item.wanted.target] = _make(parent, item)
     if layered:
         made |= _make_together(parent, layered)
     return [made[one.target] for one in wanted]

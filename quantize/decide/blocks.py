@@ -7,9 +7,11 @@ window, and time grows linearly with the number of layers.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 import onnx_ir as ir
@@ -21,6 +23,7 @@ from cuantiza.core.run.runtime import open_session
 from cuantiza.quantize.rewrite.find import Projection, find_embeddings, find_projections
 
 _INPUT = "block_input"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -99,3 +102,15 @@ def open_block(
         return session.run(outputs, window_feeds(inputs, ids) | own)
 
     return run
+
+
+def run_ahead(run: Callable[[np.ndarray, Any], T], windows: np.ndarray, starts: Sequence) -> Iterator[T]:
+    """Yield run(window, start) for each of `windows` and `starts`. While one result is worked on, the next one is computed."""
+    with ThreadPoolExecutor(1) as thread:
+        coming = None
+        for window, start in zip(windows, starts, strict=True):
+            ready, coming = coming, thread.submit(run, window, start)
+            if ready is not None:
+                yield ready.result()
+        if coming is not None:
+            yield coming.result()

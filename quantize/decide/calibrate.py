@@ -31,7 +31,7 @@ from cuantiza.core.machine.hardware import default_threads
 from cuantiza.core.machine.progress import track
 from cuantiza.quantize.decide import smooth
 from cuantiza.quantize.decide.activation import Activation, PerRow, PerTensor, matmul_error
-from cuantiza.quantize.decide.blocks import Block, open_block, split
+from cuantiza.quantize.decide.blocks import Block, open_block, run_ahead, split
 from cuantiza.quantize.decide.decision import Decision, Job, Plan
 from cuantiza.quantize.decide.observations import Histogram, Moments
 from cuantiza.quantize.decide.ranges import RANGES
@@ -235,18 +235,21 @@ def _observe(
     moments: dict[str, Moments] = {}
     of_values: dict[str, ValueMoments] = {}
     after = []
-    for count, (window, start) in enumerate(zip(windows, before, strict=True), 1):
-        seen = dict(zip([*names, *inside, block.end], run(window, start), strict=False))
+    for count, outputs in enumerate(run_ahead(run, windows, before), 1):
+        seen = dict(zip([*names, *inside, block.end], outputs, strict=False))
         after.append(seen.get(block.end))
         rows = [seen[name].reshape(-1, seen[name].shape[-1]) for name in names]
-        for name, found in zip(names, pool.map(lambda x: Moments.of(x, count <= grams), rows), strict=True):  # noqa: B023
-            moments[name] = moments[name].merge(found) if name in moments else found
-        for layer in attention:
-            name, x = layer.projection.name, seen[layer.projection.x.name]
-            read = ValueMoments.of(
-                layer.channels, x, seen[layer.weights.name], seen[layer.context.name], count <= grams
-            )
-            of_values[name] = of_values[name].merge(read) if name in of_values else read
+        found = [pool.submit(Moments.of, x, count <= grams) for x in rows]
+        inputs = [[seen[value.name] for value in (one.projection.x, one.weights, one.context)] for one in attention]
+        read = [
+            pool.submit(ValueMoments.of, layer.channels, *those, count <= grams)
+            for layer, those in zip(attention, inputs, strict=True)
+        ]
+        for name, one in zip(names, found, strict=True):
+            moments[name] = moments[name].merge(one.result()) if name in moments else one.result()
+        for layer, of_layer in zip(attention, read, strict=True):
+            name = layer.projection.name
+            of_values[name] = of_values[name].merge(of_layer.result()) if name in of_values else of_layer.result()
         if count in stops:
             yield _Observed(count, dict(moments), dict(of_values), after)
 
@@ -270,8 +273,8 @@ def _histograms(
         weight = tensor.energy[tensor.keep] / tensor.output(x)[:, None]
         return Histogram.of(x[:, tensor.keep], min(float(low.min()), 0.0), max(float(high.max()), 0.0), weight)
 
-    for window, start in zip(windows, before, strict=True):
-        for tensor, seen in zip(tensors, pool.map(of_window, tensors, run(window, start)), strict=True):
+    for found in run_ahead(run, windows, before):
+        for tensor, seen in zip(tensors, pool.map(of_window, tensors, found), strict=True):
             histograms[tensor.name] = histograms[tensor.name].merge(seen) if tensor.name in histograms else seen
     return histograms
 

@@ -147,21 +147,22 @@ def _with_common_text(windows: Sequence[np.ndarray]) -> list[list[int]]:
 
 
 class Together:
-    """Recipes that are made together, in a process that the stage starts for them."""
+    """Recipes by the names of their artifacts, which are made together in a process that the stage starts for them."""
 
-    def __init__(self, recipes: Sequence[QuantizesLayers], parent: Path, split: Split, label: str) -> None:
-        self._recipes, self._parent, self._split, self._label = recipes, parent, split, label
-        self._calibrated: dict[int, Calibrated] = {}
+    def __init__(self, recipes: dict[str, QuantizesLayers], parent: Path, split: Split) -> None:
+        self._recipes, self._parent, self._split = recipes, parent, split
+        self._calibrated: dict[str, Calibrated] = {}
 
     def calibrate(self, work: Path) -> None:
         """Calibrate all of them, with temporary files in `work`."""
-        with working(self._label):
-            self._calibrated = dict(enumerate(calibrate_recipes(self._recipes, self._parent, work, self._split)))
+        with working(", ".join(self._recipes)):
+            found = calibrate_recipes(list(self._recipes.values()), self._parent, work, self._split)
+        self._calibrated = dict(zip(self._recipes, found, strict=True))
 
-    def make(self, number: int, work: Path) -> dict:
-        """Write the files of one of them into `work`; return `details` for the manifest."""
-        recipe = self._recipes[number]
-        return recipe.make(self._parent, work, self._split, self._calibrated.pop(number))
+    def make(self, name: str, work: Path) -> dict:
+        """Write the files of the artifact `name` into `work`; return `details` for the manifest."""
+        with working(name):
+            return self._recipes[name].make(self._parent, work, self._split, self._calibrated.pop(name))
 
 
 def calibrated_on(windows: np.ndarray, split: Split) -> dict:

@@ -147,17 +147,17 @@ def _make_together(parent: Artifact, together: list[_Missing]) -> dict[Path, Art
     from cuantiza.quantize.layers import Together
 
     made: dict[Path, Artifact] = {}
-    recipes, label = [one.wanted.recipe for one in together], ", ".join(one.wanted.name for one in together)
-    with Remote(Together, recipes, parent.path, together[0].calibration, label, label=label) as remote:
+    recipes = {one.wanted.name: one.wanted.recipe for one in together}
+    with Remote(Together, recipes, parent.path, together[0].calibration, label=", ".join(recipes)) as remote:
         with folders.staging(together[0].wanted.target) as work:
             remote.call("calibrate", work)
-        for number, one in enumerate(together):
-            remote.label = one.wanted.name
+        for one in together:
+            name = remote.label = one.wanted.name
             with folders.staging(one.wanted.target) as work:
                 try:
-                    details = remote.call("make", number, work)
+                    details = remote.call("make", name, work)
                 except ChildError as error:
-                    raise UserError(f"{one.wanted.name}: {error.reason}") from error
+                    raise UserError(f"{name}: {error.reason}") from error
                 made[one.wanted.target] = _publish(parent, one, work, details)
     return made
 

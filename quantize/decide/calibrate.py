@@ -5,6 +5,9 @@ the smoothed block again, to collect histograms of its activations. Then the wei
 rounding "descent", that follows what the blocks and layers before, rounded, make of the windows (follow.py). Only sums,
 histograms and a sample of the activations are kept, and for each window the values that the next block starts from.
 
+What is seen of a block before it is smoothed does not depend on how it will be quantized. So several jobs, which differ in
+their plans and the number of their windows, share that run; each smooths and rounds a copy of the model of its own.
+
 The last bits of a matmul depend on the number of threads that BLAS splits it over, and such a bit can change which way
 a 4-bit weight is rounded. So each matmul has one thread, and the processors work on different tensors instead: the
 result has the same bytes on any number of processors.
@@ -102,9 +105,13 @@ def _calibrate(
     courses = [_Course(job, folder, pool) for job, folder in zip(jobs, folders[1:], strict=True)]
     windows = windows[: max(job.windows for job in jobs)]
     before: list[np.ndarray | None] = [None] * len(windows)
-    blocks = courses[0].blocks
-    for number in track(range(len(blocks)), "calibrate", len(blocks)):
-        before = _decide_block(number, courses, windows, before, folders[0], pool, lanes)
+    untouched = jobs[0].model.clone()  # what is seen depends on no job's smoothing
+    blocks, values = split(untouched.graph), find_values(untouched.graph)
+    stops = {job.windows for job in jobs}
+    for number, block in enumerate(track(blocks, "calibrate", len(blocks))):
+        grams = max((course.job.windows for course in courses if course.needs_gram(number)), default=0)
+        seen = _observe(untouched, block, values, windows, before, grams, stops, folders[0], pool)
+        before = _decide_block(number, courses, seen, windows, before, lanes)
         if until in courses[0].decisions:
             break
     return [course.decisions for course in courses]
@@ -113,27 +120,21 @@ def _calibrate(
 def _decide_block(
     number: int,
     courses: list[_Course],
+    seen: Iterator[_Observed],
     windows: np.ndarray,
     before: list,
-    work: Path,
-    pool: ThreadPoolExecutor,
     lanes: ThreadPoolExecutor,
 ) -> list:
-    """Observe block `number` once, and let each course decide on it as soon as its windows were seen.
+    """Let each course decide on block `number` as soon as its windows were `seen`.
 
     Returns the values that the next block starts from, one for each of `windows`.
     """
-    grams = max((course.job.windows for course in courses if course.needs_gram(number)), default=0)
-    stops = {course.job.windows for course in courses}
-    # No course has smoothed this block yet, so what is seen of the first one's model is true of all.
-    first = courses[0]
-    seen = _observe(first.job.model, first.blocks[number], first.values, windows, before, grams, stops, work, pool)
     deciding = []
     for observed in seen:
         due = [course for course in courses if course.job.windows == observed.count]
         deciding += [lanes.submit(course.decide, number, observed, windows, before) for course in due]
-    for course_decides in deciding:
-        course_decides.result()
+    for one in deciding:
+        one.result()
     return observed.after
 
 
@@ -143,8 +144,7 @@ class _Course:
     def __init__(self, job: Job, work: Path, pool: ThreadPoolExecutor) -> None:
         graph = job.model.graph
         self.job, self._work, self._pool = job, work, pool
-        self.blocks, self.values = split(graph), find_values(graph)
-        self._tables = find_tables(graph)
+        self._blocks, self._values, self._tables = split(graph), find_values(graph), find_tables(graph)
         self._groups = smooth.find_groups(graph) if job.plan.alphas else {}
         # The values that the next block of the rounded model starts from.
         self._rounded: list[np.ndarray | None] = [None] * job.windows
@@ -152,16 +152,17 @@ class _Course:
 
     def needs_gram(self, number: int) -> bool:
         """Whether the Gram matrices of the inputs of block `number` decide how its weights are rounded."""
-        plan, block = self.job.plan, self.blocks[number]
+        plan, block = self.job.plan, self._blocks[number]
         return plan.rounding == "gptq" and any(_is_rounded(p, self._tables, plan) for p in block.projections)
 
     def decide(self, number: int, seen: _Observed, windows: np.ndarray, before: list) -> None:
         """Smooth block `number` by what was seen of it, and decide on its linear layers.
 
-        `before` has the value that the block starts from for each of `windows` int64 [n, T], of which there may be more than the job wants.
+        `before` has the value that the block starts from for each of `windows` int64 [n, T]. There may be more windows
+        than the job wants.
         """
         model, plan, tables, pool = self.job.model, self.job.plan, self._tables, self._pool
-        block, windows, before = self.blocks[number], windows[: self.job.windows], before[: self.job.windows]
+        block, windows, before = self._blocks[number], windows[: self.job.windows], before[: self.job.windows]
         readers = {name: [one for one in block.projections if one.x.name == name] for name in seen.moments}
 
         def tensor_of(name: str) -> Tensor:
@@ -178,7 +179,7 @@ class _Course:
             grids = {p.name: _grid(p, tables, plan) for p in block.projections if _is_rounded(p, tables, plan)}
             streams = list(zip(before, self._rounded, strict=True))
             weights, self._rounded = round_block(
-                model, block, grids, self.values, windows, streams, self._work, pool.map
+                model, block, grids, self._values, windows, streams, self._work, pool.map
             )
 
         def decision_of(both: tuple[Projection, Tensor]) -> Decision:
@@ -240,11 +241,7 @@ def _observe(
         after.append(seen.get(block.end))
         rows = [seen[name].reshape(-1, seen[name].shape[-1]) for name in names]
         found = [pool.submit(Moments.of, x, count <= grams) for x in rows]
-        inputs = [[seen[value.name] for value in (one.projection.x, one.weights, one.context)] for one in attention]
-        read = [
-            pool.submit(ValueMoments.of, layer.channels, *those, count <= grams)
-            for layer, those in zip(attention, inputs, strict=True)
-        ]
+        read = [pool.submit(_value_moments, layer, seen, count <= grams) for layer in attention]
         for name, one in zip(names, found, strict=True):
             moments[name] = moments[name].merge(one.result()) if name in moments else one.result()
         for layer, of_layer in zip(attention, read, strict=True):
@@ -252,6 +249,12 @@ def _observe(
             of_values[name] = of_values[name].merge(of_layer.result()) if name in of_values else of_layer.result()
         if count in stops:
             yield _Observed(count, dict(moments), dict(of_values), after)
+
+
+def _value_moments(layer: Values, seen: dict[str, np.ndarray], with_gram: bool) -> ValueMoments:
+    """Compute the moments for `layer` from what was `seen` in one window, by the names of the values."""
+    x, weights, context = (seen[value.name] for value in (layer.projection.x, layer.weights, layer.context))
+    return ValueMoments.of(layer.channels, x, weights, context, with_gram)
 
 
 def _histograms(

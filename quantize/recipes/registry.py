@@ -24,8 +24,8 @@ if typing.TYPE_CHECKING:
     from cuantiza.quantize.decide.decision import Plan
 
 # Every kind has `describe() -> str`, which says in one line what it does, and `make(parent, work, split) -> dict`,
-# which writes the files. A kind that quantizes linear layers one by one also has `plan` and `rewrite`
-# (quantize/layers.py).
+# which writes the files. A kind that quantizes linear layers one by one also has `plan` and `rewrite`, and its `make`
+# takes what calibration decided together with other recipes (quantize/layers.py).
 Recipe = DynamicInt8 | StaticInt8 | MixedStaticInt8 | WeightOnly | Half | Float | OrtDynamic | OrtStatic
 
 # Each of these uses standard operators, and has a form NAME-ort in the operators that are fastest in ONNX Runtime.

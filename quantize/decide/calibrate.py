@@ -145,7 +145,10 @@ class _Course:
         graph = job.model.graph
         self.job, self._work, self._pool = job, work, pool
         self._blocks, self._values, self._tables = split(graph), find_values(graph), find_tables(graph)
-        self._groups = smooth.find_groups(graph) if job.plan.alphas else {}
+        # What a block starts from was seen before smoothing, so it is not smoothed. In no model that we know it could be.
+        starts = {block.start for block in self._blocks}
+        groups = smooth.find_groups(graph) if job.plan.alphas else {}
+        self._groups = {name: group for name, group in groups.items() if name not in starts}
         # The values that the next block of the rounded model starts from.
         self._rounded: list[np.ndarray | None] = [None] * job.windows
         self.decisions: dict[str, Decision] = {}

@@ -10,7 +10,7 @@ from cuantiza.core.inputs.checkpoints import model_name
 from cuantiza.core.inputs.defaults import ARTIFACTS
 from cuantiza.core.inputs.defaults import RECIPES as DEFAULT
 from cuantiza.quantize.recipes.registry import RECIPES, Recipe, get_recipe
-from cuantiza.quantize.stage import opened, quantize_one, with_bits_budget, with_budget
+from cuantiza.quantize.stage import Wanted, opened, quantize_all, with_bits_budget, with_budget
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -57,8 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.max_bytes is not None or args.max_kl is not None:
         recipes = with_bits_budget(recipes, args.max_bytes, args.max_kl)
     with opened(args.output / model_name(args.model) / "fp32") as parent:
-        for name, recipe in recipes.items():
-            quantize_one(parent, parent.path.parent / name, name, recipe, source_of(args))
+        wanted = [Wanted(parent.path.parent / name, name, recipe) for name, recipe in recipes.items()]
+        quantize_all(parent, wanted, source_of(args))
     return 0
 
 

@@ -19,8 +19,6 @@ ALPHAS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 # The relative squared error from which on activations get 16 bits: noise of 1 % of a matmul's output.
 MAX_ERROR = 1e-4
-# The same where the range of an activation is fixed. It is larger, because most matmuls would need 16 bits otherwise.
-MAX_STATIC_ERROR = 1.5e-4
 
 
 @dataclass(frozen=True)

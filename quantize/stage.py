@@ -1,11 +1,12 @@
-"""The quantize stage: make an artifact from an fp32 artifact and a recipe, and publish it, unless it is up to date."""
+"""The quantize stage: make artifacts from an fp32 artifact and recipes, and publish them, unless they are up to date."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from cuantiza.core.store import artifact, digests, folders
 from cuantiza.core.store.artifact import Artifact
 from cuantiza.quantize.recipes.budget.int8_static_mixed import MixedStaticInt8
 from cuantiza.quantize.recipes.budget.int_mixed import MixedWeightOnly
-from cuantiza.quantize.recipes.registry import RECIPES, Recipe, calibration_of, get_recipe, to_json
+from cuantiza.quantize.recipes.registry import RECIPES, Recipe, calibrates_together, calibration_of, get_recipe, to_json
 
 _LIBRARIES = ("numpy", "onnx", "onnx-ir", "onnxruntime", "tokenizers")
 
@@ -46,7 +47,8 @@ def quantize(
     target = path.parent / name if output is None else Path(output)
     source = corpus if isinstance(corpus, Source) else Source(str(corpus))
     with opened(path, target.parent) as parent:
-        return quantize_one(parent, target, name, recipe, source)
+        (made,) = quantize_all(parent, [Wanted(target, name, recipe)], source)
+        return made
 
 
 def _name_of(recipe: Recipe) -> str | None:
@@ -58,7 +60,8 @@ def _name_of(recipe: Recipe) -> str | None:
 def opened(fp32: Path, held: Path | None = None) -> Iterator[Artifact]:
     """Open the artifact in the folder `fp32`; the folder `held` (default: its parent) is locked meanwhile.
 
-    `quantize_one` verifies all of it before it makes anything of it. Raises UserError if the artifact does not exist or is damaged.
+    `quantize_all` verifies all of it before it makes anything of it. Raises UserError if the artifact does not exist or
+    is damaged.
     """
     if not fp32.is_dir():
         raise UserError(f"{fp32}: is not there; run `make export` or `cuantiza export` first")
@@ -100,40 +103,102 @@ def with_bits_budget(recipes: dict[str, Recipe], max_bytes: str | None, max_kl: 
         raise UserError(f"{option}: {error}") from None
 
 
-def quantize_one(parent: Artifact, target: Path, name: str, recipe: Recipe, source: Source) -> Artifact:
-    """Make the artifact `target` from `parent`, unless it is up to date. The caller has locked its folder.
+@dataclass(frozen=True)
+class Wanted:
+    """An artifact to make: its folder, the name that its manifest gets, and its recipe."""
 
-    Raises UserError if a file of `parent` is not as it was published.
+    target: Path
+    name: str
+    recipe: Recipe
+
+
+@dataclass(frozen=True)
+class _Missing:
+    """A wanted artifact that is not up to date, with its `inputs_of` and the text that calibrates it."""
+
+    wanted: Wanted
+    inputs: dict[str, Any]
+    calibration: Split | None
+
+
+def quantize_all(parent: Artifact, wanted: Sequence[Wanted], source: Source) -> list[Artifact]:
+    """Make the `wanted` artifacts from `parent`, unless they are up to date. The caller has locked their folders.
+
+    Recipes that quantize linear layers calibrate together, on the text `source`, and have the same bytes as if each had
+    done so alone. Every artifact is published as soon as it is finished. Raises UserError if a file of `parent` is not as
+    it was published.
     """
-    calibration = load_calibration(source) if calibration_of(recipe) else None
-    inputs = inputs_of(parent, recipe, calibration)
-    there = artifact.up_to_date(target, inputs)
-    if isinstance(there, Artifact):
-        report(f"quantize  {target}: up to date")
-        warn(there.manifest.details.get("warnings", []))
-        return there
-    report(f"quantize  {target}: {there}")
-    artifact.verify(parent)
+    made: dict[Path, Artifact] = {}
+    missing: list[_Missing] = []
+    for one in wanted:
+        calibration = load_calibration(source) if calibration_of(one.recipe) else None
+        inputs = inputs_of(parent, one.recipe, calibration)
+        there = artifact.up_to_date(one.target, inputs)
+        if isinstance(there, Artifact):
+            report(f"quantize  {one.target}: up to date")
+            warn(there.manifest.details.get("warnings", []))
+            made[one.target] = there
+        else:
+            report(f"quantize  {one.target}: {there}")
+            missing.append(_Missing(one, inputs, calibration))
+    if missing:
+        artifact.verify(parent)
+    layered = [item for item in missing if calibrates_together(item.wanted.recipe)]
+    for item in missing:
+        if item not in layered:
+            made[item.wanted.target] = _make(parent, item)
+    if layered:
+        made |= _make_together(parent, layered)
+    return [made[one.target] for one in wanted]
+
+
+def _make(parent: Artifact, one: _Missing) -> Artifact:
     # This import is here because a run that finds everything up to date does not need it.
     from cuantiza.core.machine.process import isolated
 
-    with folders.staging(target) as work:
-        details = isolated(recipe.make, parent.path, work, calibration, label=name)
-        artifact.copy_companions(parent.path, work)
-        made = artifact.publish(
-            work,
-            target,
-            name=name,
-            model=parent.manifest.model,
-            recipe=inputs["recipe"],
-            inputs=inputs,
-            parent=parent.digest,
-            calibration=inputs["calibration"],
-            versions=inputs["versions"],
-            details=details,
-        )
+    with folders.staging(one.wanted.target) as work:
+        details = isolated(one.wanted.recipe.make, parent.path, work, one.calibration, label=one.wanted.name)
+        return _publish(parent, one, work, details)
+
+
+def _make_together(parent: Artifact, together: list[_Missing]) -> dict[Path, Artifact]:
+    """Make the artifacts in one process, which calibrates all of them at once; return them by their folders."""
+    from cuantiza.core.machine.process import ChildError, Remote
+    from cuantiza.quantize.layers import Together
+
+    made: dict[Path, Artifact] = {}
+    recipes = {one.wanted.name: one.wanted.recipe for one in together}
+    with Remote(Together, recipes, parent.path, together[0].calibration, label=", ".join(recipes)) as remote:
+        with folders.staging(together[0].wanted.target) as work:
+            remote.call("calibrate", work)
+        for one in together:
+            name = remote.label = one.wanted.name
+            with folders.staging(one.wanted.target) as work:
+                try:
+                    details = remote.call("make", name, work)
+                except ChildError as error:
+                    raise UserError(f"{name}: {error.reason}") from error
+                made[one.wanted.target] = _publish(parent, one, work, details)
+    return made
+
+
+def _publish(parent: Artifact, one: _Missing, work: Path, details: dict[str, Any]) -> Artifact:
+    """Publish the files in `work` as the artifact that is missing, and say how large it is."""
+    artifact.copy_companions(parent.path, work)
+    made = artifact.publish(
+        work,
+        one.wanted.target,
+        name=one.wanted.name,
+        model=parent.manifest.model,
+        recipe=one.inputs["recipe"],
+        inputs=one.inputs,
+        parent=parent.digest,
+        calibration=one.inputs["calibration"],
+        versions=one.inputs["versions"],
+        details=details,
+    )
     before, after = parent.model.stat().st_size, made.model.stat().st_size
-    report(f"          {after / 1e6:.1f} MB, graph × fp32: {after / before:.3f}")
+    report(f"          {one.wanted.name}: {after / 1e6:.1f} MB, graph × fp32: {after / before:.3f}")
     warn(made.manifest.details.get("warnings", []))
     return made
 

@@ -21,16 +21,33 @@ from cuantiza.quantize.settings import Target
 def write_graph(parent: Path, work: Path, target: Target, rewrite: Callable[[ir.Model], dict]) -> dict:
     """Write work/model.onnx: the graph of the fp32 artifact `parent`, after `rewrite` changed it in place.
 
-    Attention is fused for the `target` "ort" only, where ONNX Runtime can. Returns `details` for the manifest: those that
-    `rewrite` returned, the number of layers with fused attention, and "warnings": attention that stays as it was, and a
-    tokenizer that onnxruntime-genai misreads. Raises UserError if the target is "ort" and the graph's attention is not the
-    one that export/graphs writes.
+    Returns `details` for the manifest: those that `rewrite` returned, and those of `save_graph`. Raises UserError as
+    `load_graph` does.
+    """
+    model = load_graph(parent, target)
+    return rewrite(model) | save_graph(model, parent, work, target)
+
+
+def load_graph(parent: Path, target: Target) -> ir.Model:
+    """Load the graph of the fp32 artifact `parent`.
+
+    Raises UserError if the target is "ort" and the graph's attention is not the one that export/graphs writes.
     """
     path = parent / artifact.MODEL
     model = onnx_file.load(path)
     if target == "ort":
         check_attention(model, path)
-    details = rewrite(model)
+    return model
+
+
+def save_graph(model: ir.Model, parent: Path, work: Path, target: Target) -> dict:
+    """Write work/model.onnx: the rewritten graph `model` of the fp32 artifact `parent`.
+
+    Attention is fused for the `target` "ort" only, where ONNX Runtime can. Returns `details` for the manifest: the number
+    of layers with fused attention, and "warnings": attention that stays as it was, and a tokenizer that onnxruntime-genai
+    misreads.
+    """
+    details: dict = {}
     if target == "ort":
         kept = not_fusable(model)
         details["fused_attention"] = 0 if kept else fuse_attention(model, max_positions(read_config(parent)))

@@ -7,9 +7,11 @@ window, and time grows linearly with the number of layers.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 import onnx_ir as ir
@@ -21,6 +23,7 @@ from cuantiza.core.run.runtime import open_session
 from cuantiza.quantize.rewrite.find import Projection, find_embeddings, find_projections
 
 _INPUT = "block_input"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -70,8 +73,12 @@ def open_block(
 ) -> Callable[[np.ndarray, np.ndarray | None], list[np.ndarray]]:
     """Return a function from (token ids int64 [T], the value that `block` starts from) to the values named `outputs`.
 
-    `work` is a folder for the block's own ONNX file, which is deleted once it is loaded.
+    `work` is a folder for the block's own ONNX file, which is deleted once it is loaded. The value that the block starts
+    from is returned as it was given: to compute it would take all blocks before.
     """
+    computed = [name for name in outputs if name != block.start]
+    if not computed:
+        return lambda ids, start: [start for _ in outputs]
     copy = model.clone()
     graph = copy.graph
     values = {value.name: value for node in graph for value in node.outputs}
@@ -80,7 +87,7 @@ def open_block(
         ir.convenience.replace_all_uses_with(values[block.start], feed)
         graph.inputs.append(feed)
     graph.outputs.clear()
-    for name in outputs:
+    for name in computed:
         values[name].type = ir.TensorType(ir.DataType.FLOAT)
         graph.outputs.append(values[name])
     RemoveUnusedNodesPass()(copy)
@@ -96,6 +103,19 @@ def open_block(
     def run(ids: np.ndarray, start: np.ndarray | None) -> list[np.ndarray]:
         inputs = session.get_inputs()
         own = {item.name: start for item in inputs if item.name == _INPUT}
-        return session.run(outputs, window_feeds(inputs, ids) | own)
+        found = dict(zip(computed, session.run(computed, window_feeds(inputs, ids) | own), strict=True))
+        return [start if name == block.start else found[name] for name in outputs]
 
     return run
+
+
+def run_ahead(run: Callable[[np.ndarray, Any], T], windows: np.ndarray, starts: Sequence) -> Iterator[T]:
+    """Yield run(window, start) for each of `windows` and `starts`. While one result is worked on, the next one is computed."""
+    with ThreadPoolExecutor(1) as thread:
+        coming = None
+        for window, start in zip(windows, starts, strict=True):
+            ready, coming = coming, thread.submit(run, window, start)
+            if ready is not None:
+                yield ready.result()
+        if coming is not None:
+            yield coming.result()

@@ -5,6 +5,9 @@ the smoothed block again, to collect histograms of its activations. Then the wei
 rounding "descent", that follows what the blocks and layers before, rounded, make of the windows (follow.py). Only sums,
 histograms and a sample of the activations are kept, and for each window the values that the next block starts from.
 
+What is seen of a block before it is smoothed does not depend on how it will be quantized. So several jobs, which differ in
+their plans and the number of their windows, share that run; each smooths and rounds a copy of the model of its own.
+
 The last bits of a matmul depend on the number of threads that BLAS splits it over, and such a bit can change which way
 a 4-bit weight is rounded. So each matmul has one thread, and the processors work on different tensors instead: the
 result has the same bytes on any number of processors.
@@ -12,8 +15,9 @@ result has the same bytes on any number of processors.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +34,8 @@ from cuantiza.core.machine.hardware import default_threads
 from cuantiza.core.machine.progress import track
 from cuantiza.quantize.decide import smooth
 from cuantiza.quantize.decide.activation import Activation, PerRow, PerTensor, matmul_error
-from cuantiza.quantize.decide.blocks import Block, open_block, split
-from cuantiza.quantize.decide.decision import Decision, Plan
+from cuantiza.quantize.decide.blocks import Block, open_block, run_ahead, split
+from cuantiza.quantize.decide.decision import Decision, Job, Plan
 from cuantiza.quantize.decide.observations import Histogram, Moments
 from cuantiza.quantize.decide.ranges import RANGES
 from cuantiza.quantize.decide.tensor import Tensor, decide_tensor, error_limit, is_static, row_activation
@@ -42,6 +46,10 @@ from cuantiza.quantize.settings import Calibration
 from cuantiza.quantize.weights.follow import on_disk, round_block, with_embedding
 from cuantiza.quantize.weights.gptq import gptq
 from cuantiza.quantize.weights.rounding import Grid, IntWeight, round_to_nearest
+
+# How many jobs decide on a block at the same time. The long rounding of one layer keeps one processor busy; another job
+# has work for the others. More jobs at once would take memory and little less time.
+_JOBS_AT_ONCE = 2
 
 
 def calibration_windows(folder: Path, split: Split, calibration: Calibration) -> np.ndarray:
@@ -66,72 +74,125 @@ def calibration_windows(folder: Path, split: Split, calibration: Calibration) ->
 
 
 def calibrate(
-    model: ir.Model, windows: np.ndarray, plan: Plan, work: Path, until: str | None = None
-) -> dict[str, Decision]:
-    """Decide how to quantize every linear layer of `model`; return the decisions by layer name.
+    jobs: Sequence[Job], windows: np.ndarray, work: Path, until: str | None = None
+) -> list[dict[str, Decision]]:
+    """Decide how to quantize every linear layer of a model, for each of `jobs`; return their decisions by layer name.
 
-    `model` is smoothed in place, which does not change what it computes. `windows` are int64 [n, T]; `work` is a folder
-    for temporary files. If `until` names a linear layer, the block that contains it is the last one.
+    The jobs have copies of one model. Each copy is smoothed in place, which does not change what it computes. `windows`
+    are int64 [n, T], as many as the longest job needs; `work` is an empty folder for temporary files. If `until` names a
+    linear layer, the block that contains it is the last one. What a job decides does not depend on the others.
     """
-    with threadpool_limits(1, "blas"), ThreadPoolExecutor(default_threads()) as pool:
-        return _calibrate(model, windows, plan, work, until, pool)
+    with (
+        threadpool_limits(1, "blas"),
+        ThreadPoolExecutor(default_threads()) as pool,
+        ThreadPoolExecutor(_JOBS_AT_ONCE) as lanes,
+    ):
+        return _calibrate(jobs, windows, work, until, pool, lanes)
 
 
 def _calibrate(
-    model: ir.Model, windows: np.ndarray, plan: Plan, work: Path, until: str | None, pool: ThreadPoolExecutor
-) -> dict[str, Decision]:
-    tables = find_tables(model.graph)
-    groups = smooth.find_groups(model.graph) if plan.alphas else {}
-    values = find_values(model.graph)
+    jobs: Sequence[Job],
+    windows: np.ndarray,
+    work: Path,
+    until: str | None,
+    pool: ThreadPoolExecutor,
+    lanes: ThreadPoolExecutor,
+) -> list[dict[str, Decision]]:
+    # Each has a folder of its own, since the blocks of several jobs are written at the same time.
+    folders = [work / str(number) for number in range(len(jobs) + 1)]
+    for folder in folders:
+        folder.mkdir()
+    courses = [_Course(job, folder, pool) for job, folder in zip(jobs, folders[1:], strict=True)]
+    windows = windows[: max(job.windows for job in jobs)]
     before: list[np.ndarray | None] = [None] * len(windows)
-    decisions: dict[str, Decision] = {}
-    follows, before_rounded = plan.rounding == "descent", before
-    blocks = split(model.graph)
-    for block in track(blocks, "calibrate", len(blocks)):
-        with_gram = plan.rounding == "gptq" and any(_is_rounded(p, tables, plan) for p in block.projections)
-        moments, of_values, after = _observe(model, block, values, windows, before, with_gram, work, pool)
-        readers = {name: [one for one in block.projections if one.x.name == name] for name in moments}
-        tensors = list(
-            pool.map(
-                lambda name: decide_tensor(
-                    readers[name],  # noqa: B023
-                    moments[name],  # noqa: B023
-                    of_values,  # noqa: B023
-                    groups.get(name),
-                    tables,
-                    plan,
-                ),
-                moments,
-            )
-        )
+    untouched = jobs[0].model.clone()  # what is seen depends on no job's smoothing
+    blocks, values = split(untouched.graph), find_values(untouched.graph)
+    stops = {job.windows for job in jobs}
+    for number, block in enumerate(track(blocks, "calibrate", len(blocks))):
+        grams = max((course.job.windows for course in courses if course.needs_gram(number)), default=0)
+        seen = _observe(untouched, block, values, windows, before, grams, stops, folders[0], pool)
+        before = _decide_block(number, courses, seen, windows, before, lanes)
+        if until in courses[0].decisions:
+            break
+    return [course.decisions for course in courses]
+
+
+def _decide_block(
+    number: int,
+    courses: list[_Course],
+    seen: Iterator[_Observed],
+    windows: np.ndarray,
+    before: list,
+    lanes: ThreadPoolExecutor,
+) -> list:
+    """Let each course decide on block `number` as soon as its windows were `seen`.
+
+    Returns the values that the next block starts from, one for each of `windows`.
+    """
+    deciding = []
+    for observed in seen:
+        due = [course for course in courses if course.job.windows == observed.count]
+        deciding += [lanes.submit(course.decide, number, observed, windows, before) for course in due]
+    for one in deciding:
+        one.result()
+    return observed.after
+
+
+class _Course:
+    """A job on its way through the blocks of its model: `decisions` are those so far."""
+
+    def __init__(self, job: Job, work: Path, pool: ThreadPoolExecutor) -> None:
+        graph = job.model.graph
+        self.job, self._work, self._pool = job, work, pool
+        self._blocks, self._values, self._tables = split(graph), find_values(graph), find_tables(graph)
+        # What a block starts from was seen before smoothing, so it is not smoothed. In no model that we know it could be.
+        starts = {block.start for block in self._blocks}
+        groups = smooth.find_groups(graph) if job.plan.alphas else {}
+        self._groups = {name: group for name, group in groups.items() if name not in starts}
+        # The values that the next block of the rounded model starts from.
+        self._rounded: list[np.ndarray | None] = [None] * job.windows
+        self.decisions: dict[str, Decision] = {}
+
+    def needs_gram(self, number: int) -> bool:
+        """Whether the Gram matrices of the inputs of block `number` decide how its weights are rounded."""
+        plan, block = self.job.plan, self._blocks[number]
+        return plan.rounding == "gptq" and any(_is_rounded(p, self._tables, plan) for p in block.projections)
+
+    def decide(self, number: int, seen: _Observed, windows: np.ndarray, before: list) -> None:
+        """Smooth block `number` by what was seen of it, and decide on its linear layers.
+
+        `before` has the value that the block starts from for each of `windows` int64 [n, T]. There may be more windows
+        than the job wants.
+        """
+        model, plan, tables, pool = self.job.model, self.job.plan, self._tables, self._pool
+        block, windows, before = self._blocks[number], windows[: self.job.windows], before[: self.job.windows]
+        readers = {name: [one for one in block.projections if one.x.name == name] for name in seen.moments}
+
+        def tensor_of(name: str) -> Tensor:
+            group = self._groups.get(name)
+            return decide_tensor(readers[name], seen.moments[name], seen.of_values, group, tables, plan)
+
+        tensors = list(pool.map(tensor_of, seen.moments))
         for tensor in tensors:
             if tensor.group is not None:
                 smooth.apply(model.graph, tensor.group, tensor.smoothing)
-        histograms = _histograms(model, block, windows, before, tensors, work) if is_static(plan) else {}
+        histograms = _histograms(model, block, windows, before, tensors, self._work, pool) if is_static(plan) else {}
         weights: dict[str, IntWeight] = {}
-        if follows:
+        if plan.rounding == "descent":
             grids = {p.name: _grid(p, tables, plan) for p in block.projections if _is_rounded(p, tables, plan)}
-            streams = list(zip(before, before_rounded, strict=True))
+            streams = list(zip(before, self._rounded, strict=True))
             shared = {p.name: found for tensor in tensors for p, found in _shared(model.graph, tensor, grids)}
-            weights, before_rounded = round_block(model, block, grids, shared, values, windows, streams, work, pool.map)
+            weights, self._rounded = round_block(
+                model, block, grids, shared, self._values, windows, streams, self._work, pool.map
+            )
+
+        def decision_of(both: tuple[Projection, Tensor]) -> Decision:
+            (projection, tensor), name = both, both[0].name
+            return _decide(projection, tensor, weights.get(name), histograms.get(tensor.name), tables, plan, self._work)
+
         inputs = [(projection, tensor) for tensor in tensors for projection in tensor.projections]
-        decided = pool.map(
-            lambda both: _decide(
-                both[0],
-                both[1],
-                weights.get(both[0].name),  # noqa: B023
-                histograms.get(both[1].name),  # noqa: B023
-                tables,
-                plan,
-                work,
-            ),
-            inputs,
-        )
-        decisions |= {projection.name: decision for (projection, _), decision in zip(inputs, decided, strict=True)}
-        if until in decisions:
-            break
-        before = after
-    return decisions
+        decided = pool.map(decision_of, inputs)
+        self.decisions |= {projection.name: one for (projection, _), one in zip(inputs, decided, strict=True)}
 
 
 def _is_rounded(projection: Projection, tables: set[ir.Value], plan: Plan) -> bool:
@@ -155,20 +216,34 @@ def _shared(graph: ir.Graph, tensor: Tensor, grids: dict[str, Grid]) -> list[tup
     return [(projection, 1 / np.square(tensor.smoothing.scale)) for projection in fine]
 
 
+@dataclass(frozen=True)
+class _Observed:
+    """What was seen of a block in the first `count` windows.
+
+    `moments` are those of the inputs of its linear layers, by name; `of_values` those for the linear layers that compute
+    values, by the name of the layer; `after` has the block's output for each window that was run so far.
+    """
+
+    count: int
+    moments: dict[str, Moments]
+    of_values: dict[str, ValueMoments]
+    after: list
+
+
 def _observe(
     model: ir.Model,
     block: Block,
     values: dict[str, Values],
     windows: np.ndarray,
     before: list,
-    with_gram: bool,
+    grams: int,
+    stops: set[int],
     work: Path,
     pool: ThreadPoolExecutor,
-) -> tuple[dict[str, Moments], dict[str, ValueMoments], list]:
-    """Run `block` on all windows.
+) -> Iterator[_Observed]:
+    """Run `block` on all windows, and yield what was seen after each number of windows in `stops`.
 
-    Returns the moments of the inputs of its linear layers, by name; those for the linear layers that compute values, by
-    the name of the layer; and the block's output for each window, from which the next block starts.
+    Gram matrices are summed over the first `grams` windows, and are None after more.
     """
     names = list(dict.fromkeys(projection.x.name for projection in block.projections))
     attention = [values[projection.name] for projection in block.projections if projection.name in values]
@@ -177,31 +252,48 @@ def _observe(
     moments: dict[str, Moments] = {}
     of_values: dict[str, ValueMoments] = {}
     after = []
-    for window, start in zip(windows, before, strict=True):
-        seen = dict(zip([*names, *inside, block.end], run(window, start), strict=False))
+    for count, outputs in enumerate(run_ahead(run, windows, before), 1):
+        seen = dict(zip([*names, *inside, block.end], outputs, strict=False))
         after.append(seen.get(block.end))
         rows = [seen[name].reshape(-1, seen[name].shape[-1]) for name in names]
-        for name, found in zip(names, pool.map(lambda x: Moments.of(x, with_gram), rows), strict=True):
-            moments[name] = moments[name].merge(found) if name in moments else found
-        for layer in attention:
-            name, x = layer.projection.name, seen[layer.projection.x.name]
-            read = ValueMoments.of(layer.channels, x, seen[layer.weights.name], seen[layer.context.name], with_gram)
-            of_values[name] = of_values[name].merge(read) if name in of_values else read
-    return moments, of_values, after
+        found = [pool.submit(Moments.of, x, count <= grams) for x in rows]
+        read = [pool.submit(_value_moments, layer, seen, count <= grams) for layer in attention]
+        for name, one in zip(names, found, strict=True):
+            moments[name] = moments[name].merge(one.result()) if name in moments else one.result()
+        for layer, of_layer in zip(attention, read, strict=True):
+            name = layer.projection.name
+            of_values[name] = of_values[name].merge(of_layer.result()) if name in of_values else of_layer.result()
+        if count in stops:
+            yield _Observed(count, dict(moments), dict(of_values), after)
+
+
+def _value_moments(layer: Values, seen: dict[str, np.ndarray], with_gram: bool) -> ValueMoments:
+    """Compute the moments for `layer` from what was `seen` in one window, by the names of the values."""
+    x, weights, context = (seen[value.name] for value in (layer.projection.x, layer.weights, layer.context))
+    return ValueMoments.of(layer.channels, x, weights, context, with_gram)
 
 
 def _histograms(
-    model: ir.Model, block: Block, windows: np.ndarray, before: list, tensors: list[Tensor], work: Path
+    model: ir.Model,
+    block: Block,
+    windows: np.ndarray,
+    before: list,
+    tensors: list[Tensor],
+    work: Path,
+    pool: ThreadPoolExecutor,
 ) -> dict[str, Histogram]:
     """One histogram per input tensor, by name, measured after smoothing and without the float channels."""
     run = open_block(model, block, [tensor.name for tensor in tensors], work)
     histograms: dict[str, Histogram] = {}
-    for window, start in zip(windows, before, strict=True):
-        for tensor, value in zip(tensors, run(window, start), strict=True):
-            x = value.reshape(-1, value.shape[-1])
-            low, high = tensor.moments.low[tensor.keep], tensor.moments.high[tensor.keep]
-            weight = tensor.energy[tensor.keep] / tensor.output(x)[:, None]
-            seen = Histogram.of(x[:, tensor.keep], min(float(low.min()), 0.0), max(float(high.max()), 0.0), weight)
+
+    def of_window(tensor: Tensor, value: np.ndarray) -> Histogram:
+        x = value.reshape(-1, value.shape[-1])
+        low, high = tensor.moments.low[tensor.keep], tensor.moments.high[tensor.keep]
+        weight = tensor.energy[tensor.keep] / tensor.output(x)[:, None]
+        return Histogram.of(x[:, tensor.keep], min(float(low.min()), 0.0), max(float(high.max()), 0.0), weight)
+
+    for found in run_ahead(run, windows, before):
+        for tensor, seen in zip(tensors, pool.map(of_window, tensors, found), strict=True):
             histograms[tensor.name] = histograms[tensor.name].merge(seen) if tensor.name in histograms else seen
     return histograms
 
@@ -232,11 +324,14 @@ def _decide(
     if activation is not None:
         # A static range need not be the best one that `decide_tensor` found possible.
         too_coarse = tensor.bits == 16 or error(activation) > error_limit(plan, strict=is_head(projection))
-        if of_values is not None:
-            energy = tensor.value_energy[projection.name] * tensor.smoothing.scale**2
-            seen = of_values.rows[:, keep]
-            details["values_error"] = of_values.error(activation.restore(seen) - seen, energy[keep])
-            too_coarse |= details["values_error"] > error_limit(plan, strict=True)
+        # A layer that computes values decides for its query and key, too: every token reads the key of the sink.
+        for name, read in tensor.of_values.items():
+            energy = tensor.value_energy[name] * tensor.smoothing.scale**2
+            seen = read.rows[:, keep]
+            lost = read.error(activation.restore(seen) - seen, energy[keep])
+            too_coarse |= lost > error_limit(plan, strict=True)
+            if name == projection.name:
+                details["values_error"] = lost
         if too_coarse and histogram is None:
             activation = PerRow(bits=16)
         elif too_coarse:

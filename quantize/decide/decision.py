@@ -1,4 +1,4 @@
-"""A Plan says what calibration has to decide; a Decision is the result for one linear layer."""
+"""A Plan says what calibration has to decide, and a Job for which model; a Decision is the result for one linear layer."""
 
 from __future__ import annotations
 
@@ -49,6 +49,15 @@ class Plan:
     def alone(self) -> Plan:
         """Return the plan for layers that are quantized one at a time, and need not make up for others."""
         return replace(self, rounding="gptq") if self.rounding == "descent" else self
+
+
+@dataclass(frozen=True)
+class Job:
+    """What calibration decides, by `plan`, for `model`, which it smooths in place; the first `windows` windows are for it."""
+
+    model: ir.Model
+    plan: Plan
+    windows: int
 
 
 @dataclass(frozen=True)

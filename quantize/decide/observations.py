@@ -48,7 +48,7 @@ class Moments:
             np.minimum(self.low, other.low),
             np.maximum(self.high, other.high),
             self.total + other.total,
-            None if self.gram is None else self.gram + other.gram,
+            None if self.gram is None or other.gram is None else self.gram + other.gram,
             np.concatenate([self.rows, other.rows]),
         )
 

@@ -21,6 +21,7 @@ from cuantiza.quantize.settings import (
 if TYPE_CHECKING:
     from cuantiza.core.inputs.corpus import Split
     from cuantiza.quantize.decide.decision import Plan, Rewrite
+    from cuantiza.quantize.layers import Calibrated
 
 
 @dataclass(frozen=True)
@@ -59,11 +60,12 @@ class DynamicInt8:
 
         return lambda model, decisions: quantize_dynamic(model, decisions, self.target)
 
-    def make(self, parent: Path, work: Path, split: Split) -> dict:
+    def make(self, parent: Path, work: Path, split: Split, calibrated: Calibrated | None = None) -> dict:
         """Write the quantized form of the fp32 artifact `parent` into the folder `work`, calibrated on `split`.
 
-        Returns `details` for the manifest. The stage calls this in a process of its own.
+        `calibrated` is what calibration decided, where that was done for several recipes at once. Returns `details` for
+        the manifest. The stage calls this in another process.
         """
         from cuantiza.quantize.layers import write_quantized
 
-        return write_quantized(self, parent, work, split)
+        return write_quantized(self, parent, work, split, calibrated)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from cuantiza.quantize.settings import (
     ALPHAS,
     CALIBRATION,
-    MAX_STATIC_ERROR,
+    MAX_ERROR,
     Calibration,
     Ranges,
     Rounding,
@@ -22,6 +22,7 @@ from cuantiza.quantize.settings import (
 if TYPE_CHECKING:
     from cuantiza.core.inputs.corpus import Split
     from cuantiza.quantize.decide.decision import Plan, Rewrite
+    from cuantiza.quantize.layers import Calibrated
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class StaticInt8:
     float_channels: int = 16
     calibration: Calibration = CALIBRATION
     target: Target = "portable"
-    max_error: float | None = MAX_STATIC_ERROR
+    max_error: float | None = MAX_ERROR
 
     def __post_init__(self) -> None:
         check_exponents(self.smoothing)
@@ -66,11 +67,12 @@ class StaticInt8:
 
         return lambda model, decisions: quantize_static(model, decisions, self.target)
 
-    def make(self, parent: Path, work: Path, split: Split) -> dict:
+    def make(self, parent: Path, work: Path, split: Split, calibrated: Calibrated | None = None) -> dict:
         """Write the quantized form of the fp32 artifact `parent` into the folder `work`, calibrated on `split`.
 
-        Returns `details` for the manifest. The stage calls this in a process of its own.
+        `calibrated` is what calibration decided, where that was done for several recipes at once. Returns `details` for
+        the manifest. The stage calls this in another process.
         """
         from cuantiza.quantize.layers import write_quantized
 
-        return write_quantized(self, parent, work, split)
+        return write_quantized(self, parent, work, split, calibrated)

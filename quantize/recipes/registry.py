@@ -25,8 +25,8 @@ if typing.TYPE_CHECKING:
     from cuantiza.quantize.decide.decision import Plan
 
 # Every kind has `describe() -> str`, which says in one line what it does, and `make(parent, work, split) -> dict`,
-# which writes the files. A kind that quantizes linear layers one by one also has `plan` and `rewrite`
-# (quantize/layers.py).
+# which writes the files. A kind that quantizes linear layers one by one also has `plan` and `rewrite`, and its `make`
+# takes what calibration decided together with other recipes (quantize/layers.py).
 Recipe = (
     DynamicInt8 | StaticInt8 | MixedStaticInt8 | WeightOnly | MixedWeightOnly | Half | Float | OrtDynamic | OrtStatic
 )
@@ -121,6 +121,11 @@ def _read(kind: type, value: object, place: str) -> typing.Any:
 def calibration_of(recipe: Recipe) -> Calibration | None:
     """Return how much text calibrates `recipe`; None if it needs no calibration."""
     return getattr(recipe, "calibration", None)
+
+
+def calibrates_together(recipe: Recipe) -> bool:
+    """Whether `make` takes what calibration decided together with other recipes; int-mixed calibrates more than once."""
+    return hasattr(recipe, "plan") and not isinstance(recipe, MixedWeightOnly)
 
 
 def plan_of(recipe: Recipe) -> Plan | None:

@@ -11,6 +11,7 @@ from cuantiza.quantize.settings import ALPHAS, Calibration, Target, WeightRoundi
 if TYPE_CHECKING:
     from cuantiza.core.inputs.corpus import Split
     from cuantiza.quantize.decide.decision import Plan, Rewrite
+    from cuantiza.quantize.layers import Calibrated
     from cuantiza.quantize.weights.rounding import Grid
 
 # At 4 bits, twice as many windows as 8 bits need lower KL further (quantize/settings.py).
@@ -81,11 +82,12 @@ class WeightOnly:
             model, choose_weights(model, decisions, self.table()), self.target
         )
 
-    def make(self, parent: Path, work: Path, split: Split) -> dict:
+    def make(self, parent: Path, work: Path, split: Split, calibrated: Calibrated | None = None) -> dict:
         """Write the quantized form of the fp32 artifact `parent` into the folder `work`, calibrated on `split`.
 
-        Returns `details` for the manifest. The stage calls this in a process of its own.
+        `calibrated` is what calibration decided, where that was done for several recipes at once. Returns `details` for
+        the manifest. The stage calls this in another process.
         """
         from cuantiza.quantize.layers import write_quantized
 
-        return write_quantized(self, parent, work, split)
+        return write_quantized(self, parent, work, split, calibrated)

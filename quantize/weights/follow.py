@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from cuantiza.quantize.decide.blocks import Block, open_block
+from cuantiza.quantize.decide.blocks import Block, open_block, run_ahead
 from cuantiza.quantize.decide.values import Values, averaged
 from cuantiza.quantize.weights.gptq import Each, descend
 from cuantiza.quantize.weights.rounding import Grid, IntWeight
@@ -106,16 +106,20 @@ def _sums(
     with its own model's A (quantize/decide/values.py).
     """
     totals: list[tuple[np.ndarray, np.ndarray]] = []
-    for window, starts in zip(windows, streams, strict=True):
-        (x, *ours), (y, *theirs) = (run(window, start) for run, start in zip(runs, starts, strict=True))
+
+    def both(window: np.ndarray, starts: tuple) -> list[list[np.ndarray]]:
+        return [run(window, start) for run, start in zip(runs, starts, strict=True)]
+
+    for (x, *ours), (y, *theirs) in run_ahead(both, windows, streams):
         inputs = [(_tokens(x), _tokens(y))]
         inputs += [(averaged(x, a), averaged(y, b)) for a, b in zip(ours, theirs, strict=True)]
         if not totals:
             size = y.shape[-1]
             totals = [(np.zeros((size, size), np.float32), np.zeros((size, size), np.float32)) for _ in inputs]
+        terms = []
         for (gram, cross), (own, other) in zip(totals, inputs, strict=True):
-            _add(gram, other, other, each)
-            _add(cross, other, own - other, each)
+            terms += [(gram, other, other), (cross, other, own - other)]
+        _add(terms, each)
     return totals
 
 
@@ -134,14 +138,14 @@ def _tokens(x: np.ndarray) -> np.ndarray:
     return x.reshape(-1, x.shape[-1])
 
 
-def _add(total: np.ndarray, y: np.ndarray, x: np.ndarray, each: Each) -> None:
-    """Add yᵀx to `total` float32 [K, K], panel by panel."""
+def _add(terms: list[tuple[np.ndarray, np.ndarray, np.ndarray]], each: Each) -> None:
+    """Add yᵀx to the total float32 [K, K], panel by panel, for each of `terms`, (total, y, x)."""
 
-    def panel(first: int) -> None:
-        columns = slice(first, first + _PANEL)
+    def panel(task: tuple[np.ndarray, np.ndarray, np.ndarray, slice]) -> None:
+        total, y, x, columns = task
         total[:, columns] += y.T @ x[:, columns]
 
-    list(each(panel, range(0, x.shape[1], _PANEL)))
+    list(each(panel, [(*term, slice(at, at + _PANEL)) for term in terms for at in range(0, len(term[0]), _PANEL)]))
 
 
 def _dequantize(weight: IntWeight, channel_axis: int) -> ir.TensorProtocol:

@@ -47,6 +47,7 @@ class ChildError(UserError):
 class Remote:
     """An object in a child process, made there by `factory(*args)`; `call` runs its methods.
 
+    `label` names in messages what it does, and may be changed between two calls.
     The child ends with the `with` block, and also when this process dies. Whatever goes wrong in it is one line here:
     raises ChildError where the child raises an exception, with its type and its message, or where it dies (killed by
     the kernel when memory runs out, or by a library), with the last line that it wrote. A full disk and a package that
@@ -54,7 +55,7 @@ class Remote:
     """
 
     def __init__(self, factory: Callable[..., Any], *args: Any, label: str | None = None) -> None:
-        self._label = label or f"{factory.__name__}({', '.join(map(str, args))})"
+        self.label = label or f"{factory.__name__}({', '.join(map(str, args))})"
         self._here, there = _context.Pipe()
         self._said = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as the child
         saying = Connection(os.dup(self._said.fileno()))  # which, unlike a number, is handed to a new process
@@ -91,9 +92,9 @@ class Remote:
         except (EOFError, ConnectionResetError):
             self._died()
         if isinstance(error, UserError):
-            raise ChildError(str(error), self._label) from error
+            raise ChildError(str(error), self.label) from error
         if isinstance(error, str):
-            raise ChildError(f"{self._label}: {error}", self._label)
+            raise ChildError(f"{self.label}: {error}", self.label)
         if error is not None:
             raise error
         return value
@@ -102,7 +103,7 @@ class Remote:
         self._process.join()
         code = self._process.exitcode
         why = ": most often a lack of memory" if code == -signal.SIGKILL else self._last_line()
-        raise ChildError(f"{self._label}: its process died with exit code {code}{why}", self._label) from None
+        raise ChildError(f"{self.label}: its process died with exit code {code}{why}", self.label) from None
 
     def _last_line(self) -> str:
         """What the child's libraries wrote last, such as the message of an exception in C++ that nobody caught."""

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from cuantiza.core.inputs.corpus import Split
     from cuantiza.quantize.decide.decision import Decision, Plan, Rewrite
+    from cuantiza.quantize.layers import Calibrated
 
 _STATIC = StaticInt8()
 
@@ -56,10 +57,11 @@ class MixedStaticInt8:
         """Return the pass that writes the decisions into a graph."""
         return self.static.rewrite()
 
-    def make(self, parent: Path, work: Path, split: Split) -> dict:
+    def make(self, parent: Path, work: Path, split: Split, calibrated: Calibrated | None = None) -> dict:
         """Write the quantized form of the fp32 artifact `parent` into the folder `work`, calibrated on `split`.
 
-        Returns `details` for the manifest. The stage calls this in a process of its own.
+        `calibrated` is what calibration decided, where that was done for several recipes at once. Returns `details` for
+        the manifest. The stage calls this in another process.
         """
         from cuantiza.core.store import artifact, folders
         from cuantiza.quantize.inspect.sensitivity import EVERY, Gauge, within_budget
@@ -79,4 +81,4 @@ class MixedStaticInt8:
             }
             return {name: found for name, found in decisions.items() if name not in kept}, {"mixed": details}
 
-        return write_quantized(self, parent, work, split, leave_in_float)
+        return write_quantized(self, parent, work, split, calibrated, leave_in_float)

@@ -327,14 +327,14 @@ def test_every_recipe_and_the_bundle_have_the_same_tokenizer(
     from cuantiza.bundle.files import assemble
     from cuantiza.core.inputs.corpus import Source
     from cuantiza.quantize.recipes.registry import RECIPES
-    from cuantiza.quantize.stage import quantize_one
+    from cuantiza.quantize.stage import Wanted, quantize_all
 
     folder = make_gpt2("chat")
     (folder / "chat_template.jinja").write_text(TEMPLATE)
     STATE["truncation"](fields := read(folder / "tokenizer.json"))
     (folder / "tokenizer.json").write_text(json.dumps(fields))
     fp32 = exported(folder)
-    made = quantize_one(fp32, fp32.path.parent / "fp16", "fp16", RECIPES["fp16"], Source("unused"))
+    (made,) = quantize_all(fp32, [Wanted(fp32.path.parent / "fp16", "fp16", RECIPES["fp16"])], Source("unused"))
     (tmp_path / "bundle").mkdir()
     assemble([fp32, made], {}, "card", tmp_path / "bundle")
     text = " ".join(SPANISH) * 3

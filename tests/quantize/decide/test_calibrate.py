@@ -313,6 +313,17 @@ def test_blocks_one_after_another_compute_the_model(chain, windows, tmp_path):
         assert np.abs(found[0] - whole.forward(window[None])[0]).max() < 1e-5
 
 
+def test_the_value_that_a_block_starts_from_is_not_computed_again(chain, windows, tmp_path):
+    """Linear layers without a norm before them read it (OLMo 2). All blocks before would have to run for it."""
+    model, block = graph_of(ES_MINI), chain[0][3]
+    start = np.random.default_rng(0).standard_normal((1, windows.shape[1], 256)).astype(np.float32)
+    inner = block.projections[0].x.name
+    found = open_block(model, block, [block.start, inner, block.start], tmp_path)(windows[0], start)
+    assert found[0] is found[2] is start
+    (alone,) = open_block(model, block, [inner], tmp_path)(windows[0], start)
+    assert (found[1] == alone).all() and open_block(model, block, [block.start], tmp_path)(windows[0], start) == [start]
+
+
 @pytest.mark.parametrize("skips", [False, True])
 def test_a_value_that_is_read_again_does_not_end_a_block(skips):
     """The graph is h = E[ids]·A, y = h·B (+ E[ids]), with an embedding matrix E."""

@@ -1,0 +1,133 @@
+"""Recipes that are made together: the bytes of each alone, what is done once for all, and what is left after an error."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cuantiza.core.errors import UserError
+from cuantiza.core.inputs.corpus import Source, Split, load_calibration
+from cuantiza.core.store.artifact import Artifact
+from cuantiza.core.store.digests import sha256_file
+from cuantiza.export.stage import export
+from cuantiza.quantize import layers
+from cuantiza.quantize.decide import calibrate
+from cuantiza.quantize.decide.blocks import open_block
+from cuantiza.quantize.decide.blocks import split as blocks_of
+from cuantiza.quantize.decide.calibrate import calibration_windows
+from cuantiza.quantize.layers import calibrate_recipes
+from cuantiza.quantize.recipes.registry import RECIPES, Recipe, WeightOnly
+from cuantiza.quantize.settings import Calibration
+from cuantiza.quantize.stage import Wanted, inputs_of, opened, quantize_all
+
+from helpers import CORPUS, ES_MINI, edit_config, edit_weights
+
+SOURCE = Source(str(CORPUS))
+LITTLE = Calibration(windows=4, tokens=96, minimum=4)
+# As the recipes themselves, int4-weight takes more windows. int8-weight has other ones, which no other recipe shares.
+QUICK = {
+    "int8-dynamic": LITTLE,
+    "int8-static": LITTLE,
+    "int8-weight": Calibration(windows=5, tokens=64, minimum=4),
+    "int4-weight": Calibration(windows=7, tokens=96, minimum=4),
+}
+NAMES = [name + form for form in ("", "-ort") for name in QUICK]
+
+
+def quick(name: str) -> Recipe:
+    return dataclasses.replace(RECIPES[name], calibration=QUICK[name.removesuffix("-ort")])
+
+
+@pytest.fixture(scope="module")
+def split() -> Split:
+    return load_calibration(SOURCE)
+
+
+@pytest.fixture(scope="module")
+def fp32(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """The fp32 artifact of es-mini's first layer."""
+    folder = shutil.copytree(ES_MINI, tmp_path_factory.mktemp("checkpoints") / "first")
+    edit_config(folder, n_layer=1)
+    edit_weights(
+        folder,
+        lambda weights: [weights.pop(name) for name in list(weights) if ".h." in f".{name}" and "h.0." not in name],
+    )
+    return export(folder, tmp_path_factory.mktemp("artifacts"))
+
+
+def make(parent: Artifact, recipes: dict[str, Recipe], folder: Path) -> dict[str, Artifact]:
+    """Make the artifacts folder/NAME, as the command does."""
+    with opened(parent.path, folder) as found:
+        made = quantize_all(found, [Wanted(folder / name, name, recipe) for name, recipe in recipes.items()], SOURCE)
+    return dict(zip(recipes, made, strict=True))
+
+
+def test_each_has_the_bytes_that_it_has_alone(fp32: Artifact, split: Split, tmp_path: Path) -> None:
+    made = make(fp32, {name: quick(name) for name in NAMES}, tmp_path / "together")
+    for name in NAMES:
+        work, manifest = tmp_path / name, made[name].manifest
+        work.mkdir()
+        details = quick(name).make(fp32.path, work, split)
+        assert {file.name: sha256_file(file) for file in work.iterdir()}.items() <= {
+            name: file.sha256 for name, file in manifest.files.items()
+        }.items()
+        assert json.loads(json.dumps(details)) == json.loads(json.dumps(manifest.details))
+        assert manifest.inputs == inputs_of(fp32, quick(name), split)
+
+
+def test_every_block_is_observed_once_and_both_forms_share_their_decisions(
+    fp32: Artifact, split: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran = []
+    monkeypatch.setattr(calibrate, "open_block", lambda *those: ran.append(those[1]) or open_block(*those))
+    nearest = WeightOnly(
+        8, None, symmetric=True, rounding="nearest", calibration=dataclasses.replace(LITTLE, windows=6)
+    )
+    recipes = [quick("int8-dynamic"), nearest, quick("int8-dynamic-ort")]
+    dynamic, other, ort = calibrate_recipes(recipes, fp32.path, tmp_path, split)
+    assert len(ran) == len(blocks_of(dynamic.model.graph)) == 2 + 1
+    assert ort.decisions is dynamic.decisions and ort.model is dynamic.model
+    assert other.model is not dynamic.model and other.decisions.keys() == dynamic.decisions.keys()
+    assert (len(dynamic.windows), len(other.windows)) == (4, 6) and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("seed", [None, 5])
+def test_windows_are_those_of_each_recipe_alone(
+    seed: int | None, fp32: Artifact, split: Split, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the model writes is written once for each length; a text of several documents is cut where each one needs."""
+    text = split if seed is None else Split("calibration", (), seed)
+    wanted = [Calibration(windows, tokens, 1) for windows, tokens in ((3, 24), (6, 24), (2, 16), (3, 24), (9, 24))]
+    alone = [calibration_windows(fp32.path, text, one) for one in wanted]
+    calls = []
+    monkeypatch.setattr(
+        layers, "calibration_windows", lambda *those: calls.append(those) or calibration_windows(*those)
+    )
+    found = layers._windows_of(wanted, fp32.path, text)
+    assert len(calls) == (4 if seed is None else 2)
+    for ours, theirs in zip(found, alone, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    assert layers._with_common_text(found) == [[4, 1, 0, 3], [2]]
+
+
+def test_what_is_finished_before_an_error_is_published_and_not_made_again(
+    fp32: Artifact, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Both are written after the common calibration. The error names its recipe, and nothing half-written is left."""
+    odd = WeightOnly(8, 24, symmetric=True, rounding="nearest", target="ort", calibration=LITTLE)
+    recipes = {"int8-dynamic": quick("int8-dynamic"), "odd": odd, "fp16": RECIPES["fp16"]}
+    folder = tmp_path / "made"
+    with pytest.raises(UserError, match=r"^odd: .*target ort cannot store blocks of 24"):
+        make(fp32, recipes, folder)
+    assert sorted(path.name for path in folder.iterdir() if path.is_dir()) == ["fp16", "int8-dynamic"]
+    before = (folder / "int8-dynamic").stat().st_ino
+    capsys.readouterr()
+    make(fp32, recipes | {"odd": dataclasses.replace(odd, block=32)}, folder)
+    printed = capsys.readouterr().err
+    assert "int8-dynamic: up to date" in printed and "odd: new" in printed and "odd: " in printed.splitlines()[-1]
+    assert (folder / "int8-dynamic").stat().st_ino == before

@@ -36,7 +36,7 @@ WINDOW, WINDOWS = 512, 8  # tokens per window, and windows per split
 # The layers whose tensors are shown. The channels of WEIGHT differ tenfold in range. No recipe smooths the input of
 # ACTIVATION, so the artifacts' own ranges hold for it unchanged.
 WEIGHT, ACTIVATION, OUTLIERS = "h.0.mlp.c_fc", "h.2.mlp.c_proj", "h.3.mlp.c_fc"
-INT8, INT4 = Grid(8), Grid(4, 64, symmetric=False)  # the grids of int8-* and of int4-weight
+INT8, INT4 = Grid(8), Grid(4, 32, symmetric=False, scale_bits=8)  # those of int8-dynamic and of int4-weight
 ALPHA = 0.5  # SmoothQuant's default exponent
 _UNCLIPPED = np.ones(1, np.float32)
 _POINTS = 128  # channels that a curve shows

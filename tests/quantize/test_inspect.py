@@ -175,7 +175,7 @@ def test_ranges_of_a_histogram(output, quick, tmp_path):
     assert 0 < found["percentile"][4] <= 0.01  # percent
 
     texts = svg_texts(path)
-    assert "es-mini, quick: input of h.1.mlp.c_proj" in texts
+    assert "es-mini, quick: input of h.1.mlp.c_proj (which gets 16 bits; these are the ranges for 8)" in texts
     assert all(any(text.startswith(f"{method}: ") for text in texts) for method in RANGES)
     assert list(tmp_path.iterdir()) == [path]
 

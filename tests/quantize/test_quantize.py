@@ -91,7 +91,7 @@ def test_the_manifest_tells_what_was_decided_on_every_linear_layer(artifacts, na
     after_gelu = [manifest.details["projections"][f"h.{layer}.mlp.c_proj"] for layer in range(LAYERS)]
     if name == "int8-dynamic":
         # GELU hardly gives negative values, so nearly all steps are used for positive ones.
-        assert max(account["zero_point"] for account in after_gelu) <= 64
+        assert max(account["zero_point"] for account in after_gelu if account["bits"] == 8) <= 64
     else:
         assert all(-0.2 < account["low"] < 0 < account["high"] for account in after_gelu if account["bits"] == 8)
     assert manifest.calibration == load_splits(Source(str(CORPUS)))[0].sha256
@@ -125,10 +125,9 @@ def test_no_sum_of_two_products_leaves_16_bits(artifacts, name):
 
 
 def test_files_of_other_tools_get_the_option_where_sums_are_clipped(artifacts, tmp_path):
-    assert exact_options(artifacts / "ort-dynamic/model.onnx") == exact_products()
-    assert exact_options(tmp_path / "model.onnx") == exact_products()
     (tmp_path / "manifest.json").write_text('{"schema": 1, "details": 2}')
-    assert exact_options(tmp_path / "model.onnx") == exact_products()
+    for folder in (artifacts / "ort-dynamic", tmp_path, tmp_path / "none"):
+        assert exact_options(folder / "model.onnx") == exact_products()
 
 
 @pytest.mark.parametrize("name", ["ort-dynamic", "ort-static"])

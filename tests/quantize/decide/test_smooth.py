@@ -21,7 +21,7 @@ from cuantiza.quantize.layers import decide
 from cuantiza.quantize.recipes.registry import RECIPES, DynamicInt8, StaticInt8, WeightOnly
 from cuantiza.quantize.rewrite.find import find_projections
 from cuantiza.quantize.settings import Calibration
-from cuantiza.quantize.weights.rounding import Grid, round_to_nearest
+from cuantiza.quantize.weights.rounding import round_to_nearest
 from lab.checkpoints.hard import make
 
 from helpers import CORPUS, ES_MINI, copy_tokenizer, tiny_gpt2
@@ -160,7 +160,7 @@ def test_gptq_rounds_the_smoothed_weights_for_the_smoothed_inputs(twin, windows,
         assert decisions[name].details["alpha"] is not None
         found, nearest = (
             np.linalg.norm(x @ (rounded.dequantize() - weight))
-            for rounded in (decisions[name].weight, round_to_nearest(weight, Grid(8)))
+            for rounded in (decisions[name].weight, round_to_nearest(weight, recipe.plan().grid))
         )
         # Measured: 0.64, 0.22 and 0.60; with the Hessian of the inputs before smoothing 7.3, 0.9 and 6.5.
         assert found < 0.75 * nearest, (name, found / nearest)

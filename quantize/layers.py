@@ -13,11 +13,12 @@ import onnx_ir as ir
 from cuantiza.core.errors import UserError
 from cuantiza.core.inputs.corpus import Split
 from cuantiza.core.machine.progress import working
-from cuantiza.core.store import folders
+from cuantiza.core.store import artifact, folders
 from cuantiza.core.store.digests import digest
 from cuantiza.quantize.decide.calibrate import calibrate, calibration_windows
 from cuantiza.quantize.decide.decision import Decision, Job, Plan, Rewrite
 from cuantiza.quantize.rewrite.find import left_in_float
+from cuantiza.quantize.rewrite.fuse_attention import check_attention
 from cuantiza.quantize.settings import Calibration, Target
 from cuantiza.quantize.steps import load_graph, save_graph
 
@@ -75,6 +76,8 @@ def write_quantized(
     if calibrated is None:
         (calibrated,) = calibrate_recipes([recipe], parent, work, split)
     model, decisions, windows = calibrated.model.clone(), calibrated.decisions, calibrated.windows
+    if recipe.target == "ort":
+        check_attention(model, parent / artifact.MODEL)
     details: dict = {}
     if leave_in_float is not None:
         decisions, details = leave_in_float(model, decisions, windows)
@@ -92,11 +95,11 @@ def calibrate_recipes(recipes: Sequence[QuantizesLayers], parent: Path, work: Pa
 
     Recipes with the same plan and windows, such as both forms of one, share their decisions. Others share the run of the
     fp32 model (quantize/decide/calibrate.py). Each has the decisions that it would have alone. `work` is a folder for
-    temporary files. Raises UserError if the graph has no linear layer, or is not what a target needs, or if `split` is too
-    short.
+    temporary files. Raises UserError if the graph has no linear layer, or is not what any of the targets needs, or if
+    `split` is too short.
     """
     windows = _windows_of([recipe.calibration for recipe in recipes], parent, split)
-    graph = load_graph(parent, "ort" if any(recipe.target == "ort" for recipe in recipes) else "portable")
+    graph = load_graph(parent, "ort" if all(recipe.target == "ort" for recipe in recipes) else "portable")
     found: dict[int, Calibrated] = {}
     for places in _with_common_text(windows):
         jobs: list[Job] = []

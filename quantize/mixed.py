@@ -12,6 +12,7 @@ have the same integers.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -170,8 +171,8 @@ def _check_bytes(model: ir.Model, shapes: dict[str, tuple[int, int]], max_bytes:
     size += _smoothing_bytes(model, shapes)
     if size > max_bytes:
         raise UserError(
-            f"--max-bytes: the budget is {max_bytes:,} bytes, and the smallest file of this model, all in 4 bits, takes "
-            f"{size:,}; give {-(-size // 10**4) / 100:.2f}MB or more"
+            f"max_bytes are {max_bytes:,}, and the smallest file of this model, all in 4 bits, takes {size:,}; give "
+            f"--max-bytes {-(-size // 10**4) / 100:.2f}MB or more"
         )
 
 
@@ -278,9 +279,11 @@ def _keep_kl(options: Options, budget: float, attempt: Attempt) -> Mixed:
         # Halfway between the shares that are used up and that are not, so that the next one is within.
         aim = total_kl(chosen) * budget * (1 + _USED) / 2 / max(effect.kl_divergence, 1e-9)
     if best is None:
+        lost = effect.kl_divergence
+        unit = 10.0 ** (math.floor(math.log10(lost)) - 1)
         raise UserError(
-            f"--max-kl {budget}: is less than 8 bits everywhere lose, {effect.kl_divergence:.2g} nats; give so much, or "
-            "take int8-weight"
+            f"max_kl is {budget}, and 8 bits in all matrices lose {lost:.3g} nats; give --max-kl "
+            f"{math.ceil(lost / unit) * unit:.2g} or more, or take int8-weight"
         )
     return best[0]
 

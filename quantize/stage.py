@@ -100,7 +100,7 @@ def with_bits_budget(recipes: dict[str, Recipe], max_bytes: str | None, max_kl: 
             name: dataclasses.replace(recipe, max_bytes=max_bytes, max_kl=max_kl) for name, recipe in mixed.items()
         }
     except ValueError as error:
-        raise UserError(f"{option}: {error}") from None
+        raise UserError(f"{option}: {str(error).partition('; ')[2]}") from None
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def quantize_all(parent: Artifact, wanted: Sequence[Wanted], source: Source) -> 
 
     Recipes that quantize linear layers calibrate together, on the text `source`, and have the same bytes as if each had
     done so alone. Every artifact is published as soon as it is finished. Raises UserError if a file of `parent` is not as
-    it was published.
+    it was published, or if a recipe cannot be used; one that calibrates by itself, or not at all, does not stop the others.
     """
     made: dict[Path, Artifact] = {}
     missing: list[_Missing] = []
@@ -144,20 +144,30 @@ def quantize_all(parent: Artifact, wanted: Sequence[Wanted], source: Source) -> 
     if missing:
         artifact.verify(parent)
     layered = [item for item in missing if calibrates_together(item.wanted.recipe)]
+    errors: list[UserError] = []
     for item in missing:
         if item not in layered:
-            made[item.wanted.target] = _make(parent, item)
+            try:
+                made[item.wanted.target] = _make(parent, item)
+            except UserError as error:  # which says nothing about the other recipes
+                errors.append(error)
     if layered:
         made |= _make_together(parent, layered)
+    if errors:
+        raise errors[0]
     return [made[one.target] for one in wanted]
 
 
 def _make(parent: Artifact, one: _Missing) -> Artifact:
     # This import is here because a run that finds everything up to date does not need it.
-    from cuantiza.core.machine.process import isolated
+    from cuantiza.core.machine.process import ChildError, isolated
 
+    name = one.wanted.name
     with folders.staging(one.wanted.target) as work:
-        details = isolated(one.wanted.recipe.make, parent.path, work, one.calibration, label=one.wanted.name)
+        try:
+            details = isolated(one.wanted.recipe.make, parent.path, work, one.calibration, label=name)
+        except ChildError as error:
+            raise UserError(f"{name}: {error.reason}") from error
         return _publish(parent, one, work, details)
 
 

@@ -102,6 +102,10 @@ def _calibrate(
     folders = [work / str(number) for number in range(len(jobs) + 1)]
     for folder in folders:
         folder.mkdir()
+    # Jobs share the tensors of the model's file. onnx_ir maps each when it is first read, which two threads must not do.
+    for value in jobs[0].model.graph.initializers.values():
+        if isinstance(value.const_value, ir.ExternalTensor):
+            value.const_value.numpy()
     courses = [_Course(job, folder, pool) for job, folder in zip(jobs, folders[1:], strict=True)]
     windows = windows[: max(job.windows for job in jobs)]
     before: list[np.ndarray | None] = [None] * len(windows)

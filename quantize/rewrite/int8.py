@@ -21,8 +21,9 @@ from cuantiza.quantize.weights.rounding import Grid, IntWeight, round_to_nearest
 class Weights:
     """The int8 matrices of a graph. Each is stored once, however many nodes read it."""
 
-    def __init__(self, graph: ir.Graph) -> None:
-        self._graph = graph
+    def __init__(self, graph: ir.Graph, multiplied: set[ir.Value]) -> None:
+        """`multiplied` are the matrices that linear layers read, whose integer sums must not be clipped."""
+        self._graph, self._multiplied = graph, multiplied
         self._stored: dict[tuple[str, int], tuple[ir.Value, ir.Value]] = {}
 
     def get(self, weight: ir.Value, axis: int) -> tuple[ir.Value, ir.Value]:
@@ -32,12 +33,14 @@ class Weights:
         """
         key = (weight.name, axis)
         if key not in self._stored:
-            array = weight.const_value.numpy()
-            # Without clipping, every element of a token's embedding is within half a step of its original value,
-            # however large the largest element is.
-            self._put(
-                weight, axis, round_to_nearest(array if axis == 1 else array.T, Grid(8), clips=np.ones(1, np.float32))
-            )
+            array = weight.const_value.numpy() if axis == 1 else weight.const_value.numpy().T
+            if weight in self._multiplied:
+                rounded = round_to_nearest(array, Grid(8, pairs=True))
+            else:
+                # Without clipping, every element of a token's embedding is within half a step of its original value,
+                # however large the largest element is.
+                rounded = round_to_nearest(array, Grid(8), clips=np.ones(1, np.float32))
+            self._put(weight, axis, rounded)
         return self._stored[key]
 
     def put(self, projection: Projection, weight: IntWeight) -> None:
@@ -69,9 +72,9 @@ def prepare_int8(graph: ir.Graph, decisions: dict[str, Decision]) -> tuple[Weigh
     The result is (the int8 weights, with the integers of `decisions`; the linear layers that `decisions` names; the
     embeddings that were rewritten).
     """
-    weights = Weights(graph)
     everything = find_projections(graph)
     projections = [projection for projection in everything if projection.name in decisions]
+    weights = Weights(graph, {projection.weight for projection in projections})
     for projection in projections:
         if decisions[projection.name].weight is not None:
             weights.put(projection, decisions[projection.name].weight)

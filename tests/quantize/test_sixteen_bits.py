@@ -20,9 +20,10 @@ from cuantiza.quantize.layers import decide
 from cuantiza.quantize.recipes.int8_dynamic import DynamicInt8
 from cuantiza.quantize.rewrite.dynamic import quantize_dynamic
 from cuantiza.quantize.rewrite.fuse_attention import fuse_attention
+from cuantiza.quantize.rewrite.int8 import Weights
 from cuantiza.quantize.rewrite.static import quantize_static
 from cuantiza.quantize.settings import Calibration
-from cuantiza.quantize.weights.rounding import Grid, round_to_nearest
+from cuantiza.quantize.weights.rounding import PAIR_LIMIT, Grid, round_to_nearest
 
 from helpers import CORPUS, ES_MINI
 
@@ -108,3 +109,15 @@ def test_a_prompt_in_the_cache_gives_the_logits_of_its_last_token(fine, tmp_path
     runtime = Runtime(tmp_path / "model.onnx")
     whole, cache = runtime.forward(windows)[:, -1], runtime.cache(1, 128)
     assert np.abs(runtime.step(cache, windows).reshape(whole.shape) - whole).max() < 1e-3
+
+
+def test_a_matrix_that_is_multiplied_keeps_its_sums_within_16_bits_wherever_it_is_rounded():
+    """A head that is not recognized as one is rounded with its embedding (a Cast after the logits of another exporter)."""
+    table = np.random.default_rng(0).standard_normal((300, 64)).astype(np.float32)
+    for multiplied, axis in ((True, 0), (True, 1), (False, 0)):
+        matrix = ir.val("table", const_value=ir.tensor(table))
+        graph = ir.Graph([], [], nodes=[], initializers=[matrix], opset_imports={"": 21})
+        q, _ = Weights(graph, {matrix} if multiplied else set()).get(matrix, axis)
+        integers = q.const_value.numpy().astype(int)
+        pairs = (integers.T if axis == 0 else integers).reshape(-1, 2, len(table) if axis == 0 else 64).sum(axis=1)
+        assert (np.abs(pairs).max() <= PAIR_LIMIT) == multiplied

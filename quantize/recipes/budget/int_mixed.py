@@ -42,15 +42,20 @@ class MixedWeightOnly:
         if self.max_kl is not None and not 0 < self.max_kl < math.inf:
             raise ValueError(f"max_kl is {self.max_kl}; give a number of nats above 0, such as 0.01")
 
-        if self.calibration.minimum < 3:
-            raise ValueError(
-                f"calibration has minimum {self.calibration.minimum}; give 3 windows or more: some calibrate, others measure"
-            )
+        for name in ("windows", "minimum"):
+            if (count := getattr(self.calibration, name)) < 3:
+                raise ValueError(
+                    f"calibration has {name} {count}; give 3 or more: some windows calibrate, others measure"
+                )
 
     def describe(self) -> str:
         """Describe the recipe in one line, for `cuantiza recipes`."""
-        budget = f"a file of {self.max_bytes}" if self.max_kl is None else f"a KL of {self.max_kl} nats"
-        return for_target(f"weights in 4 or 8 bits, matrix by matrix, for at most {budget}", self.target)
+        budget = (
+            f"in a file of at most {self.max_bytes}"
+            if self.max_kl is None
+            else f"for a KL of at most {self.max_kl} nats"
+        )
+        return for_target(f"weights in 4 or 8 bits, matrix by matrix, {budget}", self.target)
 
     def plan(self) -> Plan:
         """Return what calibration has to decide for each linear layer, before each matrix has a grid of its own."""
@@ -107,6 +112,6 @@ def bytes_of(size: str, fp32: int) -> int:
     Raises ValueError if it says none.
     """
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*(x|b|kb|mb|gb|)\s*", size.lower())
-    if found is None or not float(found[1]):
+    if found is None or not float(found[1]) or (found[2] == "" and "." in found[1]):
         raise ValueError(f"max_bytes is {size}; give bytes, such as 5MB or 4900kB, or 0.16x for a share of fp32's")
     return int(float(found[1]) * (fp32 if found[2] == "x" else _UNITS[found[2]]))

@@ -90,13 +90,16 @@ def test_a_budget_in_kl_is_kept_with_fewer_bytes_than_8_bits(make, fp32):
 
 def test_budgets_that_nothing_keeps_are_refused_with_the_least(make, fp32, split, tmp_path):
     with pytest.raises(
-        UserError, match=r"--max-bytes: .* the smallest file .* takes [\d,]+; give ([\d.]+)MB or more"
+        UserError, match=r"max_bytes are .* the smallest file .* takes [\d,]+; give --max-bytes ([\d.]+)MB or more"
     ) as told:
         make("tiny", max_bytes="0.1x")
-    least = re.search(r"give ([\d.]+MB)", str(told.value))[1]
+    least = re.search(r"--max-bytes ([\d.]+MB)", str(told.value))[1]
     assert make("least", max_bytes=least)[0] <= bytes_of(least, 0)
-    with pytest.raises(UserError, match=r"--max-kl 1e-09: .* 8 bits everywhere lose, [\d.e-]+ nats; .* int8-weight"):
+    with pytest.raises(
+        UserError, match=r"max_kl is 1e-09, .* give --max-kl ([\d.e-]+) or more, .* int8-weight"
+    ) as told:
         make("exact", max_kl=1e-9)
+    make("advised", max_kl=float(re.search(r"--max-kl ([\d.e-]+)", str(told.value))[1]))
 
 
 def test_head_and_embedding_of_their_own(split, tmp_path):

@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import threading
 from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 
 from cuantiza.core.errors import UserError
@@ -22,6 +24,7 @@ from cuantiza.quantize.decide.blocks import split as blocks_of
 from cuantiza.quantize.decide.calibrate import calibration_windows
 from cuantiza.quantize.layers import calibrate_recipes
 from cuantiza.quantize.recipes.registry import RECIPES, Recipe, WeightOnly
+from cuantiza.quantize.rewrite import fuse_attention
 from cuantiza.quantize.settings import Calibration
 from cuantiza.quantize.stage import Wanted, inputs_of, opened, quantize_all
 
@@ -131,3 +134,47 @@ def test_what_is_finished_before_an_error_is_published_and_not_made_again(
     printed = capsys.readouterr().err
     assert "int8-dynamic: up to date" in printed and "odd: new" in printed and "odd: " in printed.splitlines()[-1]
     assert (folder / "int8-dynamic").stat().st_ino == before
+
+
+def test_a_recipe_that_cannot_be_used_does_not_stop_the_others(fp32: Artifact, tmp_path: Path) -> None:
+    tiny = dataclasses.replace(
+        RECIPES["int-mixed"], max_bytes="9kB", calibration=dataclasses.replace(LITTLE, minimum=3)
+    )
+    with pytest.raises(UserError, match=r"^tiny: max_bytes are 9,000, .* all in 4 bits"):
+        make(fp32, {"tiny": tiny, "int8-dynamic": quick("int8-dynamic")}, tmp_path / "made")
+    assert (tmp_path / "made/int8-dynamic/manifest.json").is_file() and not (tmp_path / "made/tiny").exists()
+
+
+def test_portable_recipes_are_made_where_the_ort_form_is_refused(
+    fp32: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with a graph of another exporter, whose attention is not found."""
+    monkeypatch.setattr(fuse_attention, "_find_all", lambda graph: [])
+    recipes, split = [quick("int8-dynamic"), quick("int8-dynamic-ort")], load_calibration(SOURCE)
+    portable, ort = calibrate_recipes(recipes, fp32.path, tmp_path, split)
+    recipes[0].make(fp32.path, tmp_path, split, portable)
+    assert (tmp_path / "model.onnx").is_file()
+    with pytest.raises(UserError, match="use the recipe without -ort"):
+        recipes[1].make(fp32.path, tmp_path, split, ort)
+
+
+def test_no_thread_is_the_first_to_read_a_weight(split: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """onnx_ir maps a tensor of a file when it is first read; two threads that do so at once fail (an untied head)."""
+    folder = shutil.copytree(ES_MINI, tmp_path / "untied")
+    edit_config(folder, n_layer=1, tie_word_embeddings=False)
+
+    def change(weights: dict) -> None:
+        for name in [name for name in weights if ".h." in f".{name}" and "h.0." not in name]:
+            del weights[name]
+        weights["lm_head.weight"] = weights["transformer.wte.weight"] * 0.5
+
+    edit_weights(folder, change)
+    fp32 = export(folder, tmp_path / "artifacts")
+    load = ir.ExternalTensor._load
+
+    def load_in_the_main_thread(tensor: ir.ExternalTensor) -> None:
+        assert threading.current_thread() is threading.main_thread(), tensor.name
+        load(tensor)
+
+    monkeypatch.setattr(ir.ExternalTensor, "_load", load_in_the_main_thread)
+    calibrate_recipes([quick("int8-dynamic"), quick("int8-static")], fp32.path, tmp_path, split)

@@ -19,7 +19,7 @@ from cuantiza.export.graphs.llama_config import (
     explained,
     transformers_config,
 )
-from cuantiza.export.graphs.rope import Rope, rope
+from cuantiza.export.graphs.rope import NotExported, Rope, rope
 
 HEAD = "lm_head"
 _SIZES = (
@@ -147,7 +147,8 @@ def _gpt_neox(config: Any) -> dict[str, Any]:
         "inner": config.intermediate_size,
         "qkv_bias": config.attention_bias,
         "output_bias": config.attention_bias,
-        "rope": _rope(config),
+        # An odd number is turned as if it were one more.
+        "rope": rope(config.rope_parameters, _turned(config)),
         "parallel": config.use_parallel_residual,
     }
 
@@ -157,20 +158,20 @@ def _gptj(config: Any) -> dict[str, Any]:
         "inner": config.n_inner or 4 * config.n_embd,
         "qkv_bias": False,
         "output_bias": False,
-        "rope": rope(_GPTJ_ROPE, config.rotary_dim),
+        "rope": rope(_GPTJ_ROPE, _paired(config.rotary_dim, "rotary_dim")),
         "parallel": True,
     }
 
 
 def _phi(config: Any) -> dict[str, Any]:
     if config.qk_layernorm:
-        raise ValueError("qk_layernorm is true; Phi is exported only where queries and keys have no norm")
+        raise NotExported("qk_layernorm is true; Phi is exported only where queries and keys have no norm")
     return _named(config, "hidden_act", "layer_norm_eps") | {
         **_grouped(config),
         "inner": config.intermediate_size,
         "qkv_bias": True,
         "output_bias": True,
-        "rope": _rope(config),
+        "rope": rope(config.rope_parameters, _paired(_turned(config), "partial_rotary_factor")),
         "parallel": True,
     }
 
@@ -182,7 +183,7 @@ def _starcoder2(config: Any) -> dict[str, Any]:
         "qkv_bias": config.use_bias,
         "output_bias": config.use_bias,
         "mlp_bias": config.use_bias,
-        "rope": _rope(config),
+        "rope": rope(config.rope_parameters, _paired(_head_dim(config), "head_dim")),
         "windows": (config.sliding_window,) * config.num_hidden_layers,
     }
 
@@ -197,9 +198,16 @@ def _grouped(config: Any) -> dict[str, Any]:
     return {"kv_heads": config.num_key_value_heads, "head_dim": width, "attention_scale": width**-0.5}
 
 
-def _rope(config: Any) -> Rope:
-    parameters = config.rope_parameters
-    return rope(parameters, int(_head_dim(config) * parameters.get("partial_rotary_factor", 1.0)))
+def _turned(config: Any) -> int:
+    """How many channels of a head the rotary embedding turns."""
+    return int(_head_dim(config) * config.rope_parameters.get("partial_rotary_factor", 1.0))
+
+
+def _paired(channels: int, field: str) -> int:
+    """`channels`, whose number `field` says. Raises ValueError where one of them would have no other to turn with."""
+    if channels % 2:
+        raise ValueError(f"{field} turns {channels} channels of a head, and they are turned in pairs")
+    return channels
 
 
 def _head_dim(config: Any) -> int:

@@ -16,7 +16,8 @@ from typing import Any, TypeVar
 
 from cuantiza.core.errors import UserError
 from cuantiza.core.inputs.gpt2_config import ACTIVATIONS
-from cuantiza.export.graphs.rope import Rope, rope
+from cuantiza.core.inputs.model_types import OPTIMUM_TYPES
+from cuantiza.export.graphs.rope import NotExported, Rope, rope
 
 T = TypeVar("T")
 
@@ -193,8 +194,9 @@ def _parse(fields: Mapping[str, Any]) -> LlamaConfig:
     if heads % kv_heads:
         raise ValueError(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
     if getattr(config, "use_bidirectional_attention", False):
-        raise ValueError(
-            "use_bidirectional_attention is true; only models whose tokens see none after them are exported"
+        raise NotExported(
+            "use_bidirectional_attention is true; only models whose tokens see none after them are exported",
+            optimum=False,
         )
     return LlamaConfig(
         model_type=fields["model_type"],
@@ -231,6 +233,10 @@ def explained(parse: Callable[[Mapping[str, Any]], T], fields: Mapping[str, Any]
     """What `parse` makes of `fields`. Raises UserError, which names `path`, where it raises anything."""
     try:
         return parse(fields)
+    except NotExported as error:
+        optimum = error.optimum and fields["model_type"] in OPTIMUM_TYPES
+        mend = "EXPORTER=optimum may export it" if optimum else "choose another model"
+        raise UserError(f"{path}: {error}; {mend}") from None
     except Exception as error:  # transformers raises many kinds of exception, and says what is wrong in the last line
         said = [type(error).__name__, *filter(None, map(str.strip, str(error).splitlines()))][-1]
         raise UserError(
@@ -258,10 +264,13 @@ def transformers_config(fields: Mapping[str, Any], sizes: Iterable[str]) -> Any:
 
 
 def activation_of(config: Any, field: str) -> str:
-    """The activation that `field` names. Raises ValueError where no graph here has it."""
+    """The activation that `field` names. Raises NotExported where transformers alone has it, ValueError where none has."""
+    from transformers.activations import ACT2FN
+
     name = getattr(config, field)
     if name not in (*ACTIVATIONS, "relu2"):
-        raise ValueError(f"{field} {name!r} is not one of {', '.join(ACTIVATIONS)}, relu2")
+        kind = NotExported if name in [*ACT2FN] else ValueError
+        raise kind(f"{field} {name!r} is not one of {', '.join(ACTIVATIONS)}, relu2")
     return str(name)
 
 

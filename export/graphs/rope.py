@@ -29,6 +29,14 @@ from onnx_ir import DataType
 _CHANGING = ("dynamic", "longrope", "su")
 
 
+class NotExported(ValueError):
+    """A configuration that models have, and that no graph here computes. `optimum` says whether optimum's may."""
+
+    def __init__(self, said: str, optimum: bool = True) -> None:
+        super().__init__(said)
+        self.optimum = optimum
+
+
 @dataclass(frozen=True)
 class Rope:
     """The frequencies f_i in radians per position, as float32 holds them, and what cosines and sines are multiplied by."""
@@ -45,12 +53,14 @@ class Rope:
 def rope(parameters: Mapping[str, Any], channels: int) -> Rope:
     """The rotary embedding of `channels` channels with `parameters`, transformers' rope_parameters of one layer.
 
-    Raises ValueError, with what is wrong with the parameters, for a kind that is not known or changes with the text's
-    length, and where a number that it needs is missing or none.
+    Raises ValueError, with what is wrong with the parameters, for a kind that is not known, and where a number that it
+    needs is missing or none; NotExported for a kind that changes with the text's length.
     """
     kind = parameters.get("rope_type", "default")
     if kind in _CHANGING:
-        raise ValueError(f"rope_type {kind!r} changes with the length of the text, which an exported graph cannot do")
+        raise NotExported(
+            f"rope_type {kind!r} changes with the length of the text, which an exported graph cannot do", optimum=False
+        )
     if kind not in _STRETCHED:
         raise ValueError(f"rope_type {kind!r} is not one of {', '.join(_STRETCHED)}")
     # The model was trained with frequencies that PyTorch computed in float32, so the steps are rounded as it rounds them.

@@ -31,12 +31,14 @@ OWN = {
     "phi": {"partial_rotary_factor": 0.7},
     "starcoder2": {"sliding_window": 7},
 }
+PLAIN = {"rope_type": "default", "rope_theta": 500.0}
 LINEAR = {"rope_type": "linear", "rope_theta": 500.0, "factor": 4.0, "partial_rotary_factor": 0.5}
 CASES = {
     "gpt_neo": ("gpt_neo", {}),
     "gpt_neox": ("gpt_neox", {}),
     "one after the other": ("gpt_neox", {"use_parallel_residual": False, "rotary_pct": 1.0, "attention_bias": False}),
     "stretched and tied": ("gpt_neox", {"rope_parameters": LINEAR, "tie_word_embeddings": True, "hidden_act": "relu"}),
+    "an odd part of a head": ("gpt_neox", {"rotary_pct": 0.4}),
     "gptj": ("gptj", {}),
     "opt": ("opt", {}),
     "opt-350m": ("opt", {"do_layer_norm_before": False, "word_embed_proj_dim": 20}),
@@ -45,6 +47,7 @@ CASES = {
     "phi": ("phi", {}),
     "starcoder2": ("starcoder2", {}),
     "starcoder2 without biases": ("starcoder2", {"use_bias": False, "sliding_window": None}),
+    "starcoder2 ignores a factor": ("starcoder2", {"rope_parameters": PLAIN | {"partial_rotary_factor": 0.5}}),
 }
 # What old files hold beside the weights.
 MASK = torch.ones(1, 1, 8, 8).tril().bool()
@@ -170,7 +173,8 @@ def test_weights_that_do_not_fit(
         ("gpt_neo", {"layer_norm_epsilon": 0.0}, "layer_norm_epsilon is 0.0"),
         ("gpt_neox", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "changes with the length"),
         ("gptj", {"rotary_dim": 10}, "rotary_dim"),
-        ("phi", {"qk_layernorm": True}, "qk_layernorm is true"),
+        ("gptj", {"rotary_dim": 3}, "rotary_dim turns 3 channels of a head, and they are turned in pairs"),
+        ("phi", {"rope_parameters": PLAIN | {"partial_rotary_factor": 0.5}}, "partial_rotary_factor turns 3 channels"),
         ("phi", {"num_key_value_heads": 3}, "num_key_value_heads 3"),
     ],
     ids=lambda value: str(value)[:40] if isinstance(value, dict) else "",
@@ -183,6 +187,26 @@ def test_configurations_that_are_not_exported(kind: str, fields: dict, said: str
         parse_classic(given | fields, path)
     line = str(error.value)
     assert line.startswith(f"{path}: ") and said in line and "\n" not in line
+
+
+OPTIMUM, ANOTHER = "EXPORTER=optimum may export it", "choose another model"
+DYNAMIC = {"rope_parameters": PLAIN | {"rope_type": "dynamic", "factor": 2.0}}
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "mend"),
+    [
+        ("phi", {"qk_layernorm": True}, OPTIMUM),
+        ("opt", {"activation_function": "quick_gelu"}, OPTIMUM),
+        ("starcoder2", {"hidden_act": "quick_gelu"}, ANOTHER),
+        ("gpt_neox", DYNAMIC, ANOTHER),  # nor can a graph of optimum change with the length
+        ("opt", {"activation_function": "swoosh"}, "take the config.json of the original checkpoint"),
+    ],
+)
+def test_the_advice_is_one_that_helps(kind: str, fields: dict, mend: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError) as error:
+        parse_classic(tiny(kind).config.to_dict() | fields, tmp_path)
+    assert str(error.value).startswith(f"{tmp_path}: ") and str(error.value).endswith(f"; {mend}")
 
 
 def test_inspect_says_what_it_is(make_llama: Callable[..., Path], capsys: pytest.CaptureFixture) -> None:

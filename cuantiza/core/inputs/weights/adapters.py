@@ -224,7 +224,7 @@ class _Factors:
 def _sorted(adapter: Adapter, names: Names) -> tuple[dict[str, Weight], dict[str, _Factors]]:
     """Sort an adapter's tensors: those that replace the base's by the weights' names, and factors by their modules.
 
-    Raises UserError where a tensor is neither, or where two claim one place.
+    Raises UserError where a tensor is neither, where the base has no such module, or where two claim one place.
     """
     whole: dict[str, Weight] = {}
     factors: dict[str, _Factors] = {}
@@ -232,19 +232,26 @@ def _sorted(adapter: Adapter, names: Names) -> tuple[dict[str, Weight], dict[str
         if ".original_module." in name:  # the base's own, which modules_to_save replaces
             continue
         if found := _PART.fullmatch(name):
-            module = names.module(found["module"])
-            place = factors.setdefault(module, _Factors(_plain(found["module"]), {})).tensors if module else None
+            if (module := names.module(found["module"])) is None:
+                raise _of_another_model(adapter, _plain(found["module"]))
+            place = factors.setdefault(module, _Factors(_plain(found["module"]), {})).tensors
             key = found["part"] + (".bias" if found["kind"] == "bias" else "")
         else:
             place, key = whole, names.weight(_WHOLE.sub("", name)) or ""
         if place is whole and key in whole and _equal(whole[key], tensor):  # peft stores a resized one twice
             continue
-        if not key or place is None or key in place:
+        if not key or key in place:
             raise UserError(f"{adapter.file}: has a tensor {name}, which is not merged here; {_MERGE}")
         place[key] = tensor
     if not whole and not factors:
         raise UserError(f"{adapter.file}: holds no tensors of an adapter; take the file of the original adapter")
     return whole, factors
+
+
+def _of_another_model(adapter: Adapter, module: str) -> UserError:
+    return UserError(
+        f"{adapter.file}: adapts {module}, which the base does not have; give the base that it was trained on"
+    )
 
 
 def _equal(one: Weight, other: Weight) -> bool:
@@ -291,8 +298,10 @@ def _adapted(
     embedding = module in names.embeddings
     left, right = ("embedding_A", "embedding_B") if embedding else ("A", "B")
     a, b, base = factors.tensors.get(left), factors.tensors.get(right), weights.get(f"{module}.weight")
+    if base is None:
+        raise _of_another_model(adapter, factors.name)
     odd = factors.tensors.keys() - {left, right, *(() if embedding else ("B.bias",))}
-    if a is None or b is None or base is None or odd or len(a.shape) != 2 or len(b.shape) != 2:
+    if a is None or b is None or odd or len(a.shape) != 2 or len(b.shape) != 2:
         raise UserError(f"{adapter.file}: has no A and B of two axes for {factors.name}; take the original adapter")
     turned = names.transposed(module)
     change = (a.shape[1], b.shape[0]) if turned else (b.shape[0], a.shape[1])

@@ -37,13 +37,16 @@ def pytorch_loader(
     given = read_fields(folder)
     fields = canonical_fields(given)
 
-    def filled(family: Any, config: Any, weights: Mapping[str, Weight]) -> Any:
-        """The model of class `family` with `weights`, which are named as transformers names them."""
+    def filled(family: Any, config: Any, weights: Mapping[str, Weight], ignored: str | None = None) -> Any:
+        """The model of class `family` with `weights`, which are named as transformers names them.
+
+        What transformers finds of the kind `ignored`, such as unexpected_keys, is no error.
+        """
         state = {name: torch.from_numpy(weight.read().copy()) for name, weight in weights.items()}
         model, found = family.from_pretrained(
             None, config=config, state_dict=state, output_loading_info=True, **options
         )
-        if odd := {key: names for key, names in found.items() if names}:
+        if odd := {key: names for key, names in found.items() if names and key != ignored}:
             raise ValueError(f"its config.json does not fit its weights: {odd}")
         return model.eval()
 
@@ -57,7 +60,8 @@ def pytorch_loader(
             weights, _ = read_merged(folder, given)
             configuration.vocab_size = given["vocab_size"]
             configuration.tie_word_embeddings = "lm_head.weight" not in weights
-            return filled(family._model_mapping[type(configuration)], configuration, weights)
+            # A value head, or another tensor that the model does not read, is left out as it is without an adapter.
+            return filled(family._model_mapping[type(configuration)], configuration, weights, "unexpected_keys")
 
         return _explained(load_other, folder, advice)
     gpt2, checkpoint = transformers.GPT2LMHeadModel, read_checkpoint(folder)

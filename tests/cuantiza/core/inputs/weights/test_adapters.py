@@ -201,6 +201,10 @@ def test_what_is_not_merged(folder: Path, name: str) -> None:
         (factors() | {f"{C_ATTN.format(0)}.lora_magnitude_vector": torch.ones(96)}, "lora_magnitude_vector"),
         (factors() | {"base_model.model.score.weight": torch.ones(2, 32)}, "score.weight"),
         (factors() | {"base_model.model.transformer.ln_f.weight": torch.ones(64)}, "[64]"),
+        (
+            factors(name=C_ATTN.replace("{}", "9{}")),
+            "adapts transformer.h.90.attn.c_attn, which the base does not have",
+        ),
         ({}, "holds no tensors"),
         ({name: tensor.to(torch.int8) for name, tensor in factors().items()}, "int8"),
     ],

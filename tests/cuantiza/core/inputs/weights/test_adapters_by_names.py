@@ -18,7 +18,7 @@ from cuantiza.core.inputs.weights.checkpoint import read_merged
 from cuantiza.core.inputs.weights.pytorch import pytorch_loader
 from cuantiza.core.store.artifact import Artifact
 
-from helpers import copy_tokenizer, saved, tiny_llama
+from helpers import copy_tokenizer, edit_weights, saved, tiny_llama
 
 IDS = torch.tensor([[0, 5, 17, 300, 8191]])
 # The type of model, what its config.json and its adapter have beside the rest, and the linear layers that are adapted.
@@ -94,6 +94,17 @@ def test_formula(name: str, tmp_path: Path) -> None:
         np.testing.assert_array_equal(after[name].read(), before[name].read())
 
 
+def test_a_tensor_that_the_model_does_not_read(tmp_path: Path) -> None:
+    """A value head beside the weights does not keep PyTorch's model from having the adapter."""
+    folder = write_adapter(saved(tiny_llama(), tmp_path / "llama"), None, factors(QUERIES))
+    wanted = pytorch_loader(folder)()(IDS).logits
+    edit_weights(folder, lambda tensors: tensors.update({"v_head.summary.weight": torch.ones(1, 32)}))
+    torch.testing.assert_close(pytorch_loader(folder)()(IDS).logits, wanted, rtol=0, atol=0)
+    edit_weights(folder, lambda tensors: tensors.pop("model.norm.weight"))
+    with pytest.raises(UserError, match="missing_keys"):
+        pytorch_loader(folder)()
+
+
 def test_the_artifact_of_an_adapter(exported: Callable[..., Artifact], tmp_path: Path) -> None:
     """Its embedding has two more tokens than the base's, and the base's files are the rest."""
     base = saved(tiny_llama("opt", ffn_dim=48), tmp_path / "base")
@@ -112,7 +123,12 @@ def test_the_artifact_of_an_adapter(exported: Callable[..., Artifact], tmp_path:
 @pytest.mark.parametrize(
     ("tensors", "fields", "said"),
     [
-        (factors("base_model.model.transformer.h.0.attn.c_attn"), {}, "c_attn"),
+        (
+            factors("base_model.model.transformer.h.0.attn.c_attn"),
+            {},
+            "adapts transformer.h.0.attn.c_attn, which the base does not have; give the base that it was trained on",
+        ),
+        (factors(QUERIES.replace("1", "9")), {}, "adapts model.layers.9.self_attn.q_proj, which the base does not"),
         (factors(QUERIES, inputs=64), {}, "[2, 64]"),
         (factors(QUERIES), {"use_dora": True}, "use_dora"),
         (factors(QUERIES) | {"base_model.model.score.weight": torch.ones(2, 32)}, {}, "score.weight"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import onnx
 
 from cuantiza.core.contract import window_feeds
 from cuantiza.core.errors import UserError
-from cuantiza.core.inputs.corpus import Source, Split, full_windows, load_splits, stream
+from cuantiza.core.inputs.corpus import Source, Split, full_windows, load_calibration, load_splits, stream
 from cuantiza.core.inputs.gpt2_config import parse_config
 from cuantiza.core.inputs.model_config import read_config, start_token
 from cuantiza.core.inputs.tokenizer import encode, load_tokenizer
@@ -26,6 +27,8 @@ from cuantiza.core.store import artifact
 from cuantiza.core.store.artifact import Artifact
 from cuantiza.quantize.decide.activation import PerRow, PerTensor
 from cuantiza.quantize.decide.smooth import candidate
+from cuantiza.quantize.inspect.commands import observe
+from cuantiza.quantize.recipes.registry import RECIPES
 from cuantiza.quantize.weights.rounding import Grid, IntWeight, round_to_nearest
 from lab.chapters import numbers
 from lab.chapters.data import Activation, Bits, Chapters, Graphs, Model, Outliers, Rounding, Weight
@@ -104,15 +107,16 @@ def measure(fp32: Artifact, dynamic: Artifact, static: Artifact, corpus: Source)
     """Measure all sections of the chapters. Raises UserError if an artifact is not what the chapters describe."""
     for item in (static, dynamic):
         decision = item.manifest.details.get("projections", {}).get(ACTIVATION)
-        if decision is None or decision.get("alpha") is not None or decision.get("float_channels"):
+        odd = decision is None or decision.get("alpha") is not None or decision.get("float_channels")
+        if odd or decision.get("bits") != 16:
             raise UserError(
-                f"{item.path}: {ACTIVATION} is not quantized, is smoothed or has float channels, and the chapters show "
-                f"it without; set ACTIVATION in lab/chapters/measure.py to another linear layer"
+                f"{item.path}: {ACTIVATION} is not quantized to 16 bits, is smoothed or has float channels, and the chapters "
+                f"say otherwise; set ACTIVATION in lab/chapters/measure.py to another linear layer"
             )
     with tempfile.TemporaryDirectory() as work:
         tensors = Tensors(fp32, corpus, Path(work))
-        activation = PerTensor(*(static.manifest.details["projections"][ACTIVATION][end] for end in ("low", "high")))
-        row = PerRow(dynamic.manifest.details["projections"][ACTIVATION]["zero_point"])
+        fixed, own = (in_8_bits(name, fp32.path, Path(work), corpus) for name in ("int8-static", "int8-dynamic"))
+        activation, row = PerTensor(fixed["low"], fixed["high"]), PerRow(own["zero_point"])
         return Chapters(
             weight_bits(tensors.matrix(WEIGHT)),
             activation_bits(tensors.test[ACTIVATION], activation, row),
@@ -123,6 +127,11 @@ def measure(fp32: Artifact, dynamic: Artifact, static: Artifact, corpus: Source)
             outlier_section(tensors, fp32.path),
             graph_section(tensors, {item.manifest.name: item for item in (fp32, dynamic, static)}),
         )
+
+
+def in_8_bits(recipe: str, fp32: Path, work: Path, corpus: Source) -> dict:
+    """What `recipe` would decide on ACTIVATION if it had 8 bits for every activation."""
+    return observe(replace(RECIPES[recipe], max_error=None), fp32, work, load_calibration(corpus), ACTIVATION)[1]
 
 
 def narrowest(matrix: np.ndarray) -> int:

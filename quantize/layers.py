@@ -111,7 +111,7 @@ def calibrate_recipes(recipes: Sequence[QuantizesLayers], parent: Path, work: Pa
             if job_of[place] == len(jobs):
                 jobs.append(Job(graph.clone(), plan, count))
         with folders.staging(work / "calibration") as folder:
-            decided = calibrate(jobs, windows[places[0]], folder)
+            decided = calibrate(graph, jobs, windows[places[0]], folder)
         if not decided[0]:
             raise UserError(f"{parent}: has no linear layer (a matmul with a constant weight); nothing was quantized")
         kept = left_in_float(graph.graph)
@@ -186,4 +186,4 @@ def decide(
     `until` names a linear layer, those after its block of the graph (quantize/decide/blocks.py) are left out.
     """
     with folders.staging(work / "calibration") as folder:
-        return calibrate([Job(model, plan, len(windows))], windows, folder, until)[0]
+        return calibrate(model.clone(), [Job(model, plan, len(windows))], windows, folder, until)[0]

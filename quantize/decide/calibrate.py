@@ -74,11 +74,11 @@ def calibration_windows(folder: Path, split: Split, calibration: Calibration) ->
 
 
 def calibrate(
-    jobs: Sequence[Job], windows: np.ndarray, work: Path, until: str | None = None
+    model: ir.Model, jobs: Sequence[Job], windows: np.ndarray, work: Path, until: str | None = None
 ) -> list[dict[str, Decision]]:
-    """Decide how to quantize every linear layer of a model, for each of `jobs`; return their decisions by layer name.
+    """Decide how to quantize every linear layer of `model`, for each of `jobs`; return their decisions by layer name.
 
-    The jobs have copies of one model. Each copy is smoothed in place, which does not change what it computes. `windows`
+    The jobs have copies of the model. Each copy is smoothed in place, which does not change what it computes. `windows`
     are int64 [n, T], as many as the longest job needs; `work` is an empty folder for temporary files. If `until` names a
     linear layer, the block that contains it is the last one. What a job decides does not depend on the others.
     """
@@ -87,10 +87,11 @@ def calibrate(
         ThreadPoolExecutor(default_threads()) as pool,
         ThreadPoolExecutor(_JOBS_AT_ONCE) as lanes,
     ):
-        return _calibrate(jobs, windows, work, until, pool, lanes)
+        return _calibrate(model, jobs, windows, work, until, pool, lanes)
 
 
 def _calibrate(
+    model: ir.Model,
     jobs: Sequence[Job],
     windows: np.ndarray,
     work: Path,
@@ -103,18 +104,17 @@ def _calibrate(
     for folder in folders:
         folder.mkdir()
     # Jobs share the tensors of the model's file. onnx_ir maps each when it is first read, which two threads must not do.
-    for value in jobs[0].model.graph.initializers.values():
+    for value in model.graph.initializers.values():
         if isinstance(value.const_value, ir.ExternalTensor):
             value.const_value.numpy()
     courses = [_Course(job, folder, pool) for job, folder in zip(jobs, folders[1:], strict=True)]
     windows = windows[: max(job.windows for job in jobs)]
     before: list[np.ndarray | None] = [None] * len(windows)
-    untouched = jobs[0].model.clone()  # what is seen depends on no job's smoothing
-    blocks, values = split(untouched.graph), find_values(untouched.graph)
+    blocks, values = split(model.graph), find_values(model.graph)
     stops = {job.windows for job in jobs}
     for number, block in enumerate(track(blocks, "calibrate", len(blocks))):
         grams = max((course.job.windows for course in courses if course.needs_gram(number)), default=0)
-        seen = _observe(untouched, block, values, windows, before, grams, stops, folders[0], pool)
+        seen = _observe(model, block, values, windows, before, grams, stops, folders[0], pool)
         before = _decide_block(number, courses, seen, windows, before, lanes)
         if until in courses[0].decisions:
             break

@@ -61,7 +61,7 @@ def rows_of(output):
 def test_report_has_a_row_for_every_subject_and_every_documented_field(report):
     output, printed = report
     rows = rows_of(output)
-    assert list(rows) == ["fp32", "int8-dynamic", "int8-static", "torch-fp32", "torch-dynamic"]
+    assert list(rows) == ["fp32", "int8-dynamic", "int8-static", "int8-dynamic-ort", "torch-fp32", "torch-dynamic"]
     documented = set(
         re.findall(r"^\| `artifacts\[\]\.(\w+)`", (ROOT / "docs/report.md").read_text(encoding="utf-8"), re.MULTILINE)
     )

@@ -174,8 +174,8 @@ def test_without_vnni_our_int8_is_right_and_another_tools_needs_the_option(es_mi
     assert clipped["option"] is None and "clipped" in clipped["note"] and cured["option"] == OPTION
     assert ours["recipe"] == "int8-dynamic" and "no sum was clipped" in ours["note"]
     # Between any two processors a value may round to another integer, which moves a logit by some tenths at most.
-    assert clipped["max_logit_difference"] > 1 > cured["max_logit_difference"]
-    assert clipped["max_logit_difference_cached"] > 1 > cured["max_logit_difference_cached"]
+    assert max(ours["max_logit_difference"], ours["max_logit_difference_cached"]) < 0.5
+    assert clipped["max_logit_difference"] > cured["max_logit_difference"]
     assert not (tmp_path / "systems").exists()  # x86-64 needs no system of its own
 
 

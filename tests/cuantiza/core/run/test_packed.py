@@ -171,7 +171,7 @@ def test_other_circumstances_another_copy(model: Path, monkeypatch: pytest.Monke
         patch.setattr(packed, "processor", lambda: "another")
         open_session(model, 1, artifact="a")
     assert len(copies()) == 5
-    monkeypatch.setattr(runtime, "exact_products", lambda: {"session.x64quantprecision": "2"})
+    monkeypatch.setattr(runtime, "exact_options", lambda model: {"session.x64quantprecision": "2"})
     open_session(model, 1, artifact="a")
     assert len(copies()) == 6
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from cuantiza.export.graphs.llama_config import (
     MOST_LAYERS,
+    SIZES,
     activation_of,
     epsilon_of,
     explained,
@@ -23,14 +24,7 @@ from cuantiza.export.graphs.rope import NotExported, Rope, rope
 
 HEAD = "lm_head"
 _SIZES = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "sliding_window",
+    *SIZES,
     "ffn_dim",
     "word_embed_proj_dim",
     "num_layers",

@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 MOST_LAYERS = 10_000  # transformers makes lists as long as a file says
 _LAYERS = ("num_hidden_layers", "num_layers", "n_layer")
-_SIZES = (
+SIZES = (
     "vocab_size",
     "hidden_size",
     "intermediate_size",
@@ -184,7 +184,7 @@ def parse_llama(fields: Mapping[str, Any], path: Path) -> LlamaConfig:
 
 
 def _parse(fields: Mapping[str, Any]) -> LlamaConfig:
-    family, config = FAMILIES[fields["model_type"]], transformers_config(fields, _SIZES)
+    family, config = FAMILIES[fields["model_type"]], transformers_config(fields, SIZES)
 
     def flag(bias: bool | str) -> bool:
         return bias if isinstance(bias, bool) else bool(getattr(config, bias))

@@ -34,7 +34,8 @@ from cuantiza.core.store import digests
 from cuantiza.quantize.recipes.registry import RECIPES as RECIPES_BY_NAME
 from cuantiza.quantize.recipes.registry import to_json
 from lab import DATA, ROOT, page_folder
-from lab.checkpoints.random import SHAPES, Shape, checkpoint
+from lab.checkpoints.random import checkpoint
+from lab.checkpoints.shapes import SHAPES, Shape
 from lab.pages import filled, write
 
 JSON = DATA / "big-models.json"

@@ -27,7 +27,7 @@ smollm: peers ## the checkpoint of SmolLM2-135M-Instruct, from a package, in OUT
 
 bench: $(ready) ## speed, size and memory beside other libraries, in REPORTS=/bench
 	@OPTIMUM_PYTHON="$(OPTIMUM_VENV)/bin/python" PEERS_PYTHON="$(PEERS_VENV)/bin/python" $(run) lab.bench \
-	  --shapes es-mini gpt2 $(if $(filter full,$(BENCH)),gpt2-medium) --work=$(call quote,$(OUT)/bench) --output=$(call quote,$(REPORTS)/bench) $(BENCH_ARGS)
+	  --shapes es-mini gpt2 $(if $(filter full,$(BENCH)),gpt2-medium smollm2-135m qwen3-0.6b) --work=$(call quote,$(OUT)/bench) --output=$(call quote,$(REPORTS)/bench) $(BENCH_ARGS)
 
 chapters: $(ready) ## the course's chapters in docs/es and docs/en, with their figures
 	@$(MAKE) eval MODEL=models/es-mini CORPUS=corpus/es EXPORTER=graph QUANTIZE= EVAL= OUT=$(call quote,$(OUT)/chapters) REPORTS=$(call quote,$(REPORTS)/chapters) \

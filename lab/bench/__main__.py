@@ -20,7 +20,7 @@ from lab.bench import rows
 from lab.bench.rounds import Others, measure, settings
 from lab.bench.rows import Prepared, Row
 from lab.checkpoints import random as models
-from lab.checkpoints.random import SHAPES, Shape
+from lab.checkpoints.shapes import SHAPES, Shape
 
 
 def main() -> int:

@@ -23,7 +23,7 @@ from cuantiza.core.machine.child import run
 from cuantiza.core.run.runtime import open_session
 from lab import ROOT
 from lab.bench.child import command
-from lab.checkpoints.random import Shape
+from lab.checkpoints.shapes import Shape
 
 # This many bytes do not fit into any cache. Each thread reads its part by a dot product with itself, which reached the
 # highest bandwidth of all that was tried: dot products of two arrays, sums and maxima in NumPy, reductions and
@@ -62,17 +62,17 @@ def decode_bytes(shape: Shape, weight_bytes: int, cache_bytes: int, position: in
     `weight_bytes` is the size of the row's files. The embedding is read completely, because it is the tied head too.
     The position embedding is not, but it is under 1 %. `cache_bytes` is the size of one element of keys and values.
     """
-    return weight_bytes + batch * 2 * shape.layers * shape.width * position * cache_bytes
+    return weight_bytes + batch * 2 * shape.layers * shape.key_width * position * cache_bytes
 
 
 def prefill_ops(shape: Shape, tokens: int, batch: int = 1) -> int:
     """Multiplications and additions of a prefill of T = `tokens` tokens.
 
-    They are those of all linear layers for each token, of attention as if nothing were masked (4·T²·D per layer), and
+    They are those of all linear layers for each token, of attention as if nothing were masked (4·T²·D per layer, where D is the width of queries), and
     of the head for one position.
     """
     linear_layers = 2 * shape.body_parameters * tokens
-    attention = 4 * tokens**2 * shape.width * shape.layers
+    attention = 4 * tokens**2 * shape.query_width * shape.layers
     head = 2 * shape.vocabulary * shape.width
     return batch * (linear_layers + attention + head)
 

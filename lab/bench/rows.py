@@ -19,7 +19,7 @@ from cuantiza.core.store import digests
 from lab import CORPUS, ROOT
 from lab.bench import ours
 from lab.bench.child import ask, command, require
-from lab.checkpoints.random import Shape
+from lab.checkpoints.shapes import Shape
 
 # Every row's logits are compared with the first of these. It is also the baseline, unless --baseline names another row.
 RECIPES = (

@@ -1,7 +1,8 @@
 """The content of reports/bench/<shape>.json.
 
 schema             "cuantiza/bench/2"
-shape              name, layers, width, heads, vocabulary, positions, parameters
+shape              name, layers, width, heads, vocabulary, positions, parameters, and more of a Llama's
+machine            as in a report, with the processor's instruction sets that kernels choose between
 others_processors  how many processors other processes kept busy during the rounds, on average
 baseline           the row that speedups are relative to: a speedup is its median over the row's, both of one round
 settings           threads, batch and shapes; each row's `settings` have the same order
@@ -27,12 +28,13 @@ from dataclasses import asdict
 from statistics import median
 
 from cuantiza.core.machine.hardware import machine
+from cuantiza.core.machine.instructions import instruction_sets
 from cuantiza.core.store import digests
 from lab.bench.limits import Limits, best, decode_share, prefill_share
 from lab.bench.rounds import CHECK, Answer, Case, Measured, Setting, agreement
 from lab.bench.rows import Prepared, Row
 from lab.bench.worker import STEPS
-from lab.checkpoints.random import Shape
+from lab.checkpoints.shapes import Shape
 
 SCHEMA = "cuantiza/bench/2"
 
@@ -84,7 +86,7 @@ def result(
     return {
         "schema": SCHEMA,
         "shape": dimensions | {"parameters": shape.parameters},
-        "machine": machine(max(setting.threads for setting in wanted)),
+        "machine": machine(max(setting.threads for setting in wanted)) | {"instructions": instruction_sets()},
         "versions": digests.versions("onnxruntime", "numpy"),
         "command": ["python", "-m", "lab.bench", *sys.argv[1:]],
         "rounds": rounds,

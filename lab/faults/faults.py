@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from lab.checkpoints.random import ES_MINI
+from lab import ES_MINI
 from lab.faults.laboratory import (
     TINY,
     VARIANTS,

@@ -22,8 +22,9 @@ from pathlib import Path
 
 from cuantiza.core.errors import UserError
 from cuantiza.core.store import artifact, digests
-from lab import ROOT
-from lab.checkpoints.random import ES_MINI, Shape, checkpoint
+from lab import ES_MINI, ROOT
+from lab.checkpoints.random import checkpoint
+from lab.checkpoints.shapes import Shape
 from lab.faults.hook.sitecustomize import RECORD
 
 HOOK = ROOT / "lab" / "faults" / "hook"

@@ -21,7 +21,7 @@ from cuantiza.core.inputs.model_config import max_positions, read_config, start_
 from cuantiza.core.inputs.tokenizer import encode, load_tokenizer
 from cuantiza.core.onnx import file as onnx_file
 from cuantiza.core.store import artifact
-from lab.checkpoints.random import Shape, tensors
+from lab.checkpoints.shapes import Shape
 from lab.fuzz.binary import broken_bin, broken_onnx, broken_safetensors
 from lab.fuzz.hostile import broken_bytes, broken_json
 
@@ -48,7 +48,7 @@ def _checkpoint(folder: Path) -> None:
 
 def _arrays() -> dict[str, np.ndarray]:
     generator = np.random.default_rng(0)
-    return {name: generator.standard_normal(shape).astype(np.float32) for name, shape in tensors(TINY)}
+    return {name: generator.standard_normal(shape).astype(np.float32) for name, shape in TINY.tensors()}
 
 
 def _safetensors(folder: Path) -> None:

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from lab.big_models import RECIPES, anonymous, growth, join, nearest_recipe, step, write_page
-from lab.checkpoints.random import SHAPES, Shape, checkpoint
+from lab.checkpoints.random import checkpoint
+from lab.checkpoints.shapes import SHAPES, Shape
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 

@@ -189,7 +189,14 @@ def _how(result: dict) -> dict[str, object]:
         "check": check["steps"],
         "first": result["rows"][0]["name"],
         "limits": "; ".join(limits),
-        "machine": f"{machine['cpu']}, {machine['processors']} processors, {machine['memory_bytes'] / 2**30:.0f} GiB",
+        "machine": ", ".join(
+            [
+                machine["cpu"],
+                *([f"with {', '.join(machine['instructions'])}"] if machine.get("instructions") else []),
+                f"{machine['processors']} processors",
+                f"{machine['memory_bytes'] / 2**30:.0f} GiB",
+            ]
+        ),
         "rounds": count(result["rounds"], "round"),
         "busy": "" if busy is None else f", during which other processes kept {busy:.1f} processors busy",
         "command": shlex.join(result["command"]),

@@ -1,4 +1,4 @@
-"""Write a GPT-2 or Llama checkpoint as a GGUF file in f32; the tensors' names come from the gguf package."""
+"""Write a GPT-2, Llama or Qwen 3 checkpoint as a GGUF file in f32; the tensors' names come from the gguf package."""
 
 from __future__ import annotations
 
@@ -34,14 +34,17 @@ class Tensors:
 
 
 def tensors(config: dict) -> Tensors:
-    """How GGUF holds the model of a config.json. Raises ValueError for one that is neither GPT-2 nor Llama."""
+    """How GGUF holds the model of a config.json. Raises ValueError for one of another kind than these."""
     kind = config["model_type"]
     if kind == "gpt2":
         architecture, layers, changed = gguf.MODEL_ARCH.GPT2, config["n_layer"], _gpt2_array
     elif kind == "llama":
         architecture, layers, changed = gguf.MODEL_ARCH.LLAMA, config["num_hidden_layers"], _llama_array(config)
+    elif kind == "qwen3":
+        # It rotates the two halves, as transformers does, so its rows stay.
+        architecture, layers, changed = gguf.MODEL_ARCH.QWEN3, config["num_hidden_layers"], _same_array
     else:
-        raise ValueError(f"a checkpoint of {kind} cannot be written as GGUF here; only gpt2 and llama can")
+        raise ValueError(f"a checkpoint of {kind} cannot be written as GGUF here; only gpt2, llama and qwen3 can")
     return Tensors(architecture, gguf.get_tensor_name_map(architecture, layers), changed)
 
 
@@ -74,6 +77,10 @@ def _weights(checkpoint: Path, config: dict) -> Iterator[tuple[str, np.ndarray]]
         for name, tensor in load_file(file).items():
             if not name.endswith(SKIPPED) and not (tied and name == HEAD):
                 yield name, tensor.float().numpy()
+
+
+def _same_array(name: str, array: np.ndarray) -> np.ndarray:
+    return array
 
 
 def _gpt2_array(name: str, array: np.ndarray) -> np.ndarray:
@@ -113,7 +120,10 @@ def _add_llama(writer: gguf.GGUFWriter, config: dict) -> None:
     writer.add_head_count(heads)
     writer.add_head_count_kv(config.get("num_key_value_heads") or heads)
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_rope_dimension_count(config.get("head_dim") or config["hidden_size"] // heads)
+    width = config.get("head_dim") or config["hidden_size"] // heads
+    writer.add_rope_dimension_count(width)
+    writer.add_key_length(width)
+    writer.add_value_length(width)
     # transformers 5 writes rope_parameters, earlier versions rope_theta.
     writer.add_rope_freq_base((config.get("rope_parameters") or config)["rope_theta"])
     writer.add_vocab_size(config["vocab_size"])

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime_genai as genai
 
-from cuantiza.core.onnx.genai_config import GENAI_CONFIG, genai_config
+from cuantiza.core.onnx.genai_config import GENAI_CONFIG
 
 genai.disable_telemetry_events()
 
@@ -28,8 +28,17 @@ def prepare(kind: str, checkpoint: Path, ours: Path, folder: Path) -> None:
     artifact = ours / kind
     for file in artifact.glob("model.onnx*"):
         _link(file, folder / file.name)
-    config = json.loads((artifact / "config.json").read_text(encoding="utf-8"))
-    (folder / GENAI_CONFIG).write_text(json.dumps(_config(config), indent=2), encoding="utf-8")
+    config = json.loads((artifact / GENAI_CONFIG).read_text(encoding="utf-8"))
+    (folder / GENAI_CONFIG).write_text(json.dumps(endless(config), indent=2), encoding="utf-8")
+
+
+def endless(config: dict) -> dict:
+    """The fields of genai_config.json with another end token, one that hardly ever occurs.
+
+    A sequence that holds its end token is not continued, and random models write any token.
+    """
+    never = config["model"]["vocab_size"] - 2
+    return config | {"model": config["model"] | {"eos_token_id": never, "pad_token_id": never}}
 
 
 def files(kind: str, folder: Path) -> list[Path]:
@@ -69,6 +78,12 @@ class Engine:
         self._length += count
         return self._generator.get_logits()[:, -1]
 
+    def all_logits(self, ids: np.ndarray) -> np.ndarray:
+        """Logits float32 [T, V] of ids [T]."""
+        self.start(1, len(ids))
+        self._generator.append_tokens(np.ascontiguousarray(ids[None], np.int32))
+        return np.array(self._generator.get_logits()[0], np.float32)
+
     def _choose(self, tokens: np.ndarray) -> None:
         """Add tokens [B] to a batch. It only accepts tokens that it chose itself, so the logits allow no other."""
         rows = np.arange(len(tokens))
@@ -76,24 +91,6 @@ class Engine:
         self._generator.set_logits(self._next)
         self._generator.generate_next_token()
         self._next[rows, 0, tokens] = np.finfo(np.float32).min
-
-
-def _config(config: dict) -> dict:
-    """genai_config.json for an artifact whose config.json (a GPT-2's) is `config`.
-
-    A sequence that holds its end token is not continued, so the end is set to a token that hardly ever occurs.
-    """
-    never = config["vocab_size"] - 2
-    return genai_config(
-        config,
-        {"eos_token_id": never, "pad_token_id": never},
-        layers=config["n_layer"],
-        heads=config["n_head"],
-        head_dim=config["n_embd"] // config["n_head"],
-        vocabulary=config["vocab_size"],
-        positions=config["n_positions"],
-        in_place=True,
-    )
 
 
 def _link(source: Path, target: Path) -> None:

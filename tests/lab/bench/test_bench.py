@@ -24,7 +24,7 @@ from lab.bench.rounds import Answer, Setting, agreement, measure
 from lab.bench.rows import Prepared, Row
 from lab.bench.schema import result, times
 from lab.checkpoints import random as models
-from lab.checkpoints.random import SHAPES, Shape
+from lab.checkpoints.shapes import SHAPES, LlamaShape, Shape
 
 from helpers import ES_MINI, ROOT, Result, assert_user_error, stage
 
@@ -79,7 +79,19 @@ def test_shapes_are_those_of_the_published_models() -> None:
     small = SHAPES["es-mini"]
     fields = (config["n_layer"], config["n_embd"], config["n_head"], config["vocab_size"], config["n_positions"])
     assert fields == (small.layers, small.width, small.heads, small.vocabulary, small.positions)
-    assert sum(int(np.prod(dims)) for _, dims in models.tensors(small)) == small.parameters
+    assert SHAPES["smollm2-135m"].parameters == 134_515_008 and SHAPES["qwen3-0.6b"].parameters == 596_049_920
+
+
+@pytest.mark.parametrize("name", ["smollm2-135m", "qwen3-0.6b"])
+def test_a_random_llama_is_transformers_own(name: str, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    small = {"layers": 2, "width": 48, "heads": 4, "key_heads": 2, "head_width": 16, "hidden": 32, "vocabulary": 8192}
+    shape = replace(SHAPES[name], **small)
+    model, info = AutoModelForCausalLM.from_pretrained(models.checkpoint(shape, tmp_path), output_loading_info=True)
+    assert not info["unexpected_keys"] and model.num_parameters() == shape.parameters
+    weights = model.state_dict()
+    assert (weights["model.norm.weight"] == 1).all() and 0.019 < weights["model.embed_tokens.weight"].std() < 0.021
 
 
 def test_a_random_checkpoint_is_transformers_own_and_always_the_same(checkpoint: Path, tmp_path: Path) -> None:
@@ -214,6 +226,12 @@ def test_bytes_and_operations_by_hand() -> None:
     assert limits.prefill_ops(shape, tokens=6, batch=2) == 2 * limits.prefill_ops(shape, tokens=6)
     assert limits.decode_share(shape, LIMITS, 1000, 2, 5, 2, ns=296) == pytest.approx(0.5)
     ops = limits.prefill_ops(shape, 6)
+    # 3 query heads and 1 key head of 4: the cache has a third of the queries' width, and the matrices of a layer
+    # 5·12 + 2·5·4 + 12·5 for attention, 3·5·7 for the MLP and 2·5 for the norms
+    llama = LlamaShape("hand", 2, 5, 3, 10, 8, model_type="llama", key_heads=1, head_width=4, hidden=7, rope_theta=1e4)
+    assert llama.body_parameters == 2 * (60 + 40 + 60 + 105 + 10) + 5 and llama.parameters == llama.body_parameters + 50
+    assert limits.decode_bytes(llama, weight_bytes=1000, cache_bytes=2, position=5) == 1000 + 2 * 2 * 4 * 5 * 2
+    assert limits.prefill_ops(llama, tokens=6) == 2 * llama.body_parameters * 6 + 4 * 36 * 12 * 2 + 2 * 10 * 5
     for precision, peak in (("int4", 100e9), ("int8", 100e9), ("fp32", 50e9), ("int8 head", 50e9)):
         assert limits.prefill_share(shape, LIMITS, precision, 6, 1, ns=1e9) == pytest.approx(ops / peak)
 

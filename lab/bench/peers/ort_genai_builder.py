@@ -1,0 +1,33 @@
+"""onnxruntime-genai's own model builder, run by onnxruntime-genai: the files that its users make themselves.
+
+`python -m onnxruntime_genai.models.builder -e cpu` rounds to nearest in blocks of 32 and has 4 or 8 bits in all linear
+layers, the head included; keys and values are updated in place. It knows Llama-shaped families and not GPT-2.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from lab.bench.peers import ort_genai
+
+GENAI_CONFIG = ort_genai.GENAI_CONFIG
+version, Engine = ort_genai.version, ort_genai.Engine
+
+
+def prepare(kind: str, checkpoint: Path, ours: Path, folder: Path) -> None:
+    with tempfile.TemporaryDirectory() as cache:
+        options = ["-i", str(checkpoint), "-o", str(folder), "-p", kind, "-e", "cpu", "-c", cache]
+        command = [sys.executable, "-m", "onnxruntime_genai.models.builder", *options]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError((done.stderr.strip().splitlines() or [f"the builder ended with {done.returncode}"])[-1])
+    file = folder / GENAI_CONFIG
+    file.write_text(json.dumps(ort_genai.endless(json.loads(file.read_text(encoding="utf-8")))), encoding="utf-8")
+
+
+def files(kind: str, folder: Path) -> list[Path]:
+    return ort_genai.files(kind, folder)

@@ -14,10 +14,11 @@ class CachedSession:
     """A session with all graph optimizations, and the keys and values of the tokens fed to it.
 
     The graph has the inputs and outputs of cuantiza/core/contract.py. With `in_place`, its attention is com.microsoft's
-    GroupQueryAttention, whose past and present may be one buffer [B, H, capacity, d].
+    GroupQueryAttention, whose past and present may be one buffer [B, H, capacity, d]. `head_width` is d where
+    the graph's inputs have a symbol for it.
     """
 
-    def __init__(self, model: Path, threads: int, in_place: bool) -> None:
+    def __init__(self, model: Path, threads: int, in_place: bool, head_width: int | None = None) -> None:
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
@@ -28,7 +29,8 @@ class CachedSession:
         self._session = ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
         shapes = {item.name: item.shape for item in self._session.get_inputs()}
         self._past = [name for name in shapes if contract.is_past(name)]
-        _, self._heads, _, self._width = shapes[self._past[0]]
+        _, self._heads, _, declared = shapes[self._past[0]]
+        self._width = head_width or declared
         self._takes_positions = contract.POSITION_IDS in shapes
         self._vocabulary = next(item.shape[-1] for item in self._session.get_outputs() if item.name == contract.LOGITS)
         self._in_place = in_place

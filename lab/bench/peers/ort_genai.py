@@ -78,12 +78,6 @@ class Engine:
         self._length += count
         return self._generator.get_logits()[:, -1]
 
-    def all_logits(self, ids: np.ndarray) -> np.ndarray:
-        """Logits float32 [T, V] of ids [T]."""
-        self.start(1, len(ids))
-        self._generator.append_tokens(np.ascontiguousarray(ids[None], np.int32))
-        return np.array(self._generator.get_logits()[0], np.float32)
-
     def _choose(self, tokens: np.ndarray) -> None:
         """Add tokens [B] to a batch. It only accepts tokens that it chose itself, so the logits allow no other."""
         rows = np.arange(len(tokens))

@@ -12,10 +12,11 @@ import sys
 import tempfile
 from pathlib import Path
 
-from lab.bench.peers import ort_genai
+import numpy as np
 
-GENAI_CONFIG = ort_genai.GENAI_CONFIG
-version, Engine = ort_genai.version, ort_genai.Engine
+from lab.bench.peers import ort_cache, ort_genai
+
+version = ort_genai.version
 
 
 def prepare(kind: str, checkpoint: Path, ours: Path, folder: Path) -> None:
@@ -25,9 +26,21 @@ def prepare(kind: str, checkpoint: Path, ours: Path, folder: Path) -> None:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError((done.stderr.strip().splitlines() or [f"the builder ended with {done.returncode}"])[-1])
-    file = folder / GENAI_CONFIG
+    file = folder / ort_genai.GENAI_CONFIG
     file.write_text(json.dumps(ort_genai.endless(json.loads(file.read_text(encoding="utf-8")))), encoding="utf-8")
 
 
 def files(kind: str, folder: Path) -> list[Path]:
     return ort_genai.files(kind, folder)
+
+
+class Engine(ort_genai.Engine):
+    def __init__(self, kind: str, folder: Path, threads: int) -> None:
+        super().__init__(kind, folder, threads)
+        self._folder, self._threads = folder, threads
+
+    def all_logits(self, ids: np.ndarray) -> np.ndarray:
+        """Logits float32 [T, V] of ids [T], by ONNX Runtime itself: onnxruntime-genai gives those of the last alone."""
+        fields = json.loads((self._folder / ort_genai.GENAI_CONFIG).read_text(encoding="utf-8"))
+        width = fields["model"]["decoder"]["head_size"]
+        return ort_cache.CachedSession(self._folder / "model.onnx", self._threads, True, width).all_logits(ids)

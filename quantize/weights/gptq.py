@@ -28,6 +28,8 @@ Each = Callable[[Callable, Iterable], Iterable]
 # GPTQ updates this many rows one by one, and then all later rows at once. The number affects only the speed, and the
 # last digits of floats.
 _LAZY_ROWS = 128
+# Coordinate descent does the same with fewer rows: it then takes a quarter of the time for 2,048 inputs of one scale.
+_DESCENT_ROWS = 32
 # This share of the mean of the Hessian's diagonal is added to the diagonal (GPTQ, section 3.3), so that inputs that are
 # nearly always 0 do no harm.
 DAMPING = 0.01
@@ -267,12 +269,16 @@ def _downhill(weight: np.ndarray, hessian: np.ndarray, rounded: IntWeight) -> In
             errors += direction * (new - scale[group])
             slope += bend * (new - scale[group])
             scale[group] = new
-            for row in range(len(integers)):
-                best = np.rint(integers[row] - slope[row] / (curvature[row, row] * new)).clip(low, high)
-                change = (best - integers[row]) * new
-                integers[row] = best
-                errors[row] += change
-                slope[row + 1 :] += curvature[row + 1 :, row, None] * change
+            for first in range(0, len(integers), _DESCENT_ROWS):
+                end = min(first + _DESCENT_ROWS, len(integers))
+                changes = np.empty((end - first, integers.shape[1]), np.float32)
+                for row in range(first, end):
+                    best = np.rint(integers[row] - slope[row] / (curvature[row, row] * new)).clip(low, high)
+                    changes[row - first] = change = (best - integers[row]) * new
+                    integers[row] = best
+                    errors[row] += change
+                    slope[row + 1 : end] += curvature[row + 1 : end, row, None] * change
+                slope[end:] += curvature[end:, first:end] @ changes
     return IntWeight(q.astype(rounded.q.dtype), scale, rounded.zero_point, grid, rounded.step)
 
 

@@ -18,7 +18,16 @@ from cuantiza.core.store import artifact, digests, folders
 from cuantiza.core.store.artifact import Artifact
 from cuantiza.quantize.recipes.budget.int8_static_mixed import MixedStaticInt8
 from cuantiza.quantize.recipes.budget.int_mixed import MixedWeightOnly
-from cuantiza.quantize.recipes.registry import RECIPES, Recipe, calibrates_together, calibration_of, get_recipe, to_json
+from cuantiza.quantize.recipes.registry import (
+    RECIPES,
+    Recipe,
+    calibrates_together,
+    calibration_of,
+    get_recipe,
+    least_opset,
+    to_json,
+)
+from cuantiza.quantize.settings import check_opset
 
 _LIBRARIES = ("numpy", "onnx", "onnx-ir", "onnxruntime", "tokenizers")
 
@@ -125,8 +134,9 @@ def quantize_all(parent: Artifact, wanted: Sequence[Wanted], source: Source) -> 
     """Make the `wanted` artifacts from `parent`, unless they are up to date. The caller has locked their folders.
 
     Recipes that quantize linear layers calibrate together, on the text `source`, and have the same bytes as if each had
-    done so alone. Every artifact is published as soon as it is finished. Raises UserError if a file of `parent` is not as
-    it was published, or if a recipe cannot be used; one that calibrates by itself, or not at all, does not stop the others.
+    done so alone. Every artifact is published as soon as it is finished. Raises UserError, before anything is made, if a
+    file of `parent` is not as it was published, or if its opset is too low for a recipe. Raises one, too, if a recipe
+    cannot be used; one that calibrates by itself, or not at all, does not stop the others.
     """
     made: dict[Path, Artifact] = {}
     missing: list[_Missing] = []
@@ -143,6 +153,8 @@ def quantize_all(parent: Artifact, wanted: Sequence[Wanted], source: Source) -> 
             missing.append(_Missing(one, inputs, calibration))
     if missing:
         artifact.verify(parent)
+    for item in missing:  # before any of them calibrates, which takes minutes
+        check_opset(parent.manifest.recipe["opset"], least_opset(item.wanted.recipe))
     layered = [item for item in missing if calibrates_together(item.wanted.recipe)]
     errors: list[UserError] = []
     for item in missing:

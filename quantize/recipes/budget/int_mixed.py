@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cuantiza.quantize.settings import ALPHAS, Calibration, Target, for_target
+from cuantiza.quantize.settings import ALPHAS, BLOCKS_OPSET, Calibration, Target, for_target
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -47,6 +47,11 @@ class MixedWeightOnly:
                 raise ValueError(
                     f"calibration has {name} {count}; give 3 or more: some windows calibrate, others measure"
                 )
+
+    @property
+    def least_opset(self) -> int:
+        """The opset of standard operators, with which both targets are measured."""
+        return BLOCKS_OPSET
 
     def describe(self) -> str:
         """Describe the recipe in one line, for `cuantiza recipes`."""

@@ -15,6 +15,7 @@ result has the same bytes on any number of processors.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -149,6 +150,8 @@ class _JobRunner:
         graph = job.model.graph
         self.job, self._work, self._pool = job, work, pool
         self._blocks, self._values, self._tables = split(graph), find_values(graph), find_tables(graph)
+        read = Counter(projection.weight for block in self._blocks for projection in block.projections)
+        self._whole = self._tables | {matrix for matrix, count in read.items() if count > 1}
         # What a block starts from was seen before smoothing, so it is not smoothed. In no model that we know it could be.
         starts = {block.start for block in self._blocks}
         groups = smooth.find_groups(graph) if job.plan.alphas else {}
@@ -174,7 +177,7 @@ class _JobRunner:
 
         def tensor_of(name: str) -> Tensor:
             group = self._groups.get(name)
-            return decide_tensor(readers[name], seen.moments[name], seen.of_values, group, tables, plan)
+            return decide_tensor(readers[name], seen.moments[name], seen.of_values, group, self._whole, plan)
 
         tensors = list(pool.map(tensor_of, seen.moments))
         for tensor in tensors:

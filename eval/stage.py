@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cuantiza.core.errors import UserError
 from cuantiza.core.inputs.checkpoints import checkpoint_digest, resolve_model
@@ -103,7 +103,7 @@ def evaluate(
         return _evaluate(published, corpus, settings, [*map(Path, _several(onnx))], checkpoint, output, language)
 
 
-def _several(given: str | Path | Artifact | Sequence) -> Sequence:
+def _several(given: str | Path | Artifact | Sequence[Any]) -> Sequence[Any]:
     """Return what was given as a list. A text would be one of its letters."""
     return [given] if isinstance(given, str | Path | Artifact) else given
 

@@ -65,6 +65,4 @@ def for_target(line: str, target: Target) -> str:
 def check_opset(opset: int, least: int) -> None:
     """Raise UserError if the graph's `opset` is below `least`, which weights in blocks or in 4 bits need."""
     if opset < least:
-        raise UserError(
-            f"opset {opset} has neither blocked quantization nor 4-bit integers; export with OPSET={least}"
-        )
+        raise UserError(f"opset {opset} has neither blocked quantization nor 4-bit integers; export with OPSET={least}")

@@ -385,38 +385,3 @@ def test_the_neuron_of_a_massive_activation_stays_in_float(sink, windows, splits
     assert (row == read_checkpoint(folder).weights[f"{block}.c_proj.weight"].read()[account.neuron]).all() and row.any()
     assert not decision.weight.q[decision.float_channels].any()
     assert losses[16] < 0.6 * losses[0], losses
-
-
-@pytest.mark.parametrize("rounding", ["nearest", "gptq"])
-def test_layers_that_share_a_matrix_have_the_same_integers(windows, splits, tmp_path, rounding):
-    """Each has an outlier in another channel, so that none of them may stay in float: its row would be zero for all."""
-    text = calibration_windows(ES_MINI, splits[1], Calibration(4, 128, 4))
-
-    def shared():
-        model = graph_of(ES_MINI)
-        matrix = model.graph.initializers["h.0.mlp.c_fc.weight"]
-        for layer, channel in enumerate((3, 70, 90)):
-            next(node for node in model.graph if node.name == f"h.{layer}.mlp.c_fc").replace_input_with(1, matrix)
-            norm = model.graph.initializers[f"h.{layer}.ln_2.weight"]
-            scale = norm.const_value.numpy().copy()
-            scale[channel] *= 40
-            norm.const_value = ir.tensor(scale, name=norm.name)
-        return model
-
-    def logits(model):
-        onnx_file.save(model, tmp_path)
-        runtime = Runtime(tmp_path / "model.onnx")
-        return [runtime.forward(window[None])[0, :-1] for window in text]
-
-    exact, losses = logits(shared()), []
-    for limit in (0, 16):
-        recipe = StaticInt8(rounding, float_channels=limit, calibration=LITTLE, max_error=None)
-        decisions = decide(model := shared(), windows, recipe.plan(), tmp_path)
-        assert not any(len(decisions[f"h.{layer}.mlp.c_fc"].float_channels) for layer in range(3))
-        quantize_static(model, decisions)
-        assert [name for name in model.graph.initializers if name.startswith("h.0.mlp.c_fc.weight_int8")] == [
-            "h.0.mlp.c_fc.weight_int8"
-        ]
-        pairs = zip(exact, logits(model), text, strict=True)
-        losses.append(np.mean([compare(p, [q], window[1:])[1][1].mean() for p, q, window in pairs]))
-    assert losses[1] <= 1.1 * losses[0] < 1, losses

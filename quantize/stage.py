@@ -154,7 +154,8 @@ def quantize_all(parent: Artifact, wanted: Sequence[Wanted], source: Source) -> 
     if missing:
         artifact.verify(parent)
     for item in missing:  # before any of them calibrates, which takes minutes
-        check_opset(parent.manifest.recipe["opset"], least_opset(item.wanted.recipe))
+        if (opset := parent.manifest.recipe.get("opset")) is not None:  # that of `export`
+            check_opset(opset, least_opset(item.wanted.recipe))
     layered = [item for item in missing if calibrates_together(item.wanted.recipe)]
     errors: list[UserError] = []
     for group in _forms([item for item in missing if item not in layered]):

@@ -196,4 +196,7 @@ def test_an_opset_that_is_too_low_is_refused_before_anything_is_calibrated(
 
 def test_a_form_for_onnx_runtime_needs_no_opset(tiny_folder: Path, tmp_path: Path) -> None:
     parent = export(tiny_folder, tmp_path / "artifacts", opset=20)
-    assert make(parent, {"int4-weight-ort": quick("int4-weight-ort")}, tmp_path / "made")
+    made = make(parent, {"int4-weight-ort": quick("int4-weight-ort")}, tmp_path / "made")
+    # What is made of an artifact that is quantized already says of itself that nothing is left to do.
+    with pytest.raises(UserError, match="has no linear layer"):
+        make(made["int4-weight-ort"], {"int4-weight": quick("int4-weight")}, tmp_path / "again")

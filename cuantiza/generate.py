@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     times = [time.perf_counter()]
 
     def timed() -> Iterator[int]:
-        for token in model.tokens(ids, args.tokens, sampling, args.seed, asked.end if asked is not None else None):
+        for token in model.tokens(ids, args.tokens, sampling, args.seed, asked):
             times.append(time.perf_counter())
             yield token
 
@@ -84,7 +84,10 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--top-k", type=int, default=50, help="draw from so many likeliest tokens; 0: all (default 50)")
     parser.add_argument("--top-p", type=float, default=0.95, help="draw from this share of probability (default 0.95)")
     parser.add_argument(
-        "--no-repeat-ngram", type=int, default=3, help="no sequence of so many tokens repeats; 0: any may (default 3)"
+        "--no-repeat-ngram",
+        type=int,
+        default=3,
+        help="no sequence of so many tokens repeats in prompt and text, or with --chat in the answer; 0: any may (default 3)",
     )
     add_number(parser, "--seed", 0, "the same seed gives the same text")
     add_threads(parser)

@@ -84,14 +84,15 @@ class Model:
         return replace(found, end=found.end | self.end)
 
     def tokens(
-        self, ids: list[int], count: int, sampling: Sampling, seed: int = 0, end: frozenset[int] | None = None
+        self, ids: list[int], count: int, sampling: Sampling, seed: int = 0, asked: Chat | None = None
     ) -> Iterator[int]:
         """Up to `count` token ids that follow `ids`, through the KV cache.
 
-        They end before a token of `end`; by default before one that ends a text.
+        They end before a token that ends a text; where they answer what was `asked`, before one that ends an answer. An
+        answer may repeat what was asked, and the words of the template: `no_repeat_ngram` is about the answer alone.
         """
-        stop = self.end if end is None else end
-        yield from generate(self.runtime, ids, min(count, self.room(ids)), sampling, seed, stop)
+        stop, count = self.end if asked is None else asked.end, min(count, self.room(ids))
+        yield from generate(self.runtime, ids, count, sampling, seed, stop, repeat_prompt=asked is not None)
 
     def text(self, tokens: Iterable[int], before: list[int]) -> Iterator[str]:
         """The text of `tokens` as they come after the ids `before`, in pieces of whole characters."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cuantiza.core.errors import UserError
 from cuantiza.core.inputs.checkpoints import checkpoint_digest, resolve_model
@@ -56,7 +56,7 @@ class Settings:
 
 
 def evaluate(
-    artifacts: Sequence[Path | Artifact],
+    artifacts: str | Path | Artifact | Sequence[str | Path | Artifact],
     *,
     corpus: str | Path | Source = CORPUS,
     tokens: int = TOKENS,
@@ -64,10 +64,10 @@ def evaluate(
     rounds: int = ROUNDS,
     threads: int | None = None,
     positions: int = POSITIONS,
-    protocols: Sequence[PaperName] = (),
-    onnx: Sequence[Path] = (),
+    protocols: PaperName | Sequence[PaperName] = (),
+    onnx: str | Path | Sequence[str | Path] = (),
     checkpoint: str | Path | None = None,
-    output: Path | None = None,
+    output: str | Path | None = None,
     language: str = "en",
 ) -> Report:
     """Measure perplexity, KL divergence, size, memory and latency of `artifacts`; the first is the baseline.
@@ -78,16 +78,18 @@ def evaluate(
     PAPER_NAMES, by which perplexity is measured too. onnx: further ONNX files, or folders with a model.onnx, of the same
     interface. checkpoint:
     the model that the baseline was exported from; if it is given, PyTorch is measured too. output: a folder for the
-    report and its pages in `language`; if an up-to-date report is there, it is read and nothing is measured.
+    report and its pages in `language`; if an up-to-date report is there, it is read and nothing is measured. One
+    artifact, protocol or ONNX file need not stand in a list.
 
     A file that cannot be measured does not stop the others: the report's `left_out` names it and says why. Raises
     UserError if the baseline cannot be measured, if an artifact is broken, two have one name, a number is out of range or
     the text is too short.
     """
     threads = default_threads() if threads is None else threads
-    settings = Settings(tokens, window, rounds, threads, positions, tuple(dict.fromkeys(protocols)))
+    settings = Settings(tokens, window, rounds, threads, positions, tuple(dict.fromkeys(_several(protocols))))
     corpus = corpus if isinstance(corpus, Source) else Source(str(corpus))
-    paths = [path.path if isinstance(path, Artifact) else Path(path) for path in artifacts]
+    output = None if output is None else Path(output)
+    paths = [path.path if isinstance(path, Artifact) else Path(path) for path in _several(artifacts)]
     published = [artifact.open_artifact(path, digests.sha256_known) for path in dict.fromkeys(paths)]
     if not published:
         raise UserError("--recipes: names no artifact; the first one is the baseline of the others")
@@ -98,7 +100,12 @@ def evaluate(
         if output is not None:
             held.enter_context(folders.locked(output))
         held.enter_context(working("eval"))
-        return _evaluate(published, corpus, settings, list(onnx), checkpoint, output, language)
+        return _evaluate(published, corpus, settings, [*map(Path, _several(onnx))], checkpoint, output, language)
+
+
+def _several(given: str | Path | Artifact | Sequence[Any]) -> Sequence[Any]:
+    """Return what was given as a list. A text would be one of its letters."""
+    return [given] if isinstance(given, str | Path | Artifact) else given
 
 
 def _evaluate(

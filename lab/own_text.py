@@ -8,7 +8,6 @@ Each recipe is calibrated twice on es-mini: on the calibration split of corpus/e
 
 from __future__ import annotations
 
-import argparse
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -24,8 +23,8 @@ from cuantiza.eval.measure.engines import Subject
 from cuantiza.eval.measure.quality import make_task, measure_quality
 from cuantiza.export.stage import export
 from cuantiza.quantize.stage import quantize
-from lab import CORPUS, DATA, ES_MINI, ROOT, page_folder
-from lab.pages import filled, write
+from lab import CORPUS, DATA, page_folder
+from lab.pages import filled, page_parser, write
 
 JSON = DATA / "own-text.json"
 RECIPES = ("int8-dynamic", "int8-static", "int4-weight")
@@ -39,16 +38,8 @@ _FIELDS = (
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m lab.own_text", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", type=Path, default=ES_MINI, help="folder of the checkpoint (default es-mini)")
+    parser = page_parser("lab.own_text", __doc__, TOKENS, Path("artifacts/own-text"), JSON)
     parser.add_argument("--recipes", nargs="+", default=RECIPES, help=f"recipes (default {' '.join(RECIPES)})")
-    parser.add_argument("--tokens", type=int, default=TOKENS, help=f"tokens to score (default {TOKENS})")
-    default = Path("artifacts/own-text")
-    parser.add_argument("--work", type=Path, default=default, help=f"folder of the artifacts (default {default})")
-    parser.add_argument("--output", type=Path, default=JSON, help=f"the figures (default {JSON.relative_to(ROOT)})")
-    parser.add_argument("--reprint", action="store_true", help="write the page again from the JSON, without measuring")
     args = parser.parse_args()
     if not args.reprint:
         write(args.output, json.dumps(measure(args.model, args.recipes, args.tokens, args.work), indent=1) + "\n")

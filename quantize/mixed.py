@@ -88,7 +88,7 @@ def spend(
     if max_bytes is not None:
         _check_bytes(original, shapes, max_bytes)
     choosing, checking = windows[::EVERY], windows[1::EVERY]
-    seen = np.delete(windows, np.s_[1::EVERY], axis=0)
+    seen = _seen(windows)
     with folders.staging(work / "gauge") as folder:
         others = np.delete(seen, np.s_[:: EVERY - 1], axis=0)
         options = _measure(path, original.clone(), shapes, choosing, others, plan, folder)
@@ -96,10 +96,8 @@ def spend(
         gauge = Gauge(path, checking, folder)
 
         def attempt(chosen: Mapping[str, Option]) -> tuple[Mixed, int, Effect]:
-            model = original.clone()
             grids = {name: option.grid for name, option in chosen.items()}
-            decisions = decide(model, seen, replace(plan, grids=grids), folder)
-            weights = choose_weights(model, decisions, BASE, grids)
+            model, decisions, weights = _rounded(original, grids, seen, plan, folder)
             effect = gauge.effect(model, weights, _portable)
             size = graph_bytes(model, weights)
             report(f"mixed     {size / 1e6:.2f} MB, KL {effect.kl_divergence:.5f} nats on windows that chose nothing")
@@ -109,6 +107,32 @@ def spend(
             return _keep_bytes(options, max_bytes, attempt, original, shapes)
         assert max_kl is not None
         return _keep_kl(options, max_kl, attempt)
+
+
+def spend_again(parent: Path, work: Path, windows: np.ndarray, plan: Plan, details: dict) -> Mixed:
+    """Quantize the fp32 artifact `parent` as `spend` did with the same text and plan, whose `details` say what it chose.
+
+    Nothing is measured, and the integers are the same.
+    """
+    model = onnx_file.load(parent / artifact.MODEL)
+    grids = {(grid.bits, grid.block): grid for grid in (BASE, *OTHERS)}
+    chosen = {name: grids[matrix["bits"], matrix["block"]] for name, matrix in details["matrices"].items()}
+    with folders.staging(work / "gauge") as folder:
+        return Mixed(*_rounded(model, chosen, _seen(windows), plan, folder), details)
+
+
+def _seen(windows: np.ndarray) -> np.ndarray:
+    """The windows on which all is rounded: those that do not check the result."""
+    return np.delete(windows, np.s_[1::EVERY], axis=0)
+
+
+def _rounded(
+    original: ir.Model, grids: Mapping[str, Grid], windows: np.ndarray, plan: Plan, work: Path
+) -> tuple[ir.Model, dict[str, Decision], dict[str, IntWeight]]:
+    """Smooth a copy of the model and round each matrix on its grid; return (the copy, decisions, integers)."""
+    model = original.clone()
+    decisions = decide(model, windows, replace(plan, grids=grids), work)
+    return model, decisions, choose_weights(model, decisions, BASE, grids)
 
 
 def matrix_shapes(graph: ir.Graph) -> dict[str, tuple[int, int]]:
@@ -202,9 +226,11 @@ def _measure(
     weights = choose_weights(model, decisions, BASE)
     readers = {projection.weight.name: projection for projection in find_projections(model.graph)}
     gauge = Gauge(path, measured, work)
-    options, names = {}, [name for name in shapes if name in weights]  # in an order that is the same in every run
-    for name in track(names, "sensitivity", len(names)):
-        alone = gauge.effect(model, {name: weights[name]}, _portable).kl_divergence
+    weights = {name: weights[name] for name in shapes if name in weights}  # in an order that is the same in every run
+    effects = dict(track(gauge.alone(model, weights, _portable), "sensitivity", len(weights)))
+    options = {}
+    for name in weights:
+        alone = effects[name].kl_divergence
         grids = grids_for(shapes[name][0])
         if name in readers:
             errors = _errors(readers[name].matrix, decisions[readers[name].name].power, grids)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from cuantiza.core.errors import UserError
+
 # How weights are rounded to integers: quantize/weights/rounding.py and quantize/weights/gptq.py.
 Rounding = Literal["gptq", "nearest"]
 # Where activations stay in float, also "descent": quantize/weights/follow.py.
@@ -14,6 +16,8 @@ Ranges = Literal["min-max", "percentile", "entropy", "mse"]
 # Which operators the graph uses: standard ones for any runtime, or the fewest and fastest ones for ONNX Runtime on a
 # CPU (quantize/rewrite/fuse_attention.py).
 Target = Literal["portable", "ort"]
+# Standard ONNX has blocked quantization and 4-bit integers from this opset on.
+BLOCKS_OPSET = 21
 # The exponents of SmoothQuant that calibration tries for each tensor. A recipe without exponents does not smooth.
 ALPHAS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
@@ -56,3 +60,9 @@ def check_max_error(max_error: float | None) -> None:
 def for_target(line: str, target: Target) -> str:
     """Add to a recipe's description `line` that its graph runs in ONNX Runtime alone, if `target` is "ort"."""
     return f"{line}; for ONNX Runtime alone" if target == "ort" else line
+
+
+def check_opset(opset: int, least: int) -> None:
+    """Raise UserError if the graph's `opset` is below `least`, which weights in blocks or in 4 bits need."""
+    if opset < least:
+        raise UserError(f"opset {opset} has neither blocked quantization nor 4-bit integers; export with OPSET={least}")

@@ -17,8 +17,17 @@ from cuantiza.core.machine.progress import report, warn
 from cuantiza.core.store import artifact, digests, folders
 from cuantiza.core.store.artifact import Artifact
 from cuantiza.quantize.recipes.budget.int8_static_mixed import MixedStaticInt8
-from cuantiza.quantize.recipes.budget.int_mixed import MixedWeightOnly
-from cuantiza.quantize.recipes.registry import RECIPES, Recipe, calibrates_together, calibration_of, get_recipe, to_json
+from cuantiza.quantize.recipes.budget.int_mixed import BothForms, MixedWeightOnly
+from cuantiza.quantize.recipes.registry import (
+    RECIPES,
+    Recipe,
+    calibrates_together,
+    calibration_of,
+    get_recipe,
+    least_opset,
+    to_json,
+)
+from cuantiza.quantize.settings import check_opset
 
 _LIBRARIES = ("numpy", "onnx", "onnx-ir", "onnxruntime", "tokenizers")
 
@@ -26,7 +35,7 @@ _LIBRARIES = ("numpy", "onnx", "onnx-ir", "onnxruntime", "tokenizers")
 def quantize(
     fp32: str | Path | Artifact,
     recipe: str | Recipe,
-    output: Path | None = None,
+    output: str | Path | None = None,
     *,
     corpus: str | Path | Source = CORPUS,
     name: str | None = None,
@@ -41,7 +50,7 @@ def quantize(
     """
     path = fp32.path if isinstance(fp32, Artifact) else Path(fp32)
     label, recipe = get_recipe(recipe) if isinstance(recipe, str) else (_name_of(recipe), recipe)
-    name = name or label or (output.name if output is not None else None)
+    name = name or label or (Path(output).name if output is not None else None)
     if name is None:
         raise UserError("name=: is missing; this recipe has no name of its own, so say how its artifact is called")
     target = path.parent / name if output is None else Path(output)
@@ -125,8 +134,9 @@ def quantize_all(parent: Artifact, wanted: Sequence[Wanted], source: Source) -> 
     """Make the `wanted` artifacts from `parent`, unless they are up to date. The caller has locked their folders.
 
     Recipes that quantize linear layers calibrate together, on the text `source`, and have the same bytes as if each had
-    done so alone. Every artifact is published as soon as it is finished. Raises UserError if a file of `parent` is not as
-    it was published, or if a recipe cannot be used; one that calibrates by itself, or not at all, does not stop the others.
+    done so alone. Every artifact is published as soon as it is finished. Raises UserError, before anything is made, if a
+    file of `parent` is not as it was published, or if its opset is too low for a recipe. Raises one, too, if a recipe
+    cannot be used; one that calibrates by itself, or not at all, does not stop the others.
     """
     made: dict[Path, Artifact] = {}
     missing: list[_Missing] = []
@@ -143,19 +153,47 @@ def quantize_all(parent: Artifact, wanted: Sequence[Wanted], source: Source) -> 
             missing.append(_Missing(one, inputs, calibration))
     if missing:
         artifact.verify(parent)
+    for item in missing:  # before any of them calibrates, which takes minutes
+        if (opset := parent.manifest.recipe.get("opset")) is not None:  # that of `export`
+            check_opset(opset, least_opset(item.wanted.recipe))
     layered = [item for item in missing if calibrates_together(item.wanted.recipe)]
     errors: list[UserError] = []
-    for item in missing:
-        if item not in layered:
-            try:
-                made[item.wanted.target] = _make(parent, item)
-            except UserError as error:  # which says nothing about the other recipes
-                errors.append(error)
+    for group in _forms([item for item in missing if item not in layered]):
+        try:
+            if len(group) > 1:
+                made |= _make_together(parent, group, BothForms)
+            else:
+                made[group[0].wanted.target] = _make(parent, group[0])
+        except UserError as error:  # which says nothing about the other recipes
+            errors.append(error)
     if layered:
-        made |= _make_together(parent, layered)
+        from cuantiza.quantize.layers import Together
+
+        made |= _make_together(parent, layered, Together)
     if errors:
         raise errors[0]
     return [made[one.target] for one in wanted]
+
+
+def _forms(missing: Sequence[_Missing]) -> list[list[_Missing]]:
+    """Group those that quantize by one budget for several targets; each other one is a group of its own."""
+    groups: dict[Recipe | int, list[_Missing]] = {}
+    for place, one in enumerate(missing):
+        recipe = one.wanted.recipe
+        shared = dataclasses.replace(recipe, target="portable") if isinstance(recipe, MixedWeightOnly) else place
+        groups.setdefault(shared, []).append(one)
+    return list(groups.values())
+
+
+def _known(one: _Missing) -> dict[str, Any] | None:
+    """What the manifest of the portable form beside it, if that is up to date, says of the bits of an -ort form."""
+    recipe = one.wanted.recipe
+    if not isinstance(recipe, MixedWeightOnly) or recipe.target == "portable":
+        return None
+    form = to_json(dataclasses.replace(recipe, target="portable"))
+    beside = one.wanted.target.with_name(one.wanted.name.removesuffix("-ort"))
+    found = artifact.up_to_date(beside, one.inputs | {"recipe": form})
+    return found.manifest.details["mixed"] if isinstance(found, Artifact) else None
 
 
 def _make(parent: Artifact, one: _Missing) -> Artifact:
@@ -165,20 +203,21 @@ def _make(parent: Artifact, one: _Missing) -> Artifact:
     name = one.wanted.name
     with folders.staging(one.wanted.target) as work:
         try:
-            details = isolated(one.wanted.recipe.make, parent.path, work, one.calibration, label=name)
+            known = _known(one)
+            more = () if known is None else (None, known)
+            details = isolated(one.wanted.recipe.make, parent.path, work, one.calibration, *more, label=name)
         except ChildError as error:
             raise UserError(f"{name}: {error.reason}") from error
         return _publish(parent, one, work, details)
 
 
-def _make_together(parent: Artifact, together: list[_Missing]) -> dict[Path, Artifact]:
-    """Make the artifacts in one process, which calibrates all of them at once; return them by their folders."""
+def _make_together(parent: Artifact, together: list[_Missing], kind: type) -> dict[Path, Artifact]:
+    """Make the artifacts by a `kind` of Together in one process, which calibrates all at once; return them by folder."""
     from cuantiza.core.machine.process import ChildError, Remote
-    from cuantiza.quantize.layers import Together
 
     made: dict[Path, Artifact] = {}
     recipes = {one.wanted.name: one.wanted.recipe for one in together}
-    with Remote(Together, recipes, parent.path, together[0].calibration, label=", ".join(recipes)) as remote:
+    with Remote(kind, recipes, parent.path, together[0].calibration, label=", ".join(recipes)) as remote:
         with folders.staging(together[0].wanted.target) as work:
             remote.call("calibrate", work)
         for one in together:

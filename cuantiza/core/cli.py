@@ -101,6 +101,7 @@ def add_corpus(parser: argparse._ActionsContainer) -> None:
 
     parser.add_argument(
         "--corpus",
+        action=_Corpus,
         default=CORPUS,
         help=f"file or folder of {', '.join(SUFFIXES)} or other text, packed or not, or hub data set id ({CORPUS}); "
         f"{SELF}: the model writes what calibrates it",
@@ -123,6 +124,21 @@ def add_corpus(parser: argparse._ActionsContainer) -> None:
         choices=(0, 1),
         help="join all rows or files to one text, as papers do with WikiText, and score all of it",
     )
+
+
+class _Corpus(argparse.Action):
+    """Stores a corpus. One that is given again is another text, and what was said of the first does not hold for it.
+
+    So `make quantize CORPUS=… CORPUS_SPLIT=test QUANTIZE="--corpus OTHER"` calibrates on OTHER, which may have no splits.
+    """
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, _option: str | None = None
+    ) -> None:
+        if getattr(namespace, "corpus_is_given", False):
+            for name in ("config", "split", "column", "by", "join"):
+                setattr(namespace, f"corpus_{name}", parser.get_default(f"corpus_{name}"))
+        namespace.corpus, namespace.corpus_is_given = values, True
 
 
 def source_of(args: argparse.Namespace) -> Source:

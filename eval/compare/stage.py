@@ -22,8 +22,8 @@ def compare(
     base: str | Path,
     head: str | Path,
     *,
-    recipes: Sequence[str] | None = None,
-    budgets: Path | None = None,
+    recipes: str | Sequence[str] | None = None,
+    budgets: str | Path | None = None,
     latency: bool = True,
     corpus: str | Path | Source = CORPUS,
     tokens: int = TOKENS,
@@ -33,7 +33,7 @@ def compare(
 ) -> Comparison:
     """Compare `head` with `base`: each a report.json, the folder of one, or a folder of artifacts such as artifacts/es-mini.
 
-    recipes: the names to compare (default: all that `base` has). budgets: a TOML file that says how much worse a figure
+    recipes: the name, or names, to compare (default: all that `base` has). budgets: a TOML file that says how much worse a figure
     may be (default: budgets.toml in the working directory, else 0.005 nats of ln perplexity, 1 % of size, 10 % of
     latency). latency: whether times are compared. The other options mean what they mean in `evaluate`; they are for
     folders, whose artifacts are measured here, base and head in turns.
@@ -49,7 +49,8 @@ def compare(
     ):
         if not least <= value <= 10**9:
             raise UserError(f"--{option} {value}: give a number from {least} on")
-    limits = read_budgets(budgets)
+    recipes = [recipes] if isinstance(recipes, str) else recipes
+    limits = read_budgets(None if budgets is None else Path(budgets))
     base, head = _path("BASE", str(base)), _path("HEAD", str(head))
     kinds = [is_artifacts(path) and not (path / "report.json").is_file() for path in (base, head)]
     if kinds[0] != kinds[1]:

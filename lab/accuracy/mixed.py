@@ -10,7 +10,6 @@ int4-weight in all rows, so that they differ in bits alone. Artifacts are kept i
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 from dataclasses import replace
@@ -38,8 +37,8 @@ from cuantiza.quantize.recipes.weight_only import WeightOnly
 from cuantiza.quantize.rewrite.weight_only import choose_weights, quantize_weights
 from cuantiza.quantize.stage import quantize
 from cuantiza.quantize.weights.rounding import Grid
-from lab import CORPUS, DATA, ES_MINI, ROOT, page_folder
-from lab.pages import filled, write
+from lab import CORPUS, DATA, page_folder
+from lab.pages import filled, page_parser, write
 
 JSON = DATA / "mixed.json"
 SHARES = ("0.16x",)
@@ -49,16 +48,8 @@ _FIELDS = ("delta_ln_ppl", "delta_ln_ppl_stderr", "kl_divergence", "kl_divergenc
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m lab.accuracy.mixed", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", type=Path, default=ES_MINI, help="folder of the checkpoint (default es-mini)")
+    parser = page_parser("lab.accuracy.mixed", __doc__, TOKENS, Path("artifacts/mixed"), JSON)
     parser.add_argument("--shares", nargs="*", default=SHARES, help=f"further budgets (default {' '.join(SHARES)})")
-    parser.add_argument("--tokens", type=int, default=TOKENS, help=f"tokens to score (default {TOKENS})")
-    default = Path("artifacts/mixed")
-    parser.add_argument("--work", type=Path, default=default, help=f"folder of the artifacts (default {default})")
-    parser.add_argument("--output", type=Path, default=JSON, help=f"the figures (default {JSON.relative_to(ROOT)})")
-    parser.add_argument("--reprint", action="store_true", help="write the page again from the JSON, without measuring")
     args = parser.parse_args()
     if not args.reprint:
         write(args.output, json.dumps(measure(args.model, args.shares, args.tokens, args.work), indent=1) + "\n")

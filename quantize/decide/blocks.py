@@ -79,15 +79,26 @@ def open_block(
     computed = [name for name in outputs if name != block.start]
     if not computed:
         return lambda ids, start: [start for _ in outputs]
+    run = open_part(cut(model, block.start, computed), work)
+
+    def with_start(ids: np.ndarray, start: np.ndarray | None) -> list[np.ndarray]:
+        found = dict(zip(computed, run(ids, start), strict=True))
+        return [start if name == block.start else found[name] for name in outputs]
+
+    return with_start
+
+
+def cut(model: ir.Model, start: str | None, outputs: list[str]) -> ir.Model:
+    """Return the part of `model` that computes the values named `outputs` from the value `start`, as a model of its own."""
     copy = model.clone()
     graph = copy.graph
     values = {value.name: value for node in graph for value in node.outputs}
-    if block.start is not None:
+    if start is not None:
         feed = ir.Value(name=_INPUT, type=ir.TensorType(ir.DataType.FLOAT))
-        ir.convenience.replace_all_uses_with(values[block.start], feed)
+        ir.convenience.replace_all_uses_with(values[start], feed)
         graph.inputs.append(feed)
     graph.outputs.clear()
-    for name in computed:
+    for name in outputs:
         values[name].type = ir.TensorType(ir.DataType.FLOAT)
         graph.outputs.append(values[name])
     RemoveUnusedNodesPass()(copy)
@@ -95,16 +106,24 @@ def open_block(
     for value in unused:
         graph.inputs.remove(value)
         graph.initializers.pop(value.name, None)
-    onnx_file.save(copy, work)
+    return copy
+
+
+def open_part(part: ir.Model, work: Path) -> Callable[[np.ndarray, np.ndarray | None], list[np.ndarray]]:
+    """Return a function from (token ids int64 [T], the value that `part` starts from) to its outputs, in their order.
+
+    `part` is what `cut` returned. Its file in the folder `work` is deleted once it is loaded.
+    """
+    onnx_file.save(part, work)
     session = open_session(work / "model.onnx")
-    for file in work.iterdir():
-        file.unlink()
+    for file in (work / "model.onnx", work / onnx_file.DATA):
+        file.unlink(missing_ok=True)
+    inputs = session.get_inputs()
 
     def run(ids: np.ndarray, start: np.ndarray | None) -> list[np.ndarray]:
-        inputs = session.get_inputs()
         own = {item.name: start for item in inputs if item.name == _INPUT}
-        found = dict(zip(computed, session.run(computed, window_feeds(inputs, ids) | own), strict=True))
-        return [start if name == block.start else found[name] for name in outputs]
+        found: list[np.ndarray] = session.run(None, window_feeds(inputs, ids) | own)
+        return found
 
     return run
 

@@ -1,12 +1,12 @@
 """Calibration: run the model block by block on calibration windows, and decide how to quantize each linear layer.
 
-Each block runs on the windows once, and is smoothed according to the activations that were seen. A static recipe runs
-the smoothed block again, to collect histograms of its activations. Then the weights of the block are rounded. With
-rounding "descent", that follows what the blocks and layers before, rounded, make of the windows (follow.py). Only sums,
-histograms and a sample of the activations are kept, and for each window the values that the next block starts from.
+Each block of the fp32 model runs on the windows once, and is smoothed by the activations that were seen. For static ranges,
+the smoothed block runs again, and histograms of its activations are collected. Then the weights of the block are rounded.
+With rounding "descent", that takes into account what the blocks and layers before lost by rounding (follow.py). Of the
+activations only sums, histograms and a sample are kept, and for each window the value that the next block starts from.
 
-What is seen of a block before it is smoothed does not depend on how it will be quantized. So several jobs, which differ in
-their plans and the number of their windows, share that run; each smooths and rounds a copy of the model of its own.
+What is seen of a block in fp32 does not depend on how it will be quantized. So several jobs, which differ in their plans and
+in the number of their windows, share that run; each smooths and rounds a copy of the model of its own.
 
 The last bits of a matmul depend on the number of threads that BLAS splits it over, and such a bit can change which way
 a 4-bit weight is rounded. So each matmul has one thread, and the processors work on different tensors instead: the
@@ -15,6 +15,7 @@ result has the same bytes on any number of processors.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -85,9 +86,9 @@ def calibrate(
     with (
         threadpool_limits(1, "blas"),
         ThreadPoolExecutor(default_threads()) as pool,
-        ThreadPoolExecutor(_JOBS_AT_ONCE) as lanes,
+        ThreadPoolExecutor(_JOBS_AT_ONCE) as job_pool,
     ):
-        return _calibrate(model, jobs, windows, work, until, pool, lanes)
+        return _calibrate(model, jobs, windows, work, until, pool, job_pool)
 
 
 def _calibrate(
@@ -97,9 +98,9 @@ def _calibrate(
     work: Path,
     until: str | None,
     pool: ThreadPoolExecutor,
-    lanes: ThreadPoolExecutor,
+    job_pool: ThreadPoolExecutor,
 ) -> list[dict[str, Decision]]:
-    # Each has a folder of its own, since the blocks of several jobs are written at the same time.
+    # Each job has a folder of its own, since their blocks are written at the same time. The first is for the fp32 model.
     folders = [work / str(number) for number in range(len(jobs) + 1)]
     for folder in folders:
         folder.mkdir()
@@ -107,48 +108,50 @@ def _calibrate(
     for value in model.graph.initializers.values():
         if isinstance(value.const_value, ir.ExternalTensor):
             value.const_value.numpy()
-    courses = [_Course(job, folder, pool) for job, folder in zip(jobs, folders[1:], strict=True)]
+    runners = [_JobRunner(job, folder, pool) for job, folder in zip(jobs, folders[1:], strict=True)]
     windows = windows[: max(job.windows for job in jobs)]
     before: list[np.ndarray | None] = [None] * len(windows)
     blocks, values = split(model.graph), find_values(model.graph)
     stops = {job.windows for job in jobs}
     for number, block in enumerate(track(blocks, "calibrate", len(blocks))):
-        grams = max((course.job.windows for course in courses if course.needs_gram(number)), default=0)
+        grams = max((runner.job.windows for runner in runners if runner.needs_gram(number)), default=0)
         seen = _observe(model, block, values, windows, before, grams, stops, folders[0], pool)
-        before = _decide_block(number, courses, seen, windows, before, lanes)
-        if until in courses[0].decisions:
+        before = _decide_block(number, runners, seen, windows, before, job_pool)
+        if until in runners[0].decisions:
             break
-    return [course.decisions for course in courses]
+    return [runner.decisions for runner in runners]
 
 
 def _decide_block(
     number: int,
-    courses: list[_Course],
+    runners: list[_JobRunner],
     seen: Iterator[_Observed],
     windows: np.ndarray,
     before: list,
-    lanes: ThreadPoolExecutor,
+    job_pool: ThreadPoolExecutor,
 ) -> list:
-    """Let each course decide on block `number` as soon as its windows were `seen`.
+    """Let each job decide on block `number` as soon as as many windows were `seen` as it calibrates on.
 
-    Returns the values that the next block starts from, one for each of `windows`.
+    `before` has the value that the block starts from for each of `windows`. Returns those that the next block starts from.
     """
     deciding = []
     for observed in seen:
-        due = [course for course in courses if course.job.windows == observed.count]
-        deciding += [lanes.submit(course.decide, number, observed, windows, before) for course in due]
+        due = [runner for runner in runners if runner.job.windows == observed.count]
+        deciding += [job_pool.submit(runner.decide, number, observed, windows, before) for runner in due]
     for one in deciding:
         one.result()
     return observed.after
 
 
-class _Course:
-    """A job on its way through the blocks of its model: `decisions` are those so far."""
+class _JobRunner:
+    """Runs one job: smooths and rounds the blocks of its model, one after the other. `decisions` are those so far."""
 
     def __init__(self, job: Job, work: Path, pool: ThreadPoolExecutor) -> None:
         graph = job.model.graph
         self.job, self._work, self._pool = job, work, pool
         self._blocks, self._values, self._tables = split(graph), find_values(graph), find_tables(graph)
+        read = Counter(projection.weight for block in self._blocks for projection in block.projections)
+        self._whole = self._tables | {matrix for matrix, count in read.items() if count > 1}
         # What a block starts from was seen before smoothing, so it is not smoothed. In no model that we know it could be.
         starts = {block.start for block in self._blocks}
         groups = smooth.find_groups(graph) if job.plan.alphas else {}
@@ -163,10 +166,10 @@ class _Course:
         return plan.rounding == "gptq" and any(_is_rounded(p, self._tables, plan) for p in block.projections)
 
     def decide(self, number: int, seen: _Observed, windows: np.ndarray, before: list) -> None:
-        """Smooth block `number` by what was seen of it, and decide on its linear layers.
+        """Smooth block `number` of the job's model by what was `seen` of it in fp32, and decide on its linear layers.
 
-        `before` has the value that the block starts from for each of `windows` int64 [n, T]. There may be more windows
-        than the job wants.
+        `before` has the value that the block starts from in fp32 for each of `windows` int64 [n, T], of which the job
+        takes the first.
         """
         model, plan, tables, pool = self.job.model, self.job.plan, self._tables, self._pool
         block, windows, before = self._blocks[number], windows[: self.job.windows], before[: self.job.windows]
@@ -174,7 +177,7 @@ class _Course:
 
         def tensor_of(name: str) -> Tensor:
             group = self._groups.get(name)
-            return decide_tensor(readers[name], seen.moments[name], seen.of_values, group, tables, plan)
+            return decide_tensor(readers[name], seen.moments[name], seen.of_values, group, self._whole, plan)
 
         tensors = list(pool.map(tensor_of, seen.moments))
         for tensor in tensors:
@@ -286,7 +289,7 @@ def _histograms(
     work: Path,
     pool: ThreadPoolExecutor,
 ) -> dict[str, Histogram]:
-    """One histogram per input tensor, by name, measured after smoothing and without the float channels."""
+    """Run the smoothed `block`; return a histogram of each of `tensors`, by name, without its float channels."""
     run = open_block(model, block, [tensor.name for tensor in tensors], work)
     histograms: dict[str, Histogram] = {}
 
@@ -311,7 +314,10 @@ def _decide(
     plan: Plan,
     work: Path,
 ) -> Decision:
-    """Decide on one linear layer: choose the range of its input, and round its weight unless that is done."""
+    """Decide on one linear layer: choose how its input is quantized, and round its weight unless it is `rounded`.
+
+    `tensor` is the input after smoothing, of which `histogram` was collected for a static range.
+    """
     keep, of_values = tensor.keep, tensor.of_values.get(projection.name)
     activation: Activation | None = None
     rows, output = tensor.moments.rows[:, keep], tensor.output(tensor.moments.rows)

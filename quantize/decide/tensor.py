@@ -73,13 +73,13 @@ def decide_tensor(
     moments: Moments,
     of_values: dict[str, ValueMoments],
     group: smooth.Group | None,
-    tables: set[ir.Value],
+    whole: set[ir.Value],
     plan: Plan,
 ) -> Tensor:
     """Choose the smoothing, the float channels and the bits of the tensor that all of `projections` read.
 
-    `moments` are those before smoothing, and `group` says what can take part in it. `tables` are the matrices of
-    embeddings and the head.
+    `moments` are those before smoothing, and `group` says what can take part in it. `whole` are matrices of which no row
+    stays in float, since something else reads their integers, too.
     """
     weights = [projection.matrix for projection in projections]
     grids = [plan.grid_of(projection.weight.name) for projection in projections]
@@ -109,7 +109,7 @@ def decide_tensor(
     if group is not None:
         smoothing = _search_smoothing(moments, weights, grids, energy, group, plan)
     tensor = smoothed(smoothing, 8)
-    if plan.float_channels and not any(projection.weight in tables for projection in projections):
+    if plan.float_channels and not any(projection.weight in whole for projection in projections):
         output = tensor.output(tensor.moments.rows)
         keep = _search_float_channels(tensor.moments, tensor.energy, output, plan.float_channels)
         tensor = replace(tensor, keep=keep)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,12 +11,15 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from cuantiza.core.contract import LOGITS
 from cuantiza.core.errors import UserError
 from cuantiza.core.machine.progress import report, track
 from cuantiza.core.onnx import file as onnx_file
 from cuantiza.core.run.divergence import compare
 from cuantiza.core.run.runtime import Runtime
+from cuantiza.quantize.decide.blocks import Block, cut, open_part, split
 from cuantiza.quantize.decide.decision import Decision, Rewrite
+from cuantiza.quantize.rewrite.find import find_embeddings
 
 # Only every other calibration window is measured: 8 of int8's 16 windows, which is 4,096 tokens.
 EVERY = 2
@@ -80,15 +83,62 @@ class Gauge:
         onnx_file.save(copy, self._work)
         del copy
         session = Runtime(self._work / "model.onnx")
+        return self._effect(session.forward(window[None])[0] for window in self._windows)
+
+    def alone(
+        self, model: ir.Model, weights: Mapping[str, Any], rewrite: Callable[[ir.Model, Any], object]
+    ) -> Iterator[tuple[str, Effect]]:
+        """Measure `model` with each of `weights` quantized alone; yield (the name of the matrix, its effect).
+
+        `rewrite` quantizes what reads the matrices of a dict. What comes before a matrix computes what it does in fp32.
+        So of a matrix that a single block of the graph reads, only that block is rewritten. It starts from its value in
+        the fp32 model, and the blocks after it, which one session computes for all matrices of the block, go on in fp32.
+        """
+        blocks = split(model.graph)
+        embedded = {embedding.table.name for embedding in find_embeddings(model.graph)}
+        readers: dict[str | None, list[Block]] = {}
+        for block in blocks:
+            for name in {projection.weight.name for projection in block.projections} - embedded:
+                readers.setdefault(name, []).append(block)
+        inside = {name: readers[name][0] for name in weights if len(readers.get(name, [])) == 1}
+        for name in weights:
+            if name not in inside:
+                yield name, self.effect(model, {name: weights[name]}, rewrite)
+        starts: list[np.ndarray | None] = [None] * len(self._windows)
+        *before, last = blocks
+        head = open_part(cut(model, last.start, [LOGITS]), self._work)
+        for block in blocks:
+            whole = cut(model, block.start, [LOGITS if block is last else block.end or LOGITS])
+            after = [] if block is last else [head]
+            if block in before[:-1] and last.start is not None:
+                after = [open_part(cut(model, block.end, [last.start]), self._work), head]
+            for name in (name for name, reader in inside.items() if reader is block):
+                part = whole.clone()
+                rewrite(part, {name: weights[name]})
+                steps = [open_part(part, self._work), *after]
+                yield name, self._effect(_through(steps, *both)[0] for both in zip(self._windows, starts, strict=True))
+            if block is not last:
+                run = open_part(whole, self._work)
+                starts = [_through([run], *both) for both in zip(self._windows, starts, strict=True)]
+
+    def _effect(self, found: Iterable[np.ndarray]) -> Effect:
+        """Compare the logits [T, V] that were `found` for each window with those of the baseline."""
         divergence, rise = [], []
         assert self._logits is not None  # there is at least one window
-        for window, reference in zip(self._windows, self._logits, strict=True):
-            candidate = session.forward(window[None])[0, :-1]
-            (before,), (after, kl, _) = compare(np.asarray(reference[:-1]), [candidate], window[1:])
+        for window, reference, logits in zip(self._windows, self._logits, found, strict=True):
+            (before,), (after, kl, _) = compare(np.asarray(reference[:-1]), [logits[:-1]], window[1:])
             divergence.append(kl.mean())
             rise.append((after - before).mean())
         stderr = float(np.std(rise, ddof=1)) / math.sqrt(len(rise)) if len(rise) > 1 else math.nan
         return Effect(float(np.mean(divergence)), float(np.mean(rise)), stderr)
+
+
+def _through(steps: Sequence[Callable], ids: np.ndarray, value: np.ndarray | None) -> np.ndarray:
+    """Run parts of a model, each of which starts from the only output of the one before."""
+    for step in steps:
+        (value,) = step(ids, value)
+    assert value is not None  # there is at least one step
+    return value
 
 
 def rank(model: ir.Model, decisions: dict[str, Decision], rewrite: Rewrite, gauge: Gauge) -> dict[str, Effect]:

@@ -123,6 +123,11 @@ def calibration_of(recipe: Recipe) -> Calibration | None:
     return getattr(recipe, "calibration", None)
 
 
+def least_opset(recipe: Recipe) -> int:
+    """Return the opset that the fp32 graph needs at least; 0 if `recipe` works in all that `export` writes."""
+    return getattr(recipe, "least_opset", 0)
+
+
 def calibrates_together(recipe: Recipe) -> bool:
     """Whether `make` takes what calibration decided together with other recipes; int-mixed calibrates more than once."""
     return hasattr(recipe, "plan") and not isinstance(recipe, MixedWeightOnly)

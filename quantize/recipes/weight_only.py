@@ -6,7 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from cuantiza.quantize.settings import ALPHAS, Calibration, Target, WeightRounding, check_exponents, for_target
+from cuantiza.quantize.settings import (
+    ALPHAS,
+    BLOCKS_OPSET,
+    Calibration,
+    Target,
+    WeightRounding,
+    check_exponents,
+    for_target,
+)
 
 if TYPE_CHECKING:
     from cuantiza.core.inputs.corpus import Split
@@ -47,6 +55,11 @@ class WeightOnly:
                 raise ValueError(f"block is {block}; give a number of inputs from 1, or null for one scale a channel")
         if self.scale_bits == 8 and self.block is None:
             raise ValueError("scale_bits is 8, but block is null; give a block, or scale_bits 32")
+
+    @property
+    def least_opset(self) -> int:
+        """The opset that the standard operators need; ONNX Runtime's own have no such limit."""
+        return BLOCKS_OPSET if self.target == "portable" else 0
 
     def describe(self) -> str:
         """Describe the recipe in one line, for `cuantiza recipes`."""

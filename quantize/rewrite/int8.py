@@ -75,9 +75,10 @@ def prepare_int8(graph: ir.Graph, decisions: dict[str, Decision]) -> tuple[Weigh
     everything = find_projections(graph)
     projections = [projection for projection in everything if projection.name in decisions]
     weights = Weights(graph, {projection.weight for projection in projections})
-    for projection in projections:
-        if decisions[projection.name].weight is not None:
-            weights.put(projection, decisions[projection.name].weight)
+    # Layers that share a matrix have the integers of the last of them.
+    decided = {(p.weight.name, p.channel_axis): p for p in projections if decisions[p.name].weight is not None}
+    for projection in decided.values():
+        weights.put(projection, decisions[projection.name].weight)
     kept = {projection.weight for projection in everything if projection.name not in decisions}
     return weights, projections, _quantize_embeddings(graph, weights, kept)
 

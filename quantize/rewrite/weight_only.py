@@ -42,13 +42,11 @@ from cuantiza.quantize.decide.decision import Decision
 from cuantiza.quantize.rewrite.edit import clean, constant, lazy_constant, replace_node
 from cuantiza.quantize.rewrite.find import Embedding, Projection, find_embeddings, find_projections, find_tables
 from cuantiza.quantize.rewrite.fuse_attention import ORT
-from cuantiza.quantize.settings import Target
+from cuantiza.quantize.settings import BLOCKS_OPSET, Target, check_opset
 from cuantiza.quantize.weights.rounding import Grid, IntWeight, round_to_nearest
 
 # The accuracy_level that lets MatMulNBits quantize activations to int8, with a scale per block: its fast path.
 _INT8_COMPUTE = 4
-# Standard ONNX has blocked quantization and 4-bit integers from this opset on.
-_PORTABLE_OPSET = 21
 _TYPES = {
     (8, True): ir.DataType.INT8,
     (8, False): ir.DataType.UINT8,
@@ -115,11 +113,8 @@ def quantize_weights(
         axes.setdefault(projection.weight.name, set()).add(projection.channel_axis)
     for embedding in embeddings:
         axes.setdefault(embedding.table.name, set()).add(0)
-    if target == "portable" and axes and graph.opset_imports[""] < _PORTABLE_OPSET:
-        raise UserError(
-            f"opset {graph.opset_imports['']} has neither blocked quantization nor 4-bit integers; "
-            f"export with OPSET={_PORTABLE_OPSET}"
-        )
+    if target == "portable" and axes:
+        check_opset(graph.opset_imports[""], BLOCKS_OPSET)
 
     store, multiply, embed = _FORMS[target]
     stored = {}

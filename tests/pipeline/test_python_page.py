@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -14,7 +15,7 @@ from cuantiza.bundle.files import DTYPES, graph_name
 from cuantiza.core.store.artifact import Artifact
 from cuantiza.model import load
 
-from helpers import ROOT
+from helpers import ROOT, report_fields, report_row
 
 OPTIMUM = ROOT / ".venv-optimum/bin/python"
 
@@ -77,3 +78,22 @@ def test_the_recipes_that_bundle_are_those_of_the_page() -> None:
     text = (ROOT / "docs/use.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| `([\w-]+)` \| `(\w+)` \| `([\w.]+)` \|$", text, re.MULTILINE)
     assert rows == [(recipe, dtype, graph_name(recipe)) for recipe, dtype in DTYPES.items()]
+
+
+def test_one_name_or_path_need_not_stand_in_a_list(
+    es_mini_fp32: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python would read a text as a list of its letters."""
+    from cuantiza.eval import stage
+    from cuantiza.eval.compare.stage import compare
+
+    asked = []
+    monkeypatch.setattr(stage, "_evaluate", lambda *those: asked.append(those))
+    path = es_mini_fp32.path
+    stage.evaluate(str(path), protocols="gptq", onnx=str(path / "model.onnx"), output=str(tmp_path))
+    stage.evaluate([path], protocols=["gptq"], onnx=[path / "model.onnx"], output=tmp_path)
+    assert asked[0] == asked[1] and asked[0][2].protocols == ("gptq",)
+
+    (tmp_path / "report.json").write_text(json.dumps(report_fields([report_row("fp32"), report_row("q")])))
+    one, listed = (compare(tmp_path, tmp_path, recipes=names, latency=False) for names in ("q", ["q"]))
+    assert {check.recipe for check in one.checks} == {"q"} and one.checks == listed.checks

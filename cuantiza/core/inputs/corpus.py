@@ -71,8 +71,8 @@ def load_calibration(source: Source) -> Split:
     """The calibration side of `source`: what is scored is never in it.
 
     It is a third of the documents, as in `load_splits`; of a joined data set it is the split "train", and of a joined
-    folder with an index that file's calibration side. Raises UserError where a joined text has no other side, and as
-    `load_splits` does.
+    folder with an index that file's calibration side. Raises UserError where a joined text has no other side, such as a
+    saved data set without splits, and as `load_splits` does.
     """
     if source.spec == SELF:
         return Split("calibration", (), SELF_SEED)
@@ -81,13 +81,20 @@ def load_calibration(source: Source) -> Split:
     if _has_index(source):
         return _joined(load_splits(source)[0])
     train = Source.split
-    if train in re.split(r"[+\[]", source.split) or not documents.has_splits(source):
+    other = f'QUANTIZE="--corpus OTHER", or "--corpus {SELF}" for text that the model writes'
+    # A split may be several, or a part of one: "test+train", "train[:10%]"; "all" is all of them.
+    named = {part.strip() for part in re.split(r"[+[(]", source.split)}
+    if named & {train, "all"} or not documents.may_have_split(source, train):
         raise UserError(
             f"CORPUS={source.spec}: all of it is scored where CORPUS_JOIN=1, so nothing is left to calibrate on; score "
-            "another split of a data set (CORPUS_SPLIT=test), or calibrate on another text: "
-            f'QUANTIZE="--corpus OTHER --corpus-join 0", or "--corpus {SELF}" for text that the model writes'
+            f"another split of a data set that has {train}, too (CORPUS_SPLIT=test), or calibrate on another text: {other}"
         )
-    return Split("calibration", (documents.join(replace(source, split=train)),))
+    try:
+        return Split("calibration", (documents.join(replace(source, split=train)),))
+    except UserError as error:
+        raise UserError(
+            f"{error}; where CORPUS_JOIN=1, the split {train} calibrates, or another text: {other}"
+        ) from None
 
 
 @functools.cache

@@ -81,11 +81,20 @@ def draw(logits: np.ndarray, before: list[int], sampling: Sampling, generator: n
 
 
 def generate(
-    runtime: Runtime, ids: list[int], count: int, sampling: Sampling, seed: int = 0, stop: Collection[int] = ()
+    runtime: Runtime,
+    ids: list[int],
+    count: int,
+    sampling: Sampling,
+    seed: int = 0,
+    stop: Collection[int] = (),
+    repeat_prompt: bool = False,
 ) -> Iterator[int]:
-    """Yield up to `count` token ids that follow `ids`, with a KV cache; ends before a token of `stop`."""
+    """Yield up to `count` token ids that follow `ids`, with a KV cache; ends before a token of `stop`.
+
+    With `repeat_prompt`, `sampling.no_repeat_ngram` allows the sequences of `ids`, and bans those of the new tokens alone.
+    """
     generator = np.random.default_rng(seed)
-    cache, before = runtime.cache(1, len(ids) + count), list(ids)
+    cache, before = runtime.cache(1, len(ids) + count), [] if repeat_prompt else list(ids)
     step = np.asarray([ids], np.int64)
     for _ in range(count):
         token = draw(runtime.step(cache, step)[0], before, sampling, generator)

@@ -8,13 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cuantiza.quantize.settings import ALPHAS, Calibration, Target, for_target
+from cuantiza.quantize.settings import ALPHAS, BLOCKS_OPSET, Calibration, Target, for_target
 
 if TYPE_CHECKING:
-    import onnx_ir as ir
+    import numpy as np
 
     from cuantiza.core.inputs.corpus import Split
     from cuantiza.quantize.decide.decision import Plan, Rewrite
+    from cuantiza.quantize.mixed import Mixed
+
+    # The calibration windows int64 [n, T], and the integers that were chosen on them.
+    Spent = tuple[np.ndarray, Mixed]
 
 # Of 40 windows, 10 measure and 30 calibrate, which is about as many as int4-weight has.
 _CALIBRATION = Calibration(windows=40)
@@ -48,6 +52,11 @@ class MixedWeightOnly:
                     f"calibration has {name} {count}; give 3 or more: some windows calibrate, others measure"
                 )
 
+    @property
+    def least_opset(self) -> int:
+        """The opset of standard operators, with which both targets are measured."""
+        return BLOCKS_OPSET
+
     def describe(self) -> str:
         """Describe the recipe in one line, for `cuantiza recipes`."""
         budget = (
@@ -71,39 +80,69 @@ class MixedWeightOnly:
 
         return lambda model, decisions: quantize_weights(model, choose_weights(model, decisions, BASE), self.target)
 
-    def make(self, parent: Path, work: Path, split: Split) -> dict:
-        """Write the quantized form of the fp32 artifact `parent` into the folder `work`, calibrated on `split`.
+    def spend(self, parent: Path, work: Path, split: Split, known: dict | None = None) -> Spent:
+        """Choose the bits of each matrix of the fp32 artifact `parent` and round it, calibrated on `split`.
 
-        Returns `details` for the manifest. The stage calls this in a process of its own. Raises UserError where no choice
-        of bits keeps the budget.
+        That does not depend on the target. `known` is what the manifest of the form for the other target says of the
+        bits, which are not chosen once more. `work` is a folder for temporary files. Raises UserError where no choice of
+        bits keeps the budget.
         """
         from cuantiza.core.onnx import file as onnx_file
         from cuantiza.core.store import artifact
         from cuantiza.quantize.decide.calibrate import calibration_windows
-        from cuantiza.quantize.layers import calibrated_on
-        from cuantiza.quantize.mixed import spend
-        from cuantiza.quantize.rewrite.find import left_in_float
-        from cuantiza.quantize.rewrite.weight_only import quantize_weights
-        from cuantiza.quantize.steps import write_graph
+        from cuantiza.quantize.mixed import spend, spend_again
 
         windows = calibration_windows(parent, split, self.calibration)
+        if known is not None:
+            return windows, spend_again(parent, work, windows, self.plan(), known)
         files = [parent / artifact.MODEL, parent / onnx_file.DATA]
         fp32 = sum(path.stat().st_size for path in files if path.is_file())
         budget = None if self.max_bytes is None else bytes_of(self.max_bytes, fp32)
+        return windows, spend(parent, work, windows, self.plan(), budget, self.max_kl)
 
-        def rewrite(model: ir.Model) -> dict:
-            kept = left_in_float(model.graph)
-            found = spend(parent, work, windows, self.plan(), budget, self.max_kl)
-            model.graph = found.model.graph
-            _, embeddings = quantize_weights(model, found.weights, self.target)
-            return {
-                "mixed": found.details,
-                "projections": {name: decision.details for name, decision in found.decisions.items()},
-                "embeddings": [embedding.name for embedding in embeddings],
-                "left_in_float": kept,
-            }
+    def make(
+        self, parent: Path, work: Path, split: Split, spent: Spent | None = None, known: dict | None = None
+    ) -> dict:
+        """Write the quantized form of the fp32 artifact `parent` into the folder `work`, calibrated on `split`.
 
-        return calibrated_on(windows, split) | write_graph(parent, work, self.target, rewrite)
+        `spent` is what `spend` returned for this recipe or its form for the other target, and `known` is for it. Returns `details` for the
+        manifest. The stage calls this in another process.
+        """
+        from cuantiza.quantize.layers import calibrated_on
+        from cuantiza.quantize.rewrite.find import left_in_float
+        from cuantiza.quantize.rewrite.weight_only import quantize_weights
+        from cuantiza.quantize.steps import load_graph, save_graph
+
+        model = load_graph(parent, self.target)
+        kept = left_in_float(model.graph)
+        windows, found = spent or self.spend(parent, work, split, known)
+        model.graph = found.model.clone().graph
+        _, embeddings = quantize_weights(model, found.weights, self.target)
+        details = {
+            "mixed": found.details,
+            "projections": {name: decision.details for name, decision in found.decisions.items()},
+            "embeddings": [embedding.name for embedding in embeddings],
+            "left_in_float": kept,
+        }
+        return calibrated_on(windows, split) | details | save_graph(model, parent, work, self.target)
+
+
+class BothForms:
+    """Forms of one such recipe by the names of their artifacts, which are made in one process and decide once."""
+
+    def __init__(self, recipes: dict[str, MixedWeightOnly], parent: Path, split: Split) -> None:
+        self._recipes, self._parent, self._split = recipes, parent, split
+
+    def calibrate(self, work: Path) -> None:
+        """Spend the budget, with temporary files in `work`."""
+        from cuantiza.core.machine.progress import working
+
+        with working(", ".join(self._recipes)):
+            self._spent = next(iter(self._recipes.values())).spend(self._parent, work, self._split)
+
+    def make(self, name: str, work: Path) -> dict:
+        """Write the files of the artifact `name` into `work`; return `details` for the manifest."""
+        return self._recipes[name].make(self._parent, work, self._split, self._spent)
 
 
 def bytes_of(size: str, fp32: int) -> int:

@@ -13,15 +13,16 @@ import pytest
 from cuantiza.core.errors import UserError
 from cuantiza.core.inputs.corpus import Source, load_splits
 from cuantiza.core.onnx import file as onnx_file
+from cuantiza.core.store.artifact import Artifact
 from cuantiza.export.stage import export
-from cuantiza.quantize import mixed
+from cuantiza.quantize import mixed, stage
 from cuantiza.quantize.decide.calibrate import calibration_windows
 from cuantiza.quantize.inspect.sensitivity import Gauge
 from cuantiza.quantize.recipes.budget.int_mixed import MixedWeightOnly, bytes_of
 from cuantiza.quantize.recipes.registry import RECIPES, DynamicInt8
 from cuantiza.quantize.rewrite.weight_only import quantize_weights
 from cuantiza.quantize.settings import Calibration
-from cuantiza.quantize.stage import with_bits_budget
+from cuantiza.quantize.stage import Wanted, opened, quantize_all, with_bits_budget
 from cuantiza.quantize.weights.follow import with_embedding
 from cuantiza.quantize.weights.gptq import descend
 from cuantiza.quantize.weights.rounding import Grid, round_to_nearest
@@ -80,6 +81,32 @@ def test_a_budget_in_bytes_is_kept_and_used_up(make, fp32):
     assert {node.op_type for node in graph.graph} >= {"MatMulNBits", "GatherBlockQuantized", "GroupQueryAttention"}
     q, packed = (integers(one)["wte.weight_int4"] for one in (model, graph))
     assert np.array_equal(q[:, ::2].astype(np.uint8) | q[:, 1::2].astype(np.uint8) << 4, packed.reshape(len(q), -1))
+
+
+def test_both_forms_spend_the_budget_once(fp32, tmp_path, monkeypatch, capfd):
+    """In one command, or where the portable form lies beside it, the other form has the bytes that it has alone."""
+    forms = {
+        name: MixedWeightOnly("0.19x", target=target, calibration=LITTLE)
+        for name, target in (("mine", "portable"), ("mine-ort", "ort"))
+    }
+
+    def make(folder: str, *names: str) -> list[Artifact]:
+        wanted = [Wanted(tmp_path / folder / name, name, forms[name]) for name in names]
+        with opened(fp32, tmp_path / folder) as parent:
+            return quantize_all(parent, wanted, Source(str(CORPUS)))
+
+    alone = [*make("portable", "mine"), *make("ort", "mine-ort")]
+    assert capfd.readouterr().err.count("sensitivity:") == 2
+    make("later", "mine")
+    assert capfd.readouterr().err.count("sensitivity:") == 1
+    later = make("later", "mine", "mine-ort")
+    assert capfd.readouterr().err.count("sensitivity:") == 0
+    monkeypatch.setattr(stage, "_make", lambda *_: pytest.fail("a form is made alone"))
+    together = make("together", "mine", "mine-ort")
+    assert capfd.readouterr().err.count("sensitivity:") == 1
+    for found in (later, together):
+        for one, other in zip(found, alone, strict=True):
+            assert one.digest == other.digest and one.manifest == other.manifest
 
 
 def test_a_budget_in_kl_is_kept_with_fewer_bytes_than_8_bits(make, fp32):

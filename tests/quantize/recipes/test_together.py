@@ -178,3 +178,25 @@ def test_no_thread_is_the_first_to_read_a_weight(split: Split, tmp_path: Path, m
 
     monkeypatch.setattr(ir.ExternalTensor, "_load", load_in_the_main_thread)
     calibrate_recipes([quick("int8-dynamic"), quick("int8-static")], fp32.path, tmp_path, split)
+
+
+@pytest.mark.parametrize("name", ["int-mixed", "int-mixed-ort", "int4-weight"])
+def test_an_opset_that_is_too_low_is_refused_before_anything_is_calibrated(
+    name: str, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cuantiza.core.machine import process
+
+    parent = export(tiny_folder, tmp_path / "artifacts", opset=20)
+    for work in ("Remote", "isolated"):
+        monkeypatch.setattr(process, work, lambda *_, **__: pytest.fail("work has begun"))
+    with pytest.raises(UserError, match=r"opset 20 .*OPSET=21"):
+        make(parent, {"int8-dynamic": RECIPES["int8-dynamic"], name: RECIPES[name]}, tmp_path / "made")
+    assert not list((tmp_path / "made").glob("*/manifest.json"))
+
+
+def test_a_form_for_onnx_runtime_needs_no_opset(tiny_folder: Path, tmp_path: Path) -> None:
+    parent = export(tiny_folder, tmp_path / "artifacts", opset=20)
+    made = make(parent, {"int4-weight-ort": quick("int4-weight-ort")}, tmp_path / "made")
+    # What is made of an artifact that is quantized already says of itself that nothing is left to do.
+    with pytest.raises(UserError, match="has no linear layer"):
+        make(made["int4-weight-ort"], {"int4-weight": quick("int4-weight")}, tmp_path / "again")

@@ -70,10 +70,10 @@ def join(source: Source) -> str:
     return joined
 
 
-def has_splits(source: Source) -> bool:
-    """Whether `source` is a data set, of the hub or saved, of which CORPUS_SPLIT= names a split."""
+def may_have_split(source: Source, name: str) -> bool:
+    """Whether `source` is a data set with a split `name`: a saved one, or any of the hub, which says so when it is read."""
     path = place(source.spec)
-    return not path.exists() or (path.is_dir() and hub.is_saved(path))
+    return not path.exists() or name in hub.saved_splits(path)
 
 
 def _check(source: Source) -> None:

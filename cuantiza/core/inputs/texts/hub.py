@@ -17,12 +17,21 @@ from cuantiza.core.store.digests import digest
 if TYPE_CHECKING:
     from cuantiza.core.inputs.corpus import Source
 
-_SAVED = ("state.json", "dataset_dict.json")  # what datasets' save_to_disk writes beside the data
+# What datasets' save_to_disk writes beside the data: of one table, and of several splits.
+_TABLE, _SPLITS = "state.json", "dataset_dict.json"
 
 
 def is_saved(folder: Path) -> bool:
     """Whether datasets' `save_to_disk` wrote `folder`."""
-    return any((folder / name).is_file() for name in _SAVED)
+    return any((folder / name).is_file() for name in (_TABLE, _SPLITS))
+
+
+def saved_splits(folder: Path) -> list[str]:
+    """The splits that `save_to_disk` wrote to `folder`; none where it wrote a single table, or nothing that can be read."""
+    try:
+        return [str(name) for name in json.loads((folder / _SPLITS).read_text(encoding="utf-8"))["splits"]]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return []
 
 
 def saved_rows(folder: Path, source: Source) -> Iterator[Row]:
@@ -31,11 +40,11 @@ def saved_rows(folder: Path, source: Source) -> Iterator[Row]:
 
     broken = (datasets.exceptions.DatasetsError, OSError, ValueError, LookupError, TypeError, AttributeError)
     try:
-        for state in folder.rglob("state.json"):
+        for state in folder.rglob(_TABLE):
             _check_inside(
                 state, [file["filename"] for file in json.loads(state.read_text(encoding="utf-8"))["_data_files"]]
             )
-        if (splits := folder / "dataset_dict.json").is_file():
+        if (splits := folder / _SPLITS).is_file():
             _check_inside(splits, json.loads(splits.read_text(encoding="utf-8"))["splits"])
         table = datasets.load_from_disk(str(folder))
     except (*broken, RecursionError) as error:

@@ -9,7 +9,9 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from cuantiza.core.inputs.tokenizer import load_tokenizer
-from cuantiza.core.run.sampling import Sampling, scores, text_of
+from cuantiza.core.run.chat import Chat
+from cuantiza.core.run.sampling import Sampling, generate, scores, text_of
+from cuantiza.model import Model
 
 from helpers import ES_MINI, SPANISH
 
@@ -83,3 +85,24 @@ def test_a_ban_of_every_token_is_lifted() -> None:
     logits, sampling = np.array([1.0, 2.0, 3.0], np.float32), Sampling(no_repeat_ngram=1, top_p=0.9)
     assert np.isneginf(scores(logits, [0, 2], sampling)).tolist() == [True, False, True]
     assert np.isfinite(scores(logits, [0, 1, 2, 1], sampling)).any()
+
+
+class Counts:
+    """A model that says 1, 2, 3, 4, 1, 2 … after any text, and likes the token after the likeliest one next."""
+
+    def cache(self, batch: int, capacity: int) -> None:
+        pass
+
+    def step(self, cache: None, ids: np.ndarray) -> np.ndarray:
+        return np.roll([[4.0, 3.0, 2.0, 1.0, 0.0]], ids[0, -1] % 4 + 1).astype(np.float32)
+
+
+def test_an_answer_may_repeat_what_was_asked_and_a_text_that_goes_on_may_not() -> None:
+    """transformers counts the prompt of a text, too; in a chat that would ban the words of the template and the question."""
+    sampling, ids = Sampling(temperature=0, no_repeat_ngram=3), [1, 2, 3, 4, 1, 2]
+    assert list(generate(Counts(), ids, 6, sampling)) == [4, 1, 3, 4, 2, 3]
+    assert list(generate(Counts(), ids, 7, sampling, repeat_prompt=True)) == [3, 4, 1, 2, 3, 4, 2]
+    model = object.__new__(Model)  # without the files of one
+    model.runtime, model.positions, model.end = Counts(), 100, frozenset()
+    assert list(model.tokens(ids, 3, sampling, asked=Chat(ids, frozenset({1})))) == [3, 4]
+    assert list(model.tokens(ids, 3, sampling)) == [4, 1, 3]

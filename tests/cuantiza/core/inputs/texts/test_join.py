@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -10,8 +11,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from cuantiza.core.cli import Parser, add_corpus, source_of
 from cuantiza.core.errors import UserError
 from cuantiza.core.inputs.corpus import Source, load_calibration, load_splits, load_test, scored, write_index
+from cuantiza.core.inputs.texts import hub
 
 from helpers import CORPUS
 
@@ -67,6 +70,60 @@ def test_a_saved_data_set_calibrates_on_its_train_split(tmp_path: Path) -> None:
     assert load_test(source).documents == ("\n\n".join(ROWS),)
     with pytest.raises(UserError, match="CORPUS_SPLIT=test"):
         load_calibration(Source(str(tmp_path / "saved"), join=True))
+
+
+def test_a_saved_data_set_without_a_split_for_calibration_is_refused(tmp_path: Path) -> None:
+    """A table that was saved alone is the same whatever split is named, so that all of it is scored."""
+    import datasets
+
+    table = datasets.Dataset.from_dict({"text": ROWS})
+    table.save_to_disk(str(tmp_path / "table"))
+    datasets.DatasetDict({"test": table}).save_to_disk(str(tmp_path / "test"))
+    datasets.DatasetDict({"train": table, "test": table}).save_to_disk(str(tmp_path / "both"))
+    for name, split in (
+        ("table", "test"),
+        ("table", "train"),
+        ("test", "test"),
+        ("both", "test + train"),
+        ("both", "all"),
+    ):
+        source = Source(str(tmp_path / name), split=split, join=True)
+        with pytest.raises(UserError, match=r"nothing is left to calibrate on.* has train, too") as told:
+            load_calibration(source)
+        assert "\n" not in str(told.value)
+
+
+def test_a_data_set_of_the_hub_without_a_split_for_calibration_says_what_it_would_take(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(source: Source, *_: object) -> list[str]:
+        if source.split != "test":
+            raise UserError(f"CORPUS={source.spec}: Unknown split {source.split}")
+        return ["Uno."]
+
+    monkeypatch.setattr(hub, "hub_texts", read)
+    source = Source("owner/one", split="test", join=True)
+    assert load_test(source).documents == ("Uno.",)
+    with pytest.raises(UserError, match=r'Unknown split train; where CORPUS_JOIN=1, .*QUANTIZE="--corpus OTHER"'):
+        load_calibration(source)
+
+
+@pytest.mark.parametrize("first", [[], ["--corpus-config=a", "--corpus-split=test", "--corpus-column=c"]])
+def test_what_the_refusal_advises_works_beside_the_options_of_the_first_text(first: list[str], tmp_path: Path) -> None:
+    """make puts what QUANTIZE= holds behind the options of CORPUS=, which are about another text."""
+    (tmp_path / "one.txt").write_text("Uno.\n")
+    with pytest.raises(UserError) as told:
+        load_calibration(Source(str(tmp_path / "one.txt"), join=True))
+    advised = re.search(r'QUANTIZE="([^"]+)"', str(told.value))[1].replace("OTHER", str(CORPUS)).split()
+    add_corpus(parser := Parser("quantize", None, ""))
+    args = parser.parse_args([f"--corpus={tmp_path / 'one.txt'}", *first, "--corpus-join=1", *advised])
+    assert source_of(args) == Source(str(CORPUS))
+    assert load_calibration(source_of(args)).documents
+    # Options before and after the only text, or after the second one, are about it.
+    for again in ([], ["--corpus", "other"]):
+        args = parser.parse_args([*again, "--corpus-split=a", "--corpus", "b", "--corpus-split", "b"])
+        assert source_of(args) == Source("b", split="b")
+    assert source_of(parser.parse_args(["--corpus-split=a", "--corpus", "b"])) == Source("b", split="a")
 
 
 def test_what_cannot_be_joined_is_refused(tmp_path: Path) -> None:

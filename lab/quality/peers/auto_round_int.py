@@ -1,9 +1,9 @@
 """AutoRound: weights of few bits, of which signed gradient descent tunes the rounding and the ranges, block by block.
 
-Its guide advises the scheme W4A16 with its default of 200 iterations, and groups of 32 for better results; 8-bit weights
-are rounded to nearest, which its guide does for speed. The head stays in floating point, its default. What is saved is
-its own format; transformers loads that with AutoRound's kernel in PyTorch, which unpacks the weights. Float32 takes the
-place of that kernel's float16, so that only the weights' error is measured.
+Its guide advises the scheme W4A16 with its default of 200 iterations, and groups of 32 for better results. 8-bit weights
+are rounded to nearest (`iters=0`), as there is little to tune. The head stays in floating point, its default. It saves
+its own format, which transformers loads with AutoRound's kernel in PyTorch. That kernel unpacks the weights and computes
+in float16; here it computes in float32, so that only the weights' error is measured.
 """
 
 from __future__ import annotations
@@ -55,9 +55,8 @@ class Engine:
         torch.set_num_threads(threads)
         logging.disable_progress_bar()
         saved = files(kind, folder)[0].parent  # AutoRound adds a folder of the scheme's name
-        self._model = (
-            AutoModelForCausalLM.from_pretrained(saved, device_map="cpu", local_files_only=True).eval().float()
-        )
+        self._model = AutoModelForCausalLM.from_pretrained(saved, device_map="cpu", local_files_only=True).eval()
+        torch.nn.Module.float(self._model)  # transformers' own `float` refuses quantized models
 
     def all_logits(self, ids: np.ndarray) -> np.ndarray:
         """Logits float32 [T, V] of ids [T]."""

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from cuantiza.core.machine.child import Failed
 from cuantiza.core.store import digests
 from cuantiza.core.store.artifact import Artifact
 from cuantiza.eval.measure.estimates import quality
@@ -58,7 +59,10 @@ class Reference:
 
 
 class Answers:
-    """A row's logits, from its own interpreter by way of a file; the methods are those of Reference."""
+    """A row's logits, from its own interpreter by way of a file; the methods are those of Reference.
+
+    Logits that are not numbers raise Failed, because no figure follows from them.
+    """
 
     def __init__(self, resident: Resident, file: Path, vocabulary: int) -> None:
         self._resident, self._file, self._vocabulary = resident, file, vocabulary
@@ -67,6 +71,8 @@ class Answers:
         self._last = last
         self._resident.ask("logits", ids.tolist())
         self._logits = np.load(self._file)
+        if np.isnan(self._logits).any():
+            raise Failed("gives logits that are not numbers")
 
     def result(self) -> np.ndarray:
         return self._logits[-(self._last or 0) :, : self._vocabulary]  # some libraries pad the vocabulary

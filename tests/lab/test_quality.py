@@ -15,6 +15,7 @@ import pytest
 
 from cuantiza.core.errors import UserError
 from cuantiza.core.inputs.corpus import Source, load_splits
+from cuantiza.core.machine import child
 from cuantiza.core.store.artifact import Artifact, open_artifact
 from cuantiza.eval.measure.engines import Subject
 from cuantiza.eval.measure.quality import Task, make_task, measure_quality
@@ -142,6 +143,15 @@ def test_a_library_that_is_not_installed_is_skipped(
     args = argparse.Namespace(corpus=CORPUS, threads=1)
     found = measure_row(row, ES_MINI, args, tmp_path / "windows.npy", reference, task, tmp_path)
     assert found["skipped"] == "not installed: run `make peers`" and found["name"] == "CTranslate2 int8"
+
+
+def test_logits_that_are_not_numbers_are_no_figures(tmp_path: Path) -> None:
+    class Broken:
+        def ask(self, *question: object) -> None:
+            np.save(tmp_path / "logits.npy", np.array([[0.0, np.nan]], np.float32))
+
+    with pytest.raises(child.Failed, match="gives logits that are not numbers"):
+        score.Answers(Broken(), tmp_path / "logits.npy", 2).start("logits", np.array([0]))
 
 
 def test_rows_are_named_once_and_selected_by_pattern() -> None:
@@ -299,3 +309,57 @@ def test_importance_is_the_mean_square_of_each_input() -> None:
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["names"] == 6 * 4 and found["error"] < 1e-4  # 4 linear layers in each of 6 layers, and no head
+
+
+# Quantizes a small random GPT-2 (onnx_quantize: es-mini's fp32 graph) by every kind of a module; prints the largest
+# error of the logits that its engine computes from the files, beside the standard deviation of fp32's.
+FROM_FILES = """
+import importlib, json, sys
+from pathlib import Path
+import numpy as np, torch
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+
+name, ours, checkpoint, work = sys.argv[1], *map(Path, sys.argv[2:5])
+module = importlib.import_module(name)
+if not checkpoint.exists():
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=8192, n_positions=64, n_embd=64, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)
+    GPT2LMHeadModel(config).save_pretrained(checkpoint)
+model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+windows = np.random.default_rng(0).integers(0, 8192, (3, 32))
+np.save(work / "calibration.npy", windows)
+ids = windows[0, :20]
+with torch.inference_mode():
+    expected = model(torch.from_numpy(ids)[None]).logits[0].numpy()
+errors = {}
+for kind in sys.argv[5:]:
+    folder = work / kind
+    folder.mkdir()
+    more = () if "onnx_quantize" in name else (work / "calibration.npy",)
+    module.prepare(kind, checkpoint, ours, folder, *more)
+    assert all(file.is_file() for file in module.files(kind, folder))
+    found = module.Engine(kind, folder, 1).all_logits(ids)
+    errors[kind] = float(np.sqrt(np.mean((found - expected) ** 2)) / expected.std())
+print(json.dumps(errors))
+"""
+# The root mean square of the error, as a share of the logits' standard deviation. Rounding to 8 bits leaves under 3 %.
+KINDS = {
+    "auto_round_int": {"int8": 0.03, "int4": 0.3},
+    "neural_compressor_int": {"int8": 0.1, "gptq": 0.3, "awq": 0.3},
+    "onnx_quantize_int": {"int8-weights": 0.03, "int4": 0.3},
+}
+
+
+@pytest.mark.skipif(not PYTHON.exists(), reason="no .venv-peers here; `make peers` creates it")
+@pytest.mark.parametrize("module", KINDS)
+def test_logits_of_a_peers_files_are_nearly_fp32s(module: str, es_mini_fp32: Artifact, tmp_path: Path) -> None:
+    checkpoint = ES_MINI if module.startswith("onnx") else tmp_path / "model"
+    name = f"lab.quality.peers.{module}"
+    command = [PYTHON, "-c", FROM_FILES, name, es_mini_fp32.path.parent, checkpoint, tmp_path, *KINDS[module]]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True)
+    if "ModuleNotFoundError" in done.stderr:
+        pytest.skip(f"{done.stderr.splitlines()[-1]}; run `make peers` again")
+    assert done.returncode == 0, done.stderr
+    errors = json.loads(done.stdout.splitlines()[-1])
+    for kind, bound in KINDS[module].items():
+        assert 0 < errors[kind] < bound, (kind, errors)

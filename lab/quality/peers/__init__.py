@@ -51,6 +51,20 @@ def _nbits(name: str, kind: str, how: str) -> Peer:
     return Peer(f"ONNX Runtime {name}", kind, "peers", f"{_HERE}.onnxruntime_nbits", 4, how)
 
 
+def _autoround(name: str, kind: str, bits: int, how: str) -> Peer:
+    return Peer(f"AutoRound {name}", kind, "peers", f"{_HERE}.auto_round_int", bits, how, calibrated=True)
+
+
+def _inc(name: str, kind: str, bits: int, how: str) -> Peer:
+    name, module = f"Neural Compressor {name}", f"{_HERE}.neural_compressor_int"
+    return Peer(name, kind, "peers", module, bits, how, calibrated=True)
+
+
+def _onnx_quantize(name: str, kind: str, bits: int, how: str) -> Peer:
+    how = f"`quantize` with `weights_only` and `mse`: {how}"
+    return Peer(f"onnx_quantize {name}", kind, "peers", f"{_HERE}.onnx_quantize_int", bits, how)
+
+
 PEERS: tuple[Peer, ...] = (
     Peer("PyTorch fp32", "fp32", "peers", f"{_BENCH}.pytorch", 32, "transformers, not quantized"),
     Peer(
@@ -91,6 +105,13 @@ PEERS: tuple[Peer, ...] = (
     _nbits("int4", "default", "rounding to nearest"),
     _nbits("int4 HQQ", "hqq", "HQQ"),
     _nbits("int4 k-quant", "k-quant", "k_quant"),
+    _autoround("int4", "int4", 4, "scheme `W4A16` in groups of 32, 200 iterations, run in float32"),
+    _autoround("int8", "int8", 8, "scheme `W8A16` in groups of 32, rounding to nearest, run in float32"),
+    _inc("int4 GPTQ", "gptq", 4, "`GPTQConfig`, 4 bits in groups of 32, asymmetric"),
+    _inc("int4 AWQ", "awq", 4, "`AWQConfig`, 4 bits in groups of 32, asymmetric"),
+    _inc("int8", "int8", 8, "`get_default_static_config` on the exported graph, float32 weights in the file"),
+    _onnx_quantize("int4", "int4", 4, "4 bits in groups of 32, asymmetric"),
+    _onnx_quantize("int8 weights", "int8-weights", 8, "int8 per channel, symmetric"),
     Peer(
         "optimum int8",
         "int8",

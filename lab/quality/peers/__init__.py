@@ -60,6 +60,11 @@ def _inc(name: str, kind: str, bits: int, how: str) -> Peer:
     return Peer(name, kind, "peers", module, bits, how, calibrated=True)
 
 
+def _builder(name: str, bits: int) -> Peer:
+    how = f"`python -m onnxruntime_genai.models.builder -p {name} -e cpu`; it knows Llama-shaped families, not GPT-2"
+    return Peer(f"onnxruntime-genai's builder {name}", name, "peers", f"{_BENCH}.ort_genai_builder", bits, how)
+
+
 def _onnx_quantize(name: str, kind: str, bits: int, how: str) -> Peer:
     how = f"`quantize` with `weights_only` and `mse`: {how}"
     return Peer(f"onnx_quantize {name}", kind, "peers", f"{_HERE}.onnx_quantize_int", bits, how)
@@ -102,6 +107,8 @@ PEERS: tuple[Peer, ...] = (
         8,
         "the converter's `int8_float32` quantization",
     ),
+    _builder("int8", 8),
+    _builder("int4", 4),
     _nbits("int4", "default", "rounding to nearest"),
     _nbits("int4 HQQ", "hqq", "HQQ"),
     _nbits("int4 k-quant", "k-quant", "k_quant"),

@@ -39,7 +39,7 @@ PEERS: tuple[Peer, ...] = (
     Peer("llama.cpp Q8_0", "q8_0", "peers", "lab.bench.peers.llama_cpp_gguf", "int8", cache_bytes=2),
     Peer("llama.cpp Q4_K_M", "q4_k_m", "peers", "lab.bench.peers.llama_cpp_gguf", "int4", cache_bytes=2),
     Peer("llama.cpp Q4_0", "q4_0", "peers", "lab.bench.peers.llama_cpp_gguf", "int4", cache_bytes=2),
-    Peer("onnxruntime-genai's builder int8", "int8", "peers", "lab.bench.peers.ort_genai_builder", "int8"),
-    Peer("onnxruntime-genai's builder int4", "int4", "peers", "lab.bench.peers.ort_genai_builder", "int4"),
+    Peer("onnxruntime-genai's builder int8", "builder-int8", "peers", "lab.bench.peers.ort_genai", "int8"),
+    Peer("onnxruntime-genai's builder int4", "builder-int4", "peers", "lab.bench.peers.ort_genai", "int4"),
     Peer("onnxruntime-genai int8-weight-ort", "int8-weight-ort", "peers", "lab.bench.peers.ort_genai", "int8"),
 )

@@ -1,6 +1,7 @@
-"""onnxruntime-genai, Microsoft's own generation loop, on our `-ort` artifact. The row shows the cost of that loop.
+"""onnxruntime-genai, Microsoft's own generation loop: on our `-ort` artifact, and on files of its own model builder.
 
-past_present_share_buffer keeps keys and values in one buffer of max_length, which the artifact's GroupQueryAttention
+The row of our artifact shows the cost of that loop. The builder knows Llama-shaped families and not GPT-2; it rounds to
+nearest in blocks of 32, in all linear layers and the head. past_present_share_buffer keeps keys and values in one buffer of max_length, which the artifact's GroupQueryAttention
 updates in place.
 """
 
@@ -9,6 +10,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
+import tempfile
 from importlib.metadata import version as version_of
 from pathlib import Path
 
@@ -16,6 +20,10 @@ import numpy as np
 import onnxruntime_genai as genai
 
 from cuantiza.core.onnx.genai_config import GENAI_CONFIG
+from lab.bench.peers.ort_cache import CachedSession
+
+# The precisions of the builder, by kind; other kinds are recipes of ours.
+BUILDER = {"builder-int8": "int8", "builder-int4": "int4"}
 
 genai.disable_telemetry_events()
 
@@ -25,14 +33,28 @@ def version() -> str:
 
 
 def prepare(kind: str, checkpoint: Path, ours: Path, folder: Path) -> None:
-    artifact = ours / kind
-    for file in artifact.glob("model.onnx*"):
-        _link(file, folder / file.name)
-    config = json.loads((artifact / GENAI_CONFIG).read_text(encoding="utf-8"))
-    (folder / GENAI_CONFIG).write_text(json.dumps(endless(config), indent=2), encoding="utf-8")
+    if kind in BUILDER:
+        _build(BUILDER[kind], checkpoint, folder)
+    else:
+        for file in [*(ours / kind).glob("model.onnx*"), ours / kind / GENAI_CONFIG]:
+            _link(file, folder / file.name)
+    config = folder / GENAI_CONFIG
+    fields = json.loads(config.read_text(encoding="utf-8"))
+    config.unlink()  # which may be a link to ours
+    config.write_text(json.dumps(_endless(fields), indent=2), encoding="utf-8")
 
 
-def endless(config: dict) -> dict:
+def _build(precision: str, checkpoint: Path, folder: Path) -> None:
+    """Make the builder's files in `folder`. Raises RuntimeError with its last line if it fails."""
+    with tempfile.TemporaryDirectory() as cache:
+        options = ["-i", str(checkpoint), "-o", str(folder), "-p", precision, "-e", "cpu", "-c", cache]
+        command = [sys.executable, "-m", "onnxruntime_genai.models.builder", *options]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError((done.stderr.strip().splitlines() or [f"the builder ended with {done.returncode}"])[-1])
+
+
+def _endless(config: dict) -> dict:
     """The fields of genai_config.json with another end token, one that hardly ever occurs.
 
     A sequence that holds its end token is not continued, and random models write any token.
@@ -51,8 +73,9 @@ class Engine:
         options = {"intra_op_num_threads": threads, "inter_op_num_threads": 1, "session.force_spinning_stop": "1"}
         config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
         self._model = genai.Model(config)
-        fields = json.loads((folder / GENAI_CONFIG).read_text(encoding="utf-8"))
-        self._vocabulary = fields["model"]["vocab_size"]
+        self._folder, self._threads = folder, threads
+        fields = json.loads((folder / GENAI_CONFIG).read_text(encoding="utf-8"))["model"]
+        self._vocabulary, self._head_width = fields["vocab_size"], fields["decoder"]["head_size"]
 
     def start(self, batch: int, capacity: int) -> None:
         parameters = genai.GeneratorParams(self._model)
@@ -77,6 +100,10 @@ class Engine:
             self._choose(ids[:, -1])
         self._length += count
         return self._generator.get_logits()[:, -1]
+
+    def all_logits(self, ids: np.ndarray) -> np.ndarray:
+        """Logits float32 [T, V] of ids [T], by ONNX Runtime itself: onnxruntime-genai gives those of the last alone."""
+        return CachedSession(self._folder / "model.onnx", self._threads, True, self._head_width).all_logits(ids)
 
     def _choose(self, tokens: np.ndarray) -> None:
         """Add tokens [B] to a batch. It only accepts tokens that it chose itself, so the logits allow no other."""

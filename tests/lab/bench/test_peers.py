@@ -31,16 +31,15 @@ TEXT = (
 SPREAD = {"fp32": 3e-3, "int8": 0.12, "int8 head": 0.12, "int4": 0.3}
 # Each peer is tried on es-mini. onnxruntime-genai's builder does not know GPT-2. It, and those of which the files depend
 # on the architecture by code of ours, are tried on these random models too.
-BUILDER = "lab.bench.peers.ort_genai_builder"
 _SMALL = {"layers": 2, "width": 128, "heads": 4, "vocabulary": 8192, "positions": 256}
 _MORE = {"key_heads": 2, "head_width": 32, "hidden": 256, "rope_theta": 1e4}
 LLAMAS = {kind: LlamaShape(f"tiny-{kind}", **_SMALL, **_MORE, model_type=kind) for kind in ("llama", "qwen3")}
-CASES = [(peer, "es-mini") for peer in PEERS if peer.module != BUILDER]
+CASES = [(peer, "es-mini") for peer in PEERS if not peer.kind.startswith("builder")]
 CASES += [
     (peer, kind)
     for kind in LLAMAS
     for peer in PEERS
-    if peer.module.endswith(("builder", "llama_cpp_gguf", "ort_genai", "openvino_int8")) and peer.kind != "q4_k_m"
+    if peer.module.endswith(("llama_cpp_gguf", "ort_genai", "openvino_int8")) and peer.kind != "q4_k_m"
 ]
 # onnxruntime-genai can run any of our artifacts. Here it runs one without calibration, which must agree as fp32 does.
 QUICK = {"int8-weight-ort": ("fp32-ort", "fp32")}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -49,6 +50,54 @@ def replace_node(graph: ir.Graph, node: ir.Node, tape: ir.tape.Tape, result: ir.
     result.name = name
     for new in tape.nodes:
         new.name = f"{node.name}.{new.op_type}" if node.name else None
+
+
+def join_matmuls(graph: ir.Graph) -> None:
+    """Make one MatMulNBits of those that read the same value, and Split its output [.., ΣN] into theirs [.., N].
+
+    The integers of their channels stand one after the other, so the results are the same bit by bit. Queries, keys and
+    values gain, and gate and up-projection: in a small model, starting a matmul takes as long as computing it. Scales are
+    joined when ONNX Runtime loads the graph, as it computes them then. A matmul with a bias after it stays, since ONNX
+    Runtime makes one node of the two.
+    """
+    groups: dict[tuple, list[ir.Node]] = {}
+    for node in graph:
+        readers = [use.node for use in node.outputs[0].uses()]
+        biased = any(one.op_type == "Add" and any(v.is_initializer() for v in one.inputs if v) for one in readers)
+        if node.op_type == "MatMulNBits" and len(node.inputs) <= 4 and not biased:
+            same = tuple((name, node.attributes[name].value) for name in sorted(node.attributes) if name != "N")
+            groups.setdefault((node.inputs[0], len(node.inputs), same), []).append(node)
+    for (x, _, same), nodes in groups.items():
+        if len(nodes) > 1:
+            _join(graph, x, dict(same), nodes)
+
+
+def _join(graph: ir.Graph, x: ir.Value, same: dict[str, Any], nodes: list[ir.Node]) -> None:
+    integers, sizes = [node.inputs[1] for node in nodes], [node.attributes["N"].as_int() for node in nodes]
+    tape = ir.tape.Tape()
+    whole = lazy_constant(
+        graph,
+        f"{integers[0].name}_joined",
+        integers[0].dtype,
+        [sum(sizes), *integers[0].shape.numpy()[1:]],
+        lambda: np.concatenate([value.const_value.numpy() for value in integers]),
+    )
+    more = [tape.op("Concat", list(values), {"axis": 0}) for values in zip(*(n.inputs[2:] for n in nodes), strict=True)]
+    joined = tape.op("MatMulNBits", [x, whole, *more], same | {"N": sum(sizes)}, domain=nodes[0].domain)
+    joined.producer().name = f"{nodes[0].name}.joined"
+    split = ir.node(
+        "Split",
+        [joined, constant(graph, f"split_{'_'.join(map(str, sizes))}", np.array(sizes, np.int64))],
+        {"axis": -1},
+        num_outputs=len(nodes),
+    )
+    graph.insert_before(nodes[0], [*tape.nodes, split])
+    for node, part in zip(nodes, split.outputs, strict=True):
+        old = node.outputs[0]
+        name, part.shape, part.type = old.name, old.shape, old.type
+        ir.convenience.replace_all_uses_with(old, part)
+        graph.remove(node, safe=True)
+        part.name = name
 
 
 def clean(model: ir.Model) -> None:

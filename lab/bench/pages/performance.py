@@ -198,7 +198,6 @@ TABLES: dict[str, dict[str, Callable[[Path], str]]] = {
     "docs/performance.md": {
         "chosen": _chosen,
         "smollm2-135m": lambda data: _chosen(data, "smollm2-135m"),
-        "qwen3-0.6b": lambda data: _chosen(data, "qwen3-0.6b"),
     },
     "docs/performance/tables.md": {
         "main": _speeds("gpt2", 0),

@@ -61,7 +61,7 @@ def _inc(name: str, kind: str, bits: int, how: str) -> Peer:
 
 
 def _builder(name: str, bits: int) -> Peer:
-    how = f"`python -m onnxruntime_genai.models.builder -p {name} -e cpu`; it knows Llama-shaped families, not GPT-2"
+    how = f"`onnxruntime_genai.models.builder` with `-p {name} -e cpu`; it knows Llama-shaped families, not GPT-2"
     return Peer(f"onnxruntime-genai's builder {name}", f"builder-{name}", "peers", f"{_BENCH}.ort_genai", bits, how)
 
 

@@ -68,8 +68,8 @@ def decode_bytes(shape: Shape, weight_bytes: int, cache_bytes: int, position: in
 def prefill_ops(shape: Shape, tokens: int, batch: int = 1) -> int:
     """Multiplications and additions of a prefill of T = `tokens` tokens.
 
-    They are those of all linear layers for each token, of attention as if nothing were masked (4·T²·D per layer, where D is the width of queries), and
-    of the head for one position.
+    They are those of all linear layers for each token, of attention as if nothing were masked (4·T²·D per layer, where D
+    is the width of queries), and of the head for one position.
     """
     linear_layers = 2 * shape.body_parameters * tokens
     attention = 4 * tokens**2 * shape.query_width * shape.layers

@@ -1,4 +1,4 @@
-"""Helpers that edit a graph: add constants, replace a node, and remove what nothing reads."""
+"""Helpers that edit a graph: add constants, replace a node, join matmuls, and remove what nothing reads."""
 
 from __future__ import annotations
 

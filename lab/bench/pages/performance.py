@@ -109,9 +109,9 @@ def filled(name: str, text: str, data: Path) -> str:
     return text
 
 
-def chosen(data: Path, name: str = "gpt2") -> dict:
-    """The result of the run `name` with only the rows of CHOSEN that it measured, in that order."""
-    result = _load(data, name)
+def chosen(data: Path, run: str = "gpt2") -> dict:
+    """The result of `run` with only the rows of CHOSEN that it measured, in that order."""
+    result = _load(data, run)
     rows = {row["name"]: row for row in result["rows"] if not row["skipped"]}
     return {**result, "rows": [rows[name] for name in CHOSEN if name in rows]}
 

@@ -14,8 +14,8 @@ class CachedSession:
     """A session with all graph optimizations, and the keys and values of the tokens fed to it.
 
     The graph has the inputs and outputs of cuantiza/core/contract.py. With `in_place`, its attention is com.microsoft's
-    GroupQueryAttention, whose past and present may be one buffer [B, H, capacity, d]. `head_width` is d where
-    the graph's inputs have a symbol for it.
+    GroupQueryAttention, whose past and present may be one buffer [B, H, capacity, d]. `head_width` is d where the
+    graph's inputs have a symbol for it.
     """
 
     def __init__(self, model: Path, threads: int, in_place: bool, head_width: int | None = None) -> None:

@@ -1,8 +1,8 @@
 """onnxruntime-genai, Microsoft's own generation loop: on our `-ort` artifact, and on files of its own model builder.
 
 The row of our artifact shows the cost of that loop. The builder knows Llama-shaped families and not GPT-2; it rounds to
-nearest in blocks of 32, in all linear layers and the head. past_present_share_buffer keeps keys and values in one buffer of max_length, which the artifact's GroupQueryAttention
-updates in place.
+nearest in blocks of 32, in all linear layers and the head. past_present_share_buffer keeps keys and values in one buffer
+of max_length, which GroupQueryAttention updates in place.
 """
 
 from __future__ import annotations
@@ -33,15 +33,14 @@ def version() -> str:
 
 
 def prepare(kind: str, checkpoint: Path, ours: Path, folder: Path) -> None:
+    source = folder if kind in BUILDER else ours / kind
     if kind in BUILDER:
         _build(BUILDER[kind], checkpoint, folder)
     else:
-        for file in [*(ours / kind).glob("model.onnx*"), ours / kind / GENAI_CONFIG]:
+        for file in source.glob("model.onnx*"):
             _link(file, folder / file.name)
-    config = folder / GENAI_CONFIG
-    fields = json.loads(config.read_text(encoding="utf-8"))
-    config.unlink()  # which may be a link to ours
-    config.write_text(json.dumps(_endless(fields), indent=2), encoding="utf-8")
+    fields = json.loads((source / GENAI_CONFIG).read_text(encoding="utf-8"))
+    (folder / GENAI_CONFIG).write_text(json.dumps(_endless(fields), indent=2), encoding="utf-8")
 
 
 def _build(precision: str, checkpoint: Path, folder: Path) -> None:

@@ -105,8 +105,8 @@ class MixedWeightOnly:
     ) -> dict:
         """Write the quantized form of the fp32 artifact `parent` into the folder `work`, calibrated on `split`.
 
-        `spent` is what `spend` returned for this recipe or its form for the other target, and `known` is for it. Returns `details` for the
-        manifest. The stage calls this in another process.
+        `spent` is what `spend` returned for this recipe or its form for the other target; without it `spend` is called, which
+        `known` is for. Returns `details` for the manifest. The stage calls this in another process.
         """
         from cuantiza.quantize.layers import calibrated_on
         from cuantiza.quantize.rewrite.find import left_in_float

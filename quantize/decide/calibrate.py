@@ -16,11 +16,11 @@ result has the same bytes on any number of processors.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import onnx_ir as ir
@@ -45,12 +45,16 @@ from cuantiza.quantize.own_text import own_windows
 from cuantiza.quantize.rewrite.find import Projection, find_embeddings, find_tables, is_head
 from cuantiza.quantize.settings import Calibration
 from cuantiza.quantize.weights.follow import on_disk, round_block, with_embedding
-from cuantiza.quantize.weights.gptq import gptq
+from cuantiza.quantize.weights.gptq import Each, gptq
 from cuantiza.quantize.weights.rounding import Grid, IntWeight, round_to_nearest
 
 # How many jobs decide on a block at the same time. The long rounding of one layer keeps one processor busy; another job
 # has work for the others. More jobs at once would take memory and little less time.
 _JOBS_AT_ONCE = 2
+# How many blocks may wait for decisions while the next one runs: attention and MLP of one layer.
+_BLOCKS_AT_ONCE = 2
+
+T, R = TypeVar("T"), TypeVar("R")
 
 
 def calibration_windows(folder: Path, split: Split, calibration: Calibration) -> np.ndarray:
@@ -113,34 +117,26 @@ def _calibrate(
     before: list[np.ndarray | None] = [None] * len(windows)
     blocks, values = split(model.graph), find_values(model.graph)
     stops = {job.windows for job in jobs}
+    waiting: list[list[Future]] = []
     for number, block in enumerate(track(blocks, "calibrate", len(blocks))):
         grams = max((runner.job.windows for runner in runners if runner.needs_gram(number)), default=0)
-        seen = _observe(model, block, values, windows, before, grams, stops, folders[0], pool)
-        before = _decide_block(number, runners, seen, windows, before, job_pool)
+        waiting.append([])
+        for seen in _observe(model, block, values, windows, before, grams, stops, folders[0], pool):
+            due = [runner for runner in runners if runner.job.windows == seen.count]
+            waiting[-1] += [runner.begin(job_pool, number, seen, windows, before) for runner in due]
+        before = seen.after
+        if until is not None or len(waiting) > _BLOCKS_AT_ONCE:
+            _wait(waiting.pop(0))
         if until in runners[0].decisions:
             break
+    for deciding in waiting:
+        _wait(deciding)
     return [runner.decisions for runner in runners]
 
 
-def _decide_block(
-    number: int,
-    runners: list[_JobRunner],
-    seen: Iterator[_Observed],
-    windows: np.ndarray,
-    before: list,
-    job_pool: ThreadPoolExecutor,
-) -> list:
-    """Let each job decide on block `number` as soon as as many windows were `seen` as it calibrates on.
-
-    `before` has the value that the block starts from for each of `windows`. Returns those that the next block starts from.
-    """
-    deciding = []
-    for observed in seen:
-        due = [runner for runner in runners if runner.job.windows == observed.count]
-        deciding += [job_pool.submit(runner.decide, number, observed, windows, before) for runner in due]
+def _wait(deciding: Sequence[Future]) -> None:
     for one in deciding:
         one.result()
-    return observed.after
 
 
 class _JobRunner:
@@ -159,6 +155,17 @@ class _JobRunner:
         # The values that the next block of the rounded model starts from.
         self._rounded: list[np.ndarray | None] = [None] * job.windows
         self.decisions: dict[str, Decision] = {}
+        self._begun: Future | None = None
+
+    def begin(self, job_pool: ThreadPoolExecutor, *args: Any) -> Future:
+        """Start `decide(*args)` in `job_pool`, after what was begun before."""
+        self._begun = job_pool.submit(self._after, self._begun, *args)
+        return self._begun
+
+    def _after(self, earlier: Future | None, *args: Any) -> None:
+        if earlier is not None:
+            earlier.result()
+        self.decide(*args)
 
     def needs_gram(self, number: int) -> bool:
         """Whether the Gram matrices of the inputs of block `number` decide how its weights are rounded."""
@@ -193,9 +200,18 @@ class _JobRunner:
                 model, block, grids, shared, self._values, windows, streams, self._work, pool.map
             )
 
+        def spread(function: Callable[[T], R], items: Iterable[T]) -> list[R]:
+            # This runs in the pool itself. Other threads begin with the first item and this one with the last, and it
+            # waits only for what another has begun: a thread that waits for work that none is free for waits forever.
+            waiting = [(item, pool.submit(function, item)) for item in items]
+            last_first = [function(item) if coming.cancel() else coming.result() for item, coming in reversed(waiting)]
+            return last_first[::-1]
+
         def decision_of(both: tuple[Projection, Tensor]) -> Decision:
             (projection, tensor), name = both, both[0].name
-            return _decide(projection, tensor, weights.get(name), histograms.get(tensor.name), tables, plan, self._work)
+            return _decide(
+                projection, tensor, weights.get(name), histograms.get(tensor.name), tables, plan, self._work, spread
+            )
 
         inputs = [(projection, tensor) for tensor in tensors for projection in tensor.projections]
         decided = pool.map(decision_of, inputs)
@@ -313,6 +329,7 @@ def _decide(
     tables: set[ir.Value],
     plan: Plan,
     work: Path,
+    each: Each,
 ) -> Decision:
     """Decide on one linear layer: choose how its input is quantized, and round its weight unless it is `rounded`.
 
@@ -353,7 +370,7 @@ def _decide(
         gram = tensor.moments.gram
         for shared, power in _shared(projection.node.graph, tensor, {projection.name: ours.grid}):
             gram = with_embedding(gram, power) if shared is projection and gram is not None else gram
-        rounded = _round(weight, gram, of_values, keep, ours)
+        rounded = _round(weight, gram, of_values, keep, ours, each)
         rounded = replace(rounded, q=on_disk(rounded.q, work))
     if activation is not None:
         details |= asdict(activation) | {"relative_error": error(activation)}
@@ -364,7 +381,12 @@ def _decide(
 
 
 def _round(
-    weight: np.ndarray, gram: np.ndarray | None, of_values: ValueMoments | None, keep: np.ndarray, plan: Plan
+    weight: np.ndarray,
+    gram: np.ndarray | None,
+    of_values: ValueMoments | None,
+    keep: np.ndarray,
+    plan: Plan,
+    each: Each,
 ) -> IntWeight:
     """Round a weight [K, N]. Rows that `keep` [K] leaves out (the float channels) become zeros.
 
@@ -376,10 +398,10 @@ def _round(
         rounded = round_to_nearest(part, plan.grid, inputs=inputs)
     else:
         kept = np.ix_(keep, keep)
-        rounded = gptq(part, gram[kept], plan.grid, inputs)
+        rounded = gptq(part, gram[kept], plan.grid, inputs, each)
         if of_values is not None:
             channels = of_values.channels
-            values = gptq(part[:, channels], of_values.averaged.gram[kept], plan.grid, inputs)
+            values = gptq(part[:, channels], of_values.averaged.gram[kept], plan.grid, inputs, each)
             rounded = rounded.with_channels(channels, values)
     if keep.all():
         return rounded

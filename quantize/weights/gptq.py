@@ -16,6 +16,7 @@ from cuantiza.quantize.weights.rounding import (
     Grid,
     IntWeight,
     choose_scale,
+    column_parts,
     in_steps,
     partners,
     round_to_nearest,
@@ -37,39 +38,62 @@ DAMPING = 0.01
 _PASSES = 3
 # `descend` rounds this many channels at a time, so that several threads can share the channels of one layer.
 _PART = 384
+# `gptq` rounds this many channels at a time where each has one scale, for the same reason, and so that the rows that it
+# works on stay in a processor's cache.
+_NARROW = 2048
 
 
-def gptq(weight: np.ndarray, gram: np.ndarray, grid: Grid, inputs: np.ndarray | None = None) -> IntWeight:
+def gptq(
+    weight: np.ndarray, gram: np.ndarray, grid: Grid, inputs: np.ndarray | None = None, each: Each = map
+) -> IntWeight:
     """Round `weight` [K, N] so that ‖x·(Ŵ − W)‖² is small for the inputs x of which `gram` [K, K] = Σ xᵀx is the sum.
 
     This is algorithm 1 of GPTQ, arXiv 2210.17323, which is greedy. The weights of one input after another are rounded,
     and their error is distributed over the weights that are not yet rounded, by the Cholesky factor of the inverse
     Hessian. With per-channel scales, the inputs with the largest energy come first ("act-order" in the authors' code);
     with blocks, the inputs keep their order. Where the squares of huge inputs are beyond float32, `gram` says nothing, and
-    the weights are rounded to nearest. `inputs` is that of `round_to_nearest`.
+    the weights are rounded to nearest. `inputs` is that of `round_to_nearest`. `each` may use several threads, as in
+    `descend`.
     """
     if not np.isfinite(gram).all():
         return round_to_nearest(weight, grid, inputs=inputs)
     damping = DAMPING * _mean_energy(gram)
-    parts = _parts(weight.shape[1], COLUMNS)
     if grid.block is None:
         order = np.argsort(-gram.diagonal().astype(np.float64), kind="stable")
-        factor = _damped_factor(_hessian(gram)[np.ix_(order, order)], damping)
-        nearest = round_to_nearest(weight, grid, inputs=inputs)
-        partner = _partners(order, np.arange(len(weight)) if inputs is None else inputs) if grid.pairs else None
-        fixed = [
-            _gptq_fixed(weight[order, part].astype(np.float32), factor, nearest.of_channels(part), order, partner)
-            for part in parts
-        ]
-        return replace(nearest, q=np.concatenate(fixed, axis=1))
+        factor = _damped_factor(_hessian(_ordered(gram, order)), damping)
+        places = np.arange(len(weight)) if inputs is None else inputs
+        partner = _partners(order, places) if grid.pairs else None
+
+        def fixed(part: slice) -> IntWeight:
+            nearest = round_to_nearest(weight[:, part], grid, inputs=inputs)
+            rest = weight[order, part].astype(np.float32)
+            return replace(nearest, q=_gptq_fixed(rest, factor, nearest, order, partner))
+
+        return _beside(each(fixed, column_parts(weight.shape[1], _NARROW)), grid)
     factor = _damped_factor(_hessian(gram), damping)
     step = scale_step(weight, grid)
-    found = [
-        _gptq_columns(weight[:, part].astype(np.float32), factor, grid, None if step is None else step[part])
-        for part in parts
-    ]
-    q, scale, zero = (np.concatenate(arrays, axis=1) for arrays in zip(*found, strict=True))
-    return IntWeight(q, scale.astype(np.float32), zero.astype(q.dtype), grid, step)
+
+    def in_order(part: slice) -> IntWeight:
+        steps = None if step is None else step[part]
+        q, scale, zero = _gptq_columns(weight[:, part].astype(np.float32), factor, grid, steps)
+        return IntWeight(q, scale.astype(np.float32), zero.astype(q.dtype), grid, steps)
+
+    return _beside(each(in_order, column_parts(weight.shape[1], COLUMNS)), grid)
+
+
+def _beside(parts: Iterable[IntWeight], grid: Grid) -> IntWeight:
+    """Put weights [K, n] of the same inputs beside each other: [K, N]."""
+    parts = list(parts)
+    q, scale, zero = (
+        np.concatenate([getattr(one, name) for one in parts], axis=1) for name in ("q", "scale", "zero_point")
+    )
+    step = None if grid.scale_bits == 32 else np.concatenate([one.step for one in parts])
+    return IntWeight(q, scale, zero, grid, step)
+
+
+def _ordered(gram: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """Return `gram` [K, K] with its rows and columns in `order` [K]."""
+    return gram.take(order, axis=0).take(order, axis=1)
 
 
 def _partners(order: np.ndarray, inputs: np.ndarray) -> np.ndarray:
@@ -95,7 +119,7 @@ def descend(
         return round_to_nearest(weight, grid)
     damping = DAMPING * _mean_energy(gram)
     orders = np.arange(len(weight)), np.argsort(-gram.diagonal(), kind="stable")
-    factors = [_damped_factor(_hessian(gram)[np.ix_(order, order)], damping) for order in orders]
+    factors = [_damped_factor(_hessian(_ordered(gram, order)), damping) for order in orders]
     if missing is not None:
         weight = weight + factors[0].T @ (factors[0] @ missing)
     hessian = _hessian(gram).astype(np.float32)
@@ -115,16 +139,7 @@ def descend(
         )
         return IntWeight(q, scale, zero, grid, step)
 
-    parts = list(each(part, _parts(weight.shape[1], _PART)))
-    q, scale, zero = (
-        np.concatenate([getattr(one, name) for one in parts], axis=1) for name in ("q", "scale", "zero_point")
-    )
-    step = None if grid.scale_bits == 32 else np.concatenate([one.step for one in parts])
-    return IntWeight(q, scale, zero, grid, step)
-
-
-def _parts(channels: int, size: int) -> list[slice]:
-    return [slice(start, min(start + size, channels)) for start in range(0, channels, size)]
+    return _beside(each(part, column_parts(weight.shape[1], _PART)), grid)
 
 
 def _mean_energy(gram: np.ndarray) -> float:
@@ -221,6 +236,7 @@ def _gptq_fixed(
     inputs = len(rest)
     block = fixed.grid.block or inputs
     q = np.empty(rest.shape, fixed.q.dtype)
+    change = np.empty((_LAZY_ROWS, rest.shape[1]), np.float32)  # one array for all rows: new memory costs time
     for start in range(0, inputs, _LAZY_ROWS):
         end = min(start + _LAZY_ROWS, inputs)
         errors = np.empty((end - start, rest.shape[1]), np.float32)
@@ -236,7 +252,8 @@ def _gptq_fixed(
                 lowest, highest = np.maximum(low, -PAIR_LIMIT - taken), np.minimum(high, PAIR_LIMIT - taken)
             q[order[row]] = rounded = (np.rint(steps) + zero).clip(lowest, highest)
             errors[row - start] = (rest[row] - (rounded - zero) * scale) / factor[row, row]
-            rest[row + 1 : end] -= factor[row, row + 1 : end, None] * errors[row - start]
+            later = factor[row, row + 1 : end, None]
+            rest[row + 1 : end] -= np.multiply(later, errors[row - start], out=change[: len(later)])
         rest[end:] -= factor[start:end, end:].T @ errors
     return q
 

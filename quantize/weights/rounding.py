@@ -6,6 +6,7 @@ A weight is [K, N] here, for x [.., K] · W [K, N]: K inputs and N output channe
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -21,6 +22,8 @@ STEPS = 255
 PAIR_LIMIT = 128
 # Channels are independent, so this many are rounded at a time. Temporary arrays for a whole vocabulary would be large.
 COLUMNS = 8192
+# How many weights of one block of inputs are rounded at a time, so that temporary arrays stay in a processor's cache.
+_AT_ONCE = 2**17
 
 
 @dataclass(frozen=True)
@@ -100,15 +103,20 @@ def round_to_nearest(
     zeros = np.empty(scales.shape, q.dtype)
     step = scale_step(weight, grid)
     inputs = np.arange(count) if inputs is None else inputs
-    for first in range(0, channels, COLUMNS):
-        columns = slice(first, first + COLUMNS)
+    for columns in column_parts(channels, min(COLUMNS, max(1, _AT_ONCE // min(block, count)))):
         steps = None if step is None else step[columns]
         for group, start in enumerate(range(0, count, block)):
-            rows, places = weight[start : start + block, columns], inputs[start : start + block]
+            rows, places = weight[start : start + block, columns].copy("K"), inputs[start : start + block]
             scale, zero = choose_scale(rows, grid, clips, steps, places)
             q[start : start + block, columns] = _to_integers(rows, scale, zero, grid, places)
             scales[group, columns], zeros[group, columns] = scale, zero
     return IntWeight(q, scales, zeros, grid, step)
+
+
+def column_parts(channels: int, size: int) -> list[slice]:
+    """Return slices of about `size` of the `channels`. None has a single channel, which NumPy would add up in another order."""
+    starts = range(0, max(channels - 1, 1), max(size, 2))
+    return [slice(start, end) for start, end in pairwise([*starts, channels])]
 
 
 def _to_integers(
@@ -131,13 +139,23 @@ def partners(inputs: np.ndarray) -> np.ndarray:
 
 def _limit_pairs(q: np.ndarray, inputs: np.ndarray) -> None:
     """Take from both integers of a pair half of what is above PAIR_LIMIT, in `q` [K, N] itself."""
-    partner = partners(inputs)
-    first = np.flatnonzero((inputs % 2 == 0) & (partner >= 0))
-    second = partner[first]
+    if 2 * max(q.max(), -q.min()) <= PAIR_LIMIT:
+        return
+    first: slice | np.ndarray
+    second: slice | np.ndarray
+    if inputs[0] % 2 == 0 and (np.diff(inputs) == 1).all():  # views are much faster than lists of rows
+        even = len(inputs) // 2 * 2
+        first, second = slice(0, even, 2), slice(1, even, 2)
+    else:
+        partner = partners(inputs)
+        first = np.flatnonzero((inputs % 2 == 0) & (partner >= 0))
+        second = partner[first]
     both = q[first] + q[second]
     excess = both - both.clip(-PAIR_LIMIT, PAIR_LIMIT)
-    q[first] -= excess // 2
-    q[second] -= excess - excess // 2
+    if excess.any():
+        half = np.floor(excess / 2)  # // takes ten times as long
+        q[first] -= half
+        q[second] -= excess - half
 
 
 def scale_step(weight: np.ndarray, grid: Grid) -> np.ndarray | None:
@@ -156,9 +174,12 @@ def in_steps(scale: np.ndarray, step: np.ndarray | None) -> np.ndarray:
 def _full_scales(weight: np.ndarray, grid: Grid) -> np.ndarray:
     """Return the scales [G, N] with which the integers span the whole range of each block of `weight` [K, N]."""
     low, high = grid.limits
-    starts = np.arange(0, len(weight), grid.block or len(weight))
-    bottom = np.minimum(np.minimum.reduceat(weight, starts, axis=0), 0)
-    top = np.maximum(np.maximum.reduceat(weight, starts, axis=0), 0)
+    if grid.block is None:
+        bottom, top = weight.min(axis=0, keepdims=True), weight.max(axis=0, keepdims=True)
+    else:
+        starts = np.arange(0, len(weight), grid.block)
+        bottom, top = (at.reduceat(weight, starts, axis=0) for at in (np.minimum, np.maximum))
+    bottom, top = np.minimum(bottom, 0), np.maximum(top, 0)
     return np.maximum(top / high, bottom / low) if grid.symmetric else (top - bottom) / (high - low)
 
 

@@ -47,9 +47,9 @@ class Engine:
         self._runtime: Any = make()
         self._load_ns = time.perf_counter_ns() - start
 
-    def logits(self, ids: np.ndarray, last: int | None = None) -> np.ndarray:
-        """Return the logits float32 [n, V] of the `last` n token ids of int64 [T] (default: all of them)."""
-        return self._runtime.forward(ids[None])[0, -(last or len(ids)) :]
+    def logits(self, ids: np.ndarray, last: int = 0) -> np.ndarray:
+        """Return the logits float32 [n, V] of the `last` n token ids of int64 [T] (0: all of them)."""
+        return self._runtime.forward(ids[None], last=last)[0]
 
     def keys(self, ids: np.ndarray) -> list[np.ndarray] | None:
         """Return the keys [1, H, T, d] of every layer for token ids [T]; None if the runtime does not expose them."""

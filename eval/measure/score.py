@@ -39,21 +39,23 @@ class Deferred(Protocol):
 def score(windows: Iterable[Window], models: Sequence[Deferred]) -> list[Scores]:
     """Return the scores of every model. The first model is the baseline of the others.
 
-    Each window is scored as soon as its logits are there, so that no logits are kept. All models compute a window at
-    the same time, and they compute the next one while this one is scored.
+    Each window is scored as soon as its logits are there, so that no logits are kept. The models compute a window one
+    after another: each uses all processors, and at the same time they take longer. The first one computes the next
+    window while this one is scored.
     """
     documents: list[np.ndarray] = []
     columns: list[list[tuple[np.ndarray, ...]]] = [[] for _ in models]
     ends: list[Window | None] = [None]
     for window, following in pairwise(chain(windows, ends)):
         assert window is not None  # only the last of all is None
-        if not documents:
-            _start(models, window)
-        n = len(window.targets)
-        logits = [model.result() for model in models]
+        logits = []
+        for number, model in enumerate(models):
+            if number or not documents:
+                _start(model, window)
+            logits.append(model.result())
         if following is not None:
-            _start(models, following)
-        documents.append(np.full(n, window.document))
+            _start(models[0], following)
+        documents.append(np.full(len(window.targets), window.document))
         compared = compare(logits[0], logits[1:], window.targets)
         for column, own, (nll, *others) in zip(columns, logits, compared, strict=True):
             column.append((nll, own.argmax(axis=1) == window.targets, *others))
@@ -62,6 +64,5 @@ def score(windows: Iterable[Window], models: Sequence[Deferred]) -> list[Scores]
     return [Scores(document, *map(np.concatenate, zip(*column, strict=True))) for column in columns]
 
 
-def _start(models: Sequence[Deferred], window: Window) -> None:
-    for model in models:
-        model.start("logits", window.inputs, len(window.targets))
+def _start(model: Deferred, window: Window) -> None:
+    model.start("logits", window.inputs, len(window.targets))

@@ -35,7 +35,7 @@ class TorchRuntime:
         torch.set_num_threads(threads)
         # transformers 5.24 and newer call the cache `cache`, and read `past_key_values` until 5.40.
         warnings.filterwarnings("ignore", message=".*past_key_values.*", category=FutureWarning)
-        self._model = load()
+        self._model, self._quantized = load(), quantized
         if quantized:
             warnings.filterwarnings("ignore", category=DeprecationWarning)
             warnings.filterwarnings("ignore", category=UserWarning)
@@ -49,10 +49,16 @@ class TorchRuntime:
                 ) from None
         use_large_pages()  # as cuantiza.core.run.runtime.Runtime does
 
-    def forward(self, ids: np.ndarray) -> np.ndarray:
-        """Return the logits float32 [B, T, V] of token ids [B, T]."""
+    def forward(self, ids: np.ndarray, last: int = 0) -> np.ndarray:
+        """Return the logits float32 [B, n, V] of the `last` n tokens (0: all T) of token ids [B, T].
+
+        Where it is quantized, a head's ranges are those of all its tokens, so none is left out before it.
+        """
         with torch.inference_mode():
-            return self._model(input_ids=torch.from_numpy(ids), use_cache=False).logits.numpy()
+            out = self._model(
+                input_ids=torch.from_numpy(ids), use_cache=False, logits_to_keep=0 if self._quantized else last
+            )
+        return out.logits.numpy()[:, -last:]
 
     def cache(self, batch: int, capacity: int) -> TorchCache:
         """Return an empty KV cache. transformers' cache grows as it is filled, so batch and capacity are not used."""

@@ -20,6 +20,8 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from cuantiza.core.contract import window_feeds
 from cuantiza.core.onnx import file as onnx_file
 from cuantiza.core.run.runtime import open_session
+from cuantiza.quantize.decide.observations import Moments
+from cuantiza.quantize.decide.values import ValueMoments, Values
 from cuantiza.quantize.rewrite.find import Projection, find_embeddings, find_projections
 
 _INPUT = "block_input"
@@ -138,3 +140,60 @@ def run_ahead(run: Callable[[np.ndarray, Any], T], windows: np.ndarray, starts: 
                 yield ready.result()
         if coming is not None:
             yield coming.result()
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What was seen of a block in the first `count` windows.
+
+    `moments` are those of the inputs of its linear layers, by name; `of_values` those for the linear layers that compute
+    values, by the name of the layer; `after` has the block's output for each window that was run so far.
+    """
+
+    count: int
+    moments: dict[str, Moments]
+    of_values: dict[str, ValueMoments]
+    after: list
+
+
+def observe(
+    model: ir.Model,
+    block: Block,
+    values: dict[str, Values],
+    windows: np.ndarray,
+    before: list,
+    grams: int,
+    stops: set[int],
+    work: Path,
+    pool: ThreadPoolExecutor,
+) -> Iterator[Observed]:
+    """Run `block` on all windows, and yield what was seen after each number of windows in `stops`.
+
+    Gram matrices are summed over the first `grams` windows, and are None after more.
+    """
+    names = list(dict.fromkeys(projection.x.name for projection in block.projections))
+    attention = [values[projection.name] for projection in block.projections if projection.name in values]
+    inside = [value.name for found in attention for value in (found.weights, found.context)]
+    run = open_block(model, block, [*names, *inside, *([block.end] if block.end else [])], work)
+    moments: dict[str, Moments] = {}
+    of_values: dict[str, ValueMoments] = {}
+    after = []
+    for count, outputs in enumerate(run_ahead(run, windows, before), 1):
+        seen = dict(zip([*names, *inside, block.end], outputs, strict=False))
+        after.append(seen.get(block.end))
+        rows = [seen[name].reshape(-1, seen[name].shape[-1]) for name in names]
+        found = [pool.submit(Moments.of, x, count <= grams) for x in rows]
+        read = [pool.submit(_value_moments, layer, seen, count <= grams) for layer in attention]
+        for name, one in zip(names, found, strict=True):
+            moments[name] = moments[name].merge(one.result()) if name in moments else one.result()
+        for layer, of_layer in zip(attention, read, strict=True):
+            name = layer.projection.name
+            of_values[name] = of_values[name].merge(of_layer.result()) if name in of_values else of_layer.result()
+        if count in stops:
+            yield Observed(count, dict(moments), dict(of_values), after)
+
+
+def _value_moments(layer: Values, seen: dict[str, np.ndarray], with_gram: bool) -> ValueMoments:
+    """Compute the moments for `layer` from what was `seen` in one window, by the names of the values."""
+    x, weights, context = (seen[value.name] for value in (layer.projection.x, layer.weights, layer.context))
+    return ValueMoments.of(layer.channels, x, weights, context, with_gram)

@@ -6,7 +6,8 @@ With rounding "descent", that takes into account what the blocks and layers befo
 activations only sums, histograms and a sample are kept, and for each window the value that the next block starts from.
 
 What is seen of a block in fp32 does not depend on how it will be quantized. So several jobs, which differ in their plans and
-in the number of their windows, share that run; each smooths and rounds a copy of the model of its own.
+in the number of their windows, share that run; each smooths and rounds a copy of the model of its own. While they
+decide on one block, the next two already run.
 
 The last bits of a matmul depend on the number of threads that BLAS splits it over, and such a bit can change which way
 a 4-bit weight is rounded. So each matmul has one thread, and the processors work on different tensors instead: the
@@ -16,11 +17,11 @@ result has the same bytes on any number of processors.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -35,12 +36,12 @@ from cuantiza.core.machine.hardware import default_threads
 from cuantiza.core.machine.progress import track
 from cuantiza.quantize.decide import smooth
 from cuantiza.quantize.decide.activation import Activation, PerRow, PerTensor, matmul_error
-from cuantiza.quantize.decide.blocks import Block, open_block, run_ahead, split
+from cuantiza.quantize.decide.blocks import Block, Observed, observe, open_block, run_ahead, split
 from cuantiza.quantize.decide.decision import Decision, Job, Plan
-from cuantiza.quantize.decide.observations import Histogram, Moments
+from cuantiza.quantize.decide.observations import Histogram
 from cuantiza.quantize.decide.ranges import RANGES
 from cuantiza.quantize.decide.tensor import Tensor, decide_tensor, error_limit, is_static, row_activation
-from cuantiza.quantize.decide.values import ValueMoments, Values, find_values
+from cuantiza.quantize.decide.values import ValueMoments, find_values
 from cuantiza.quantize.own_text import own_windows
 from cuantiza.quantize.rewrite.find import Projection, find_embeddings, find_tables, is_head
 from cuantiza.quantize.settings import Calibration
@@ -53,8 +54,6 @@ from cuantiza.quantize.weights.rounding import Grid, IntWeight, round_to_nearest
 _JOBS_AT_ONCE = 2
 # How many blocks may wait for decisions while the next one runs: attention and MLP of one layer.
 _BLOCKS_AT_ONCE = 2
-
-T, R = TypeVar("T"), TypeVar("R")
 
 
 def calibration_windows(folder: Path, split: Split, calibration: Calibration) -> np.ndarray:
@@ -121,7 +120,7 @@ def _calibrate(
     for number, block in enumerate(track(blocks, "calibrate", len(blocks))):
         grams = max((runner.job.windows for runner in runners if runner.needs_gram(number)), default=0)
         waiting.append([])
-        for seen in _observe(model, block, values, windows, before, grams, stops, folders[0], pool):
+        for seen in observe(model, block, values, windows, before, grams, stops, folders[0], pool):
             due = [runner for runner in runners if runner.job.windows == seen.count]
             waiting[-1] += [runner.begin(job_pool, number, seen, windows, before) for runner in due]
         before = seen.after
@@ -172,7 +171,7 @@ class _JobRunner:
         plan, block = self.job.plan, self._blocks[number]
         return plan.rounding == "gptq" and any(_is_rounded(p, self._tables, plan) for p in block.projections)
 
-    def decide(self, number: int, seen: _Observed, windows: np.ndarray, before: list) -> None:
+    def decide(self, number: int, seen: Observed, windows: np.ndarray, before: list) -> None:
         """Smooth block `number` of the job's model by what was `seen` of it in fp32, and decide on its linear layers.
 
         `before` has the value that the block starts from in fp32 for each of `windows` int64 [n, T], of which the job
@@ -200,7 +199,7 @@ class _JobRunner:
                 model, block, grids, shared, self._values, windows, streams, self._work, pool.map
             )
 
-        def spread(function: Callable[[T], R], items: Iterable[T]) -> list[R]:
+        def spread(function: Callable, items: Iterable) -> list:
             # This runs in the pool itself. Other threads begin with the first item and this one with the last, and it
             # waits only for what another has begun: a thread that waits for work that none is free for waits forever.
             waiting = [(item, pool.submit(function, item)) for item in items]
@@ -237,63 +236,6 @@ def _shared(graph: ir.Graph, tensor: Tensor, grids: dict[str, Grid]) -> list[tup
     embedded = {embedding.table for embedding in find_embeddings(graph)}
     fine = [p for p in tensor.projections if p.weight in embedded and p.name in grids and grids[p.name].bits < 8]
     return [(projection, 1 / np.square(tensor.smoothing.scale)) for projection in fine]
-
-
-@dataclass(frozen=True)
-class _Observed:
-    """What was seen of a block in the first `count` windows.
-
-    `moments` are those of the inputs of its linear layers, by name; `of_values` those for the linear layers that compute
-    values, by the name of the layer; `after` has the block's output for each window that was run so far.
-    """
-
-    count: int
-    moments: dict[str, Moments]
-    of_values: dict[str, ValueMoments]
-    after: list
-
-
-def _observe(
-    model: ir.Model,
-    block: Block,
-    values: dict[str, Values],
-    windows: np.ndarray,
-    before: list,
-    grams: int,
-    stops: set[int],
-    work: Path,
-    pool: ThreadPoolExecutor,
-) -> Iterator[_Observed]:
-    """Run `block` on all windows, and yield what was seen after each number of windows in `stops`.
-
-    Gram matrices are summed over the first `grams` windows, and are None after more.
-    """
-    names = list(dict.fromkeys(projection.x.name for projection in block.projections))
-    attention = [values[projection.name] for projection in block.projections if projection.name in values]
-    inside = [value.name for found in attention for value in (found.weights, found.context)]
-    run = open_block(model, block, [*names, *inside, *([block.end] if block.end else [])], work)
-    moments: dict[str, Moments] = {}
-    of_values: dict[str, ValueMoments] = {}
-    after = []
-    for count, outputs in enumerate(run_ahead(run, windows, before), 1):
-        seen = dict(zip([*names, *inside, block.end], outputs, strict=False))
-        after.append(seen.get(block.end))
-        rows = [seen[name].reshape(-1, seen[name].shape[-1]) for name in names]
-        found = [pool.submit(Moments.of, x, count <= grams) for x in rows]
-        read = [pool.submit(_value_moments, layer, seen, count <= grams) for layer in attention]
-        for name, one in zip(names, found, strict=True):
-            moments[name] = moments[name].merge(one.result()) if name in moments else one.result()
-        for layer, of_layer in zip(attention, read, strict=True):
-            name = layer.projection.name
-            of_values[name] = of_values[name].merge(of_layer.result()) if name in of_values else of_layer.result()
-        if count in stops:
-            yield _Observed(count, dict(moments), dict(of_values), after)
-
-
-def _value_moments(layer: Values, seen: dict[str, np.ndarray], with_gram: bool) -> ValueMoments:
-    """Compute the moments for `layer` from what was `seen` in one window, by the names of the values."""
-    x, weights, context = (seen[value.name] for value in (layer.projection.x, layer.weights, layer.context))
-    return ValueMoments.of(layer.channels, x, weights, context, with_gram)
 
 
 def _histograms(

@@ -125,10 +125,13 @@ class Runtime:
         if first := next((text for text in told if text), None):
             raise UserError(f"{self._model}: {first}")
 
-    def forward(self, ids: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
-        """Logits float32 [B, T, V] of token ids [B, T], computed without a cache; `mask` [B, T] is 0 on padding."""
-        logits: np.ndarray = self.run(ids, mask)[0].numpy()
-        return logits
+    def forward(self, ids: np.ndarray, mask: np.ndarray | None = None, last: int = 0) -> np.ndarray:
+        """Logits float32 [B, n, V] of the `last` n (0: all T) of token ids [B, T], computed without a cache.
+
+        `mask` [B, T] is 0 on padding. Where the file allows it, no other position's logits are computed.
+        """
+        logits: np.ndarray = self.run(ids, mask, last=last)[0].numpy()
+        return logits[:, -last:]
 
     def extend(
         self, ids: np.ndarray, past: list[ort.OrtValue], mask: np.ndarray | None = None
@@ -142,22 +145,29 @@ class Runtime:
         return logits.numpy(), present
 
     def run(
-        self, ids: np.ndarray, mask: np.ndarray | None = None, past: list[ort.OrtValue] | None = None
+        self, ids: np.ndarray, mask: np.ndarray | None = None, past: list[ort.OrtValue] | None = None, last: int = 0
     ) -> list[ort.OrtValue]:
-        """All outputs, in their order, for token ids [B, T] that follow `past` (default: no tokens)."""
+        """All outputs, in their order, for token ids [B, T] that follow `past` (default: no tokens).
+
+        The logits are those of the `last` n positions, if it is not 0 and the file allows it.
+        """
         past = past or self.empty_past(len(ids))
         before = past[0].shape()[2]
         if mask is None:
             mask = np.ones((len(ids), before + ids.shape[1]), np.int64)
         values = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in self._feeds(ids, mask).items()}
         feeds = values | dict(zip(self._past, past, strict=True))
+        count = ids.shape[1]
+        if last and self._keep_last is not None:
+            count = min(last, count)
+            feeds[contract.KEEP] = ort.OrtValue.ortvalue_from_numpy(np.array(count, np.int64))
         with _refusals(self._model, "run"):
             outputs: list[ort.OrtValue] = self.session.run_with_ort_values(self._outputs, feeds)
-        self._check_lengths(dict(zip(self._outputs, outputs, strict=True)), ids.shape[1], mask.shape[1])
+        self._check_lengths(dict(zip(self._outputs, outputs, strict=True)), count, mask.shape[1])
         return outputs
 
     def _check_lengths(self, outputs: dict[str, ort.OrtValue], count: int, total: int) -> None:
-        """Raise UserError unless `outputs` hold the logits of `count` tokens, and keys and values of `total` ones.
+        """Raise UserError unless `outputs` hold logits of `count` tokens, and keys and values of `total` ones.
 
         Other files have outputs of these names too: with the last token's logits alone, or without the past.
         """

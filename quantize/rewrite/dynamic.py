@@ -16,10 +16,10 @@ import onnx_ir as ir
 
 from cuantiza.quantize.decide.activation import PerRow
 from cuantiza.quantize.decide.decision import Decision
-from cuantiza.quantize.rewrite.edit import clean, constant, replace_node
+from cuantiza.quantize.rewrite.edit import clean, constant, replace_matmuls
 from cuantiza.quantize.rewrite.find import Embedding, Projection
 from cuantiza.quantize.rewrite.fuse_attention import ORT
-from cuantiza.quantize.rewrite.int8 import add_residual, prepare_int8, quantize_twice
+from cuantiza.quantize.rewrite.int8 import add_residual, group, prepare_int8, quantize_twice
 from cuantiza.quantize.settings import Target
 
 # The largest magnitude of a row is clipped to the range in which fp16 has all of its 11 bits of precision.
@@ -40,15 +40,15 @@ def quantize_dynamic(
     weights, projections, embeddings = prepare_int8(graph, decisions)
     row_zero_points = _RowZeroPoints(graph)
     one = constant(graph, "scale_one", np.float32(1))
-    for projection in projections:
-        tape = ir.tape.Tape()
+    for same in group(projections, decisions, target):
+        projection, tape = same[0], ir.tape.Tape()
         x = projection.node.inputs[0]  # not projection.x, which an earlier rewrite may have replaced
         activation = decisions[projection.name].activation
         assert isinstance(activation, PerRow), f"{projection.name} has no scale per token"
         zero = activation.zero_point
         zero_point = constant(graph, f"zero_point_{zero}", np.uint8(zero))
         row_scale = _row_scale(graph, tape, x, zero)
-        weight, weight_scale = weights.get_columns(tape, projection)
+        weight, weight_scale = weights.get_columns(tape, same)
         # Both targets compute (u8(x / s) − zero) · s8(W) · scale(W) and multiply by s last. The order of the float
         # multiplications has to be the same for their results to be equal.
         multiply = _multiply_portable if target == "portable" else _multiply_ort
@@ -67,7 +67,8 @@ def quantize_dynamic(
         result = tape.op("Mul", [matmul, row_scale])  # [.., N]
         if projection.bias is not None:
             result = tape.op("Add", [result, projection.bias])
-        replace_node(graph, projection.node, tape, result)
+        sizes = [each.weight.shape[each.channel_axis] for each in same]
+        replace_matmuls(graph, [each.node for each in same], sizes, tape, result)
     if target == "ort":
         graph.opset_imports[ORT] = 1
     clean(model)

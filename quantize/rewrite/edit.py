@@ -52,6 +52,31 @@ def replace_node(graph: ir.Graph, node: ir.Node, tape: ir.tape.Tape, result: ir.
         new.name = f"{node.name}.{new.op_type}" if node.name else None
 
 
+def replace_matmuls(
+    graph: ir.Graph, nodes: Sequence[ir.Node], sizes: Sequence[int], tape: ir.tape.Tape, result: ir.Value
+) -> None:
+    """Insert the nodes of `tape` in place of the matmuls `nodes`.
+
+    Their outputs [.., N], with N from `sizes`, are consecutive parts of `result` [.., ΣN].
+    """
+    if len(nodes) == 1:
+        replace_node(graph, nodes[0], tape, result)
+        return
+    name = f"split_{'_'.join(map(str, sizes))}"
+    parts = tape.op_multi_out(
+        "Split", [result, constant(graph, name, np.array(sizes, np.int64))], {"axis": -1}, num_outputs=len(nodes)
+    )
+    for new in tape.nodes:
+        new.name = f"{nodes[0].name}.joined.{new.op_type}"
+    graph.insert_before(nodes[0], tape.nodes)
+    for node, part in zip(nodes, parts, strict=True):
+        old = node.outputs[0]
+        name, part.shape, part.type = old.name, old.shape, old.type
+        ir.convenience.replace_all_uses_with(old, part, replace_graph_outputs=True)
+        graph.remove(node, safe=True)
+        part.name = name
+
+
 def join_matmuls(graph: ir.Graph) -> None:
     """Make one MatMulNBits of those that read the same value, and Split its output [.., ΣN] into theirs [.., N].
 
@@ -84,20 +109,7 @@ def _join(graph: ir.Graph, x: ir.Value, same: dict[str, Any], nodes: list[ir.Nod
     )
     more = [tape.op("Concat", list(values), {"axis": 0}) for values in zip(*(n.inputs[2:] for n in nodes), strict=True)]
     joined = tape.op("MatMulNBits", [x, whole, *more], same | {"N": sum(sizes)}, domain=nodes[0].domain)
-    joined.producer().name = f"{nodes[0].name}.joined"
-    split = ir.node(
-        "Split",
-        [joined, constant(graph, f"split_{'_'.join(map(str, sizes))}", np.array(sizes, np.int64))],
-        {"axis": -1},
-        num_outputs=len(nodes),
-    )
-    graph.insert_before(nodes[0], [*tape.nodes, split])
-    for node, part in zip(nodes, split.outputs, strict=True):
-        old = node.outputs[0]
-        name, part.shape, part.type = old.name, old.shape, old.type
-        ir.convenience.replace_all_uses_with(old, part)
-        graph.remove(node, safe=True)
-        part.name = name
+    replace_matmuls(graph, nodes, sizes, tape, joined)
 
 
 def clean(model: ir.Model) -> None:

@@ -8,6 +8,8 @@ point would, but the weights stay in 8 bits.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import onnx_ir as ir
 
@@ -15,6 +17,7 @@ from cuantiza.quantize.decide.activation import RESIDUAL_STEPS, RESIDUAL_ZERO
 from cuantiza.quantize.decide.decision import Decision
 from cuantiza.quantize.rewrite.edit import constant, lazy_constant, replace_node
 from cuantiza.quantize.rewrite.find import Embedding, Projection, find_embeddings, find_projections
+from cuantiza.quantize.settings import Target
 from cuantiza.quantize.weights.rounding import Grid, IntWeight, round_to_nearest
 
 
@@ -55,11 +58,24 @@ class Weights:
             constant(self._graph, f"{weight.name}_scale{suffix}", rounded.scale[0]),
         )
 
-    def get_columns(self, tape: ir.tape.Tape, projection: Projection) -> tuple[ir.Value, ir.Value]:
-        """Return (int8 matrix [K, N], scales [N]) of a linear layer.
+    def get_columns(self, tape: ir.tape.Tape, projections: Sequence[Projection]) -> tuple[ir.Value, ir.Value]:
+        """Return (int8 matrix [K, ΣN], scales [ΣN]) of linear layers, whose channels stand one after the other.
 
         A matrix stored as [N, K] gets a Transpose, which runtimes fold at load.
         """
+        projection = projections[0]
+        if len(projections) > 1:
+            matrices, scales = zip(*(self.get(each.weight, each.channel_axis) for each in projections), strict=True)
+            name, inputs = matrices[0].name, projection.matrix.shape[0]
+            whole = lazy_constant(
+                self._graph,
+                f"{name}_joined",
+                ir.DataType.INT8,
+                [inputs, sum(len(scale.const_value.numpy()) for scale in scales)],
+                lambda: np.concatenate([matrix.const_value.numpy() for matrix in matrices], axis=1),
+            )
+            together = np.concatenate([scale.const_value.numpy() for scale in scales])
+            return whole, constant(self._graph, f"{scales[0].name}_joined", together)
         weight, scale = self.get(projection.weight, projection.channel_axis)
         if projection.channel_axis == 0:
             weight = tape.op("Transpose", [weight], {"perm": [1, 0]})
@@ -81,6 +97,22 @@ def prepare_int8(graph: ir.Graph, decisions: dict[str, Decision]) -> tuple[Weigh
         weights.put(projection, decisions[projection.name].weight)
     kept = {projection.weight for projection in everything if projection.name not in decisions}
     return weights, projections, _quantize_embeddings(graph, weights, kept)
+
+
+def group(projections: Sequence[Projection], decisions: dict[str, Decision], target: Target) -> list[list[Projection]]:
+    """Group the linear layers that one matmul computes: for the target `ort`, those that read the same value.
+
+    Their results are the same bit by bit. Queries, keys and values gain, and gate and up-projection: in a small model,
+    starting a matmul takes as long as computing it, and what quantizes its input is computed once.
+    """
+    groups: dict[object, list[Projection]] = {}
+    for projection in projections:
+        decision = decisions[projection.name]
+        alone = projection.bias is not None or projection.channel_axis != 1 or len(projection.weight.uses()) > 1
+        together = (projection.node.inputs[0], decision.activation, tuple(decision.float_channels))
+        key = projection.node if alone or target == "portable" else together
+        groups.setdefault(key, []).append(projection)
+    return list(groups.values())
 
 
 def _quantize_embeddings(graph: ir.Graph, weights: Weights, kept: set[ir.Value]) -> list[Embedding]:

@@ -11,10 +11,10 @@ import onnx_ir as ir
 
 from cuantiza.quantize.decide.activation import PerTensor
 from cuantiza.quantize.decide.decision import Decision
-from cuantiza.quantize.rewrite.edit import clean, constant, replace_node
+from cuantiza.quantize.rewrite.edit import clean, constant, replace_matmuls
 from cuantiza.quantize.rewrite.find import Embedding, Projection
 from cuantiza.quantize.rewrite.fuse_attention import ORT
-from cuantiza.quantize.rewrite.int8 import add_residual, prepare_int8, quantize_twice
+from cuantiza.quantize.rewrite.int8 import add_residual, group, prepare_int8, quantize_twice
 from cuantiza.quantize.settings import Target
 
 
@@ -30,7 +30,8 @@ def quantize_static(
     """
     graph = model.graph
     weights, projections, embeddings = prepare_int8(graph, decisions)
-    for projection in projections:
+    for same in group(projections, decisions, target):
+        projection = same[0]
         decision, tape = decisions[projection.name], ir.tape.Tape()
         x = projection.node.inputs[0]  # not projection.x, which an earlier rewrite may have replaced
         activation = decision.activation
@@ -41,7 +42,7 @@ def quantize_static(
             constant(graph, f"{x.name}_scale{suffix}", scale),
             constant(graph, f"{x.name}_zero_point{suffix}", zero_point),
         ]
-        weight, weight_scale = weights.get_columns(tape, projection)
+        weight, weight_scale = weights.get_columns(tape, same)
         multiply = _multiply_portable if target == "portable" else _multiply_ort
         if activation.bits == 16:
             quantized = quantize_twice(graph, tape, x, *activation.parameters)
@@ -51,8 +52,10 @@ def quantize_static(
             quantized = tape.op("QuantizeLinear", [x, *parameters])
             result = multiply(tape, quantized, parameters, weight, weight_scale, projection.bias)  # [.., N]
         if len(decision.float_channels):
-            result = _add_float_channels(graph, tape, result, x, projection.weight.name, decision)
-        replace_node(graph, projection.node, tape, result)
+            rows = np.concatenate([decisions[each.name].float_rows for each in same], axis=1)
+            result = _add_float_channels(graph, tape, result, x, projection.weight.name, decision.float_channels, rows)
+        sizes = [each.weight.shape[each.channel_axis] for each in same]
+        replace_matmuls(graph, [each.node for each in same], sizes, tape, result)
     if target == "ort":
         graph.opset_imports[ORT] = 1
     clean(model)
@@ -89,13 +92,18 @@ def _multiply_ort(
 
 
 def _add_float_channels(
-    graph: ir.Graph, tape: ir.tape.Tape, result: ir.Value, x: ir.Value, name: str, decision: Decision
+    graph: ir.Graph,
+    tape: ir.tape.Tape,
+    result: ir.Value,
+    x: ir.Value,
+    name: str,
+    channels: np.ndarray,
+    rows: np.ndarray,
 ) -> ir.Value:
-    """Add the matmul of the float channels to `result` [.., N].
+    """Add the matmul of the float `channels` [k] with their `rows` [k, N] of the weight to `result` [.., N].
 
     The rows of s8(W) for these channels are zero, so it does not matter how Q clips them.
     """
-    channels = constant(graph, f"{name}_float_channels", decision.float_channels.astype(np.int64))
-    rows = constant(graph, f"{name}_float_rows", decision.float_rows)
-    picked = tape.op("Gather", [x, channels], {"axis": -1})  # [.., k]
-    return tape.op("Add", [result, tape.op("MatMul", [picked, rows])])
+    which = constant(graph, f"{name}_float_channels", channels.astype(np.int64))
+    picked = tape.op("Gather", [x, which], {"axis": -1})  # [.., k]
+    return tape.op("Add", [result, tape.op("MatMul", [picked, constant(graph, f"{name}_float_rows", rows)])])

@@ -261,6 +261,24 @@ def test_matmuls_that_read_the_same_value_are_one(kind, name, make, ids, tmp_pat
     assert np.array_equal(found, expected)
 
 
+@pytest.mark.parametrize("name", ["int8-dynamic-ort", "int8-static-ort"])
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_int8_matmuls_that_read_the_same_value_are_one(kind, name, make, ids, tmp_path, monkeypatch):
+    """What quantizes the value that they read is there once, too, and the logits are the same bit by bit."""
+    joined, _ = make(kind, name)
+    for rewrite in ("dynamic", "static"):
+        monkeypatch.setattr(f"cuantiza.quantize.rewrite.{rewrite}.group", lambda found, *_: [[one] for one in found])
+    recipe = replace(RECIPES[name], rounding="nearest", calibration=Calibration(8, 32))
+    recipe.make(joined.parent / "fp32", tmp_path, Split("calibration", SENTENCES))
+    counts = [
+        Counter(node.op_type for node in onnx_file.load(folder / "model.onnx").graph) for folder in (joined, tmp_path)
+    ]
+    assert [count["MatMulIntegerToFloat"] for count in counts] == [2 * 4 + 1, 2 * 7 + 1]
+    assert counts[0]["QuantizeLinear"] < counts[1]["QuantizeLinear"]
+    found, expected = (Runtime(folder / "model.onnx", 1).forward(ids, MASK) for folder in (joined, tmp_path))
+    assert np.array_equal(found, expected)
+
+
 def test_heads_that_the_operator_does_not_take(tmp_path):
     """The attention stays in standard operators, which a warning says."""
     folder = make_fp32("llama", tmp_path, head_dim=12)

@@ -40,7 +40,7 @@ def score(windows: Iterable[Window], models: Sequence[Deferred]) -> list[Scores]
     """Return the scores of every model. The first model is the baseline of the others.
 
     Each window is scored as soon as its logits are there, so that no logits are kept. The models compute a window one
-    after another: each uses all processors, and at the same time they take longer. The first one computes the next
+    after another: each uses all processors, and together they would take longer. The first one computes the next
     window while this one is scored.
     """
     documents: list[np.ndarray] = []

@@ -52,7 +52,7 @@ class TorchRuntime:
     def forward(self, ids: np.ndarray, last: int = 0) -> np.ndarray:
         """Return the logits float32 [B, n, V] of the `last` n tokens (0: all T) of token ids [B, T].
 
-        Where it is quantized, a head's ranges are those of all its tokens, so none is left out before it.
+        A quantized head takes one range from all tokens of a call, so its input must not be cut.
         """
         with torch.inference_mode():
             out = self._model(

@@ -1,8 +1,8 @@
 """Split a graph into a chain of blocks, so that calibration holds one transformer layer in memory and not the model.
 
 Between two blocks a single value, the residual stream, carries everything computed from the tokens so far. So each
-block can run alone on the output of the block before it. Memory is the weights of one block and one hidden state per
-window, and time grows linearly with the number of layers.
+block can run alone on the output of the block before it, and its activations are observed while it does. Memory is the
+weights of one block and one hidden state per window, and time grows linearly with the number of layers.
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@
 Each block of the fp32 model runs on the windows once, and is smoothed by the activations that were seen. For static ranges,
 the smoothed block runs again, and histograms of its activations are collected. Then the weights of the block are rounded.
 With rounding "descent", that takes into account what the blocks and layers before lost by rounding (follow.py). Of the
-activations only sums, histograms and a sample are kept, and for each window the value that the next block starts from.
+activations only sums, histograms and a sample are kept, and for each window the values that blocks start from, of as
+many blocks as are worked on.
 
 What is seen of a block in fp32 does not depend on how it will be quantized. So several jobs, which differ in their plans and
 in the number of their windows, share that run; each smooths and rounds a copy of the model of its own. While they
@@ -20,6 +21,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +54,8 @@ from cuantiza.quantize.weights.rounding import Grid, IntWeight, round_to_nearest
 # How many jobs decide on a block at the same time. The long rounding of one layer keeps one processor busy; another job
 # has work for the others. More jobs at once would take memory and little less time.
 _JOBS_AT_ONCE = 2
-# How many blocks may wait for decisions while the next one runs: attention and MLP of one layer.
+# How many blocks may wait for decisions while the next one runs: attention and MLP of one layer. What was seen of each
+# takes memory, above all the Gram matrices of its inputs.
 _BLOCKS_AT_ONCE = 2
 
 
@@ -91,7 +94,11 @@ def calibrate(
         ThreadPoolExecutor(default_threads()) as pool,
         ThreadPoolExecutor(_JOBS_AT_ONCE) as job_pool,
     ):
-        return _calibrate(model, jobs, windows, work, until, pool, job_pool)
+        try:
+            return _calibrate(model, jobs, windows, work, until, pool, job_pool)
+        except BaseException:
+            job_pool.shutdown(cancel_futures=True)  # what other jobs would still decide is of no use
+            raise
 
 
 def _calibrate(
@@ -124,18 +131,24 @@ def _calibrate(
             due = [runner for runner in runners if runner.job.windows == seen.count]
             waiting[-1] += [runner.begin(job_pool, number, seen, windows, before) for runner in due]
         before = seen.after
-        if until is not None or len(waiting) > _BLOCKS_AT_ONCE:
-            _wait(waiting.pop(0))
+        last = until is not None or number == len(blocks) - 1
+        while len(waiting) > (0 if last else _BLOCKS_AT_ONCE):
+            for deciding in waiting.pop(0):
+                deciding.result()
         if until in runners[0].decisions:
             break
-    for deciding in waiting:
-        _wait(deciding)
     return [runner.decisions for runner in runners]
 
 
-def _wait(deciding: Sequence[Future]) -> None:
-    for one in deciding:
-        one.result()
+def _spread(pool: ThreadPoolExecutor, function: Callable, items: Iterable) -> list:
+    """Return function(item) for each of `items`, computed by threads of `pool` and by this one, which may be one of them.
+
+    Other threads begin with the first item, this one with the last. It takes back what no thread has begun: if all threads
+    waited for work that none is free for, they would wait forever.
+    """
+    waiting = [(item, pool.submit(function, item)) for item in items]
+    last_first = [function(item) if coming.cancel() else coming.result() for item, coming in reversed(waiting)]
+    return last_first[::-1]
 
 
 class _JobRunner:
@@ -199,18 +212,10 @@ class _JobRunner:
                 model, block, grids, shared, self._values, windows, streams, self._work, pool.map
             )
 
-        def spread(function: Callable, items: Iterable) -> list:
-            # This runs in the pool itself. Other threads begin with the first item and this one with the last, and it
-            # waits only for what another has begun: a thread that waits for work that none is free for waits forever.
-            waiting = [(item, pool.submit(function, item)) for item in items]
-            last_first = [function(item) if coming.cancel() else coming.result() for item, coming in reversed(waiting)]
-            return last_first[::-1]
-
         def decision_of(both: tuple[Projection, Tensor]) -> Decision:
             (projection, tensor), name = both, both[0].name
-            return _decide(
-                projection, tensor, weights.get(name), histograms.get(tensor.name), tables, plan, self._work, spread
-            )
+            histogram, each = histograms.get(tensor.name), partial(_spread, pool)
+            return _decide(projection, tensor, weights.get(name), histogram, tables, plan, self._work, each)
 
         inputs = [(projection, tensor) for tensor in tensors for projection in tensor.projections]
         decided = pool.map(decision_of, inputs)

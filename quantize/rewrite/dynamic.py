@@ -67,8 +67,7 @@ def quantize_dynamic(
         result = tape.op("Mul", [matmul, row_scale])  # [.., N]
         if projection.bias is not None:
             result = tape.op("Add", [result, projection.bias])
-        sizes = [each.weight.shape[each.channel_axis] for each in same]
-        replace_matmuls(graph, [each.node for each in same], sizes, tape, result)
+        replace_matmuls(graph, [each.node for each in same], [each.channels for each in same], tape, result)
     if target == "ort":
         graph.opset_imports[ORT] = 1
     clean(model)
@@ -136,13 +135,8 @@ class _RowZeroPoints:
     def _source_of_rows(self, x: ir.Value) -> ir.Value:
         """Return a value with as many rows as x: input_ids, or the output of the Slice that keeps the last tokens."""
         node = x.producer()
-        while node is not None and not _ends_rows(node):
+        while node is not None and node.op_type not in ("Slice", "Gather"):
             x, node = node.inputs[0], node.inputs[0].producer()
         if node is not None and node.op_type == "Slice":
             return x
         return next(value for value in self._graph.inputs if value.name == "input_ids")
-
-
-def _ends_rows(node: ir.Node) -> bool:
-    """Whether `node` stands where the rows of a token's layer begin; the Split of `add_residual` is inside a layer."""
-    return node.op_type in ("Slice", "Gather") or (node.op_type == "Split" and node.attributes.get_int("axis", 0) != -2)

@@ -60,6 +60,11 @@ class Projection:
         return weight if self.channel_axis == 1 else weight.T
 
     @property
+    def channels(self) -> int:
+        """The number N of output channels."""
+        return int(self.weight.const_value.shape.numpy()[self.channel_axis])
+
+    @property
     def name(self) -> str:
         return self.node.name or self.node.outputs[0].name
 

@@ -66,12 +66,12 @@ class Weights:
         projection = projections[0]
         if len(projections) > 1:
             matrices, scales = zip(*(self.get(each.weight, each.channel_axis) for each in projections), strict=True)
-            name, inputs = matrices[0].name, projection.matrix.shape[0]
+            name = matrices[0].name
             whole = lazy_constant(
                 self._graph,
                 f"{name}_joined",
                 ir.DataType.INT8,
-                [inputs, sum(len(scale.const_value.numpy()) for scale in scales)],
+                [matrices[0].shape[0], sum(each.channels for each in projections)],
                 lambda: np.concatenate([matrix.const_value.numpy() for matrix in matrices], axis=1),
             )
             together = np.concatenate([scale.const_value.numpy() for scale in scales])
@@ -102,6 +102,7 @@ def prepare_int8(graph: ir.Graph, decisions: dict[str, Decision]) -> tuple[Weigh
 def group(projections: Sequence[Projection], decisions: dict[str, Decision], target: Target) -> list[list[Projection]]:
     """Group the linear layers that one matmul computes: for the target `ort`, those that read the same value.
 
+    A layer with a bias of its own (Gemm), or with a transposed or shared matrix, stays alone.
     Their results are the same bit by bit. Queries, keys and values gain, and gate and up-projection: in a small model,
     starting a matmul takes as long as computing it, and what quantizes its input is computed once.
     """

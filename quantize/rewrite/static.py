@@ -54,8 +54,7 @@ def quantize_static(
         if len(decision.float_channels):
             rows = np.concatenate([decisions[each.name].float_rows for each in same], axis=1)
             result = _add_float_channels(graph, tape, result, x, projection.weight.name, decision.float_channels, rows)
-        sizes = [each.weight.shape[each.channel_axis] for each in same]
-        replace_matmuls(graph, [each.node for each in same], sizes, tape, result)
+        replace_matmuls(graph, [each.node for each in same], [each.channels for each in same], tape, result)
     if target == "ort":
         graph.opset_imports[ORT] = 1
     clean(model)

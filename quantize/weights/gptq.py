@@ -15,8 +15,8 @@ from cuantiza.quantize.weights.rounding import (
     PAIR_LIMIT,
     Grid,
     IntWeight,
+    channel_parts,
     choose_scale,
-    column_parts,
     in_steps,
     partners,
     round_to_nearest,
@@ -69,7 +69,7 @@ def gptq(
             rest = weight[order, part].astype(np.float32)
             return replace(nearest, q=_gptq_fixed(rest, factor, nearest, order, partner))
 
-        return _beside(each(fixed, column_parts(weight.shape[1], _NARROW)), grid)
+        return _beside(each(fixed, channel_parts(weight.shape[1], _NARROW)), grid)
     factor = _damped_factor(_hessian(gram), damping)
     step = scale_step(weight, grid)
 
@@ -78,7 +78,7 @@ def gptq(
         q, scale, zero = _gptq_columns(weight[:, part].astype(np.float32), factor, grid, steps)
         return IntWeight(q, scale.astype(np.float32), zero.astype(q.dtype), grid, steps)
 
-    return _beside(each(in_order, column_parts(weight.shape[1], COLUMNS)), grid)
+    return _beside(each(in_order, channel_parts(weight.shape[1], COLUMNS)), grid)
 
 
 def _beside(parts: Iterable[IntWeight], grid: Grid) -> IntWeight:
@@ -139,7 +139,7 @@ def descend(
         )
         return IntWeight(q, scale, zero, grid, step)
 
-    return _beside(each(part, column_parts(weight.shape[1], _PART)), grid)
+    return _beside(each(part, channel_parts(weight.shape[1], _PART)), grid)
 
 
 def _mean_energy(gram: np.ndarray) -> float:

@@ -73,11 +73,6 @@ class IntWeight:
         spread = [np.repeat(array, block, axis=0)[: len(self.q)] for array in (self.scale, self.zero_point)]
         return (self.q.astype(np.float32) - spread[1]) * spread[0]
 
-    def of_channels(self, channels: slice) -> IntWeight:
-        """Return the part of this weight that computes `channels`."""
-        step = None if self.step is None else self.step[channels]
-        return IntWeight(self.q[:, channels], self.scale[:, channels], self.zero_point[:, channels], self.grid, step)
-
     def with_channels(self, channels: slice, other: IntWeight) -> IntWeight:
         """Return this weight with `other` [K, n] in place of its `channels`."""
         q, scale, zero_point = (array.copy() for array in (self.q, self.scale, self.zero_point))
@@ -103,9 +98,10 @@ def round_to_nearest(
     zeros = np.empty(scales.shape, q.dtype)
     step = scale_step(weight, grid)
     inputs = np.arange(count) if inputs is None else inputs
-    for columns in column_parts(channels, min(COLUMNS, max(1, _AT_ONCE // min(block, count)))):
+    for columns in channel_parts(channels, min(COLUMNS, max(1, _AT_ONCE // min(block, count)))):
         steps = None if step is None else step[columns]
         for group, start in enumerate(range(0, count, block)):
+            # A copy lies together in the cache. "K" keeps the order of the axes, and so the order in which sums add up.
             rows, places = weight[start : start + block, columns].copy("K"), inputs[start : start + block]
             scale, zero = choose_scale(rows, grid, clips, steps, places)
             q[start : start + block, columns] = _to_integers(rows, scale, zero, grid, places)
@@ -113,8 +109,11 @@ def round_to_nearest(
     return IntWeight(q, scales, zeros, grid, step)
 
 
-def column_parts(channels: int, size: int) -> list[slice]:
-    """Return slices of about `size` of the `channels`. None has a single channel, which NumPy would add up in another order."""
+def channel_parts(channels: int, size: int) -> list[slice]:
+    """Return slices of about `size` of the `channels`.
+
+    No slice has a single channel unless there is only one, since NumPy would add it up in another order.
+    """
     starts = range(0, max(channels - 1, 1), max(size, 2))
     return [slice(start, end) for start, end in pairwise([*starts, channels])]
 

@@ -14,7 +14,7 @@ import pytest
 
 from cuantiza.core.store.artifact import Artifact
 from cuantiza.export.graphs import architectures
-from cuantiza.export.parity import ATOL, RTOL, _beyond
+from cuantiza.export.parity import ATOL, RTOL, _beyond, _ends
 
 from helpers import Result, assert_nothing_published, assert_user_error, edit_weights
 
@@ -96,3 +96,11 @@ def test_no_number_is_beyond_the_bound(value: float) -> None:
     ours = logits.copy()
     ours[0, 1, 2] = value
     assert _beyond(ours, logits) is not None
+
+
+@pytest.mark.parametrize("count", [1, 2, 12, 13, 24, 25, 29, 96])
+def test_pieces_of_the_text_that_goes_through_the_cache(count: int) -> None:
+    """All of it, and one by one at both ends."""
+    sizes = np.diff(_ends(count))
+    assert sizes.sum() == count and (sizes <= 16).all()
+    assert (sizes[:12] == 1).all() and (sizes[-12:] == 1).all()

@@ -279,6 +279,16 @@ def test_int8_matmuls_that_read_the_same_value_are_one(kind, name, make, ids, tm
     assert np.array_equal(found, expected)
 
 
+@pytest.mark.parametrize("name", ["int8-dynamic-ort", "int8-static-ort", "int8-weight-ort"])
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "qwen2", "phi3", "gpt_neox", "opt"])
+def test_only_the_logits_that_are_asked_for(kind, name, make, ids):
+    """The last layer's MLP then sees fewer tokens than the layers before it."""
+    model = runtime(make(kind, name))
+    whole = model.forward(ids)
+    assert np.array_equal(model.forward(ids, last=5), whole[:, -5:])
+    assert np.allclose(model.step(model.cache(1, TOKENS), ids[:1]), whole[:1, -1], atol=1e-4)
+
+
 def test_heads_that_the_operator_does_not_take(tmp_path):
     """The attention stays in standard operators, which a warning says."""
     folder = make_fp32("llama", tmp_path, head_dim=12)

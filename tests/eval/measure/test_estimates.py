@@ -32,6 +32,23 @@ class Here:
         return self._logits(self._ids)[-self._last :]
 
 
+def test_one_model_computes_at_a_time():
+    running = []
+
+    class Model(Here):
+        def start(self, method, ids, last):
+            assert not running
+            running.append(self)
+            super().start(method, ids, last)
+
+        def result(self):
+            assert running.pop() is self
+            return super().result()
+
+    models = [Model(lambda ids: np.zeros((len(ids), 8), np.float32)) for _ in range(3)]
+    assert [len(scores.nll) for scores in score(rolling([[1, 2, 3], [4, 5]], 0, 2), models)] == [5, 5, 5]
+
+
 @pytest.mark.parametrize("longest", [2, 3, 8, 100])
 def test_rolling_scores_every_token_once_in_order(longest):
     documents = [list(range(100 * n, 100 * n + length)) for n, length in enumerate((1, 2, 7, 8, 9, 40))]

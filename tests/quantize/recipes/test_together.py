@@ -6,6 +6,7 @@ import dataclasses
 import json
 import shutil
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from cuantiza.core.store.artifact import Artifact
 from cuantiza.core.store.digests import sha256_file
 from cuantiza.export.stage import export
 from cuantiza.quantize import layers
-from cuantiza.quantize.decide import calibrate
+from cuantiza.quantize.decide import blocks, calibrate
 from cuantiza.quantize.decide.blocks import open_block
 from cuantiza.quantize.decide.blocks import split as blocks_of
 from cuantiza.quantize.decide.calibrate import calibration_windows
@@ -87,7 +88,7 @@ def test_every_block_is_observed_once_and_both_forms_share_their_decisions(
     fp32: Artifact, split: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ran = []
-    monkeypatch.setattr(calibrate, "open_block", lambda *those: ran.append(those[1]) or open_block(*those))
+    monkeypatch.setattr(blocks, "open_block", lambda *those: ran.append(those[1]) or open_block(*those))
     nearest = WeightOnly(
         8, None, symmetric=True, rounding="nearest", calibration=dataclasses.replace(LITTLE, windows=6)
     )
@@ -178,6 +179,32 @@ def test_no_thread_is_the_first_to_read_a_weight(split: Split, tmp_path: Path, m
 
     monkeypatch.setattr(ir.ExternalTensor, "_load", load_in_the_main_thread)
     calibrate_recipes([quick("int8-dynamic"), quick("int8-static")], fp32.path, tmp_path, split)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_no_thread_of_a_pool_waits_for_work_that_none_is_free_for(threads: int) -> None:
+    with ThreadPoolExecutor(threads) as pool:
+        found = pool.map(lambda ten: calibrate._spread(pool, lambda one: 10 * ten + one, range(5)), range(4))
+        assert list(found) == [[10 * ten + one for one in range(5)] for ten in range(4)]
+
+
+def test_after_an_error_no_job_decides_on_further_blocks(
+    fp32: Artifact, split: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decide, decided, failed = calibrate._JobRunner.decide, [], threading.Event()
+
+    def one_fails(runner: calibrate._JobRunner, number: int, *args: object) -> None:
+        if runner.job.plan.ranges == "row":
+            failed.set()
+            raise ValueError("this job fails")
+        assert failed.wait(60)
+        decided.append(number)
+        decide(runner, number, *args)
+
+    monkeypatch.setattr(calibrate._JobRunner, "decide", one_fails)
+    with pytest.raises(ValueError, match="this job fails"):
+        calibrate_recipes([quick("int8-dynamic"), quick("int8-static")], fp32.path, tmp_path, split)
+    assert len(decided) < 2 + 1
 
 
 @pytest.mark.parametrize("name", ["int-mixed", "int-mixed-ort", "int4-weight"])

@@ -5,6 +5,7 @@ of the matmul falls: tr(Eᵀ·G·E), with E = Ŵ − W and G = Σ xᵀx.
 """
 
 import itertools
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
 import numpy as np
@@ -22,6 +23,7 @@ from cuantiza.quantize.weights.rounding import (
     NORM,
     PAIR_LIMIT,
     Grid,
+    channel_parts,
     choose_scale,
     partners,
     round_to_nearest,
@@ -316,3 +318,22 @@ def test_weights_without_large_neighbours_are_rounded_as_without_the_limit():
 def test_partners():
     assert list(partners(np.arange(4))) == [1, 0, 3, 2]
     assert list(partners(np.array([0, 2, 3, 7]))) == [-1, 2, 1, -1]
+
+
+def test_parts_cover_all_channels():
+    for channels, size in itertools.product(range(1, 40), (1, 2, 3, 7)):
+        parts = channel_parts(channels, size)
+        assert [channel for part in parts for channel in range(part.start, part.stop)] == list(range(channels))
+        assert channels == 1 or min(part.stop - part.start for part in parts) > 1
+
+
+@pytest.mark.parametrize("pairs", [True, False])
+def test_threads_and_parts_change_nothing(monkeypatch, pairs):
+    weight, gram, grid = random_weight(), correlated(), Grid(8, pairs=pairs)
+    whole = gptq(weight, gram, grid)
+    monkeypatch.setattr("cuantiza.quantize.weights.gptq._NARROW", 7)
+    monkeypatch.setattr(rounding, "_AT_ONCE", 3 * INPUTS)
+    with ThreadPoolExecutor(3) as pool:
+        parts = gptq(weight, gram, grid, each=pool.map)
+    # A matmul of fewer channels may add up in another order, and such a bit can change which way a weight is rounded.
+    assert np.array_equal(parts.scale, whole.scale) and (parts.q != whole.q).mean() < 0.01

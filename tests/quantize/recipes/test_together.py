@@ -191,20 +191,27 @@ def test_no_thread_of_a_pool_waits_for_work_that_none_is_free_for(threads: int) 
 def test_after_an_error_no_job_decides_on_further_blocks(
     fp32: Artifact, split: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    decide, decided, failed = calibrate._JobRunner.decide, [], threading.Event()
+    """The other job is still at the first of three blocks then. A thread may already wait for that to begin the second."""
+    decide, decided, stopped = calibrate._JobRunner.decide, [], threading.Event()
+
+    class Pool(ThreadPoolExecutor):
+        def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+            super().shutdown(wait=False, cancel_futures=cancel_futures)
+            stopped.set()
+            super().shutdown(wait)
 
     def one_fails(runner: calibrate._JobRunner, number: int, *args: object) -> None:
         if runner.job.plan.ranges == "row":
-            failed.set()
             raise ValueError("this job fails")
-        assert failed.wait(60)
+        assert stopped.wait(60)
         decided.append(number)
         decide(runner, number, *args)
 
+    monkeypatch.setattr(calibrate, "ThreadPoolExecutor", Pool)
     monkeypatch.setattr(calibrate._JobRunner, "decide", one_fails)
     with pytest.raises(ValueError, match="this job fails"):
         calibrate_recipes([quick("int8-dynamic"), quick("int8-static")], fp32.path, tmp_path, split)
-    assert len(decided) < 2 + 1
+    assert decided in ([0], [0, 1])
 
 
 @pytest.mark.parametrize("name", ["int-mixed", "int-mixed-ort", "int4-weight"])

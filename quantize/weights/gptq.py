@@ -11,7 +11,6 @@ from dataclasses import replace
 import numpy as np
 
 from cuantiza.quantize.weights.rounding import (
-    COLUMNS,
     PAIR_LIMIT,
     Grid,
     IntWeight,
@@ -41,6 +40,8 @@ _PART = 384
 # `gptq` rounds this many channels at a time where each has one scale, for the same reason, and so that the rows that it
 # works on stay in a processor's cache.
 _NARROW = 2048
+# The same where each block has a scale. Temporary arrays for a whole vocabulary would be large.
+_WIDE = 8192
 
 
 def gptq(
@@ -78,7 +79,7 @@ def gptq(
         q, scale, zero = _gptq_columns(weight[:, part].astype(np.float32), factor, grid, steps)
         return IntWeight(q, scale.astype(np.float32), zero.astype(q.dtype), grid, steps)
 
-    return _beside(each(in_order, channel_parts(weight.shape[1], COLUMNS)), grid)
+    return _beside(each(in_order, channel_parts(weight.shape[1], _WIDE)), grid)
 
 
 def _beside(parts: Iterable[IntWeight], grid: Grid) -> IntWeight:

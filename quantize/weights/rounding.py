@@ -20,9 +20,7 @@ NORM = 2.4
 STEPS = 255
 # The largest sum of two neighbouring integers of a channel, so that u8·s8 + u8·s8 fits into 16 bits: 255 · 128 = 32,640.
 PAIR_LIMIT = 128
-# Channels are independent, so this many are rounded at a time. Temporary arrays for a whole vocabulary would be large.
-COLUMNS = 8192
-# How many weights of one block of inputs are rounded at a time, so that temporary arrays stay in a processor's cache.
+# Channels are independent. So many weights are rounded at a time that temporary arrays stay in a processor's cache.
 _AT_ONCE = 2**17
 
 
@@ -98,7 +96,7 @@ def round_to_nearest(
     zeros = np.empty(scales.shape, q.dtype)
     step = scale_step(weight, grid)
     inputs = np.arange(count) if inputs is None else inputs
-    for columns in channel_parts(channels, min(COLUMNS, max(1, _AT_ONCE // min(block, count)))):
+    for columns in channel_parts(channels, _AT_ONCE // min(block, count)):
         steps = None if step is None else step[columns]
         for group, start in enumerate(range(0, count, block)):
             # A copy lies together in the cache. "K" keeps the order of the axes, and so the order in which sums add up.

@@ -160,8 +160,8 @@ def test_the_best_clip_is_found():
 def test_channels_at_a_time_change_nothing(monkeypatch):
     weight, grid, gram = random_weight(), Grid(4, 48, False), correlated()
     nearest, by_gptq = round_to_nearest(weight, grid), gptq(weight, gram, grid)
-    for module in ("rounding", "gptq"):
-        monkeypatch.setattr(f"cuantiza.quantize.weights.{module}.COLUMNS", 7)
+    monkeypatch.setattr(rounding, "_AT_ONCE", 7 * grid.block)
+    monkeypatch.setattr("cuantiza.quantize.weights.gptq._WIDE", 7)
     assert same(round_to_nearest(weight, grid), nearest)
     # The kernels of BLAS differ in a last bit for matrices of other widths, which may move a weight to the next integer.
     moved = np.abs(gptq(weight, gram, grid).q.astype(int) - by_gptq.q)

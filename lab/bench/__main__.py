@@ -16,6 +16,7 @@ from cuantiza.core.machine.hardware import check_threads
 from cuantiza.core.machine.progress import report as say
 from cuantiza.core.machine.progress import track, working
 from cuantiza.core.store import folders
+from lab.avx2 import HELD_TO, is_held
 from lab.bench import rows
 from lab.bench.rounds import Others, measure, settings
 from lab.bench.rows import Prepared, Row
@@ -30,7 +31,8 @@ def main() -> int:
         for name in dict.fromkeys(args.shapes):
             with folders.staging(work / name) as temporary, working(f"bench     {name}"):
                 result = benchmark(SHAPES[name], args, work, temporary)
-            _publish(result, f"{name}-ablation" if args.ablation else name, args.output)
+            name += ("-ablation" if args.ablation else "") + (f"-{HELD_TO.lower()}" if is_held() else "")
+            _publish(result, name, args.output)
     return 0
 
 

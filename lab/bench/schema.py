@@ -2,7 +2,8 @@
 
 schema             "cuantiza/bench/2"
 shape              name, layers, width, heads, vocabulary, positions, parameters, and more of a Llama's
-machine            as in a report, with the processor's instruction sets that kernels choose between
+machine            as in a report, with the instruction sets that kernels choose between; held_to names the newest, if
+                   the others were hidden (lab/avx2)
 others_processors  how many processors other processes kept busy during the rounds, on average
 baseline           the row that speedups are relative to: a speedup is its median over the row's, both of one round
 settings           threads, batch and shapes; each row's `settings` have the same order
@@ -30,6 +31,7 @@ from statistics import median
 from cuantiza.core.machine.hardware import machine
 from cuantiza.core.machine.instructions import instruction_sets
 from cuantiza.core.store import digests
+from lab.avx2 import HELD_TO, is_held, visible
 from lab.bench.limits import Limits, best, decode_share, prefill_share
 from lab.bench.rounds import CHECK, Answer, Case, Measured, Setting, agreement
 from lab.bench.rows import Prepared, Row
@@ -86,7 +88,9 @@ def result(
     return {
         "schema": SCHEMA,
         "shape": dimensions | {"parameters": shape.parameters},
-        "machine": machine(max(setting.threads for setting in wanted)) | {"instructions": instruction_sets()},
+        "machine": machine(max(setting.threads for setting in wanted))
+        | {"instructions": visible(instruction_sets())}
+        | ({"held_to": HELD_TO} if is_held() else {}),
         "versions": digests.versions("onnxruntime", "numpy"),
         "command": ["python", "-m", "lab.bench", *sys.argv[1:]],
         "rounds": rounds,

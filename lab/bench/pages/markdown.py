@@ -189,9 +189,11 @@ def _how(result: dict) -> dict[str, object]:
         "check": check["steps"],
         "first": result["rows"][0]["name"],
         "limits": "; ".join(limits),
+        "held": f", on a processor held to {machine['held_to']}" if machine.get("held_to") else "",
         "machine": ", ".join(
             [
                 machine["cpu"],
+                *([f"held to {machine['held_to']} by lab/avx2"] if machine.get("held_to") else []),
                 *([f"with {', '.join(machine['instructions'])}"] if machine.get("instructions") else []),
                 f"{machine['processors']} processors",
                 f"{machine['memory_bytes'] / 2**30:.0f} GiB",

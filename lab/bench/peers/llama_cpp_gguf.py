@@ -35,10 +35,10 @@ llama.llama_log_set(_silent, ctypes.c_void_p(0))
 
 
 def version() -> str:
-    # It is compiled at installation for this processor (GGML_NATIVE, its default); the system info shows for which.
+    # It is compiled for this processor at installation, or for AVX2 (lab/avx2); the system info shows for which.
     found = [item.split(" = ")[0].strip() for item in llama.llama_print_system_info().decode().split("|")]
     widest = [name for name in ("AVX512_VNNI", "AVX512", "AVX2", "NEON") if name in found]
-    return f"llama-cpp-python {version_of('llama-cpp-python')}, GGML_NATIVE" + (f" ({widest[0]})" if widest else "")
+    return f"llama-cpp-python {version_of('llama-cpp-python')}" + (f", compiled for {widest[0]}" if widest else "")
 
 
 def prepare(kind: str, checkpoint: Path, ours: Path, folder: Path) -> None:

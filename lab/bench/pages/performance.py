@@ -19,6 +19,7 @@ from cuantiza.core.pages import plus_minus, table
 from cuantiza.core.store import folders
 from lab import DATA, DOCS, ROOT
 from lab.bench.pages.markdown import page, ratios, speed_table, spread, three_digits
+from lab.bench.rounds import PREFILL
 from lab.pages import write
 
 FIGURE = DOCS / "figures" / "performance.svg"
@@ -52,6 +53,7 @@ PAIRS = (
     ("llama.cpp Q8_0", "int8-weight-ort"),
     ("llama.cpp Q8_0", "int8-dynamic-ort"),
     ("llama.cpp Q4_0", "int4-weight-ort"),
+    ("llama.cpp Q4_K_M", "int4-weight-ort"),
     ("optimum int8", "int8-weight-ort"),
     ("optimum int8", "int8-dynamic-ort"),
     ("optimum int8 per channel", "int8-weight-ort"),
@@ -60,11 +62,13 @@ PAIRS = (
     ("CTranslate2 int8", "int8-static-ort"),
     ("OpenVINO int8 weights", "int8-weight-ort"),
     ("OpenVINO int8 weights", "int8-static-ort"),
+    ("OpenVINO int8 weights", "int8-dynamic-ort"),
     ("onnxruntime-genai int8-weight-ort", "int8-weight-ort"),
     ("optimum fp32", "fp32-ort"),
     ("mobius-onnx fp32", "fp32-ort"),
     ("llama.cpp f32", "fp32-ort"),
     ("int8-dynamic-ort", "int8-static-ort"),
+    ("int8-weight-ort", "int8-dynamic-ort"),
 )
 # (title, phase, index) of the main setting's shapes that PAIRS are compared in.
 SHAPES = (
@@ -177,14 +181,37 @@ def _speeds(name: str, setting: int) -> Callable[[Path], str]:
     return lambda data: table(*speed_table(_load(data, name), setting, lambda item: three_digits(item["median_ms"])))
 
 
-def _pairs(data: Path) -> str:
-    result = _load(data, "gpt2")
-    rows = {row["name"]: row["settings"][0] for row in result["rows"]}
+def _pairs(data: Path, run: str = "gpt2") -> str:
+    """The table of PAIRS, as far as `run` measured both."""
+    rows = {row["name"]: row["settings"][0] for row in _load(data, run)["rows"] if not row["skipped"]}
     lines = [
         [theirs, f"`{ours}`", *(_ratio(rows[ours][phase][at], rows[theirs][phase][at]) for _, phase, at in SHAPES)]
         for theirs, ours in PAIRS
+        if theirs in rows and ours in rows
     ]
     return table(["theirs", "ours", *(title for title, _, _ in SHAPES)], lines)
+
+
+def _slower(data: Path) -> str:
+    """How many times as long a prompt takes each row without what is newer than AVX2, by the medians of the two runs.
+
+    Decoding is limited by memory, whose speed differs from run to run by more than the kernels make.
+    """
+    with_all, held = ({row["name"]: row for row in _load(data, run)["rows"]} for run in ("gpt2", "gpt2-avx2"))
+    lines = [
+        [
+            name,
+            *(
+                f"{theirs['median_ms'] / own['median_ms']:.2f}"
+                for theirs, own in zip(
+                    held[name]["settings"][0]["prefill"], found["settings"][0]["prefill"], strict=True
+                )
+            ),
+        ]
+        for name, found in with_all.items()
+        if name in held and not (found["skipped"] or held[name]["skipped"])
+    ]
+    return table(["row", *(f"prefill {count}" for count in PREFILL)], lines)
 
 
 def _ratio(ours: dict, theirs: dict) -> str:
@@ -205,6 +232,11 @@ TABLES: dict[str, dict[str, Callable[[Path], str]]] = {
         "batch of 8": _speeds("gpt2-batch", 1),
         "one thread": _speeds("gpt2-batch", 2),
         "medium": _speeds("gpt2-medium", 0),
+    },
+    "docs/performance/avx2.md": {
+        "main": _speeds("gpt2-avx2", 0),
+        "pairs": lambda data: _pairs(data, "gpt2-avx2"),
+        "slower": _slower,
     },
     "docs/performance/tried.md": {"ablation": _speeds("gpt2-ablation", 0)},
 }

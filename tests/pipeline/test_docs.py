@@ -27,7 +27,7 @@ NOT_RUN = {
     "make export quantize eval": "takes minutes in a fresh environment; .ci/run runs it as written",
     "make test": "is what runs this test; .ci/run runs it as written",
     'pip install ".[export]"': "needs the network; the test of the wheel installs it",
-    'make bench BENCH_ARGS="--shapes gpt2 --rounds 9 --threads 2 --batches 1"': "takes an hour; test_bench.py runs a small one",
+    'make bench BENCH_ARGS="--shapes gpt2 --rounds 5 --threads 2 --batches 1"': "takes a quarter of an hour; test_bench.py runs a small one",
     'make generate PROMPT="Me gusta mucho el futbol"': "builds artifacts; test_make.py runs it with a tiny model",
     "make compare BASE=... HEAD=...": "names no folders; test_compare.py and test_workflow.py run it",
     "make bundle": "measures for minutes; test_make.py runs it with a tiny model",

@@ -126,6 +126,7 @@ def test_what_it_cannot_run_is_one_line(work: Path, tmp_path: Path) -> None:
 
 
 def test_a_damaged_list_is_made_again(work: Path, tmp_path: Path) -> None:
+    assert held(work, tmp_path, "true").returncode == 0
     (work / "sites.json").write_text('{"half', encoding="utf-8")
     assert held(work, tmp_path, "true").returncode == 0
     assert json.loads((work / "sites.json").read_text(encoding="utf-8"))

@@ -219,7 +219,10 @@ def _make_together(parent: Artifact, together: list[_Missing], kind: type) -> di
     recipes = {one.wanted.name: one.wanted.recipe for one in together}
     with Remote(kind, recipes, parent.path, together[0].calibration, label=", ".join(recipes)) as remote:
         with folders.staging(together[0].wanted.target) as work:
-            remote.call("calibrate", work)
+            try:
+                remote.call("calibrate", work)
+            except ChildError as error:
+                raise UserError(f"{', '.join(recipes)}: {error.reason}") from error
         for one in together:
             name = remote.label = one.wanted.name
             with folders.staging(one.wanted.target) as work:

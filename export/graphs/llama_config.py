@@ -224,6 +224,8 @@ def _layer(config: Any, family: Family, number: int, head_dim: int) -> Layer:
     if isinstance(parameters.get(kind), dict):
         parameters = parameters[kind]
     slides = family.windows == "all" or kind == "sliding_attention"
+    if kind == "sliding_attention" and not config.sliding_window:
+        raise ValueError(f"layer_types[{number}] is {kind}, and sliding_window is {config.sliding_window}")
     channels = int(head_dim * parameters.get("partial_rotary_factor", 1.0)) if family.partial else head_dim
     turned = getattr(config, "no_rope_layers", None) is None or config.no_rope_layers[number]
     return Layer(rope(parameters, channels) if turned else None, config.sliding_window if slides else None)

@@ -264,6 +264,19 @@ def test_configurations_that_no_such_model_has(fields: dict, said: str, tmp_path
     assert line.startswith(f"{path}: ") and said in line and "\n" not in line
 
 
+def test_a_layer_that_slides_needs_a_window(tmp_path: Path) -> None:
+    """Where all layers slide or none, no window means that none does; here the layers say themselves that they do."""
+    config = tiny_llama("qwen3").config.to_dict() | {"layer_types": SLIDING, "sliding_window": None}
+    with pytest.raises(
+        UserError, match=r"layer_types\[\d\] is sliding_attention, and sliding_window is None; take the"
+    ):
+        parse_llama(config, tmp_path)
+    assert not any(
+        layer.window
+        for layer in parse_llama(tiny_llama("mistral", sliding_window=None).config.to_dict(), tmp_path).layers
+    )
+
+
 def test_inspect_says_what_it_is(make_llama: Callable[..., Path], capsys: pytest.CaptureFixture) -> None:
     from cuantiza.export.inspect import main
 

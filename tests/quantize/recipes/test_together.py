@@ -144,6 +144,9 @@ def test_a_recipe_that_cannot_be_used_does_not_stop_the_others(fp32: Artifact, t
     with pytest.raises(UserError, match=r"^tiny: max_bytes are 9,000, .* all in 4 bits"):
         make(fp32, {"tiny": tiny, "int8-dynamic": quick("int8-dynamic")}, tmp_path / "made")
     assert (tmp_path / "made/int8-dynamic/manifest.json").is_file() and not (tmp_path / "made/tiny").exists()
+    both = {"tiny": tiny, "tiny-ort": dataclasses.replace(tiny, target="ort")}
+    with pytest.raises(UserError, match=r"^tiny, tiny-ort: max_bytes are 9,000, .* all in 4 bits"):
+        make(fp32, both, tmp_path / "both")
 
 
 def test_portable_recipes_are_made_where_the_ort_form_is_refused(

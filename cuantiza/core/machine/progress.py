@@ -122,7 +122,9 @@ def report(line: str) -> None:
     if _bar is not None:
         _bar.print(line, markup=False, highlight=False, soft_wrap=True)
     else:
-        print(line, file=sys.stderr, flush=True)
+        # In one call: print writes the end of the line in a second one, and another thread may come between.
+        sys.stderr.write(f"{line}\n")
+        sys.stderr.flush()
 
 
 def warn(sentences: list[str]) -> None:

@@ -34,6 +34,18 @@ def test_many_items_say_how_far_and_what_is_left(tmp_path: Path) -> None:
     assert re.fullmatch(r"work: 12 in \d+\.\d s", last)
 
 
+def test_lines_of_two_threads_stay_whole(tmp_path: Path) -> None:
+    code = """
+sys.setswitchinterval(1e-6)
+def many(letter):
+    for _ in range(3000): report(letter * 20)
+threads = [threading.Thread(target=many, args=(letter,)) for letter in "ab"]
+for thread in threads: thread.start()
+for thread in threads: thread.join()"""
+    lines = said(code, tmp_path)
+    assert sorted(lines) == ["a" * 20] * 3000 + ["b" * 20] * 3000
+
+
 def test_one_item_that_takes_long_says_so(tmp_path: Path) -> None:
     lines = said("for _ in track([1], 'work', 1, every=0.2): time.sleep(1)", tmp_path)
     assert len(lines) > 2 and all(re.fullmatch(r"work: 0 of 1, \d s so far", line) for line in lines[:-1]), lines

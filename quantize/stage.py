@@ -249,10 +249,17 @@ def _publish(parent: Artifact, one: _Missing, work: Path, details: dict[str, Any
         versions=one.inputs["versions"],
         details=details,
     )
-    before, after = parent.model.stat().st_size, made.model.stat().st_size
+    before, after = _graph_bytes(parent), _graph_bytes(made)
     report(f"          {one.wanted.name}: {after / 1e6:.1f} MB, graph × fp32: {after / before:.3f}")
     warn(made.manifest.details.get("warnings", []))
     return made
+
+
+def _graph_bytes(made: Artifact) -> int:
+    """The bytes of the ONNX file, with those of its external data."""
+    from cuantiza.core.onnx.file import DATA
+
+    return sum(path.stat().st_size for path in (made.model, made.path / DATA) if path.is_file())
 
 
 def inputs_of(parent: Artifact, recipe: Recipe, calibration: Split | None) -> dict[str, Any]:

@@ -13,6 +13,8 @@ from cuantiza.core.machine.terminal import new_table, show
 from cuantiza.core.pages import count
 from lab.pages import filled
 
+# What goes before the command of a run that was held back.
+_HELD = ("python", "-m", "lab.avx2", "--")
 TEMPLATE = Path(__file__).resolve().parent / "bench.md.j2"
 
 _LIMITS = {
@@ -201,7 +203,7 @@ def _how(result: dict) -> dict[str, object]:
         ),
         "rounds": count(result["rounds"], "round"),
         "busy": "" if busy is None else f", during which other processes kept {busy:.1f} processors busy",
-        "command": shlex.join(result["command"]),
+        "command": shlex.join([*(_HELD if machine.get("held_to") else []), *result["command"]]),
     }
 
 

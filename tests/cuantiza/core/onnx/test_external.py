@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from onnx import TensorProto, numpy_helper
 from cuantiza.core.errors import UserError
 from cuantiza.core.onnx import file as onnx_file
 from cuantiza.core.store.artifact import Artifact
+from cuantiza.quantize.stage import quantize
 
 
 @pytest.fixture
@@ -43,6 +45,16 @@ def test_external_data_moves_with_its_folder(large: Path, es_mini_fp32: Artifact
     moved = large.parent.rename(tmp_path / "moved elsewhere") / "model.onnx"
     ids = np.arange(20)[None]
     np.testing.assert_array_equal(Runtime(moved).forward(ids), Runtime(es_mini_fp32.model).forward(ids))
+
+
+def test_what_quantize_says_of_the_size_counts_it(
+    exported: Callable[..., Artifact], folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(onnx_file, "INLINE_LIMIT_BYTES", 1_000)
+    fp32 = exported(folder)
+    assert (fp32.path / onnx_file.DATA).is_file()
+    quantize(fp32, "fp16")  # in another process, which knows the limit of protobuf
+    assert re.search(r"fp16: [\d.]+ MB, graph × fp32: 0\.5", capsys.readouterr().err)
 
 
 def relocate(path: Path, change: Callable[[TensorProto], None]) -> None:

@@ -236,6 +236,8 @@ def _make_together(parent: Artifact, together: list[_Missing], kind: type) -> di
 
 def _publish(parent: Artifact, one: _Missing, work: Path, details: dict[str, Any]) -> Artifact:
     """Publish the files in `work` as the artifact that is missing, and say how large it is."""
+    from cuantiza.quantize.steps import stored_bytes
+
     artifact.copy_companions(parent.path, work)
     made = artifact.publish(
         work,
@@ -249,17 +251,10 @@ def _publish(parent: Artifact, one: _Missing, work: Path, details: dict[str, Any
         versions=one.inputs["versions"],
         details=details,
     )
-    before, after = _graph_bytes(parent), _graph_bytes(made)
+    before, after = stored_bytes(parent.path), stored_bytes(made.path)
     report(f"          {one.wanted.name}: {after / 1e6:.1f} MB, graph × fp32: {after / before:.3f}")
     warn(made.manifest.details.get("warnings", []))
     return made
-
-
-def _graph_bytes(made: Artifact) -> int:
-    """The bytes of the ONNX file, with those of its external data."""
-    from cuantiza.core.onnx.file import DATA
-
-    return sum(path.stat().st_size for path in (made.model, made.path / DATA) if path.is_file())
 
 
 def inputs_of(parent: Artifact, recipe: Recipe, calibration: Split | None) -> dict[str, Any]:

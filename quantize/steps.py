@@ -29,6 +29,12 @@ def write_graph(parent: Path, work: Path, target: Target, rewrite: Callable[[ir.
     return rewrite(model) | save_graph(model, parent, work, target)
 
 
+def stored_bytes(folder: Path) -> int:
+    """The bytes of the ONNX file of the artifact in `folder`, with those of its external data."""
+    files = (folder / artifact.MODEL, folder / onnx_file.DATA)
+    return sum(path.stat().st_size for path in files if path.is_file())
+
+
 def load_graph(parent: Path, target: Target) -> ir.Model:
     """Load the graph of the fp32 artifact `parent`.
 

@@ -85,7 +85,6 @@ def _environments() -> list[Path]:
 
 def _prepare(environments: list[Path], work: Path) -> dict[str, str]:
     """Make what is missing in the folder `work`; the environment variables that hold a process back."""
-    work.mkdir(parents=True, exist_ok=True)
     mask = work / "mask.so"
     # The handler of a signal must not be the first to call a function, so all are bound at the start.
     compile_ = ["cc", "-O2", "-shared", "-fPIC", "-Wall", "-Wl,-z,now", "-o", f"{mask}.new", _MASK]

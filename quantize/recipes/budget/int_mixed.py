@@ -87,17 +87,14 @@ class MixedWeightOnly:
         bits, which are not chosen once more. `work` is a folder for temporary files. Raises UserError where no choice of
         bits keeps the budget.
         """
-        from cuantiza.core.onnx import file as onnx_file
-        from cuantiza.core.store import artifact
         from cuantiza.quantize.decide.calibrate import calibration_windows
         from cuantiza.quantize.mixed import spend, spend_again
+        from cuantiza.quantize.steps import stored_bytes
 
         windows = calibration_windows(parent, split, self.calibration)
         if known is not None:
             return windows, spend_again(parent, work, windows, self.plan(), known)
-        files = [parent / artifact.MODEL, parent / onnx_file.DATA]
-        fp32 = sum(path.stat().st_size for path in files if path.is_file())
-        budget = None if self.max_bytes is None else bytes_of(self.max_bytes, fp32)
+        budget = None if self.max_bytes is None else bytes_of(self.max_bytes, stored_bytes(parent))
         return windows, spend(parent, work, windows, self.plan(), budget, self.max_kl)
 
     def make(

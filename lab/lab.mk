@@ -15,8 +15,8 @@ portable = $(shell $(run) cuantiza recipes --names --portable)
 .PHONY: accuracy peers-quality smollm bench chapters published own-text runtimes
 .PHONY: emulation sweep-speedup torture fuzz peers runtimes-env sbom audit
 
-accuracy: $(ready) ## docs/accuracy.md; MODELS="FOLDER …" and TEXT=file add to it
-	@OPTIMUM_PYTHON="$(OPTIMUM_VENV)/bin/python" $(VENV)/bin/python -m lab.accuracy $(if $(MODELS),--models $(MODELS)) $(call option,--text,$(TEXT))
+accuracy: $(ready) ## docs/accuracy.md; MODELS="FOLDER …", TEXT=file and ENGLISH="FOLDER …" add to it
+	@OPTIMUM_PYTHON="$(OPTIMUM_VENV)/bin/python" $(VENV)/bin/python -m lab.accuracy $(if $(MODELS),--models $(MODELS)) $(call option,--text,$(TEXT)) $(if $(ENGLISH),--english $(ENGLISH))
 
 peers-quality: $(ready) ## docs/quality-peers.md: what other libraries lose on the same tokens; MODELS="FOLDER …" adds to it
 	@OPTIMUM_PYTHON="$(OPTIMUM_VENV)/bin/python" PEERS_PYTHON="$(PEERS_VENV)/bin/python" $(run) lab.quality $(if $(MODELS),--models $(MODELS)) $(QUALITY)

@@ -1,6 +1,6 @@
 """Makes docs/accuracy.md: the accuracy lost by every recipe and by common tools' defaults, on easy and hard models.
 
-python -m lab.accuracy [--models FOLDER ...] [--text FILE]
+python -m lab.accuracy [--models FOLDER ...] [--text FILE] [--english FOLDER ...]
 python -m lab.accuracy --reprint    writes the page again from the JSON
 
 docs/data/accuracy.json holds the numbers, and lab/accuracy/page.py makes the page only from it. Artifacts and scores are
@@ -33,11 +33,13 @@ from cuantiza.quantize.inspect.costs import COSTS, write_costs
 from cuantiza.quantize.recipes.registry import RECIPES, to_json
 from lab import ROOT
 from lab.accuracy.naive import NAIVE, make_naive
-from lab.accuracy.page import FIELDS, JSON, MARKDOWN, SCHEMA, publish
+from lab.accuracy.page import ENGLISH, FIELDS, JSON, MARKDOWN, SCHEMA, publish
 
 MODEL, CORPUS, HARD, SEED = ROOT / "models" / "es-mini", "corpus/es", ("twin", "sink"), 0
 WINDOW = 512  # tokens
 TEXT_TOKENS = 30_000  # tokens of --text to score: about as many as the test split of corpus/es has
+# Tokens of each text that the models of --english are scored on: each of their twenty artifacts takes minutes.
+ENGLISH_TOKENS = 8_000
 SENTENCES = 8
 # A recipe for ONNX Runtime (-ort) is measured only if its arithmetic differs from that of the portable recipe.
 ROWS = [name for name in RECIPES if not name.endswith("-ort") or name in ("int8-weight-ort", "int4-weight-ort")]
@@ -63,6 +65,14 @@ def main() -> int:
         "--models", nargs="*", type=Path, default=[], metavar="FOLDER", help="more GPT-2 checkpoints to measure"
     )
     parser.add_argument("--text", type=Path, metavar="FILE", help="another text, of which the test split is scored")
+    parser.add_argument(
+        "--english",
+        nargs="*",
+        type=Path,
+        default=[],
+        metavar="FOLDER",
+        help=f"checkpoints of large models of English, scored on {ENGLISH_TOKENS:,} tokens of {CORPUS} and of {ENGLISH}",
+    )
     default = Path("artifacts/accuracy")
     parser.add_argument(
         "--work", type=Path, default=default, help=f"folder where artifacts and scores are kept (default {default})"
@@ -75,21 +85,25 @@ def main() -> int:
     if args.reprint:
         _publish(json.loads((args.output / JSON).read_text(encoding="utf-8")), args.output)
         return 0
-    if odd := next((folder for folder in args.models if not folder.is_dir()), None):
-        raise UserError(f"--models {odd}: is not a folder; give folders of GPT-2 checkpoints")
-    given = [folder.resolve() for folder in args.models]
-    names = [MODEL.name, *(f"{MODEL.name}-{kind}" for kind in HARD), *(folder.name for folder in given)]
+    for option, given in (("--models", args.models), ("--english", args.english)):
+        if odd := next((folder for folder in given if not folder.is_dir()), None):
+            raise UserError(f"{option} {odd}: is not a folder; give folders of checkpoints")
+    given, english = ([folder.resolve() for folder in some] for some in (args.models, args.english))
+    names = [MODEL.name, *(f"{MODEL.name}-{kind}" for kind in HARD), *(folder.name for folder in given + english)]
     if clash := next((name for name in names if names.count(name) > 1), None):
-        raise UserError(f"--models: two models are called {clash!r}; rename one of the folders")
+        raise UserError(f"--models, --english: two models are called {clash!r}; rename one of the folders")
     if args.text and not args.text.is_file():
         raise UserError(f"--text {args.text}: is not a file; give a .txt, .jsonl or .parquet file")
     calibration, test = load_splits(Source(str(ROOT / CORPUS)))
     texts = [Text(CORPUS, test)]
     texts += [Text(args.text.name, load_splits(Source(str(args.text)))[1], TEXT_TOKENS)] if args.text else []
+    own_language = load_splits(Source(str(ROOT / ENGLISH)))[1] if english else test
+    parts = [Text(CORPUS, test, ENGLISH_TOKENS), Text(ENGLISH, own_language, ENGLISH_TOKENS)]
     work = args.work.resolve()
     with folders.locked(work):
-        checkpoints = [MODEL, *(_hard_model(kind, work) for kind in HARD), *given]
-        result = measure(checkpoints, texts, calibration, work, ROWS)
+        spanish = [MODEL, *(_hard_model(kind, work) for kind in HARD), *given]
+        subjects = [(checkpoint, texts) for checkpoint in spanish] + [(checkpoint, parts) for checkpoint in english]
+        result = measure(subjects, calibration, work, ROWS)
     _publish(result, args.output)
     return 0
 
@@ -103,11 +117,11 @@ def _publish(report: dict, output: Path) -> None:
         say(f"accuracy  {COSTS}: written")
 
 
-def measure(checkpoints: list[Path], texts: list[Text], calibration: Split, work: Path, recipes: list[str]) -> dict:
-    """Make all artifacts, measure every checkpoint on every text, and return the content of accuracy.json."""
+def measure(subjects: list[tuple[Path, list[Text]]], calibration: Split, work: Path, recipes: list[str]) -> dict:
+    """Make all artifacts, measure every checkpoint on its texts, and return the content of accuracy.json."""
     models: list[dict] = []
     skipped: dict[str, str] = {}
-    for checkpoint in checkpoints:
+    for checkpoint, texts in subjects:
         items = make_artifacts(checkpoint, calibration, work, recipes, skipped)
         models += [_measure_on(text, items, work / "scores") for text in texts]
     facts = {"machine": machine(THREADS), "versions": software()}

@@ -28,6 +28,7 @@ FIELDS = (
 )
 
 EMBEDDED = ("es-mini", "es-mini-twin", "es-mini-sink")
+ENGLISH = "lab/texts/en"  # the text of the models that were given with --english
 
 
 @dataclass(frozen=True)
@@ -72,10 +73,13 @@ def page(report: dict) -> str:
     """The text of the page for `report`, the content of accuracy.json."""
     models = report["models"]
     first = [item for item in models if item["corpus"] == models[0]["corpus"]]
+    english = [item["model"] for item in models if item["corpus"] == ENGLISH]
+    names = dict.fromkeys(item["model"] for item in models)
     return filled(
         TEMPLATE,
-        others=[name for name in dict.fromkeys(item["model"] for item in models) if name not in EMBEDDED],
-        texts=[name for name in dict.fromkeys(item["corpus"] for item in models) if name != "corpus/es"],
+        others=[name for name in names if name not in (*EMBEDDED, *english)],
+        english=english,
+        texts=[name for name in dict.fromkeys(item["corpus"] for item in models) if name not in ("corpus/es", ENGLISH)],
         window=max(item["window_tokens"] for item in models),
         threads=report["machine"]["threads"],
         cpu=report["machine"]["cpu"],

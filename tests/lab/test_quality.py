@@ -247,7 +247,7 @@ import json, sys
 from pathlib import Path
 import numpy as np, torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-from lab.bench.peers import gguf_file
+from lab.checkpoints import gguf_file
 from lab.bench.peers.llama_cpp_gguf import Engine
 from lab.checkpoints.smollm2 import convert
 

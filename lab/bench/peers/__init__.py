@@ -34,6 +34,7 @@ PEERS: tuple[Peer, ...] = (
     Peer("optimum int8 per channel", "int8-channel", "optimum", "lab.bench.peers.optimum_onnx", "int8"),
     Peer("mobius-onnx fp32", "fp32", "peers", "lab.bench.peers.mobius_onnx", "fp32"),
     Peer("OpenVINO int8 weights", "int8", "peers", "lab.bench.peers.openvino_int8", "int8", cache_bytes=1),
+    Peer("OpenVINO GenAI int8", "int8", "peers", "lab.bench.peers.openvino_genai_int8", "int8", cache_bytes=1),
     Peer("CTranslate2 int8", "int8", "peers", "lab.bench.peers.ctranslate2_int8", "int8"),
     Peer("llama.cpp f32", "f32", "peers", "lab.bench.peers.llama_cpp_gguf", "fp32", cache_bytes=2),
     Peer("llama.cpp Q8_0", "q8_0", "peers", "lab.bench.peers.llama_cpp_gguf", "int8", cache_bytes=2),

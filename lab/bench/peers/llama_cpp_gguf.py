@@ -1,4 +1,4 @@
-"""llama.cpp through llama-cpp-python's low-level interface, on GGUF files in f32 and quantized (gguf_file.py).
+"""llama.cpp through llama-cpp-python's low-level interface, on GGUF files in f32 and quantized (lab/checkpoints/gguf_file.py).
 
 The settings are llama-bench's defaults: 2048 tokens a batch, 512 a micro-batch, keys and values in f16, weights
 repacked for the processor. Flash attention is on, as `auto` would choose: prefill is 1.2 × faster, decode not slower
@@ -14,7 +14,7 @@ from pathlib import Path
 import llama_cpp as llama
 import numpy as np
 
-from lab.bench.peers import gguf_file
+from lab.checkpoints import gguf_file
 
 TYPES = {
     "q8_0": llama.LLAMA_FTYPE_MOSTLY_Q8_0,

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lab.bench.peers import gguf_file
+from lab.checkpoints import gguf_file
 from lab.bench.peers.llama_cpp_gguf import Engine, files, quantize, version
 
 __all__ = ["Engine", "files", "importance", "prepare", "version"]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from cuantiza.quantize.rewrite.find import find_embeddings
 
 # Only every other calibration window is measured: 8 of int8's 16 windows, which is 4,096 tokens.
 EVERY = 2
+# To put the linear layers into an order, fewer of these windows do.
+_RANKED = 2
 
 
 @dataclass(frozen=True)
@@ -76,31 +79,46 @@ class Gauge:
                 self._logits = np.lib.format.open_memmap(work / "baseline.npy", "w+", np.float32, shape)
             self._logits[index] = logits
 
+    def first(self, count: int) -> Gauge:
+        """The same on the first `count` windows."""
+        found = copy.copy(self)
+        found._windows, found._logits = self._windows[:count], self._logits
+        return found
+
     def effect(self, model: ir.Model, decisions: Any, rewrite: Callable[[ir.Model, Any], object]) -> Effect:
         """Measure `model` with what `rewrite` quantizes by `decisions`, and all else in floating point."""
-        copy = model.clone()
-        rewrite(copy, decisions)
-        onnx_file.save(copy, self._work)
-        del copy
+        whole = model.clone()
+        rewrite(whole, decisions)
+        onnx_file.save(whole, self._work)
+        del whole
         session = Runtime(self._work / "model.onnx")
         return self._effect(session.forward(window[None])[0] for window in self._windows)
 
     def alone(
-        self, model: ir.Model, weights: Mapping[str, Any], rewrite: Callable[[ir.Model, Any], object]
+        self,
+        model: ir.Model,
+        weights: Mapping[str, Any],
+        rewrite: Callable[[ir.Model, Any], object],
+        whole: Collection[str] = (),
     ) -> Iterator[tuple[str, Effect]]:
-        """Measure `model` with each of `weights` quantized alone; yield (the name of the matrix, its effect).
+        """Measure `model` with each of `weights` quantized alone; yield (its name, its effect).
 
-        `rewrite` quantizes what reads the matrices of a dict. What comes before a matrix computes what it does in fp32.
+        The names are those of matrices, or of linear layers: `rewrite` quantizes what reads the matrices of a dict. What
+        comes before a matrix computes what it does in `model`.
         So of a matrix that a single block of the graph reads, only that block is rewritten. It starts from its value in
-        the fp32 model, and the blocks after it, which one session computes for all matrices of the block, go on in fp32.
+        `model`, and the blocks after it, which one session computes for all matrices of the block, go on as in `model`.
+        The whole graph is rewritten for the matrices of embeddings, and for those that `whole` names.
         """
         blocks = split(model.graph)
         embedded = {embedding.table.name for embedding in find_embeddings(model.graph)}
         readers: dict[str | None, list[Block]] = {}
         for block in blocks:
-            for name in {projection.weight.name for projection in block.projections} - embedded:
+            own = [projection for projection in block.projections if projection.weight.name not in embedded]
+            for name in {name for projection in own for name in (projection.name, projection.weight.name)}:
                 readers.setdefault(name, []).append(block)
-        inside = {name: readers[name][0] for name in weights if len(readers.get(name, [])) == 1}
+        inside = {
+            name: readers[name][0] for name in weights if name not in whole and len(readers.get(name, [])) == 1
+        }
         for name in weights:
             if name not in inside:
                 yield name, self.effect(model, {name: weights[name]}, rewrite)
@@ -108,24 +126,24 @@ class Gauge:
         *before, last = blocks
         head = open_part(cut(model, last.start, [LOGITS]), self._work)
         for block in blocks:
-            whole = cut(model, block.start, [LOGITS if block is last else block.end or LOGITS])
+            here = cut(model, block.start, [LOGITS if block is last else block.end or LOGITS])
             after = [] if block is last else [head]
             if block in before[:-1] and last.start is not None:
                 after = [open_part(cut(model, block.end, [last.start]), self._work), head]
             for name in (name for name, reader in inside.items() if reader is block):
-                part = whole.clone()
+                part = here.clone()
                 rewrite(part, {name: weights[name]})
                 steps = [open_part(part, self._work), *after]
                 yield name, self._effect(_through(steps, *both)[0] for both in zip(self._windows, starts, strict=True))
             if block is not last:
-                run = open_part(whole, self._work)
+                run = open_part(here, self._work)
                 starts = [_through([run], *both) for both in zip(self._windows, starts, strict=True)]
 
     def _effect(self, found: Iterable[np.ndarray]) -> Effect:
         """Compare the logits [T, V] that were `found` for each window with those of the baseline."""
         divergence, rise = [], []
         assert self._logits is not None  # there is at least one window
-        for window, reference, logits in zip(self._windows, self._logits, found, strict=True):
+        for window, reference, logits in zip(self._windows, self._logits[: len(self._windows)], found, strict=True):
             (before,), (after, kl, _) = compare(np.asarray(reference[:-1]), [logits[:-1]], window[1:])
             divergence.append(kl.mean())
             rise.append((after - before).mean())
@@ -142,9 +160,15 @@ def _through(steps: Sequence[Callable], ids: np.ndarray, value: np.ndarray | Non
 
 
 def rank(model: ir.Model, decisions: dict[str, Decision], rewrite: Rewrite, gauge: Gauge) -> dict[str, Effect]:
-    """Measure the effect of each decision alone; return the effects by layer name, the largest KL first."""
-    names = track(decisions, "sensitivity", len(decisions))
-    effects = {name: gauge.effect(model, {name: decisions[name]}, rewrite) for name in names}
+    """Measure the effect of each decision alone; return the effects by layer name, the largest KL first.
+
+    Each contains the effect of the embeddings, which `rewrite` quantizes without any decision.
+    """
+    base = model.clone()
+    rewrite(base, {})
+    # By itself, the first block does not show that an embedding may share its matrix with the head.
+    first = {projection.name for block in split(base.graph)[:1] for projection in block.projections}
+    effects = dict(track(gauge.alone(base, decisions, rewrite, first), "sensitivity", len(decisions)))
     return dict(sorted(effects.items(), key=lambda item: -item[1].kl_divergence))
 
 
@@ -153,17 +177,28 @@ def within_budget(
 ) -> tuple[dict[str, Effect], Effect]:
     """Choose the linear layers that stay in float, so that ln perplexity rises by at most `budget` nats per token.
 
-    Layers are taken in the order of their KL, the largest first, until the budget is met or none is left. If it is met
-    with all layers quantized, nothing is ranked. Returns (the chosen layers with the effect that each had alone, the
-    effect of quantizing the others).
+    They are those of the largest KL, and as few of them as keep the budget: first their number doubles until it is kept,
+    then it is halved in. If the budget is met with all layers quantized, nothing is ranked. Returns (the chosen layers
+    with the effect that each had alone, the effect of quantizing the others).
     """
     effect = gauge.effect(model, decisions, rewrite)
-    kept: dict[str, Effect] = {}
-    ranked: list[tuple[str, Effect]] = []
-    while effect.delta_ln_ppl > budget and len(kept) < len(decisions):
-        ranked = ranked or list(rank(model, decisions, rewrite, gauge).items())
-        name, alone = ranked[len(kept)]
-        kept[name] = alone
-        effect = gauge.effect(model, {n: decision for n, decision in decisions.items() if n not in kept}, rewrite)
-        report(f"mixed     {name} stays in float: Δ ln ppl {effect.delta_ln_ppl:.4f}")
-    return kept, effect
+    if effect.delta_ln_ppl <= budget:
+        return {}, effect
+    ranked = rank(model, decisions, rewrite, gauge.first(_RANKED))
+    order = list(ranked)
+
+    def without(count: int) -> Effect:
+        found = gauge.effect(model, {name: decisions[name] for name in order[count:]}, rewrite)
+        report(f"mixed     {count} of {len(order)} layers in float: Δ ln ppl {found.delta_ln_ppl:.4f}")
+        return found
+
+    low, high = 0, 1
+    while (effect := without(high)).delta_ln_ppl > budget and high < len(order):
+        low, high = high, min(2 * high, len(order))
+    while high - low > 1:
+        middle = (low + high) // 2
+        if (found := without(middle)).delta_ln_ppl <= budget:
+            high, effect = middle, found
+        else:
+            low = middle
+    return {name: ranked[name] for name in order[:high]}, effect

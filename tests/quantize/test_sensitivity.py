@@ -3,6 +3,7 @@
 from dataclasses import asdict
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 
 from cuantiza.core.onnx import file as onnx_file
@@ -10,27 +11,43 @@ from cuantiza.export.stage import export
 from cuantiza.quantize import mixed
 from cuantiza.quantize.inspect import sensitivity
 from cuantiza.quantize.inspect.sensitivity import Effect, Gauge, rank, within_budget
+from cuantiza.quantize.layers import decide
+from cuantiza.quantize.recipes.int8_static import StaticInt8
+from cuantiza.quantize.rewrite.static import quantize_static
 from cuantiza.quantize.weights.rounding import round_to_nearest
 
 from helpers import copy_tokenizer, tiny_llama
 
+MODEL = ir.Model(ir.Graph([], [], nodes=[], opset_imports={"": 21}), ir_version=10)
 COSTS = {"a": 0.001, "b": 0.004, "c": 0.0005, "d": 0.002}
 
 
 class Additive:
     """A gauge in which every quantized layer adds its own cost, and KL is half of the sum. It records each question."""
 
-    def __init__(self):
-        self.asked = []
+    def __init__(self, costs=COSTS):
+        self.asked, self.ranked, self.costs = [], 0, costs
 
     def effect(self, model, decisions, rewrite):
         self.asked.append(set(decisions))
-        cost = sum(COSTS[name] for name in decisions)
+        cost = sum(self.costs[name] for name in decisions)
         return Effect(cost / 2, cost, 0.0)
+
+    def first(self, count):
+        return self
+
+    def alone(self, model, decisions, rewrite, whole):
+        self.ranked += 1
+        for name in decisions:
+            yield name, Effect(self.costs[name] / 2, self.costs[name], 0.0)
+
+
+def nothing(model, decisions):
+    """A rewrite that changes nothing."""
 
 
 def test_the_ranking_is_by_kl():
-    assert list(rank(None, COSTS, None, Additive())) == ["b", "d", "a", "c"]
+    assert list(rank(MODEL, COSTS, nothing, Additive())) == ["b", "d", "a", "c"]
 
 
 @pytest.mark.parametrize(
@@ -38,12 +55,34 @@ def test_the_ranking_is_by_kl():
 )
 def test_the_fewest_projections_stay_in_float(budget, kept):
     gauge = Additive()
-    found, effect = within_budget(None, COSTS, None, gauge, budget)
+    found, effect = within_budget(MODEL, COSTS, nothing, gauge, budget)
     assert list(found) == kept and all(found[name].delta_ln_ppl == COSTS[name] for name in kept)
     assert effect.delta_ln_ppl == pytest.approx(sum(COSTS.values()) - sum(COSTS[name] for name in kept))
-    # The last measurement is of what is published. If all layers together are within the budget, there is only one.
-    assert gauge.asked[-1] == set(COSTS) - set(kept)
-    assert len(gauge.asked) == (1 if not kept else 1 + len(COSTS) + len(kept))
+    # If all layers together are within the budget, there is only one measurement.
+    assert set(COSTS) - set(kept) in gauge.asked
+    assert gauge.ranked == bool(kept) and (kept or len(gauge.asked) == 1)
+
+
+def test_many_layers_take_few_measurements():
+    costs = {f"layer {number}": 1.0 for number in range(200)}
+    for kept in (0, 1, 2, 63, 64, 65, 199, 200):
+        gauge = Additive(costs)
+        found, effect = within_budget(MODEL, costs, nothing, gauge, 200.5 - kept)
+        assert len(found) == kept and effect.delta_ln_ppl == 200 - kept
+        assert len(gauge.asked) <= 17
+
+
+def test_a_layer_alone_has_the_effect_that_it_has_in_the_whole_graph(tiny_folder, tmp_path):
+    """Also where embeddings are quantized beside it, as int8-static does."""
+    path = export(tiny_folder, tmp_path / "artifacts").model
+    model, windows = onnx_file.load(path), np.random.default_rng(0).integers(8000, size=(3, 24))
+    decisions = decide(model, windows, StaticInt8().plan().alone(), tmp_path)
+    gauge = Gauge(path, windows, tmp_path).first(2)
+    found = rank(model, decisions, quantize_static, gauge)
+    assert found.keys() == decisions.keys() and list(found) == sorted(found, key=lambda name: -found[name].kl_divergence)
+    for name, effect in found.items():
+        wanted = gauge.effect(model, {name: decisions[name]}, quantize_static)
+        assert asdict(effect) == pytest.approx(asdict(wanted), rel=1e-3, abs=1e-7)
 
 
 @pytest.mark.parametrize(

@@ -28,8 +28,8 @@ _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # Lustre without -o flo
 def locked(folder: Path) -> Iterator[None]:
     """Hold `folder` for one stage: create it if needed, and remove what a killed stage left in it.
 
-    The kernel releases the lock when the process ends, however it ends. Raises UserError if `folder` holds files that
-    are not ours.
+    A folder that the stage created and put nothing into is removed again. The kernel releases the lock when the process
+    ends, however it ends. Raises UserError if `folder` holds files that are not ours.
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: is a file; choose another output folder (OUT=, REPORTS=, DIST=)")
@@ -38,15 +38,29 @@ def locked(folder: Path) -> Iterator[None]:
         raise UserError(
             f"{folder}: holds files that are not ours; move them away or choose another output folder (OUT=, REPORTS=, DIST=)"
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK).open("ab") as lock:
-        _hold(lock, folder)
+    created = not folder.exists()
+    with _held(folder):
         try:
             _sweep(folder)
             yield
         finally:
             with suppress(OSError):
                 _sweep(folder)  # a signal may have interrupted a removal
+                if created and [file.name for file in folder.iterdir()] == [LOCK]:
+                    (folder / LOCK).unlink()
+                    folder.rmdir()
+
+
+def _held(folder: Path) -> BinaryIO:
+    """Open the lock of `folder`, which is made if it is missing, and wait until this process alone holds it."""
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        with suppress(FileNotFoundError):  # another run removed the folder that it had made
+            lock = (folder / LOCK).open("ab")
+            _hold(lock, folder)
+            if (folder / LOCK).stat().st_ino == os.fstat(lock.fileno()).st_ino:
+                return lock
+            lock.close()
 
 
 def _hold(lock: BinaryIO, folder: Path) -> None:

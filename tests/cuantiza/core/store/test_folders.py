@@ -70,6 +70,18 @@ def test_lock_is_released_by_an_error(tmp_path: Path) -> None:
         other.communicate("\n")
 
 
+def test_a_folder_that_was_made_for_nothing_is_removed(tmp_path: Path) -> None:
+    made, empty, used = tmp_path / "made", tmp_path / "empty", tmp_path / "used"
+    empty.mkdir()
+    for folder in (made, empty, used):
+        with pytest.raises(UserError), locked(folder):
+            if folder is used:
+                (folder / "fp32").mkdir()
+            raise UserError("bad")
+    assert names(tmp_path) == {"empty", "used"}
+    assert names(empty) == {".cuantiza.lock"} and names(used) == {".cuantiza.lock", "fp32"}
+
+
 def test_other_folders_are_not_locked(tmp_path: Path) -> None:
     with locked(tmp_path / "a"), hold(tmp_path / "b") as other:
         assert other.stdout.readline() == "held\n"

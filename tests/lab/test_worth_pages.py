@@ -39,3 +39,9 @@ def test_the_page_on_bits_is_that_of_its_figures(tmp_path: Path) -> None:
     shutil.copy(mixed.JSON, tmp_path / "mixed.json")
     mixed.write_page(tmp_path / "mixed.json")
     assert (tmp_path / "mixed.md").read_text(encoding="utf-8") == (ROOT / "docs/mixed.md").read_text(encoding="utf-8")
+
+
+def test_the_page_on_own_text_is_that_of_its_figures(tmp_path: Path) -> None:
+    shutil.copy(own_text.JSON, tmp_path / "own-text.json")
+    own_text.write_page(tmp_path / "own-text.json")
+    assert (tmp_path / "own-text.md").read_bytes() == (ROOT / "docs" / "own-text.md").read_bytes()

@@ -116,9 +116,7 @@ class Gauge:
             own = [projection for projection in block.projections if projection.weight.name not in embedded]
             for name in {name for projection in own for name in (projection.name, projection.weight.name)}:
                 readers.setdefault(name, []).append(block)
-        inside = {
-            name: readers[name][0] for name in weights if name not in whole and len(readers.get(name, [])) == 1
-        }
+        inside = {name: readers[name][0] for name in weights if name not in whole and len(readers.get(name, [])) == 1}
         for name in weights:
             if name not in inside:
                 yield name, self.effect(model, {name: weights[name]}, rewrite)

@@ -79,7 +79,9 @@ def test_a_layer_alone_has_the_effect_that_it_has_in_the_whole_graph(tiny_folder
     decisions = decide(model, windows, StaticInt8().plan().alone(), tmp_path)
     gauge = Gauge(path, windows, tmp_path).first(2)
     found = rank(model, decisions, quantize_static, gauge)
-    assert found.keys() == decisions.keys() and list(found) == sorted(found, key=lambda name: -found[name].kl_divergence)
+    assert found.keys() == decisions.keys() and list(found) == sorted(
+        found, key=lambda name: -found[name].kl_divergence
+    )
     for name, effect in found.items():
         wanted = gauge.effect(model, {name: decisions[name]}, quantize_static)
         assert asdict(effect) == pytest.approx(asdict(wanted), rel=1e-3, abs=1e-7)

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from lab.checkpoints import gguf_file
 from lab.bench.peers.llama_cpp_gguf import Engine, files, quantize, version
+from lab.checkpoints import gguf_file
 
 __all__ = ["Engine", "files", "importance", "prepare", "version"]
 

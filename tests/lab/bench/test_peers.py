@@ -39,7 +39,8 @@ CASES += [
     (peer, kind)
     for kind in LLAMAS
     for peer in PEERS
-    if peer.module.endswith(("llama_cpp_gguf", "ort_genai", "openvino_int8", "openvino_genai_int8")) and peer.kind != "q4_k_m"
+    if peer.module.endswith(("llama_cpp_gguf", "ort_genai", "openvino_int8", "openvino_genai_int8"))
+    and peer.kind != "q4_k_m"
 ]
 # onnxruntime-genai can run any of our artifacts. Here it runs one without calibration, which must agree as fp32 does.
 QUICK = {"int8-weight-ort": ("fp32-ort", "fp32")}

@@ -72,8 +72,8 @@ def publish(report: dict, output: Path) -> None:
 def page(report: dict) -> str:
     """The text of the page for `report`, the content of accuracy.json."""
     models = report["models"]
-    first = [item for item in models if item["corpus"] == models[0]["corpus"]]
     english = [item["model"] for item in models if item["corpus"] == ENGLISH]
+    first = [item for item in models if item["corpus"] == models[0]["corpus"] and item["model"] not in english]
     names = dict.fromkeys(item["model"] for item in models)
     return filled(
         TEMPLATE,

@@ -31,9 +31,14 @@ _WORDS = "s8, u8: signed and unsigned integers of 8 bits. mse: the range with th
 def costs_of(accuracy: dict) -> dict:
     """Return the content of costs.json: the FIGURES of every recipe in `accuracy`, the JSON of the accuracy page.
 
-    `accuracy` has a model once for each text. Only the first text is kept, which is the project's own.
+    `accuracy` has a model once for each text. Only the first text is kept, which is the project's own, and only models
+    that are scored on all texts that the first model is scored on, which leaves out those of another language.
     """
-    models = [model for model in accuracy["models"] if model["corpus"] == accuracy["models"][0]["corpus"]]
+    first, texts = accuracy["models"][0], {}
+    for item in accuracy["models"]:
+        texts.setdefault(item["model"], []).append(item["corpus"])
+    alike = [name for name, corpora in texts.items() if corpora == texts[first["model"]]]
+    models = [item for item in accuracy["models"] if item["corpus"] == first["corpus"] and item["model"] in alike]
     kept = [
         {
             "model": model["model"],

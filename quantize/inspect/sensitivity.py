@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,7 +82,7 @@ class Gauge:
     def first(self, count: int) -> Gauge:
         """The same on the first `count` windows."""
         found = copy.copy(self)
-        found._windows, found._logits = self._windows[:count], self._logits
+        found._windows = self._windows[:count]
         return found
 
     def effect(self, model: ir.Model, decisions: Any, rewrite: Callable[[ir.Model, Any], object]) -> Effect:
@@ -99,24 +99,27 @@ class Gauge:
         model: ir.Model,
         weights: Mapping[str, Any],
         rewrite: Callable[[ir.Model, Any], object],
-        whole: Collection[str] = (),
+        embedded: ir.Model | None = None,
     ) -> Iterator[tuple[str, Effect]]:
         """Measure `model` with each of `weights` quantized alone; yield (its name, its effect).
 
-        The names are those of matrices, or of linear layers: `rewrite` quantizes what reads the matrices of a dict. What
-        comes before a matrix computes what it does in `model`.
-        So of a matrix that a single block of the graph reads, only that block is rewritten. It starts from its value in
-        `model`, and the blocks after it, which one session computes for all matrices of the block, go on as in `model`.
-        The whole graph is rewritten for the matrices of embeddings, and for those that `whole` names.
+        The names are those of matrices or of linear layers, whichever `rewrite` expects. What comes before one of them
+        computes what it does in `model`. So where a single block of the graph reads it, only that block is rewritten. It
+        starts from its value in `model`, and the blocks after it, which are loaded once for all that a block reads, go
+        on as in `model`. For the matrices of embeddings the whole graph is rewritten.
+
+        If `rewrite` quantizes embeddings without any decision, `embedded` is `model` after that. Then the whole graph is
+        rewritten for the first block too, as the block alone does not show what an embedding shares with the head, and
+        the other blocks start from what `embedded` computes.
         """
         blocks = split(model.graph)
-        embedded = {embedding.table.name for embedding in find_embeddings(model.graph)}
+        tables = {embedding.table.name for embedding in find_embeddings(model.graph)}
         readers: dict[str | None, list[Block]] = {}
-        for block in blocks:
-            own = [projection for projection in block.projections if projection.weight.name not in embedded]
+        for block in blocks if embedded is None else blocks[1:]:
+            own = [projection for projection in block.projections if projection.weight.name not in tables]
             for name in {name for projection in own for name in (projection.name, projection.weight.name)}:
                 readers.setdefault(name, []).append(block)
-        inside = {name: readers[name][0] for name in weights if name not in whole and len(readers.get(name, [])) == 1}
+        inside = {name: readers[name][0] for name in weights if len(readers.get(name, [])) == 1}
         for name in weights:
             if name not in inside:
                 yield name, self.effect(model, {name: weights[name]}, rewrite)
@@ -134,6 +137,8 @@ class Gauge:
                 steps = [open_part(part, self._work), *after]
                 yield name, self._effect(_through(steps, *both)[0] for both in zip(self._windows, starts, strict=True))
             if block is not last:
+                if embedded is not None and block is blocks[0]:
+                    here = cut(embedded, block.start, [block.end or LOGITS])
                 run = open_part(here, self._work)
                 starts = [_through([run], *both) for both in zip(self._windows, starts, strict=True)]
 
@@ -162,11 +167,9 @@ def rank(model: ir.Model, decisions: dict[str, Decision], rewrite: Rewrite, gaug
 
     Each contains the effect of the embeddings, which `rewrite` quantizes without any decision.
     """
-    base = model.clone()
-    rewrite(base, {})
-    # By itself, the first block does not show that an embedding may share its matrix with the head.
-    first = {projection.name for block in split(base.graph)[:1] for projection in block.projections}
-    effects = dict(track(gauge.alone(base, decisions, rewrite, first), "sensitivity", len(decisions)))
+    embedded = model.clone()
+    rewrite(embedded, {})
+    effects = dict(track(gauge.alone(model, decisions, rewrite, embedded), "sensitivity", len(decisions)))
     return dict(sorted(effects.items(), key=lambda item: -item[1].kl_divergence))
 
 
@@ -175,9 +178,11 @@ def within_budget(
 ) -> tuple[dict[str, Effect], Effect]:
     """Choose the linear layers that stay in float, so that ln perplexity rises by at most `budget` nats per token.
 
-    They are those of the largest KL, and as few of them as keep the budget: first their number doubles until it is kept,
-    then it is halved in. If the budget is met with all layers quantized, nothing is ranked. Returns (the chosen layers
-    with the effect that each had alone, the effect of quantizing the others).
+    They are those of the largest KL, which is measured on few windows. Their number doubles until the budget is kept,
+    and then is halved in, as if one more in float never cost anything: it is small, but a smaller one may keep the
+    budget too. If the budget is met with all layers quantized, nothing is ranked. If it is not met with all of them in
+    float, they stay so. Returns (the chosen layers with the effect that each had alone, the effect of quantizing the
+    others).
     """
     effect = gauge.effect(model, decisions, rewrite)
     if effect.delta_ln_ppl <= budget:
@@ -191,7 +196,9 @@ def within_budget(
         return found
 
     low, high = 0, 1
-    while (effect := without(high)).delta_ln_ppl > budget and high < len(order):
+    while (effect := without(high)).delta_ln_ppl > budget:
+        if high == len(order):
+            return ranked, effect
         low, high = high, min(2 * high, len(order))
     while high - low > 1:
         middle = (low + high) // 2

@@ -133,10 +133,13 @@ class _RowZeroPoints:
         return self._made[source, zero_point]
 
     def _source_of_rows(self, x: ir.Value) -> ir.Value:
-        """Return a value with as many rows as x: input_ids, or the output of the Slice that keeps the last tokens."""
+        """Return a value with as many rows as x: input_ids, or the output of the Slice that keeps the last tokens.
+
+        In a part of a graph that does not read input_ids, it is the part's own input.
+        """
         node = x.producer()
         while node is not None and node.op_type not in ("Slice", "Gather"):
             x, node = node.inputs[0], node.inputs[0].producer()
         if node is not None and node.op_type == "Slice":
             return x
-        return next(value for value in self._graph.inputs if value.name == "input_ids")
+        return next((value for value in self._graph.inputs if value.name == "input_ids"), x)

@@ -17,6 +17,7 @@ from cuantiza.core.errors import UserError
 from cuantiza.core.inputs.corpus import Split
 from cuantiza.core.run.runtime import Runtime
 from cuantiza.core.store.artifact import Artifact
+from cuantiza.quantize.inspect.costs import costs_of
 from lab.accuracy import __main__ as accuracy
 from lab.accuracy import page as accuracy_page
 from lab.accuracy.naive import make_naive
@@ -82,6 +83,29 @@ def test_published_losses_stand_beside_ours_in_percent() -> None:
     assert static.count("| +1.24 ± 0.11 %") == 2 and "+4.3 %" in static
     assert dynamic.endswith("| — | — |") and gptq.endswith("| — | — |")  # recipes that the report lacks
     assert llama_cpp.count("| 0.0042, 95.1 %") == 2
+
+
+def test_a_model_of_english_has_tables_of_its_own() -> None:
+    """It takes no part in what compares models on the project's text."""
+    large = [REPORT["models"][0] | {"model": "large", "corpus": corpus} for corpus in ("corpus/es", "lab/texts/en")]
+    report = REPORT | {"models": REPORT["models"] + large}
+    page = accuracy_page.page(report)
+    for corpus in ("corpus/es", "lab/texts/en"):
+        assert f"\n## large on {corpus}: " in page
+    words = " ".join(page.split())
+    assert "`large` is a language model that people use" in words and "`large` does not belong" not in words
+    assert "`lab/texts/en` is an English text" in words and "SmolLM2" not in page
+    assert page.split("## Published losses")[1] == accuracy_page.page(REPORT).split("## Published losses")[1]
+    assert costs_of(report) == costs_of(REPORT) and len(costs_of(REPORT)["models"]) == 2
+
+
+@pytest.mark.parametrize("option", ["--models", "--english"])
+def test_options_that_are_wrong(option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "es-mini").mkdir()
+    for folder, words in ((tmp_path / "none", "is not a folder"), (tmp_path / "es-mini", "called 'es-mini'")):
+        monkeypatch.setattr(sys, "argv", ["accuracy", option, str(folder), "--output", str(tmp_path)])
+        with pytest.raises(UserError, match=words):
+            accuracy.main()
 
 
 def test_one_document_has_no_standard_error() -> None:

@@ -1,4 +1,4 @@
-"""A budget returns linear layers to floating point: as few as possible, in the order of the KL each causes alone."""
+"""A budget returns linear layers to floating point, in the order of the KL that each causes alone."""
 
 from dataclasses import asdict
 
@@ -9,11 +9,11 @@ import pytest
 from cuantiza.core.onnx import file as onnx_file
 from cuantiza.export.stage import export
 from cuantiza.quantize import mixed
+from cuantiza.quantize.decide.blocks import split
 from cuantiza.quantize.inspect import sensitivity
 from cuantiza.quantize.inspect.sensitivity import Effect, Gauge, rank, within_budget
 from cuantiza.quantize.layers import decide
-from cuantiza.quantize.recipes.int8_static import StaticInt8
-from cuantiza.quantize.rewrite.static import quantize_static
+from cuantiza.quantize.recipes.registry import RECIPES
 from cuantiza.quantize.weights.rounding import round_to_nearest
 
 from helpers import copy_tokenizer, tiny_llama
@@ -25,18 +25,18 @@ COSTS = {"a": 0.001, "b": 0.004, "c": 0.0005, "d": 0.002}
 class Additive:
     """A gauge in which every quantized layer adds its own cost, and KL is half of the sum. It records each question."""
 
-    def __init__(self, costs=COSTS):
-        self.asked, self.ranked, self.costs = [], 0, costs
+    def __init__(self, costs=COSTS, embeddings=0.0):
+        self.asked, self.ranked, self.costs, self.embeddings = [], 0, costs, embeddings
 
     def effect(self, model, decisions, rewrite):
         self.asked.append(set(decisions))
-        cost = sum(self.costs[name] for name in decisions)
+        cost = self.embeddings + sum(self.costs[name] for name in decisions)
         return Effect(cost / 2, cost, 0.0)
 
     def first(self, count):
         return self
 
-    def alone(self, model, decisions, rewrite, whole):
+    def alone(self, model, decisions, rewrite, embedded):
         self.ranked += 1
         for name in decisions:
             yield name, Effect(self.costs[name] / 2, self.costs[name], 0.0)
@@ -72,19 +72,39 @@ def test_many_layers_take_few_measurements():
         assert len(gauge.asked) <= 17
 
 
-def test_a_layer_alone_has_the_effect_that_it_has_in_the_whole_graph(tiny_folder, tmp_path):
-    """Also where embeddings are quantized beside it, as int8-static does."""
-    path = export(tiny_folder, tmp_path / "artifacts").model
+def test_a_budget_that_embeddings_alone_break_leaves_all_in_float():
+    gauge = Additive(embeddings=0.1)
+    found, effect = within_budget(MODEL, COSTS, nothing, gauge, 0.002)
+    assert [*found] == ["b", "d", "a", "c"] and effect.delta_ln_ppl == 0.1
+    assert len(gauge.asked) == 4  # all, 1, 2 and 4 of 4 in float
+
+
+@pytest.mark.parametrize(
+    "name", ["int8-static", "int8-dynamic-ort", "int8-static-ort", "int8-weight-ort", "int4-weight"]
+)
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_a_layer_alone_has_the_effect_that_it_has_in_the_whole_graph(kind, name, tiny_folder, tmp_path, monkeypatch):
+    """Embeddings are quantized beside it. Only the first block and what shares an embedding take the whole graph."""
+    folder = tiny_folder
+    if kind == "llama":  # its head is a matrix of its own
+        tiny_llama(kind, num_hidden_layers=3, tie_word_embeddings=False).save_pretrained(
+            folder := tmp_path / "checkpoint"
+        )
+        copy_tokenizer(folder)
+    path = export(folder, tmp_path / "artifacts").model
     model, windows = onnx_file.load(path), np.random.default_rng(0).integers(8000, size=(3, 24))
-    decisions = decide(model, windows, StaticInt8().plan().alone(), tmp_path)
-    gauge = Gauge(path, windows, tmp_path).first(2)
-    found = rank(model, decisions, quantize_static, gauge)
-    assert found.keys() == decisions.keys() and list(found) == sorted(
-        found, key=lambda name: -found[name].kl_divergence
-    )
-    for name, effect in found.items():
-        wanted = gauge.effect(model, {name: decisions[name]}, quantize_static)
-        assert asdict(effect) == pytest.approx(asdict(wanted), rel=1e-3, abs=1e-7)
+    recipe = RECIPES[name]
+    decisions = decide(model, windows, recipe.plan().alone(), tmp_path)
+    gauge, rewrite = Gauge(path, windows, tmp_path).first(2), recipe.rewrite()
+    wanted = {layer: gauge.effect(model, {layer: decisions[layer]}, rewrite) for layer in decisions}
+    saved = []
+    monkeypatch.setattr(Gauge, "effect", lambda *those: saved.append(next(iter(those[2]))) or wanted[saved[-1]])
+    found = rank(model, decisions, rewrite, gauge)
+    assert found.keys() == decisions.keys() and list(found) == sorted(found, key=lambda one: -found[one].kl_divergence)
+    for layer, effect in found.items():
+        assert asdict(effect) == pytest.approx(asdict(wanted[layer]), rel=2e-3, abs=1e-6)
+    first = {projection.name for projection in split(model.graph)[0].projections}
+    assert {*saved} == first | ({"lm_head"} if kind == "gpt2" else set()) and len(saved) < len(decisions) / 2
 
 
 @pytest.mark.parametrize(

@@ -31,15 +31,9 @@ def locked(folder: Path) -> Iterator[None]:
     A folder that the stage created and put nothing into is removed again. The kernel releases the lock when the process
     ends, however it ends. Raises UserError if `folder` holds files that are not ours.
     """
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder}: is a file; choose another output folder (OUT=, REPORTS=, DIST=)")
-    names = os.listdir(folder) if folder.is_dir() else []  # noqa: PTH208 - one listing: another run may be starting here
-    if names and LOCK not in names:
-        raise UserError(
-            f"{folder}: holds files that are not ours; move them away or choose another output folder (OUT=, REPORTS=, DIST=)"
-        )
-    created = not folder.exists()
-    with _held(folder):
+    _check(folder)
+    lock, created = _held(folder)
+    with lock:
         try:
             _sweep(folder)
             yield
@@ -48,19 +42,47 @@ def locked(folder: Path) -> Iterator[None]:
                 _sweep(folder)  # a signal may have interrupted a removal
                 if created and [file.name for file in folder.iterdir()] == [LOCK]:
                     (folder / LOCK).unlink()
-                    folder.rmdir()
+                    folder.rmdir()  # which NFS refuses as long as the lock is open
 
 
-def _held(folder: Path) -> BinaryIO:
-    """Open the lock of `folder`, which is made if it is missing, and wait until this process alone holds it."""
+def _check(folder: Path) -> None:
+    """Raise a UserError if `folder` is a file or holds files that are not ours."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder}: is a file; choose another output folder (OUT=, REPORTS=, DIST=)")
+    try:
+        names = os.listdir(folder)  # noqa: PTH208 - one listing: another run may be starting here
+    except FileNotFoundError:  # there is none, or another run has just removed it
+        return
+    if names and LOCK not in names:
+        raise UserError(
+            f"{folder}: holds files that are not ours; move them away or choose another output folder (OUT=, REPORTS=, DIST=)"
+        )
+
+
+def _held(folder: Path) -> tuple[BinaryIO, bool]:
+    """Open the lock of `folder`, which is made if it is missing, and wait until this process alone holds it.
+
+    Returns the lock, and whether the folder was made for it.
+    """
     while True:
-        folder.mkdir(parents=True, exist_ok=True)
-        with suppress(FileNotFoundError):  # another run removed the folder that it had made
+        try:
+            folder.mkdir(parents=True)
+            created = True
+        except FileExistsError:
+            created = False
+        try:
             lock = (folder / LOCK).open("ab")
+        except FileNotFoundError:  # another run removed the folder that it had made
+            continue
+        try:
             _hold(lock, folder)
-            if (folder / LOCK).stat().st_ino == os.fstat(lock.fileno()).st_ino:
-                return lock
+            with suppress(FileNotFoundError):
+                if (folder / LOCK).stat().st_ino == os.fstat(lock.fileno()).st_ino:
+                    return lock, created
+        except BaseException:
             lock.close()
+            raise
+        lock.close()
 
 
 def _hold(lock: BinaryIO, folder: Path) -> None:

@@ -56,14 +56,19 @@ def test_lock_waits_for_another_process(tmp_path: Path, end: str) -> None:
             first.stdin.write("\n")
             first.stdin.flush()
         assert second.stdout.readline() == "held\n"
-        assert not (folder / ".tmp-mine").exists()
-        second.communicate("\n")
-        assert second.returncode == 0
+        assert names(folder) == {".cuantiza.lock"}  # also where the first removed the folder, which it had made
+        with hold(folder) as third:
+            assert "waiting for another run" in third.stderr.readline()
+            second.communicate("\n")
+            assert second.returncode == 0
+            assert third.stdout.readline() == "held\n"
+            third.communicate("\n")
 
 
 def test_lock_is_released_by_an_error(tmp_path: Path) -> None:
     folder = tmp_path / "modelo"
     with pytest.raises(UserError), locked(folder):
+        (folder / "fp32").mkdir()
         raise UserError("bad")
     with hold(folder) as other:
         assert other.stdout.readline() == "held\n"

@@ -34,7 +34,8 @@ def costs_of(accuracy: dict) -> dict:
     `accuracy` has a model once for each text. Only the first text is kept, which is the project's own, and only models
     that are scored on all texts that the first model is scored on, which leaves out those of another language.
     """
-    first, texts = accuracy["models"][0], {}
+    first = accuracy["models"][0]
+    texts: dict[str, list[str]] = {}
     for item in accuracy["models"]:
         texts.setdefault(item["model"], []).append(item["corpus"])
     alike = [name for name, corpora in texts.items() if corpora == texts[first["model"]]]

@@ -43,6 +43,8 @@ ENGLISH_TOKENS = 8_000
 SENTENCES = 8
 # A recipe for ONNX Runtime (-ort) is measured only if its arithmetic differs from that of the portable recipe.
 ROWS = [name for name in RECIPES if not name.endswith("-ort") or name in ("int8-weight-ort", "int4-weight-ort")]
+# Not of the models of --english: to choose bits, these run a model once for each of its matrices.
+SEARCHED = ("int8-static-mixed", "int-mixed")
 # About twenty artifacts are scored at once, each in a process of its own. With more than one thread each, the threads
 # would only wait for each other.
 THREADS = 1
@@ -102,8 +104,9 @@ def main() -> int:
     work = args.work.resolve()
     with folders.locked(work):
         spanish = [MODEL, *(_hard_model(kind, work) for kind in HARD), *given]
-        subjects = [(checkpoint, texts) for checkpoint in spanish] + [(checkpoint, parts) for checkpoint in english]
-        result = measure(subjects, calibration, work, ROWS)
+        subjects = [(checkpoint, texts, ROWS) for checkpoint in spanish]
+        subjects += [(checkpoint, parts, [name for name in ROWS if name not in SEARCHED]) for checkpoint in english]
+        result = measure(subjects, calibration, work)
     _publish(result, args.output)
     return 0
 
@@ -117,11 +120,14 @@ def _publish(report: dict, output: Path) -> None:
         say(f"accuracy  {COSTS}: written")
 
 
-def measure(subjects: list[tuple[Path, list[Text]]], calibration: Split, work: Path, recipes: list[str]) -> dict:
-    """Make all artifacts, measure every checkpoint on its texts, and return the content of accuracy.json."""
+def measure(subjects: list[tuple[Path, list[Text], list[str]]], calibration: Split, work: Path) -> dict:
+    """Make all artifacts, measure every checkpoint on its texts, and return the content of accuracy.json.
+
+    `subjects` are a checkpoint, its texts and the names of its recipes.
+    """
     models: list[dict] = []
     skipped: dict[str, str] = {}
-    for checkpoint, texts in subjects:
+    for checkpoint, texts, recipes in subjects:
         items = make_artifacts(checkpoint, calibration, work, recipes, skipped)
         models += [_measure_on(text, items, work / "scores") for text in texts]
     facts = {"machine": machine(THREADS), "versions": software()}

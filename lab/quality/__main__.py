@@ -93,8 +93,9 @@ def measure_row(
         made = rows_of.make(row, checkpoint, str(args.corpus), windows, temporary)
         found = dataclasses.asdict(made) | score.measure(row, reference, task, args.threads, temporary)
     except child.Failed as error:
-        say(f"quality   {checkpoint.name}, {row.name}: skipped ({error})")
-        return fields | {"skipped": str(error)}
+        reason = str(error).replace(f"{args.work.absolute()}/", "")
+        say(f"quality   {checkpoint.name}, {row.name}: skipped ({reason})")
+        return fields | {"skipped": reason}
     say(f"quality   {checkpoint.name}, {row.name}: {found['bytes'] / 1e6:.1f} MB, KL {found['kl_divergence']:.5f}")
     return fields | found
 

@@ -43,7 +43,7 @@ ENGLISH_TOKENS = 8_000
 SENTENCES = 8
 # A recipe for ONNX Runtime (-ort) is measured only if its arithmetic differs from that of the portable recipe.
 ROWS = [name for name in RECIPES if not name.endswith("-ort") or name in ("int8-weight-ort", "int4-weight-ort")]
-# Not of the models of --english: to choose bits, these run a model once for each of its matrices.
+# Not of the models of --english: to choose bits or layers, these measure each matrix by itself.
 SEARCHED = ("int8-static-mixed", "int-mixed")
 # About twenty artifacts are scored at once, each in a process of its own. With more than one thread each, the threads
 # would only wait for each other.

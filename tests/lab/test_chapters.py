@@ -230,6 +230,10 @@ def test_both_languages_have_the_same_numbers_figures_and_commands():
     assert headings[0] == headings[1]
 
 
+def test_the_losses_are_those_of_the_page_on_accuracy():
+    assert DATA["accuracy"] == chapters.rounded(chapters.pick_accuracy(DOCS / "data/accuracy.json"))
+
+
 def test_the_times_of_gpt2_small_are_those_of_the_page_on_big_models():
     assert DATA["gpt2"] == chapters.rounded(chapters.pick_big(DOCS / "data/big-models.json"))
     for language, text in TEXTS.items():

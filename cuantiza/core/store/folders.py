@@ -28,11 +28,11 @@ _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # Lustre without -o flo
 def locked(folder: Path) -> Iterator[None]:
     """Hold `folder` for one stage: create it if needed, and remove what a killed stage left in it.
 
-    A folder that the stage created and put nothing into is removed again. The kernel releases the lock when the process
+    Folders that the stage created and put nothing into are removed again. The kernel releases the lock when the process
     ends, however it ends. Raises UserError if `folder` holds files that are not ours.
     """
     _check(folder)
-    lock, created = _held(folder)
+    lock, made = _held(folder)
     with lock:
         try:
             _sweep(folder)
@@ -40,36 +40,39 @@ def locked(folder: Path) -> Iterator[None]:
         finally:
             with suppress(OSError):
                 _sweep(folder)  # a signal may have interrupted a removal
-                if created and [file.name for file in folder.iterdir()] == [LOCK]:
+                if made and [file.name for file in folder.iterdir()] == [LOCK]:
                     (folder / LOCK).unlink()
-                    folder.rmdir()  # which NFS refuses as long as the lock is open
+                    for each in made:  # which NFS refuses as long as the lock is open
+                        each.rmdir()
 
 
 def _check(folder: Path) -> None:
-    """Raise a UserError if `folder` is a file or holds files that are not ours."""
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder}: is a file; choose another output folder (OUT=, REPORTS=, DIST=)")
+    """Raise a UserError if `folder` is a file, a link to nothing, or holds files that are not ours."""
+    if folder.is_symlink() and not folder.exists():
+        raise UserError(f"{folder}: is a link to nothing; choose another output folder (OUT=, REPORTS=, DIST=)")
     try:
         names = os.listdir(folder)  # noqa: PTH208 - one listing: another run may be starting here
     except FileNotFoundError:  # there is none, or another run has just removed it
         return
+    except NotADirectoryError:
+        raise UserError(f"{folder}: is a file; choose another output folder (OUT=, REPORTS=, DIST=)") from None
     if names and LOCK not in names:
         raise UserError(
             f"{folder}: holds files that are not ours; move them away or choose another output folder (OUT=, REPORTS=, DIST=)"
         )
 
 
-def _held(folder: Path) -> tuple[BinaryIO, bool]:
+def _held(folder: Path) -> tuple[BinaryIO, list[Path]]:
     """Open the lock of `folder`, which is made if it is missing, and wait until this process alone holds it.
 
-    Returns the lock, and whether the folder was made for it.
+    Returns the lock, and the folders that were made for it, the innermost first.
     """
     while True:
+        made = [each for each in (folder, *folder.parents) if not each.exists()]
         try:
             folder.mkdir(parents=True)
-            created = True
         except FileExistsError:
-            created = False
+            made = []
         try:
             lock = (folder / LOCK).open("ab")
         except FileNotFoundError:  # another run removed the folder that it had made
@@ -78,7 +81,7 @@ def _held(folder: Path) -> tuple[BinaryIO, bool]:
             _hold(lock, folder)
             with suppress(FileNotFoundError):
                 if (folder / LOCK).stat().st_ino == os.fstat(lock.fileno()).st_ino:
-                    return lock, created
+                    return lock, made
         except BaseException:
             lock.close()
             raise

@@ -75,7 +75,19 @@ def test_lock_is_released_by_an_error(tmp_path: Path) -> None:
         other.communicate("\n")
 
 
-def test_a_folder_that_was_made_for_nothing_is_removed(tmp_path: Path) -> None:
+def test_a_link_to_nothing(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "none")
+    with pytest.raises(UserError, match=r"link: is a link to nothing.*OUT="), locked(tmp_path / "link"):
+        pass
+    (tmp_path / "none").mkdir()
+    with locked(tmp_path / "link"):
+        assert names(tmp_path / "none") == {".cuantiza.lock"}
+
+
+def test_folders_that_were_made_for_nothing_are_removed(tmp_path: Path) -> None:
+    with pytest.raises(UserError), locked(tmp_path / "out" / "artifacts" / "modelo"):
+        raise UserError("bad")
+    assert not names(tmp_path)
     made, empty, used = tmp_path / "made", tmp_path / "empty", tmp_path / "used"
     empty.mkdir()
     for folder in (made, empty, used):

@@ -1,6 +1,6 @@
 # Targets for maintainers: how docs/ gets its figures, and how the toolchain is attacked. The Makefile includes this file.
 
-$(call fix,PEERS_VENV RUNTIMES_VENV RELEASE_VENV BENCH BENCH_ARGS TEXT EMULATION SPEEDUP TORTURE FUZZ QUALITY,environment)
+$(call fix,PEERS_VENV RUNTIMES_VENV RELEASE_VENV BENCH BENCH_ARGS TEXT ENGLISH EMULATION SPEEDUP TORTURE FUZZ QUALITY,environment)
 
 PEERS_VENV    ?= .venv-peers## environment of the libraries that `bench` compares with
 RUNTIMES_VENV ?= .venv-runtimes## environment of the runtimes that `runtimes` tries

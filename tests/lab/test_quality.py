@@ -140,7 +140,7 @@ def test_a_library_that_is_not_installed_is_skipped(
 ) -> None:
     monkeypatch.setenv("PEERS_PYTHON", str(tmp_path / "no-python"))
     [row] = rows.select(rows.all_rows(es_mini_fp32.path.parent, tmp_path / "peers"), ["CTranslate2*"])
-    args = argparse.Namespace(corpus=CORPUS, threads=1)
+    args = argparse.Namespace(corpus=CORPUS, threads=1, work=tmp_path)
     found = measure_row(row, ES_MINI, args, tmp_path / "windows.npy", reference, task, tmp_path)
     assert found["skipped"] == "not installed: run `make peers`" and found["name"] == "CTranslate2 int8"
 

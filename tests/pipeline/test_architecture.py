@@ -67,6 +67,7 @@ LIGHT = {
     "cuantiza.core.machine.hardware",
     "cuantiza.core.machine.limits",
     "cuantiza.core.onnx.genai_config",
+    "lab.checkpoints.gguf_file",
 }
 
 

@@ -63,8 +63,6 @@ PAIRS = (
     ("OpenVINO int8 weights", "int8-weight-ort"),
     ("OpenVINO int8 weights", "int8-static-ort"),
     ("OpenVINO int8 weights", "int8-dynamic-ort"),
-    ("OpenVINO GenAI int8", "int8-weight-ort"),
-    ("OpenVINO GenAI int8", "int8-dynamic-ort"),
     ("onnxruntime-genai int8-weight-ort", "int8-weight-ort"),
     ("optimum fp32", "fp32-ort"),
     ("mobius-onnx fp32", "fp32-ort"),

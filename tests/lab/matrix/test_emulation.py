@@ -116,7 +116,7 @@ def test_a_system_that_could_not_be_made_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(emulation, "_install", refuse)
     with pytest.raises(UserError, match="wheels"):
         emulation.command(PROCESSORS["cortex-a72"], tmp_path / "systems")
-    assert [path.name for path in (tmp_path / "systems").iterdir()] == [".cuantiza.lock"]
+    assert not [*tmp_path.iterdir()]
 
 
 def test_every_aarch64_processor_has_a_cpuinfo_of_its_own():

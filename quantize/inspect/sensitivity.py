@@ -178,9 +178,9 @@ def within_budget(
 ) -> tuple[dict[str, Effect], Effect]:
     """Choose the linear layers that stay in float, so that ln perplexity rises by at most `budget` nats per token.
 
-    They are those of the largest KL, which is measured on few windows. Their number doubles until the budget is kept,
-    and then is halved in, as if one more in float never cost anything: it is small, but a smaller one may keep the
-    budget too. If the budget is met with all layers quantized, nothing is ranked. If it is not met with all of them in
+    They are those of the largest KL, which is measured on few windows. Their number doubles until the budget is kept;
+    then a search by halves reduces it. The search takes it that one more layer in float never raises perplexity, so an
+    even smaller number may keep the budget too. If the budget is met with all layers quantized, nothing is ranked. If it is not met with all of them in
     float, they stay so. Returns (the chosen layers with the effect that each had alone, the effect of quantizing the
     others).
     """

@@ -31,7 +31,6 @@ def locked(folder: Path) -> Iterator[None]:
     Folders that the stage created and put nothing into are removed again. The kernel releases the lock when the process
     ends, however it ends. Raises UserError if `folder` holds files that are not ours.
     """
-    _check(folder)
     lock, made = _held(folder)
     with lock:
         try:
@@ -47,15 +46,17 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def _check(folder: Path) -> None:
-    """Raise a UserError if `folder` is a file, a link to nothing, or holds files that are not ours."""
-    if folder.is_symlink() and not folder.exists():
-        raise UserError(f"{folder}: is a link to nothing; choose another output folder (OUT=, REPORTS=, DIST=)")
+    """Raise a UserError if `folder` or one above it is a file or a link to nothing, or if it holds files that are not ours."""
+    path = (folder, *folder.parents)
+    if broken := next((each for each in path if each.is_symlink() and not each.exists()), None):
+        raise UserError(f"{broken}: is a link to nothing; choose another output folder (OUT=, REPORTS=, DIST=)")
     try:
         names = os.listdir(folder)  # noqa: PTH208 - one listing: another run may be starting here
     except FileNotFoundError:  # there is none, or another run has just removed it
         return
     except NotADirectoryError:
-        raise UserError(f"{folder}: is a file; choose another output folder (OUT=, REPORTS=, DIST=)") from None
+        odd = next(each for each in path if each.exists())
+        raise UserError(f"{odd}: is a file; choose another output folder (OUT=, REPORTS=, DIST=)") from None
     if names and LOCK not in names:
         raise UserError(
             f"{folder}: holds files that are not ours; move them away or choose another output folder (OUT=, REPORTS=, DIST=)"
@@ -65,14 +66,12 @@ def _check(folder: Path) -> None:
 def _held(folder: Path) -> tuple[BinaryIO, list[Path]]:
     """Open the lock of `folder`, which is made if it is missing, and wait until this process alone holds it.
 
-    Returns the lock, and the folders that were made for it, the innermost first.
+    Returns the lock, and the folders that were missing, the innermost first. Raises UserError as `_check` does.
     """
     while True:
+        _check(folder)
         made = [each for each in (folder, *folder.parents) if not each.exists()]
-        try:
-            folder.mkdir(parents=True)
-        except FileExistsError:
-            made = []
+        folder.mkdir(parents=True, exist_ok=True)
         try:
             lock = (folder / LOCK).open("ab")
         except FileNotFoundError:  # another run removed the folder that it had made

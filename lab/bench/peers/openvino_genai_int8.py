@@ -1,6 +1,6 @@
 """OpenVINO GenAI, OpenVINO's own generation loop with paged attention, on files with int8 weights.
 
-GPT-2 runs from the files of the row "OpenVINO int8 weights". A Llama-shaped model runs from a GGUF file in Q8_0, which
+GPT-2 runs from files that are made as those of the row "OpenVINO int8 weights". A Llama-shaped model runs from a GGUF file in Q8_0, which
 GenAI reads itself: in our graph of such a model it does not find the attention that it wants to replace.
 """
 

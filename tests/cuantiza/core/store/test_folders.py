@@ -77,8 +77,9 @@ def test_lock_is_released_by_an_error(tmp_path: Path) -> None:
 
 def test_a_link_to_nothing(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "none")
-    with pytest.raises(UserError, match=r"link: is a link to nothing.*OUT="), locked(tmp_path / "link"):
-        pass
+    for folder in (tmp_path / "link", tmp_path / "link" / "modelo"):
+        with pytest.raises(UserError, match=r"link: is a link to nothing.*OUT="), locked(folder):
+            pass
     (tmp_path / "none").mkdir()
     with locked(tmp_path / "link"):
         assert names(tmp_path / "none") == {".cuantiza.lock"}
@@ -120,8 +121,9 @@ def test_foreign_folder(tmp_path: Path) -> None:
 
 def test_file_in_the_place_of_the_folder(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"file: is a file.*OUT="), locked(tmp_path / "file"):
-        pass
+    for folder in (tmp_path / "file", tmp_path / "file" / "modelo"):
+        with pytest.raises(UserError, match=r"file: is a file.*OUT="), locked(folder):
+            pass
 
 
 def test_an_error_names_the_target_and_not_the_temporary_folder(tmp_path: Path) -> None:

@@ -63,6 +63,8 @@ PAIRS = (
     ("OpenVINO int8 weights", "int8-weight-ort"),
     ("OpenVINO int8 weights", "int8-static-ort"),
     ("OpenVINO int8 weights", "int8-dynamic-ort"),
+    ("OpenVINO GenAI int8", "int8-weight-ort"),
+    ("OpenVINO GenAI int8", "int8-dynamic-ort"),
     ("onnxruntime-genai int8-weight-ort", "int8-weight-ort"),
     ("optimum fp32", "fp32-ort"),
     ("mobius-onnx fp32", "fp32-ort"),
@@ -237,6 +239,10 @@ TABLES: dict[str, dict[str, Callable[[Path], str]]] = {
         "main": _speeds("gpt2-avx2", 0),
         "pairs": lambda data: _pairs(data, "gpt2-avx2"),
         "slower": _slower,
+    },
+    "docs/performance/amx.md": {
+        "main": _speeds("gpt2-amx", 0),
+        "pairs": lambda data: _pairs(data, "gpt2-amx"),
     },
     "docs/performance/tried.md": {"ablation": _speeds("gpt2-ablation", 0)},
 }

@@ -5,7 +5,7 @@ $(call fix,PEERS_VENV RUNTIMES_VENV RELEASE_VENV BENCH BENCH_ARGS TEXT ENGLISH E
 PEERS_VENV    ?= .venv-peers## environment of the libraries that `bench` compares with
 RUNTIMES_VENV ?= .venv-runtimes## environment of the runtimes that `runtimes` tries
 RELEASE_VENV  ?= .venv-release## environment of `sbom` and `audit`
-BENCH         ?=## full adds gpt2-medium
+BENCH         ?=## full adds gpt2-medium, smollm2-135m and qwen3-0.6b
 QUALITY       ?=## more options of `python -m lab.quality`: --rows 'llama.cpp*' --tokens 2048
 BENCH_ARGS    ?=## more options of `python -m lab.bench`: --without-peers --rounds 5
 

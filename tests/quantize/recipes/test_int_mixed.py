@@ -208,3 +208,11 @@ def test_options_of_the_command():
             with_bits_budget(recipes, *budget)
     with pytest.raises(UserError, match="none of mine has such a budget; add int-mixed"):
         with_bits_budget({"mine": DynamicInt8()}, "5MB", None)
+
+
+@pytest.mark.parametrize(("matrices", "measured"), [(26, 5), (50, 5), (97, 2), (211, 2)])
+def test_the_more_matrices_the_fewer_windows_measure_each(matrices, measured):
+    windows = np.arange(40)[:, None]
+    found = mixed.choosing_windows(windows, matrices)
+    assert len(found) == measured and not set(found.ravel()) & set(windows[1 :: mixed.EVERY].ravel())
+    assert len(mixed.choosing_windows(windows[:3], matrices)) == 1

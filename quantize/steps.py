@@ -14,7 +14,7 @@ from cuantiza.core.inputs.model_config import max_positions, read_config
 from cuantiza.core.onnx import file as onnx_file
 from cuantiza.core.onnx.genai_config import GENAI_CONFIG, genai_config, tokenizer_warning
 from cuantiza.core.store import artifact
-from cuantiza.quantize.rewrite.edit import join_matmuls
+from cuantiza.quantize.rewrite.edit import clean, join_matmuls
 from cuantiza.quantize.rewrite.fuse_attention import check_attention, fuse_attention, not_fusable
 from cuantiza.quantize.settings import Target
 
@@ -58,6 +58,8 @@ def save_graph(model: ir.Model, parent: Path, work: Path, target: Target) -> dic
     if target == "ort":
         join_matmuls(model.graph)
         kept = not_fusable(model)
+        if kept:
+            clean(model)  # as fuse_attention does: a joined matmul may have several nodes of one name
         details["fused_attention"] = 0 if kept else fuse_attention(model, max_positions(read_config(parent)))
         warnings = [*([kept] if kept else []), *_write_genai_config(model, parent, work)]
         if warnings:

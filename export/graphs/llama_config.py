@@ -241,9 +241,22 @@ def explained(parse: Callable[[Mapping[str, Any]], T], fields: Mapping[str, Any]
         raise UserError(f"{path}: {error}; {mend}") from None
     except Exception as error:  # transformers raises many kinds of exception, and says what is wrong in the last line
         said = [type(error).__name__, *filter(None, map(str.strip, str(error).splitlines()))][-1]
-        raise UserError(
-            f"{path}: {said.partition('Error: ')[2] or said}; take the config.json of the original checkpoint"
-        ) from None
+        said = said.partition("Error: ")[2] or said
+        if "NoneType" in said and (nulls := _nulls(fields)):
+            said = f"transformers cannot read it ({said}), which may be due to null as {' and '.join(nulls)}"
+        raise UserError(f"{path}: {said}; take the config.json of the original checkpoint") from None
+
+
+def _nulls(fields: Mapping[str, Any]) -> list[str]:
+    """The fields of the rotary embedding that are null, such as rope_scaling.factor."""
+    objects = {key: fields.get(key) for key in ("rope_scaling", "rope_parameters")}
+    return [
+        f"{key}.{name}"
+        for key, found in objects.items()
+        if isinstance(found, dict)
+        for name in found
+        if found[name] is None
+    ]
 
 
 def transformers_config(fields: Mapping[str, Any], sizes: Iterable[str]) -> Any:

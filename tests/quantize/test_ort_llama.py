@@ -289,11 +289,18 @@ def test_only_the_logits_that_are_asked_for(kind, name, make, ids):
     assert np.allclose(model.step(model.cache(1, TOKENS), ids[:1]), whole[:1, -1], atol=1e-4)
 
 
-def test_heads_that_the_operator_does_not_take(tmp_path):
-    """The attention stays in standard operators, which a warning says."""
+@pytest.mark.parametrize(
+    "name", ["fp32-ort", "int8-dynamic-ort", "int8-static-ort", "int8-weight-ort", "int4-weight-ort"]
+)
+def test_heads_that_the_operator_does_not_take(name, tmp_path):
+    """The attention stays in standard operators, which a warning says, and ONNX Runtime loads the file."""
     folder = make_fp32("llama", tmp_path, head_dim=12)
     (work := tmp_path / "ort").mkdir()
-    details = RECIPES["fp32-ort"].make(folder, work, None)
+    recipe, split = RECIPES[name], None
+    if name != "fp32-ort":
+        recipe = replace(recipe, rounding="nearest", calibration=Calibration(8, 32))
+        split = Split("calibration", SENTENCES)
+    details = recipe.make(folder, work, split)
     assert details["fused_attention"] == 0 and "this model's have 12" in details["warnings"][0]
     assert not json.loads((work / GENAI_CONFIG).read_text())["search"]["past_present_share_buffer"]
     assert not Runtime(work / "model.onnx", 1).in_place

@@ -51,9 +51,13 @@ class SpecialTokens:
     warnings: tuple[str, ...]
 
     def put_into(self, fields: dict[str, Any]) -> dict[str, Any]:
-        """`fields` of a config.json or generation_config.json with these ids; several end tokens are a list."""
+        """`fields` of a config.json or generation_config.json with these ids; several end tokens are a list.
+
+        Without a token that pads, a key that is there becomes null, since transformers would replace a missing one by the
+        default of the model's type, which may be beyond its vocabulary.
+        """
         end = self.end[0] if len(self.end) == 1 else list(self.end)
-        pad = {} if self.pad is None else {"pad_token_id": self.pad}
+        pad = {"pad_token_id": self.pad} if self.pad is not None or "pad_token_id" in fields else {}
         others = {key: value for key, value in fields.items() if key not in _KEYS}
         return others | {"bos_token_id": self.start, "eos_token_id": end} | pad
 

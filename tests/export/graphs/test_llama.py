@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -184,6 +185,18 @@ def test_the_artifact_of_a_checkpoint(exported: Callable[..., Artifact], make_ll
     assert [name for name in graph.initializers if "lm_head" in name] == []
 
 
+@pytest.mark.parametrize("pad", [None, 9000])
+def test_no_token_that_pads(
+    pad: int | None, exported: Callable[..., Artifact], make_llama: Callable[..., Path]
+) -> None:
+    """The default of the type, 32000, is beyond this vocabulary: transformers would refuse the artifact's config.json."""
+    folder = make_llama("phi3", head_dim=16, pad_token_id=None)
+    fields = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(fields | {"pad_token_id": pad}))
+    config = json.loads((exported(folder).path / "config.json").read_text())
+    assert config["pad_token_id"] is None
+
+
 def head_apart(tensors: dict) -> None:
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] * 2
 
@@ -253,6 +266,10 @@ def test_weights_that_do_not_fit(
         ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "changes with the length of the text"),
         ({"rope_parameters": {"rope_type": "spiral"}}, "rope_type 'spiral' is not one of"),
         ({"rope_parameters": {"rope_type": "llama3"}}, "rope_parameters"),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": None}},
+            "null as rope_parameters.original_max_position_embeddings",
+        ),
     ],
     ids=lambda value: str(value)[:40] if isinstance(value, dict) else "",
 )

@@ -165,7 +165,8 @@ def test_pad(resolve: Callable[..., SpecialTokens]) -> None:
     beyond = resolve({"bos_token_id": 0, "pad_token_id": 8192})
     assert beyond.pad is None and "pad_token_id" in beyond.warnings[0] and "8192" in beyond.warnings[0]
     written = beyond.put_into({"pad_token_id": 8192, "n_layer": 2})
-    assert written == {"bos_token_id": 0, "eos_token_id": 0, "n_layer": 2}
+    assert written == {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None, "n_layer": 2}
+    assert "pad_token_id" not in beyond.put_into({"n_layer": 2})
 
 
 def words(folder: Path) -> Tokenizer:

@@ -6,8 +6,8 @@ writes only the keys and values of the T new tokens and copies nothing. It appli
 window or a cap of the scores where a model has them; padding is passed to it as an attention bias. It takes only heads
 whose width is a multiple of 8 (ONNX Runtime 1.32); a model with other heads keeps the attention of the portable graph.
 
-It also turns queries and keys by a rotary embedding, with the angles of `position_ids`, so that a batch may be padded
-on the left. For that it wants the cosines and sines of all positions. The graph computes them from the frequencies, and
+It also turns queries and keys by a rotary embedding, at positions that are shifted so that a batch may be padded on the
+left (`_positions`). For that it wants the cosines and sines of all positions. The graph computes them from the frequencies, and
 ONNX Runtime folds that at load: the file stays as small as the portable one, and the bits are the same. Where it cannot
 (other widths, very many positions), the rotary embedding stays outside in standard operators.
 
@@ -38,6 +38,9 @@ ORT = "com.microsoft"
 _WIDTHS, _ROTARY_WIDTHS = 8, 16
 # The most positions of which cosines and sines are made at load. At 131,072 and r = 128 they take 67 MB.
 _MOST_POSITIONS = 131_072
+# The inputs of a graph from which `_positions` follow.
+_SHIFTED = ("input_ids", "attention_mask", contract.POSITION_IDS)
+_END = np.iinfo(np.int64).max
 
 
 @dataclass(frozen=True)
@@ -106,8 +109,9 @@ def fuse_attention(model: ir.Model, positions: int) -> int:
     layers = [layer for layer in _find_all(graph) if layer is not None]
     lengths = _lengths(graph, inputs["input_ids"], inputs["attention_mask"])
     tables = _tables(graph, layers, positions)
+    turned_at = _positions(graph, *(inputs[name] for name in _SHIFTED)) if tables else None
     for layer in layers:
-        _replace(graph, layer, lengths, tables, inputs[contract.POSITION_IDS])
+        _replace(graph, layer, lengths, tables, turned_at)
     graph.opset_imports[ORT] = 1
     model.metadata_props[contract.IN_PLACE] = "1"
     clean(model)
@@ -265,6 +269,25 @@ def _lengths(graph: ir.Graph, input_ids: ir.Value, attention_mask: ir.Value) -> 
     return last, total, bias
 
 
+def _positions(graph: ir.Graph, input_ids: ir.Value, attention_mask: ir.Value, position_ids: ir.Value) -> ir.Value:
+    """Add the positions int64 [B, T] at which GroupQueryAttention turns queries and keys.
+
+    In a first prompt, the operator reads the position of one token, the first of the batch, and counts up from it in all
+    sequences, padding included (ONNX Runtime 1.32). So later tokens have to count the padding at the beginning of their
+    sequence, too: it is added to `position_ids`. Scores do not change, as they depend only on how far apart two positions
+    are. A padded token gets 0, which is where a prompt that begins with it has to begin.
+    """
+    tape = ir.tape.Tape()
+    seen = tape.op("Cast", [attention_mask], {"to": ir.DataType.FLOAT})
+    padded = tape.op("ArgMax", [seen], {"axis": 1, "keepdims": 1})  # the index of the first token that is none
+    first = tape.op("Neg", [tape.op("Shape", [input_ids], {"start": 1, "end": 2})])
+    end, axis = (constant(graph, name, np.array([at], np.int64)) for name, at in (("end", _END), ("axis_1", 1)))
+    new = tape.op("Slice", [attention_mask, first, end, axis])
+    shifted = tape.op("Mul", [tape.op("Add", [position_ids, padded]), new])
+    graph.insert_before(graph[0], tape.nodes)
+    return shifted
+
+
 def _tables(
     graph: ir.Graph, layers: list[_Attention], positions: int
 ) -> dict[_Rotary | None, tuple[ir.Value, ir.Value]]:
@@ -291,7 +314,7 @@ def _replace(
     attention: _Attention,
     lengths: tuple[ir.Value, ir.Value, ir.Value],
     tables: dict[_Rotary | None, tuple[ir.Value, ir.Value]],
-    position_ids: ir.Value,
+    turned_at: ir.Value | None,
 ) -> None:
     last, total, bias = lengths
     tape = ir.tape.Tape()
@@ -304,7 +327,7 @@ def _replace(
     inside = attention.rotary in tables
     if inside:
         attributes["do_rotary"] = 1
-    rotary = [*tables[attention.rotary], position_ids] if inside else [None, None, None]
+    rotary = [*tables[attention.rotary], turned_at] if inside else [None, None, None]
     parts = [_joined(graph, tape, head) for head in (attention.before if inside else attention.heads)]
     split = parts[0].producer()
     if split is not None and split.op_type == "Split" and parts == [*split.outputs]:

@@ -175,6 +175,23 @@ def test_the_logits_of_the_portable_form(kind, make, ids):
     assert np.allclose(token_by_token(fused, ids[:1], ones), alone, **tolerance)
 
 
+@pytest.mark.parametrize("order", [slice(None), slice(None, None, -1)], ids=["whole first", "padded first"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_padded_prompt_and_what_follows_it(kind, order, make, ids):
+    """A prompt of 14 tokens, in which one sequence has none yet, then single tokens, of which one sequence lacks two."""
+    portable, fused = (runtime(make(kind, name)) for name in ("fp32", "fp32-ort"))
+    mask = MASK[order].copy()
+    mask[:, 16:18] *= np.array([1, 0, 1])[:, None]
+    found = []
+    for model in (portable, fused):
+        past, steps = model.empty_past(3), []
+        for piece in (slice(14), *(slice(t, t + 1) for t in range(14, TOKENS))):
+            logits, past = model.extend(ids[:, piece], past, mask[:, : piece.stop])
+            steps.append(logits)
+        found.append(np.concatenate(steps, axis=1)[mask.astype(bool)])
+    assert np.allclose(found[1], found[0], rtol=0, atol=1e-4 * found[0].std())
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_operator_does_all_that_it_can(kind, make):
     folder, details = make(kind, "fp32-ort")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -139,6 +140,9 @@ def _pytorch_logits(
 
     The config.json is the artifact's, in `work`, because the checkpoint's may be one that transformers does not load.
     """
+    # On Intel's processors MKL's sums depend on where an array lies in memory, unless it is told to be strict: without it
+    # the differences, which a manifest holds, change from run to run.
+    os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
     import torch
 
     advice = ", so the graph cannot be compared with PyTorch; take the files of the original checkpoint"

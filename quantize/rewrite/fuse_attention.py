@@ -38,8 +38,6 @@ ORT = "com.microsoft"
 _WIDTHS, _ROTARY_WIDTHS = 8, 16
 # The most positions of which cosines and sines are made at load. At 131,072 and r = 128 they take 67 MB.
 _MOST_POSITIONS = 131_072
-# The inputs of a graph from which `_positions` follow.
-_SHIFTED = ("input_ids", "attention_mask", contract.POSITION_IDS)
 _END = np.iinfo(np.int64).max
 
 
@@ -109,7 +107,7 @@ def fuse_attention(model: ir.Model, positions: int) -> int:
     layers = [layer for layer in _find_all(graph) if layer is not None]
     lengths = _lengths(graph, inputs["input_ids"], inputs["attention_mask"])
     tables = _tables(graph, layers, positions)
-    turned_at = _positions(graph, *(inputs[name] for name in _SHIFTED)) if tables else None
+    turned_at = _positions(graph, inputs) if tables else None
     for layer in layers:
         _replace(graph, layer, lengths, tables, turned_at)
     graph.opset_imports[ORT] = 1
@@ -269,7 +267,7 @@ def _lengths(graph: ir.Graph, input_ids: ir.Value, attention_mask: ir.Value) -> 
     return last, total, bias
 
 
-def _positions(graph: ir.Graph, input_ids: ir.Value, attention_mask: ir.Value, position_ids: ir.Value) -> ir.Value:
+def _positions(graph: ir.Graph, inputs: dict[str | None, ir.Value]) -> ir.Value:
     """Add the positions int64 [B, T] at which GroupQueryAttention turns queries and keys.
 
     In a first prompt, the operator reads the position of one token, the first of the batch, and counts up from it in all
@@ -277,13 +275,13 @@ def _positions(graph: ir.Graph, input_ids: ir.Value, attention_mask: ir.Value, p
     sequence, too: it is added to `position_ids`. Scores do not change, as they depend only on how far apart two positions
     are. A padded token gets 0, which is where a prompt that begins with it has to begin.
     """
-    tape = ir.tape.Tape()
+    tape, attention_mask = ir.tape.Tape(), inputs["attention_mask"]
     seen = tape.op("Cast", [attention_mask], {"to": ir.DataType.FLOAT})
     padded = tape.op("ArgMax", [seen], {"axis": 1, "keepdims": 1})  # the index of the first token that is none
-    first = tape.op("Neg", [tape.op("Shape", [input_ids], {"start": 1, "end": 2})])
+    first = tape.op("Neg", [tape.op("Shape", [inputs["input_ids"]], {"start": 1, "end": 2})])
     end, axis = (constant(graph, name, np.array([at], np.int64)) for name, at in (("end", _END), ("axis_1", 1)))
     new = tape.op("Slice", [attention_mask, first, end, axis])
-    shifted = tape.op("Mul", [tape.op("Add", [position_ids, padded]), new])
+    shifted = tape.op("Mul", [tape.op("Add", [inputs[contract.POSITION_IDS], padded]), new])
     graph.insert_before(graph[0], tape.nodes)
     return shifted
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from cuantiza.core import contract
+from cuantiza.core.inputs.weights.pytorch import call_once_alone
 
 if TYPE_CHECKING:
     from cuantiza.core.run.runtime import Runtime
@@ -93,6 +94,7 @@ def tiny_gpt2(seed: int = 0, **overrides: object):
         "eos_token_id": 0,
         **overrides,
     }
+    call_once_alone()
     torch.manual_seed(seed)
     model = GPT2LMHeadModel(GPT2Config(**fields)).eval()
     with torch.no_grad():
@@ -126,6 +128,7 @@ def tiny_llama(kind: str = "llama", seed: int = 0, **overrides: object):
         "pad_token_id": 0,
         **overrides,
     }
+    call_once_alone()
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **fields)).eval()
     with torch.no_grad():

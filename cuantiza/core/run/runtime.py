@@ -73,13 +73,14 @@ class Runtime:
         spin: bool = False,
         prepack: bool = True,
         artifact: str | None = None,
+        exact: bool = True,
         options: Options = Options(),
     ) -> None:
-        """Load `model`; `threads`, `spin`, `prepack` and `artifact` are those of `open_session`.
+        """Load `model`; `threads`, `spin`, `prepack`, `artifact` and `exact` are those of `open_session`.
 
         `outputs` names what `run` returns in place of the contract's outputs, for graphs that show other tensors too.
         """
-        self.session = open_session(model, threads, spin, prepack, artifact)
+        self.session = open_session(model, threads, spin, prepack, artifact, exact)
         self._model = model
         if options.large_pages and not is_packed(self.session):  # mapped weights stay in the page cache
             use_large_pages()
@@ -269,7 +270,12 @@ def _unlike(item: ort.NodeArg, type_: str, shape: str, rank: int) -> str | None:
 
 
 def open_session(
-    model: Path, threads: int | None = None, spin: bool = False, prepack: bool = True, artifact: str | None = None
+    model: Path,
+    threads: int | None = None,
+    spin: bool = False,
+    prepack: bool = True,
+    artifact: str | None = None,
+    exact: bool = True,
 ) -> ort.InferenceSession:
     """A CPU session over any ONNX file, on `threads` threads (default: all processors).
 
@@ -277,13 +283,15 @@ def open_session(
     every other process, so it is for a process that has the machine to itself. Without `prepack`, ONNX Runtime makes no
     second copy of the weights in the layout that its kernels want, which saves memory and is slower. With `artifact`,
     the digest of the artifact that the file belongs to, the packed weights are kept in the user's cache, so that the
-    next session opens sooner (cuantiza/core/run/packed.py). Integer matmuls are exact on every processor
-    (cuantiza/core/run/exact_int8.py). Raises UserError if ONNX Runtime refuses the file.
+    next session opens sooner (cuantiza/core/run/packed.py). With `exact`, integer matmuls are exact on every processor
+    (cuantiza/core/run/exact_int8.py). Files that a recipe of ours wrote a moment ago need no `exact`, which costs time on
+    processors without VNNI; there ONNX Runtime cannot load a file with it whose layers share a matrix. Raises UserError if
+    ONNX Runtime refuses the file.
     """
     entries = {
         "session.force_spinning_stop": "0" if spin else "1",
         "session.disable_prepacking": "0" if prepack else "1",
-        **exact_options(model),
+        **(exact_options(model) if exact else {}),
     }
 
     def options() -> ort.SessionOptions:

@@ -39,7 +39,7 @@ def test_layers_that_share_a_matrix_have_the_same_integers(es_mini_fp32, tmp_pat
 
     def logits(model):
         onnx_file.save(model, tmp_path)
-        runtime = Runtime(tmp_path / "model.onnx")
+        runtime = Runtime(tmp_path / "model.onnx", exact=False)
         return [runtime.forward(window[None])[0, :-1] for window in text]
 
     exact, losses = logits(shared()), []

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 # At 4 bits, twice as many windows as 8 bits need lower KL further (quantize/settings.py).
 _CALIBRATION = Calibration(windows=32)
+# The smallest block of ONNX Runtime's MatMulNBits.
+_LEAST_BLOCK = 16
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,11 @@ class WeightOnly:
         for block in (self.block, self.table_block):
             if block is not None and block < 1:
                 raise ValueError(f"block is {block}; give a number of inputs from 1, or null for one scale a channel")
+            if block is not None and self.target == "ort" and (block < _LEAST_BLOCK or block & (block - 1)):
+                raise ValueError(
+                    f"block is {block}; target ort takes blocks of a power of two from {_LEAST_BLOCK} on (MatMulNBits), or "
+                    "null for one scale a channel"
+                )
         if self.scale_bits == 8 and self.block is None:
             raise ValueError("scale_bits is 8, but block is null; give a block, or scale_bits 32")
 

@@ -20,7 +20,7 @@ from cuantiza.quantize.rewrite.edit import clean, constant, replace_matmuls
 from cuantiza.quantize.rewrite.find import Embedding, Projection
 from cuantiza.quantize.rewrite.fuse_attention import ORT
 from cuantiza.quantize.rewrite.int8 import add_residual, group, prepare_int8, quantize_twice
-from cuantiza.quantize.settings import Target
+from cuantiza.quantize.settings import BLOCKS_OPSET, Target
 
 # The largest magnitude of a row is clipped to the range in which fp16 has all of its 11 bits of precision.
 LARGEST_MIN, LARGEST_MAX = np.float32(np.finfo(np.float16).tiny), np.float32(np.finfo(np.float16).max)
@@ -56,11 +56,11 @@ def quantize_dynamic(
             quantized = quantize_twice(graph, tape, tape.op("Div", [x, row_scale]), np.float32(1), np.uint8(zero))
             matmul = add_residual(graph, tape, multiply(tape, quantized, zero_point, weight, weight_scale, one))
         else:
-            if target == "portable":
+            if target == "portable" or graph.opset_imports[""] < BLOCKS_OPSET:
                 quantized = tape.op("QuantizeLinear", [tape.op("Div", [x, row_scale]), one, zero_point])
             else:
-                # Blocked quantization, with each row as one block, makes one pass over x where Div and QuantizeLinear
-                # make two. It needs a zero point for each block.
+                # Blocked quantization (opset 21), with each row as one block, makes one pass over x where Div and
+                # QuantizeLinear make two. It needs a zero point for each block.
                 block = {"axis": -1, "block_size": projection.matrix.shape[0]}
                 quantized = tape.op("QuantizeLinear", [x, row_scale, row_zero_points.get(x, zero_point)], block)
             matmul = multiply(tape, quantized, zero_point, weight, weight_scale, one)

@@ -102,8 +102,8 @@ def quantize_weights(
     """Quantize, in place, every linear layer and embedding that reads one of `weights`; return those.
 
     `weights` maps the name of an initializer to the matrix [K, N] that replaces it; other initializers stay as they
-    are. Raises UserError where `target` cannot represent a grid, where a weight is multiplied both as stored and
-    transposed, or where the target is `portable` and the opset of `model` is below 21.
+    are. Raises UserError where a weight is multiplied both as stored and transposed, or where the target is `portable` and
+    the opset of `model` is below 21.
     """
     graph = model.graph
     projections = [projection for projection in find_projections(graph) if projection.weight.name in weights]
@@ -273,11 +273,6 @@ def _embed_portable(graph: ir.Graph, tape: ir.tape.Tape, stored: _Stored, ids: i
 def _store_ort(graph: ir.Graph, name: str, weight: IntWeight, channel_axis: int) -> _Stored:
     grid, (inputs, channels) = weight.grid, weight.q.shape
     block = _ort_block(weight)
-    if block < 16 or block & (block - 1):
-        raise UserError(
-            f"{name}: target ort cannot store blocks of {block}, since MatMulNBits needs blocks of a power of two from 16 on; "
-            "choose such blocks, or target portable"
-        )
     shift = 2 ** (grid.bits - 1) if grid.symmetric else 0
     blocks = -(-inputs // block)
 

@@ -51,6 +51,8 @@ def changed(recipe, path=()):
         elif field.name == "scale_bits":
             if recipe.block is not None:
                 yield dataclasses.replace(recipe, scale_bits=40 - value)
+        elif field.name in ("block", "table_block"):
+            yield dataclasses.replace(recipe, **{field.name: 128 if value is None else 2 * value})
         elif isinstance(value, str):
             yield dataclasses.replace(recipe, **{field.name: others[value]})
         elif isinstance(value, tuple):
@@ -130,6 +132,10 @@ def run(tmp_path, monkeypatch):
         ('{"type": "WeightOnly", "bits": 4.0, "block": 64, "symmetric": false}', ["bits is 4.0; choose from 4, 8"]),
         ('{"type": "WeightOnly", "bits": 4, "block": -3, "symmetric": false}', ["block is -3", "from 1"]),
         ('{"type": "WeightOnly", "bits": 4, "block": "64", "symmetric": false}', ["block is '64', not int"]),
+        (
+            '{"type": "WeightOnly", "bits": 8, "block": 24, "symmetric": true, "target": "ort"}',
+            ["block is 24", "power of two from 16"],
+        ),
         ('{"type": "WeightOnly", "bits": 4, "block": 64, "symmetric": 1}', ["symmetric is 1, not bool"]),
         ('{"type": "WeightOnly", "bits": 4, "block": null, "symmetric": true, "scale_bits": 8}', ["scale_bits is 8"]),
         ('{"type": "StaticInt8", "rounding": "descent"}', ["rounding is 'descent'; choose from gptq, nearest"]),

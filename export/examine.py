@@ -23,6 +23,7 @@ from cuantiza.core.inputs.tokenizer import load_tokenizer
 from cuantiza.core.inputs.weights.adapters import read_fields
 from cuantiza.core.inputs.weights.checkpoint import Checkpoint
 from cuantiza.core.inputs.weights.heads import left_out
+from cuantiza.core.inputs.weights.quantized import check_not_quantized
 from cuantiza.export.companions import write_configs
 from cuantiza.export.graphs.architectures import Architecture, architecture
 from cuantiza.export.tokenizer.write import write_tokenizer
@@ -77,6 +78,11 @@ def examine(folder: Path, work: Path, exporter: str, opset: int = 21, weights: b
             tokens = resolve_special_tokens(base, given, tokenizer, work, vocabulary)  # work's settings are complete
             warnings += tokens.warnings
             write_configs(fields, tokens, base, work)
+    else:
+        faults.append(f"{base / 'config.json'}: has no vocab_size; write the number of rows of the embedding there")
+    if not weights:
+        with _kept(faults):
+            check_not_quantized(given, {}, base)
     if weights and kind is not None:
         with _kept(faults):
             checkpoint = kind.read(folder, given)

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 
 from cuantiza.core.cli import Parser
 from cuantiza.core.errors import UserError
-from cuantiza.core.inputs.checkpoints import base_folder, files_to_read, model_name, resolve_model
+from cuantiza.core.inputs.checkpoints import base_folder, files_to_read, has_all_weights, model_name, resolve_model
 from cuantiza.core.inputs.defaults import MODEL, PROMPT, place
 from cuantiza.core.inputs.model_config import end_tokens, max_positions, start_token
 from cuantiza.core.inputs.tokenizer import load_tokenizer, token_ids
@@ -51,9 +51,9 @@ def of_checkpoint(spec: str, exporter: str = "graph") -> dict[str, str | list[st
     from cuantiza.export.examine import examine  # it needs the packages of the extra `export`; an artifact does not
 
     model = resolve_model(spec, weights=False)
-    here = bool(files_to_read(base_folder(model.folder)))
+    here = place(spec).is_dir() or has_all_weights(base_folder(model.folder))
     with tempfile.TemporaryDirectory() as work:
-        found = examine(model.folder, Path(work), exporter, weights=here or place(spec).is_dir())
+        found = examine(model.folder, Path(work), exporter, weights=here)
     described: dict[str, str | list[str]] = {"model": f"{model_name(spec)}, in {model.folder}"}
     kind = found.architecture
     described["architecture"] = kind.describe(found.config) if kind else str(found.fields["model_type"])
@@ -98,7 +98,7 @@ def _parameters(size: Size) -> str:
 
 
 def _weights(found: Findings) -> str:
-    files = files_to_read(found.base)
+    files = files_to_read(found.base) if has_all_weights(found.base) else []
     if found.checkpoint is None:
         return f"{', '.join(files)}, not opened" if files else "on the hub, not downloaded"
     sizes = sum((found.base / name).stat().st_size for name in files)

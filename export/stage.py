@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import gc
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from cuantiza.core.errors import UserError, naming
-from cuantiza.core.inputs.checkpoints import Model, checkpoint_digest, resolve_model
-from cuantiza.core.inputs.defaults import ARTIFACTS, MODEL
+from cuantiza.core.inputs.checkpoints import Model, base_folder, checkpoint_digest, has_all_weights, resolve_model
+from cuantiza.core.inputs.defaults import ARTIFACTS, MODEL, place
 from cuantiza.core.machine.progress import report, warn, working
 from cuantiza.core.store import artifact, digests, folders
 from cuantiza.core.store.artifact import Artifact
@@ -41,7 +42,7 @@ def export(
         raise UserError(f"--exporter {exporter}: choose one from {', '.join(EXPORTERS)}")
     if opset not in OPSETS:
         raise UserError(f"--opset {opset}: choose one from {OPSETS[0]} to {OPSETS[-1]}")
-    found = resolve_model(str(model))
+    found = _resolved(str(model), exporter)
     folder = Path(output) / found.name
     target = folder / NAME
     with folders.locked(folder), naming(found.folder.absolute(), model):  # a hub id's folder is deep in a cache
@@ -54,6 +55,18 @@ def export(
         report(f"export    {target}: {there}")
         inputs = _inputs(found.folder, exporter, opset, digests.sha256_once)
         return _export(found, target, exporter, opset, inputs)
+
+
+def _resolved(spec: str, exporter: str) -> Model:
+    """Find model `spec`. What its small files tell against an export is told before gigabytes are downloaded."""
+    if not place(spec).is_dir():
+        small = resolve_model(spec, weights=False)
+        if not has_all_weights(base_folder(small.folder)):
+            from cuantiza.export.examine import examine
+
+            with tempfile.TemporaryDirectory() as work, naming(small.folder, spec):
+                examine(small.folder, Path(work), exporter, weights=False)
+    return resolve_model(spec)
 
 
 def _inputs(checkpoint: Path, exporter: str, opset: int, sha256: Callable[[Path], str]) -> dict[str, Any]:

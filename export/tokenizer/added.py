@@ -17,14 +17,15 @@ _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
 def read_added(checkpoint: Path, settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The tokens of added_tokens.json and of tokenizer_config.json, by their text, as tokenizer.json writes them.
+    """The tokens of tokenizer_config.json or added_tokens.json, by their text, as tokenizer.json writes them.
 
-    Raises UserError if an id is no whole number from 0, or if two tokens have the same.
+    Where the first file has an added_tokens_decoder, the second is one that an older save left, which transformers does
+    not read either. Raises UserError if an id is no whole number from 0, or if two tokens have the same.
     """
     named = special_tokens(settings)
     found: dict[str, dict[str, Any]] = {}
     path = checkpoint / ADDED_TOKENS
-    for text, number in read_object(path).items():
+    for text, number in read_object(path).items() if "added_tokens_decoder" not in settings else ():
         special = text in named
         found[text] = _token(text, number, {"normalized": not special, "special": special}, path)
     path = checkpoint / SETTINGS

@@ -15,7 +15,7 @@ from cuantiza.core.store.artifact import Artifact
 from cuantiza.export.graphs import gpt2
 from cuantiza.export.inspect import main, of_artifact, of_checkpoint
 
-from helpers import ES_MINI, copy_tokenizer, edit_config, edit_weights, stage, tiny_gpt2
+from helpers import ES_MINI, copy_tokenizer, edit_config, edit_weights, stage, tiny_gpt2, tiny_llama
 from hub_stub import files_of, serving
 
 
@@ -84,6 +84,32 @@ def test_of_a_model_on_the_hub_only_small_files_are_downloaded(tmp_path: Path, t
         assert result.status == 0, result.stderr
         assert "on the hub, not downloaded" in result.stdout and "2 layers of width 32" in result.stdout
         assert "model.safetensors" not in hub.transferred() and "config.json" in hub.transferred()
+
+
+def test_of_an_interrupted_download_nothing_is_missed(tmp_path: Path, tiny_folder: Path) -> None:
+    """The index and one shard are there, as after a Ctrl-C: it is as if no weights were there."""
+    tiny_gpt2().save_pretrained(folder := tmp_path / "here", max_shard_size="200KB")
+    copy_tokenizer(folder)
+    with serving() as hub:
+        hub.add("owner/name", files_of(folder))
+        environment = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0", "HF_TOKEN": ""}
+        assert stage("cuantiza", "inspect", "owner/name", env=environment).status == 0
+        (snapshot,) = tmp_path.glob("hf/hub/models--owner--name/snapshots/*")
+        for file in (folder / "model.safetensors.index.json", next(folder.glob("*-00001-*"))):
+            shutil.copy(file, snapshot)
+        result = stage("cuantiza", "inspect", "owner/name", env=environment)
+        assert result.status == 0 and "on the hub, not downloaded" in result.stdout, result.stderr
+
+
+def test_a_config_without_a_vocabulary_is_told(tmp_path: Path) -> None:
+    """transformers has a default of its own for each kind of model, which may fit the weights."""
+    tiny_llama("qwen3").save_pretrained(folder := tmp_path / "tiny")
+    copy_tokenizer(folder)
+    fields = json.loads((folder / "config.json").read_text())
+    del fields["vocab_size"]
+    (folder / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(UserError, match=r"config.json: has no vocab_size"):
+        of_checkpoint(str(folder))
 
 
 @pytest.mark.parametrize("change", [{"vocab_size": 8100}, {"n_positions": 64}, {"n_layer": 1}])

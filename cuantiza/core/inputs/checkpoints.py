@@ -81,6 +81,14 @@ def files_to_read(folder: Path) -> list[str]:
     return [main, *shards]
 
 
+def has_all_weights(folder: Path) -> bool:
+    """Whether `folder` holds weights, and every shard of them: a download may have been interrupted."""
+    try:
+        return bool(files_to_read(folder))
+    except UserError:
+        return False
+
+
 def base_folder(folder: Path, label: str = "") -> Path:
     """The folder that holds the weights and the config.json of the checkpoint in `folder`.
 
@@ -248,7 +256,15 @@ def _download(label: str, repo: str, revision: str | None, wanted: bool = True) 
         raise UserError(f"{label}: has no such revision; check what follows the @") from None
     except RepositoryNotFoundError:
         raise UserError(f"{label}: is neither a folder here nor a repository on the hub; check its spelling") from None
-    except (OfflineModeIsEnabled, LocalEntryNotFoundError, HfHubHTTPError, http.HTTPError, OSError) as error:
+    # What hf_xet, which transfers large files, cannot do is a RuntimeError.
+    except (
+        OfflineModeIsEnabled,
+        LocalEntryNotFoundError,
+        HfHubHTTPError,
+        http.HTTPError,
+        OSError,
+        RuntimeError,
+    ) as error:
         if getattr(error, "errno", None) in MENDS:  # an error of the disk, not of the network
             raise
         cause = type(error.__cause__ or error).__name__
@@ -277,7 +293,10 @@ def _cached(repo: str, revision: str | None) -> Path | None:
         for main in (*(group[0] for group in WEIGHTS), ADAPTER[0]):
             folder = snapshot(main, *CONFIGS, *PATTERNS, *ADAPTER)
             if (folder / main).is_file():
-                return snapshot(*index_shards(folder / main)) if main.endswith(".index.json") else folder
+                found = snapshot(*index_shards(folder / main)) if main.endswith(".index.json") else folder
+                # A cache without a listing, as older versions of the library made it, gives a folder unchecked.
+                whole = main == ADAPTER[0] or (has_all_weights(found) and (found / CONFIGS[0]).is_file())
+                return found if whole else None
     except LocalEntryNotFoundError:
         pass
     return None

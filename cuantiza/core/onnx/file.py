@@ -74,8 +74,13 @@ def _check_external_data(proto: onnx.ModelProto, path: Path) -> None:
     for tensor, info in external_data(proto):
         file = (folder / info.location).resolve()
         if not info.location or folder not in file.parents:
+            cure = (
+                f"; copy {path.name} and that file to a folder of their own"
+                if (folder / info.location).is_symlink()
+                else ""
+            )
             raise UserError(
-                f"{path}: the data of {tensor.name!r} points to {info.location!r}, outside its folder; refused"
+                f"{path}: the data of {tensor.name!r} points to {info.location!r}, outside its folder; refused{cure}"
             )
         needed = math.ceil(math.prod(tensor.dims) * ir.DataType(tensor.data_type).bitwidth / 8)
         if info.length not in (None, needed):

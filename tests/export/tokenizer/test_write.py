@@ -155,6 +155,18 @@ def test_added_tokens_that_contradict_each_other(checkpoint: Path, written: Call
         written(8256)
 
 
+def test_tokens_that_an_older_save_left_are_not_added(checkpoint: Path, written: Callable[..., tuple]) -> None:
+    """As transformers reads them: an added_tokens_decoder is all there is, and added_tokens.json is older."""
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (checkpoint / name).unlink()
+    edit(checkpoint / "tokenizer_config.json", added_tokens_decoder={"8192": {"content": "<pad>", "special": True}})
+    (checkpoint / "added_tokens.json").write_text('{"[PAD]": 8192, "<old>": 8193}')
+    folder, _ = written(8256)
+    ours = load_tokenizer(folder)
+    assert ours.token_to_id("<pad>") == 8192 and ours.token_to_id("[PAD]") is ours.token_to_id("<old>") is None
+    same_ids(folder, "Hola <pad> <old>")
+
+
 @pytest.mark.parametrize("where", ["tokenizer.json", "tokenizer_config.json"])
 def test_a_token_beyond_the_embedding_is_named(checkpoint: Path, written: Callable[..., tuple], where: str) -> None:
     if where == "tokenizer.json":

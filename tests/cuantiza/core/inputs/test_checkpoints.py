@@ -339,6 +339,17 @@ def test_a_tokenizer_that_cannot_be_read_is_told_before_weights_are_downloaded(
     assert not hub.transferred(), line
 
 
+@pytest.mark.parametrize(
+    "change, fragment", [({"model_type": "mixtral"}, "mixtral"), ({"quantization_config": {"bits": 4}}, "quant")]
+)
+def test_a_model_that_cannot_be_exported_is_told_before_weights_are_downloaded(
+    hub: Hub, in_bin: Files, export: Callable[..., Result], change: dict, fragment: str
+) -> None:
+    hub.add("owner/other", in_bin | {"config.json": json.dumps(json.loads(in_bin["config.json"]) | change).encode()})
+    assert_user_error(export("owner/other"), "owner/other", fragment)
+    assert not {"pytorch_model.bin", "model.safetensors"} & {*hub.transferred()}
+
+
 def test_what_a_tokenizer_is_made_of_is_downloaded_and_counts(
     hub: Hub, in_bin: Files, resolve: Callable[..., Result]
 ) -> None:

@@ -74,7 +74,7 @@ def make_task(folder: Path, test: Split, tokens: int, window: int, papers: Seque
     UserError where the documents have fewer than 2 tokens.
     """
     tokenizer, start = load_tokenizer(folder), start_token(folder)
-    marked = markers(tokenizer, {start, *end_tokens(folder)})
+    marked = () if test.joined else markers(tokenizer, {start, *end_tokens(folder)})
     whole = [part for text in sorted(test.documents, key=digest) for part in parts(text, marked)]
     taken = [item for item in take(tokenizer, whole, tokens) if item.ids]
     documents, texts = [item.ids for item in taken], tuple(item.text for item in taken)

@@ -69,7 +69,7 @@ def calibration_windows(folder: Path, split: Split, calibration: Calibration) ->
     if split.seed is not None:
         return own_windows(folder, split.seed, calibration.windows, length)
     tokenizer, start = load_tokenizer(folder), start_token(folder)
-    marked = markers(tokenizer, {start, *end_tokens(folder)})
+    marked = () if split.joined else markers(tokenizer, {start, *end_tokens(folder)})
     tokens = stream(encode(tokenizer, split.documents, length * calibration.windows, marked), start)
     windows = full_windows(tokens, length)[: calibration.windows]
     if len(windows) < calibration.minimum:

@@ -54,12 +54,14 @@ class Source:
 class Split:
     """The documents of one side, calibration or test. `sha256` identifies their content and order.
 
-    Text that the model writes itself has a `seed` and no documents: it is written when the model calibrates.
+    A `joined` text is one document and is read as it is: markers in it are tokens like others. Text that the model writes
+    itself has a `seed` and no documents: it is written when the model calibrates.
     """
 
     name: str
     documents: tuple[str, ...]
     seed: int | None = None
+    joined: bool = False
 
     @property
     def sha256(self) -> str:
@@ -90,7 +92,7 @@ def load_calibration(source: Source) -> Split:
             f"another split of a data set that has {train}, too (CORPUS_SPLIT=test), or calibrate on another text: {other}"
         )
     try:
-        return Split("calibration", (documents.join(replace(source, split=train)),))
+        return Split("calibration", (documents.join(replace(source, split=train)),), joined=True)
     except UserError as error:
         raise UserError(
             f"{error}; where CORPUS_JOIN=1, the split {train} calibrates, or another text: {other}"
@@ -112,7 +114,9 @@ def load_test(source: Source) -> Split:
         return load_splits(Source())[1]
     if not source.join:
         return load_splits(source)[1]
-    return _joined(load_splits(source)[1]) if _has_index(source) else Split("test", (documents.join(source),))
+    return (
+        _joined(load_splits(source)[1]) if _has_index(source) else Split("test", (documents.join(source),), joined=True)
+    )
 
 
 def scored(source: Source) -> Source:
@@ -171,7 +175,7 @@ def _has_index(source: Source) -> bool:
 
 
 def _joined(split: Split) -> Split:
-    return Split(split.name, (documents.BETWEEN.join(split.documents),))
+    return Split(split.name, (documents.BETWEEN.join(split.documents),), joined=True)
 
 
 def _sha256(text: str) -> str:

@@ -81,7 +81,7 @@ def hub_texts(source: Source, most: int, seen: Seen) -> list[str]:
     failures = (datasets.exceptions.DatasetsError, FileNotFoundError, ConnectionError, ValueError, RuntimeError)
     try:
         builder = datasets.load_dataset_builder(source.spec, source.config)
-        streaming = _is_larger(builder, source.split, most)
+        streaming = _is_larger(builder, most)
         if streaming:
             report(f"corpus    {source.spec}: has more than {most / 1e6:.0f} MB, so only its beginning is streamed")
         table = datasets.load_dataset(source.spec, source.config, split=source.split, streaming=streaming)
@@ -97,11 +97,14 @@ def hub_texts(source: Source, most: int, seen: Seen) -> list[str]:
     return texts
 
 
-def _is_larger(builder: Any, split: str, most: int) -> bool:
-    """Whether the files of a data set's split have more than `most` bytes. False where they were downloaded before."""
+def _is_larger(builder: Any, most: int) -> bool:
+    """Whether a data set has more than `most` bytes. False where it was downloaded before.
+
+    The files of all its splits count, since whoever downloads one split downloads them all.
+    """
     from huggingface_hub import HfFileSystem
 
-    files = (builder.config.data_files or {}).get(split, [])
+    files = [file for files in (builder.config.data_files or {}).values() for file in files]
     hub = HfFileSystem()
     size = 0
     for file in files:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow
@@ -15,8 +16,10 @@ from cuantiza.core.cli import Parser, add_corpus, source_of
 from cuantiza.core.errors import UserError
 from cuantiza.core.inputs.corpus import Source, load_calibration, load_splits, load_test, scored, write_index
 from cuantiza.core.inputs.texts import hub
+from cuantiza.core.inputs.tokenizer import token_ids
+from cuantiza.eval.measure.quality import make_task
 
-from helpers import CORPUS
+from helpers import CORPUS, ES_MINI
 
 # Rows as WikiText has them: blank ones, titles, lines with their end, and one twice.
 ROWS = ["", " = Robert Boulter = \n", "", " Robert Boulter is an actor . \n", " He acted . \n", " He acted . \n", ""]
@@ -36,6 +39,16 @@ def test_one_document_joined_is_that_document(tmp_path: Path) -> None:
     (tmp_path / "one.txt").write_text(text)
     test = load_test(Source(str(tmp_path / "one.txt"), join=True))
     assert test.documents == (text,) and test.name == "test"
+
+
+def test_markers_in_a_joined_text_are_scored(tmp_path: Path) -> None:
+    """As papers' code does. In documents they say where one ends, and are no text."""
+    text = "Un texto.<|endoftext|> Otro texto.\n"
+    (tmp_path / "one.txt").write_text(text)
+    joined = load_test(Source(str(tmp_path / "one.txt"), join=True))
+    task = make_task(ES_MINI, joined, 100, 64)
+    assert [*task.stream] == [*token_ids(task.tokenizer, text)] and len(task.documents) == 1
+    assert len(make_task(ES_MINI, replace(joined, joined=False), 100, 64).documents) == 2
 
 
 def test_files_of_a_folder_are_joined_in_the_order_of_their_names(tmp_path: Path) -> None:

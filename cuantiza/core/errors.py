@@ -84,6 +84,18 @@ def end_quietly_while_loading() -> None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
+def is_told(error: Exception) -> bool:
+    """Whether `run` tells `error` in one line that says how to mend it, with status 2."""
+    if isinstance(error, ModuleNotFoundError):
+        return (error.name or "").split(".")[0] in EXTRAS
+    return error.errno in MENDS if isinstance(error, OSError) else isinstance(error, UserError | MemoryError)
+
+
+def drop_output() -> None:
+    """Let what is printed go nowhere, as the reader (`| head`) is gone: the interpreter's own flush at exit would fail."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def run(main: Callable[[], int]) -> None:
     """Run a stage's `main` and exit with its status. A UserError is one line and status 2, never a traceback.
 
@@ -106,8 +118,7 @@ def run(main: Callable[[], int]) -> None:
     except KeyboardInterrupt:
         status = 128 + signal.SIGINT
     except BrokenPipeError:
-        # The reader (`| head`) is gone. Without this, the interpreter's own flush at exit would fail with a message.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        drop_output()
         status = 1
     except OSError as error:
         if error.errno not in MENDS:

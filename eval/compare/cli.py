@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cuantiza.core.cli import Parser, add_corpus, add_number, add_threads, source_of
-from cuantiza.core.errors import UserError
+from cuantiza.core.errors import UserError, drop_output, is_told
 from cuantiza.core.inputs.defaults import COMPARE_ROUNDS, REPORTS, TOKENS, WINDOW
 from cuantiza.core.store import folders
 
@@ -21,13 +21,17 @@ if TYPE_CHECKING:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `cuantiza compare` and return its exit status.
 
-    An unexpected error gives status 3, because 1 means a regression and nothing else.
+    An unexpected error gives status 3, as does a reader of the table that goes away, because 1 means a regression and
+    nothing else.
     """
     try:
         return _compare(arguments)
-    except (UserError, OSError, ModuleNotFoundError):
-        raise
-    except Exception:
+    except BrokenPipeError:
+        drop_output()
+        return 3
+    except Exception as error:
+        if is_told(error):
+            raise
         traceback.print_exc()
         return 3
 
@@ -92,8 +96,11 @@ def _show(comparison: Comparison, args: argparse.Namespace) -> int:
         (work / "page").replace(args.output)
     summary = os.environ.get("GITHUB_STEP_SUMMARY")
     if args.format == "github" and summary:
-        with Path(summary).open("a", encoding="utf-8") as file:
-            file.write(page)
+        try:
+            with Path(summary).open("a", encoding="utf-8") as file:
+                file.write(page)
+        except OSError as error:
+            raise UserError(f"GITHUB_STEP_SUMMARY={summary}: cannot be written ({error.strerror})") from None
     if args.format == "github" and not summary:
         print(page, end="")
     else:

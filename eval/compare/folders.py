@@ -44,7 +44,7 @@ class Measure:
 def held(*paths: Path) -> Iterator[None]:
     """Keep other stages from writing into `paths` meanwhile. No stage writes into a folder without a lock file."""
     with ExitStack() as stack:
-        for folder in {path.resolve() for path in paths}:
+        for folder in sorted({path.resolve() for path in paths}):  # in one order, or two processes wait for each other
             if (folder / folders.LOCK).is_file():
                 stack.enter_context(folders.locked(folder))
         yield

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from rich.console import Console
 from rich.text import Text
 
-from cuantiza.core.machine.terminal import new_table, show
+from cuantiza.core.machine.terminal import Terminal, new_table, show
 from cuantiza.core.pages import escape, table
 from cuantiza.eval.compare.decide import FALSE_ALARMS, STANDARD_ERRORS, Check, Comparison
 
@@ -68,7 +67,7 @@ def print_table(comparison: Comparison) -> None:
         last = number + 1 == len(comparison.checks) or comparison.checks[number + 1].recipe != check.recipe
         grid.add_row(*map(Text, row), Text(noted, style=_COLORS.get(check.verdict, "")), end_section=last)
     show(grid, _WORDS)
-    console = Console()
+    console = Terminal()
     for note in _notes(comparison):
         console.print(Text(note, style="dim"))
     console.print(Text(verdict(comparison), style="bold red" if comparison.regressions else "bold"))

@@ -17,13 +17,20 @@ def new_table(title: str | Text, *columns: str, words: int = 1, caption: str = "
     return table
 
 
+class Terminal(Console):
+    """Standard output whose reader may go away. The command decides its status then; rich would end it with 1."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
 def show(table: Table, words: int = 1) -> None:
     """Print `table` to standard output.
 
     On a terminal that is narrower than the table, each row becomes a block of lines: its first `words` cells, and below
     them the other cells with their headings.
     """
-    console = Console() if Console().is_terminal else Console(width=_WIDE)
+    console = Terminal() if Terminal().is_terminal else Terminal(width=_WIDE)
     if _least_width(console, table) <= console.width:
         console.print(table)
         return

@@ -12,6 +12,7 @@ import os
 import shutil
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import BinaryIO
 from cuantiza.core.errors import UserError, naming
 
 LOCK = ".cuantiza.lock"
+_ours = threading.local()  # .folders: those that this thread holds
 _HELD = (errno.EAGAIN, errno.EACCES)  # what file systems answer where another process has the lock
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # Lustre without -o flock, NFS without a lock server
 
@@ -29,10 +31,14 @@ def locked(folder: Path) -> Iterator[None]:
     """Hold `folder` for one stage: create it if needed, and remove what a killed stage left in it.
 
     Folders that the stage created and put nothing into are removed again. The kernel releases the lock when the process
-    ends, however it ends. Raises UserError if `folder` holds files that are not ours.
+    ends, however it ends. Raises UserError if `folder` holds files that are not ours, or if this thread holds it already
+    and would wait for itself.
     """
+    ours, where = _ours.__dict__.setdefault("folders", set()), folder.resolve()
+    if where in ours:
+        raise UserError(f"{folder}: is read by this very command; choose another output folder (OUT=, REPORTS=, DIST=)")
     lock, made = _held(folder)
-    with lock:
+    with lock, _among(ours, where):
         try:
             _sweep(folder)
             yield
@@ -43,6 +49,15 @@ def locked(folder: Path) -> Iterator[None]:
                     (folder / LOCK).unlink()
                     for each in made:  # which NFS refuses as long as the lock is open
                         each.rmdir()
+
+
+@contextmanager
+def _among(folders: set[Path], one: Path) -> Iterator[None]:
+    folders.add(one)
+    try:
+        yield
+    finally:
+        folders.discard(one)
 
 
 def _check(folder: Path) -> None:

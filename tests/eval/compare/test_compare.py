@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import copy
+import errno
 import itertools
 import json
 import math
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from cuantiza.core.errors import run
+from cuantiza.eval.compare import cli
 from cuantiza.eval.compare.budgets import Budget, Budgets
 from cuantiza.eval.compare.cli import main, parser
 from cuantiza.eval.compare.decide import (
@@ -256,6 +260,20 @@ def test_formats_of_github(written, compare, tmp_path, monkeypatch):
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path / "summary"))
     assert "regression" in compare(base, head, "--format", "github", "--without-latency").stdout
     assert (tmp_path / "summary").read_text() == "before\n" + page
+
+
+def test_a_failure_is_never_called_a_regression(written, compare, tmp_path, monkeypatch):
+    base, head = written("a", report(1)), written("b", report(2))
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path / "none/summary"))
+    assert_user_error(compare(base, head, "--format", "github", "--without-latency"), "GITHUB_STEP_SUMMARY=", "summary")
+    command = f"{sys.executable} -m cuantiza compare {base} {head} --without-latency --output {tmp_path / 'page.md'}"
+    gone = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {command} | true"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert gone.returncode in (0, 3) and not gone.stderr, gone  # 0: all was printed before the reader went away
+    for error, status in ((OSError(errno.ENOMEM, "no memory"), 3), (OSError(errno.ENOSPC, "full"), 2)):
+        monkeypatch.setattr(cli, "_compare", lambda _, error=error: (_ for _ in ()).throw(error))
+        assert compare(base, head).status == status
 
 
 def edited(change) -> dict:

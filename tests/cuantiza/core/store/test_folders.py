@@ -75,6 +75,17 @@ def test_lock_is_released_by_an_error(tmp_path: Path) -> None:
         other.communicate("\n")
 
 
+def test_nobody_waits_for_itself(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "modelo")
+    with locked(tmp_path / "modelo"):
+        with pytest.raises(UserError, match="is read by this very command"), locked(tmp_path / "link"):
+            pass
+        with locked(tmp_path / "other"):
+            pass
+    with locked(tmp_path / "modelo"):
+        pass
+
+
 def test_a_link_to_nothing(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "none")
     for folder in (tmp_path / "link", tmp_path / "link" / "modelo"):

@@ -43,7 +43,8 @@ NAME      = $(shell unset CDPATH; if cd -- $(call quote,$(MODEL)) 2> /dev/null; 
 run       = $(VENV)/bin/python -m
 ready     = $(VENV)/.stamp
 model     = --model=$(call quote,$(MODEL))
-artifact  = $(call quote,$(or $(ARTIFACT),$(OUT)/$(NAME)/$(RECIPE)))
+# RECIPE=mine.json makes an artifact named mine.
+artifact  = $(call quote,$(or $(ARTIFACT),$(OUT)/$(NAME)/$(if $(filter %.json,$(RECIPE)),$(notdir $(RECIPE:.json=)),$(RECIPE))))
 artifacts = --artifacts=$(call quote,$(OUT))
 corpus    = --corpus=$(call quote,$(CORPUS))$(call option, --corpus-config,$(CORPUS_CONFIG))$(call option, \
             --corpus-split,$(CORPUS_SPLIT))$(call option, --corpus-column,$(CORPUS_COLUMN))$(call option, \

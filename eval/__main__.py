@@ -18,6 +18,7 @@ from cuantiza.core.cli import (
 from cuantiza.core.errors import UserError, run
 from cuantiza.core.inputs.checkpoints import model_name
 from cuantiza.core.inputs.defaults import ARTIFACTS, POSITIONS, RECIPES, REPORTS, ROUNDS, TOKENS, WINDOW
+from cuantiza.core.store import artifact
 from cuantiza.eval.report.schema import PAPER_NAMES
 from cuantiza.eval.stage import LANGUAGES, evaluate
 
@@ -68,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"{folder}: is not there; run `make export quantize`, or `cuantiza export` and `cuantiza quantize`, first"
         )
     report = evaluate(
-        [folder / name for name in args.recipes],
+        [folder / artifact.name_by(recipe) for recipe in args.recipes],
         corpus=source_of(args),
         tokens=args.tokens,
         window=args.window,

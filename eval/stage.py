@@ -90,11 +90,14 @@ def evaluate(
     corpus = corpus if isinstance(corpus, Source) else Source(str(corpus))
     output = None if output is None else Path(output)
     paths = [path.path if isinstance(path, Artifact) else Path(path) for path in _several(artifacts)]
-    published = [artifact.open_artifact(path, digests.sha256_known) for path in dict.fromkeys(paths)]
+    once = {path.resolve(): path for path in reversed(paths)}
+    published = [
+        artifact.open_artifact(once[path], digests.sha256_known) for path in dict.fromkeys(map(Path.resolve, paths))
+    ]
     if not published:
         raise UserError("--recipes: names no artifact; the first one is the baseline of the others")
     with ExitStack() as held:
-        for folder in dict.fromkeys(item.path.parent for item in published):
+        for folder in dict.fromkeys(item.path.parent.resolve() for item in published):
             if (folder / folders.LOCK).is_file():  # a copy from elsewhere has none, and no stage writes to it
                 held.enter_context(folders.locked(folder))
         if output is not None:
@@ -176,12 +179,25 @@ def _tell(left_out: Sequence[LeftOut]) -> None:
 def _same_checkpoint(spec: str, exported: Artifact) -> Path:
     """Find the checkpoint's folder for the PyTorch rows. Raises UserError if it is not the one that was exported."""
     folder = resolve_model(spec).folder
-    made_from = exported.manifest.inputs.get("checkpoint")  # only the manifest of an fp32 artifact has it
-    if made_from not in (None, checkpoint_digest(folder)):
+    if _made_from(exported) not in (None, checkpoint_digest(folder)):
         raise UserError(
             f"MODEL={spec}: has changed since {exported.path} was exported; run `make export` or `cuantiza export` again"
         )
     return folder
+
+
+def _made_from(exported: Artifact) -> str | None:
+    """The digest of the checkpoint that `exported` was made from. Only an fp32 artifact has it: this one, or that beside it."""
+    if exported.manifest.parent is not None:
+        try:
+            beside = artifact.open_artifact(exported.path.with_name("fp32"), digests.sha256_known)
+        except UserError:
+            return None
+        if beside.digest != exported.manifest.parent:
+            return None
+        exported = beside
+    found: str | None = exported.manifest.inputs.get("checkpoint")
+    return found
 
 
 def _foreign(path: Path) -> Subject:

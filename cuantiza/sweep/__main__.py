@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     settings = Settings(args.tokens, args.window, args.rounds, args.threads, args.shard)
     grid = read_grid(args.models, args.recipes, args.corpora)
     work = args.work.absolute()
-    if work == args.output.absolute():
+    if work.resolve() == args.output.resolve():
         raise UserError(f"--output {args.output}: is the folder of --work; choose another one")
     with folders.locked(work), folders.locked(args.output):
         start = time.monotonic()

@@ -81,6 +81,9 @@ class Sweep:
         self.failed = {
             cell: reason for cell, reason in self.failed.items() if cell not in self.quality or cell not in self.latency
         }
+        for cell in self.grid.cells:  # a figure without what it is compared with says nothing
+            if (base := self._base(cell)) in self.failed and cell not in self.failed:
+                self.failed[cell] = f"{base}, which it is compared with, has no result: {self.failed[base]}"
 
     def _done(self, jobs: Sequence[tuple[_Task, list[Cell]]]) -> Iterator[tuple[_Task, list[Cell], Any]]:
         """Run the tasks of `jobs`, and yield each as it ends with its cells and its return value.

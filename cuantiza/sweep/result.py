@@ -76,7 +76,8 @@ class Result(Part):
 def result(sweep: Sweep) -> Result:
     """The results of `sweep`. A cell without quality or latency is in `failed`, with the reason."""
     cells = []
-    for cell in (cell for cell in sweep.grid.cells if cell in sweep.quality and cell in sweep.latency):
+    measured = sweep.quality.keys() & sweep.latency.keys() - sweep.failed.keys()
+    for cell in (cell for cell in sweep.grid.cells if cell in measured):
         made = sweep.made[cell]
         names: dict[str, Any] = {"model": cell.model, "recipe": cell.recipe, "corpus": cell.corpus}
         size: dict[str, Any] = {"artifact": made.digest, "bytes": made.bytes, "model_bytes": made.model_bytes}

@@ -15,6 +15,7 @@ from transformers import DynamicCache
 
 from cuantiza.core.errors import UserError
 from cuantiza.core.run.large_pages import use_large_pages
+from cuantiza.eval.report.schema import NO_KERNELS
 
 
 @dataclass
@@ -44,9 +45,7 @@ class TorchRuntime:
                     self._model, {torch.nn.Linear, torch.nn.LayerNorm}, dtype=torch.qint8, inplace=True
                 )
             except RuntimeError as error:
-                raise UserError(
-                    f"torch {torch.__version__} has no int8 kernels on this machine ({str(error).splitlines()[0]})"
-                ) from None
+                raise UserError(f"torch {torch.__version__} {NO_KERNELS} ({str(error).splitlines()[0]})") from None
         use_large_pages()  # as cuantiza.core.run.runtime.Runtime does
 
     def forward(self, ids: np.ndarray, last: int = 0) -> np.ndarray:

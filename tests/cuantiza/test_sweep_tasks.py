@@ -5,18 +5,22 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from cuantiza.eval.measure.estimates import text_size
 from cuantiza.eval.measure.score import Scores
-from cuantiza.sweep.grid import Cell
+from cuantiza.sweep.driver import Settings, Sweep
+from cuantiza.sweep.executor import Local
+from cuantiza.sweep.grid import Cell, read_grid
+from cuantiza.sweep.page import markdown
 from cuantiza.sweep.result import Cell as Done
-from cuantiza.sweep.result import front
+from cuantiza.sweep.result import front, result
 from cuantiza.sweep.tasks.made import Made
 from cuantiza.sweep.tasks.measure import merge
 from cuantiza.sweep.tasks.parts import groups, shards
 from cuantiza.sweep.tasks.store import Store
 
-from helpers import report_row
+from helpers import CORPUS, ES_MINI, report_row
 
 
 def scores(rng: np.random.Generator, document: np.ndarray, with_kl: bool) -> Scores:
@@ -93,3 +97,16 @@ def test_a_kept_cell_is_read_whole_or_not_at_all(tmp_path: Path) -> None:
         assert store.read(inputs) in (None, {"values": [0.1 + 0.2, 1e-300]})
         file.write_bytes(whole[:at])
         assert store.read(inputs) is None
+
+
+def test_a_cell_without_its_baseline_has_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There would be nothing to compare it with, and the page is written all the same."""
+    grid = read_grid([str(ES_MINI)], ["fp16"], [str(CORPUS)])
+    sweep = Sweep(grid, Settings(100, 64, 1, 1, 100), tmp_path, Local())
+    first, other = grid.cells
+    for step in ("_export", "_quantize", "_score", "_time"):
+        monkeypatch.setattr(sweep, step, lambda: None)
+    sweep.failed, sweep.quality, sweep.latency = {first: "gone"}, {other: {}}, {other: {}, first: {}}
+    sweep.run()
+    assert sweep.failed == {first: "gone", other: f"{first}, which it is compared with, has no result: gone"}
+    assert not result(sweep).cells and "which it is compared with" in markdown(result(sweep))

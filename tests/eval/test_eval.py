@@ -20,10 +20,10 @@ from cuantiza.eval.measure.engines import Engine, Subject
 from cuantiza.eval.measure.latency import measure_latency, shapes
 from cuantiza.eval.measure.quality import PROMPT, make_task, measure_quality
 from cuantiza.eval.measure.torch_engine import TorchRuntime
-from cuantiza.eval.report.schema import Report
+from cuantiza.eval.report.schema import NO_KERNELS, LeftOut, Report
 from cuantiza.eval.stage import _measured
 
-from helpers import CORPUS, ES_MINI, ROOT, assert_user_error, stage
+from helpers import CORPUS, ES_MINI, ROOT, assert_user_error, edit_config, stage
 
 QUICK = ("--tokens", 600, "--rounds", 2)
 
@@ -149,6 +149,34 @@ def test_a_second_run_measures_nothing(artifacts, report):
     again = stage("eval", "--artifacts", artifacts.parent, "--output", output, *QUICK)
     assert again.status == 0 and "up to date" in again.stderr and "quality" not in again.stderr
     assert sha256_file(output / "es-mini/report.json") == before and "int8-static" in again.stdout
+
+
+def test_a_recipe_of_ones_own_is_measured_by_its_file(artifacts, tmp_path):
+    """As `make eval RECIPES=mine.json` asks for it; and nothing waits for itself where one folder has two names."""
+    shutil.copytree(artifacts, tmp_path / "made/es-mini")
+    (tmp_path / "made/es-mini/int8-static").rename(tmp_path / "made/es-mini/mine")
+    (tmp_path / "mine.json").write_text("{}")
+    (tmp_path / "link").symlink_to(tmp_path / "made/es-mini")
+    recipes = ("fp32", tmp_path / "mine.json", tmp_path / "link/int8-dynamic")
+    result = evaluate(tmp_path / "made/es-mini", tmp_path / "reports", "--recipes", *recipes)
+    assert result.status == 0, result.stderr
+    assert rows_of(tmp_path / "reports").keys() == {"fp32", "int8-static", "int8-dynamic"}
+
+
+def test_python_s_rows_are_of_the_model_that_was_exported(artifacts, tmp_path):
+    """Also where the baseline is quantized: the fp32 artifact beside it knows the checkpoint."""
+    changed = shutil.copytree(ES_MINI, tmp_path / "es-mini")
+    edit_config(changed, layer_norm_epsilon=1e-4)
+    options = ("--artifacts", artifacts.parent, "--recipes", "int8-dynamic", "--model", changed)
+    assert_user_error(stage("eval", *options, "--output", tmp_path / "reports", *QUICK), "has changed since")
+
+
+def test_a_failure_of_python_s_int8_is_expected_without_kernels_alone():
+    left = {
+        reason: LeftOut(name="torch-dynamic", kind="torch-dynamic", reason=reason) for reason in ("torch", "killed")
+    }
+    assert not any(item.expected for item in left.values())
+    assert LeftOut(name="a", kind="torch-dynamic", reason=f"torch 2 {NO_KERNELS} (NoQEngine)").expected
 
 
 def test_a_foreign_file_of_the_contract_is_measured_beside_ours(artifacts, tmp_path):

@@ -328,6 +328,15 @@ def test_nothing_is_wider_than_a_phone(fields, tmp_path):
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
+def test_a_loss_whose_factor_is_no_number_any_more_is_shown(fields, language):
+    """As of a matmul without its scale, whose logits are in the thousands."""
+    fields["artifacts"][4]["delta_ln_ppl"] = 5000.0
+    report = Report.model_validate(fields)
+    assert any("broken" in line for line in conclusion(report, language))
+    assert "broken" in markdown(report, language) and "broken" in render(report, language)
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
 def test_nothing_is_called_fast_that_is_slower_than_the_baseline(fields, language):
     for item in fields["artifacts"][1:]:
         for shapes in (item["decode"], item["prefill"]):

@@ -76,6 +76,21 @@ class Artifact:
         return digest({name: file.sha256 for name, file in self.manifest.files.items()})
 
 
+def name_by(recipe: str) -> str:
+    """The name of the artifact that RECIPES=`recipe` makes: that of the recipe, or the stem of a .json file with one.
+
+    A manifest says itself how its artifact is called.
+    """
+    path = Path(recipe)
+    if path.suffix != ".json":
+        return recipe
+    try:
+        fields = json.loads(path.read_bytes())
+        return str(fields["name"]) if "recipe" in fields else path.stem
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return path.stem
+
+
 def open_artifact(path: Path, sha256: Callable[[Path], str] = sha256_file) -> Artifact:
     """Read and verify a published artifact.
 

@@ -236,8 +236,8 @@ TABLES: dict[str, dict[str, Callable[[Path], str]]] = {
         "medium": _speeds("gpt2-medium", 0),
     },
     "docs/performance/avx2.md": {
-        "main": _speeds("gpt2-avx2", 0),
-        "pairs": lambda data: _pairs(data, "gpt2-avx2"),
+        "main": _speeds("gpt2-zen3", 0),
+        "pairs": lambda data: _pairs(data, "gpt2-zen3"),
         "slower": _slower,
     },
     "docs/performance/amx.md": {

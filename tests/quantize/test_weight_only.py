@@ -242,13 +242,6 @@ def test_other_matrices_stay(target, tmp_path):
     assert np.isfinite(session(save(model, tmp_path)).run(None, {"ids": IDS})[2]).all()
 
 
-@pytest.mark.parametrize("block", [8, 24])
-def test_what_matmulnbits_cannot_do(block, tmp_path):
-    model = small_model(tmp_path)
-    with pytest.raises(UserError, match=r"w: .*MatMulNBits needs blocks .* target portable"):
-        quantize_weights(model, integers(model, Grid(8, block)), "ort")
-
-
 def test_a_matrix_that_is_used_both_ways(tmp_path):
     weights = integers(model := small_model(tmp_path), Grid(8, 16))
     down = next(node for node in model.graph if node.name == "down")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from cuantiza.core.errors import UserError
+from cuantiza.core.store.artifact import name_in
 from cuantiza.quantize.recipes.budget.int8_static_mixed import MixedStaticInt8
 from cuantiza.quantize.recipes.budget.int_mixed import MixedWeightOnly
 from cuantiza.quantize.recipes.float_ort import Float
@@ -68,7 +69,9 @@ def get_recipe(name: str) -> tuple[str, Recipe]:
         )
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
-        label, fields = (str(fields["name"]), fields["recipe"]) if "recipe" in fields else (path.stem, fields)
+        label = name_in(path, fields)
+        if "recipe" in fields:  # a manifest
+            fields = fields["recipe"]
         if label in ("", "fp32") or label.startswith(".") or Path(label).name != label:
             raise ValueError(f"{label!r} is not a name for its artifact")
         return label, from_json(fields)

@@ -35,7 +35,6 @@ input()
     assert anonymous(process.pid) == (0, 0)
 
 
-@pytest.mark.slow
 def test_memory_does_not_grow_with_the_model(tmp_path, monkeypatch):
     """Export streams the weights from the checkpoint to the file, and rounding to nearest does so as well.
 

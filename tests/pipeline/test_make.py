@@ -136,7 +136,7 @@ def test_two_makes_at_once(clone: Path) -> None:
     assert not list(clone.rglob(".tmp-*"))
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", range(4))
 def test_a_kill_leaves_whole_artifacts_or_none(clone: Path, make: Callable[..., Result], seed: int) -> None:
     """kill -9 of the whole group at a random moment, from nothing; the next make ends as an undisturbed one."""
     run = subprocess.Popen(

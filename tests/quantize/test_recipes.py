@@ -132,9 +132,12 @@ def run(tmp_path, monkeypatch):
         ('{"type": "WeightOnly", "bits": 4.0, "block": 64, "symmetric": false}', ["bits is 4.0; choose from 4, 8"]),
         ('{"type": "WeightOnly", "bits": 4, "block": -3, "symmetric": false}', ["block is -3", "from 1"]),
         ('{"type": "WeightOnly", "bits": 4, "block": "64", "symmetric": false}', ["block is '64', not int"]),
-        (
-            '{"type": "WeightOnly", "bits": 8, "block": 24, "symmetric": true, "target": "ort"}',
-            ["block is 24", "power of two from 16"],
+        *(
+            (
+                f'{{"type": "WeightOnly", "bits": 8, "block": {block}, "symmetric": true, "target": "ort"}}',
+                [f"block is {block}", "power of two from 16"],
+            )
+            for block in (8, 24)
         ),
         ('{"type": "WeightOnly", "bits": 4, "block": 64, "symmetric": 1}', ["symmetric is 1, not bool"]),
         ('{"type": "WeightOnly", "bits": 4, "block": null, "symmetric": true, "scale_bits": 8}', ["scale_bits is 8"]),

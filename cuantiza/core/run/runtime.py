@@ -284,9 +284,9 @@ def open_session(
     second copy of the weights in the layout that its kernels want, which saves memory and is slower. With `artifact`,
     the digest of the artifact that the file belongs to, the packed weights are kept in the user's cache, so that the
     next session opens sooner (cuantiza/core/run/packed.py). With `exact`, integer matmuls are exact on every processor
-    (cuantiza/core/run/exact_int8.py). Files that a recipe of ours wrote a moment ago need no `exact`, which costs time on
-    processors without VNNI; there ONNX Runtime cannot load a file with it whose layers share a matrix. Raises UserError if
-    ONNX Runtime refuses the file.
+    (cuantiza/core/run/exact_int8.py). Files that a recipe of ours wrote a moment ago need no `exact`. On processors without
+    VNNI, ONNX Runtime cannot load a file with it whose layers share a matrix. Raises UserError if ONNX Runtime refuses the
+    file.
     """
     entries = {
         "session.force_spinning_stop": "0" if spin else "1",

@@ -76,17 +76,21 @@ class Artifact:
         return digest({name: file.sha256 for name, file in self.manifest.files.items()})
 
 
-def name_by(recipe: str) -> str:
-    """The name of the artifact that RECIPES=`recipe` makes: that of the recipe, or the stem of a .json file with one.
+def name_in(path: Path, fields: dict[str, Any]) -> str:
+    """The name of the artifact of the recipe `fields` in the file `path`: its stem, or what a manifest says.
 
-    A manifest says itself how its artifact is called.
+    Raises KeyError where a manifest has no name.
     """
+    return str(fields["name"]) if "recipe" in fields else path.stem
+
+
+def name_by(recipe: str) -> str:
+    """The name of the artifact that RECIPES=`recipe` makes: that of the recipe, or by `name_in` where it is a .json file."""
     path = Path(recipe)
     if path.suffix != ".json":
         return recipe
     try:
-        fields = json.loads(path.read_bytes())
-        return str(fields["name"]) if "recipe" in fields else path.stem
+        return name_in(path, json.loads(path.read_bytes()))
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return path.stem
 

@@ -38,26 +38,19 @@ def locked(folder: Path) -> Iterator[None]:
     if where in ours:
         raise UserError(f"{folder}: is read by this very command; choose another output folder (OUT=, REPORTS=, DIST=)")
     lock, made = _held(folder)
-    with lock, _among(ours, where):
+    with lock:
         try:
+            ours.add(where)
             _sweep(folder)
             yield
         finally:
+            ours.discard(where)
             with suppress(OSError):
                 _sweep(folder)  # a signal may have interrupted a removal
                 if made and [file.name for file in folder.iterdir()] == [LOCK]:
                     (folder / LOCK).unlink()
                     for each in made:  # which NFS refuses as long as the lock is open
                         each.rmdir()
-
-
-@contextmanager
-def _among(folders: set[Path], one: Path) -> Iterator[None]:
-    folders.add(one)
-    try:
-        yield
-    finally:
-        folders.discard(one)
 
 
 def _check(folder: Path) -> None:

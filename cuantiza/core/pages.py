@@ -101,6 +101,11 @@ def signed_percent(share: float, digits: int, language: str) -> str:
     return f"{signed(100 * share, digits, language)}\N{NO-BREAK SPACE}%"
 
 
+def rise(ln_ratio: float) -> float:
+    """exp(ln_ratio) − 1, the rise of a figure as a share; finite for any finite `ln_ratio`."""
+    return math.expm1(min(ln_ratio, 700))
+
+
 def plus_minus(value: float, stderr: float | None, digits: int, language: str) -> str:
     """`value ± stderr`; the value alone where there is no standard error."""
     return number(value, digits, language) + ("" if stderr is None else f" ± {number(stderr, digits, language)}")

@@ -13,6 +13,7 @@ from statistics import median
 import numpy as np
 
 from cuantiza.core.errors import UserError
+from cuantiza.core.pages import rise
 from cuantiza.eval.compare.budgets import Budgets
 from cuantiza.eval.compare.intervals import Interval, rank_sum, rounds_for_rank_sum, signed_rank
 from cuantiza.eval.compare.reports import Side, rounds, timings
@@ -291,4 +292,4 @@ def _same_machine(base: Side, head: Side) -> None:
 
 
 def _share(ln_ratio: Interval) -> Interval:
-    return Interval(*(math.expm1(min(value, 700)) for value in (ln_ratio.value, ln_ratio.low, ln_ratio.high)))
+    return Interval(*(rise(value) for value in (ln_ratio.value, ln_ratio.low, ln_ratio.high)))

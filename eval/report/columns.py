@@ -5,12 +5,11 @@ The terminal, report.md, report.html, the sweep's pages and the model card choos
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from cuantiza.core.pages import number, percent, plus_minus
+from cuantiza.core.pages import number, percent, plus_minus, rise
 from cuantiza.eval.report.schema import Measured, PaperName, Protocol, Row
 
 NO_VALUE = "—"
@@ -97,10 +96,10 @@ def _paper(name: PaperName) -> Callable:
 
 def relative_rise(found: Protocol, language: str) -> str:
     """The rise of perplexity over the baseline's in percent, exp(Δ ln ppl) − 1; ± is by the delta method."""
-    factor, stderr = math.exp(min(found.delta_ln_ppl, 700)), found.delta_ln_ppl_stderr
-    error = None if stderr is None else 100 * factor * stderr
-    sign = "+" if factor > 1 else ""
-    return f"{sign}{plus_minus(100 * (factor - 1), error, 2, language)} %"
+    share, stderr = rise(found.delta_ln_ppl), found.delta_ln_ppl_stderr
+    error = None if stderr is None else 100 * (1 + share) * stderr
+    sign = "+" if share > 0 else ""
+    return f"{sign}{plus_minus(100 * share, error, 2, language)} %"
 
 
 def _last_words(row: Measured, first: Measured, language: str) -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from cuantiza.core.pages import number, percent, signed_percent, significant
+from cuantiza.core.pages import number, percent, rise, signed_percent, significant
 from cuantiza.eval.report.schema import Report, Row, Timing
 
 RUINED, CLOSE = 0.1, 0.005  # nats per token
@@ -66,7 +66,7 @@ def conclusion(report: Report, language: str) -> list[str]:
         if not math.isfinite(row.delta_ln_ppl):
             lines.append(say["not finite"].format(name=row.name))
         elif row.delta_ln_ppl > RUINED:
-            cost = percent(math.expm1(min(row.delta_ln_ppl, 700)), 0, language)
+            cost = percent(rise(row.delta_ln_ppl), 0, language)
             lines.append(say["ruined"].format(name=row.name, cost=cost, first=first.name))
     quantized = [row for row in others if row.is_torch and row.modules_quantized]
     for row in quantized:

@@ -5,6 +5,7 @@ Activations become uint8 and not int8, because x86 kernels are fast for uint8 ac
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +15,11 @@ import numpy as np
 ROW_ZERO_POINTS = (128, 64, 32, 16, 8)
 # 16 bits: rounding leaves half a step at most, to either side, which the second 8 bits divide into −127..127.
 RESIDUAL_STEPS, RESIDUAL_ZERO = 254, 128
+# The graph rounds the largest magnitude of a row to fp16 (quantize/rewrite/dynamic.py), after clipping it to the range in
+# which fp16 has all of its 11 bits.
+LARGEST_MIN, LARGEST_MAX = np.float32(np.finfo(np.float16).tiny), np.float32(np.finfo(np.float16).max)
+# Between this range and what calibration saw there is at least this factor.
+_SPARE = 4
 
 
 @dataclass(frozen=True)
@@ -25,21 +31,39 @@ class PerRow:
 
     With 16 `bits`, what the first integers leave is quantized again, with a scale that is 1/254 of theirs: the matmul of
     a second uint8 tensor with the same weights is added.
+
+    Rows are divided by 2^`exponent` before their largest magnitude is rounded to fp16. It is 0 where they fit as they are.
     """
 
     zero_point: int = 128
     bits: int = 8
+    exponent: int = 0
 
     def restore(self, x: np.ndarray) -> np.ndarray:
         """Quantize `x` [R, K] to uint8 and dequantize it again."""
         above = 255 - self.zero_point
         below = min(self.zero_point, above)
         scale = np.maximum(x.max(axis=1, keepdims=True) / above, -x.min(axis=1, keepdims=True) / below)
-        scale[scale <= 0] = 1
-        rounded = np.rint(x / scale)
+        unit = np.float32(2.0**self.exponent / above)
+        scale = scale.clip(LARGEST_MIN * unit, LARGEST_MAX * unit)
+        rounded = np.rint(x / scale).clip(-self.zero_point, above)
         if self.bits == 16:
             rounded += np.rint((x / scale - rounded) * RESIDUAL_STEPS) / RESIDUAL_STEPS
         return rounded * scale
+
+
+def row_exponent(rows: np.ndarray, largest: float) -> int:
+    """Return the `exponent` of PerRow for `rows` [R, K], a sample of those of which no magnitude is above `largest`.
+
+    fp16 has a range of 2^30, so nearly all activations fit as they are. The inputs of the last linear layer of a gated
+    MLP, products of two activations, are those that may not.
+    """
+    sizes = np.abs(rows).max(axis=1)
+    low = np.median(sizes[sizes > 0]) < _SPARE * LARGEST_MIN if sizes.any() else False
+    if _SPARE * largest <= LARGEST_MAX and not low:
+        return 0
+    fitting = math.frexp(largest)[1] - math.frexp(float(LARGEST_MAX) / _SPARE)[1] + 1
+    return fitting if _SPARE * largest > LARGEST_MAX else min(fitting, 0)
 
 
 @dataclass(frozen=True)

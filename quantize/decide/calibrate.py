@@ -196,7 +196,7 @@ class _JobRunner:
 
         def tensor_of(name: str) -> Tensor:
             group = self._groups.get(name)
-            return decide_tensor(readers[name], seen.moments[name], seen.of_values, group, self._whole, plan)
+            return decide_tensor(readers[name], seen.moments[name], seen.of_values, group, tables, self._whole, plan)
 
         tensors = list(pool.map(tensor_of, seen.moments))
         for tensor in tensors:
@@ -228,8 +228,7 @@ def _is_rounded(projection: Projection, tables: set[ir.Value], plan: Plan) -> bo
 
 
 def _grid(projection: Projection, tables: set[ir.Value], plan: Plan) -> Grid:
-    name = projection.weight.name
-    return plan.table if projection.weight in tables and plan.table and name not in plan.grids else plan.grid_of(name)
+    return plan.grid_of(projection.weight.name, is_table=projection.weight in tables)
 
 
 def _shared(graph: ir.Graph, tensor: Tensor, grids: dict[str, Grid]) -> list[tuple[Projection, np.ndarray]]:
@@ -306,8 +305,8 @@ def _decide(
             too_coarse |= lost > error_limit(plan, strict=True)
             if name == projection.name:
                 details["values_error"] = lost
-        if too_coarse and histogram is None:
-            activation = PerRow(bits=16)
+        if too_coarse and isinstance(activation, PerRow):
+            activation = replace(activation, zero_point=PerRow.zero_point, bits=16)
         elif too_coarse:
             highest, lowest = tensor.moments.high[keep].max(), tensor.moments.low[keep].min()
             activation = PerTensor.of_16_bits(float(max(highest, -lowest)))

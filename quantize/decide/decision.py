@@ -42,9 +42,9 @@ class Plan:
     table: Grid | None = None
     grids: Mapping[str, Grid] = field(default_factory=dict)
 
-    def grid_of(self, matrix: str) -> Grid:
-        """Return the grid of the matrix of that name, unless it is a table on the grid `table`."""
-        return self.grids.get(matrix, self.grid)
+    def grid_of(self, matrix: str, *, is_table: bool = False) -> Grid:
+        """Return the grid of the matrix of that name, which is one of `find.find_tables` if `is_table`."""
+        return self.grids.get(matrix, self.table if is_table and self.table is not None else self.grid)
 
     def alone(self) -> Plan:
         """Return the plan for layers that are quantized one at a time, and need not make up for others."""

@@ -39,7 +39,8 @@ class Group:
     `scales` are pairs (initializer, first channel): from that channel on, its last axis is divided by s. `shift` is the
     vector among these from which z is subtracted before the division. It is None, and there is no shift, where one of
     the linear layers has no bias that could take z·W. Where several channels of x are copies of one channel before it
-    (grouped-query attention), `source` int [K] says of which, and these channels must have the same s.
+    (grouped-query attention), `source` int [K] says of which, and these channels must have the same s. `embedded` says that
+    an embedding reads the matrix of one of the linear layers, too, and is scaled back.
     """
 
     x: str
@@ -47,6 +48,7 @@ class Group:
     scales: tuple[tuple[ir.Value, int], ...]
     shift: ir.Value | None
     source: np.ndarray | None = None
+    embedded: bool = False
 
     def shared(self, values: np.ndarray) -> np.ndarray:
         """Replace each of `values` [K] by the largest among the channels that must have the same s."""
@@ -69,6 +71,7 @@ class Smoothing:
 def find_groups(graph: ir.Graph) -> dict[str, Group]:
     """Find every value that can be smoothed, by its name."""
     readers: dict[str, list[Projection]] = {}
+    embedded = {embedding.table for embedding in find_embeddings(graph)}
     for projection in find_projections(graph):
         readers.setdefault(projection.x.name, []).append(projection)
     groups = {}
@@ -84,7 +87,8 @@ def find_groups(graph: ir.Graph) -> dict[str, Group]:
             scales, shift, source = found
             if source is not None or not all(bias_of(projection) for projection in projections):
                 shift = None
-            groups[name] = Group(name, tuple(projections), scales, shift, source)
+            of_embedding = any(projection.weight in embedded for projection in projections)
+            groups[name] = Group(name, tuple(projections), scales, shift, source, of_embedding)
     return groups
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from cuantiza.quantize.decide import smooth
-from cuantiza.quantize.decide.activation import ROW_ZERO_POINTS, PerRow, PerTensor, matmul_error
+from cuantiza.quantize.decide.activation import ROW_ZERO_POINTS, PerRow, PerTensor, matmul_error, row_exponent
 from cuantiza.quantize.decide.decision import Plan
 from cuantiza.quantize.decide.observations import Moments
 from cuantiza.quantize.decide.ranges import RANGES
@@ -73,16 +73,17 @@ def decide_tensor(
     moments: Moments,
     of_values: dict[str, ValueMoments],
     group: smooth.Group | None,
+    tables: set[ir.Value],
     whole: set[ir.Value],
     plan: Plan,
 ) -> Tensor:
     """Choose the smoothing, the float channels and the bits of the tensor that all of `projections` read.
 
-    `moments` are those before smoothing, and `group` says what can take part in it. `whole` are matrices of which no row
-    stays in float, since something else reads their integers, too.
+    `moments` are those before smoothing, and `group` says what can take part in it. `tables` are those of
+    `find.find_tables`, and `whole` the matrices of which no row stays in float, since something else reads their integers, too.
     """
     weights = [projection.matrix for projection in projections]
-    grids = [plan.grid_of(projection.weight.name) for projection in projections]
+    grids = [plan.grid_of(one.weight.name, is_table=one.weight in tables) for one in projections]
     energy = np.sum([np.einsum("kn,kn->k", weight, weight) for weight in weights], axis=0)
     count = len(energy)
     smoothing = smooth.Smoothing(np.ones(count, np.float32), np.zeros(count, np.float32), None)
@@ -140,9 +141,12 @@ def error_limit(plan: Plan, strict: bool) -> float:
 def row_activation(tensor: Tensor) -> tuple[PerRow, float]:
     """Return the quantization of each token of `tensor` to 8 bits, and its expected relative error."""
     rows, output = tensor.moments.rows, tensor.output(tensor.moments.rows)
-    errors = {zero: matmul_error(rows, PerRow(zero).restore(rows), tensor.energy, output) for zero in ROW_ZERO_POINTS}
-    zero = min(errors, key=errors.__getitem__)
-    return PerRow(zero), errors[zero]
+    largest = max(tensor.moments.high.max(), -tensor.moments.low.min())
+    exponent = row_exponent(rows, float(largest))
+    tried = [PerRow(zero, exponent=exponent) for zero in ROW_ZERO_POINTS]
+    errors = {one: matmul_error(rows, one.restore(rows), tensor.energy, output) for one in tried}
+    best = min(errors, key=errors.__getitem__)
+    return best, errors[best]
 
 
 def _search_smoothing(
@@ -158,10 +162,11 @@ def _search_smoothing(
     weight_max = group.shared(np.max([np.abs(weight).max(axis=1) for weight in weights], axis=0))
     low, high = moments.low - shift, moments.high - shift
     output = _expected_output(moments.rows, energy)
+    # An embedding that shares the matrix reads W as it is, divided by s again: as an input of which all channels are alike.
+    alike = float(np.sqrt(output.mean() / (energy.sum() or 1.0))) if group.embedded else 0.0
+    lowest, highest = -group.shared(np.maximum(-low, alike)), group.shared(np.maximum(high, alike))
     options: list[tuple[float | None, np.ndarray]] = [(None, np.ones(len(energy), np.float32))]
-    options += [
-        (alpha, smooth.candidate(-group.shared(-low), group.shared(high), weight_max, alpha)) for alpha in plan.alphas
-    ]
+    options += [(alpha, smooth.candidate(lowest, highest, weight_max, alpha)) for alpha in plan.alphas]
 
     def cost(scale: np.ndarray) -> float:
         rows = (moments.rows - shift) / scale
@@ -173,7 +178,8 @@ def _search_smoothing(
             activations = matmul_error(rows, PerRow().restore(rows), after, output)
         both = zip(weights, grids, strict=True)
         noise = sum(rounding_noise(weight * scale[:, None], grid) for weight, grid in both)
-        return activations + float(np.mean((rows * rows) @ noise / output))
+        embedding = float(np.sum(noise / scale**2) / (energy.sum() or 1.0)) if group.embedded else 0.0
+        return activations + float(np.mean((rows * rows) @ noise / output)) + embedding
 
     alpha, scale = min(options, key=lambda option: cost(option[1]))
     return smooth.Smoothing(scale, shift, alpha)

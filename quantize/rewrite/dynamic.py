@@ -14,16 +14,13 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from cuantiza.quantize.decide.activation import PerRow
+from cuantiza.quantize.decide.activation import LARGEST_MAX, LARGEST_MIN, PerRow
 from cuantiza.quantize.decide.decision import Decision
 from cuantiza.quantize.rewrite.edit import clean, constant, replace_matmuls
 from cuantiza.quantize.rewrite.find import Embedding, Projection
 from cuantiza.quantize.rewrite.fuse_attention import ORT
 from cuantiza.quantize.rewrite.int8 import add_residual, group, prepare_int8, quantize_twice
 from cuantiza.quantize.settings import BLOCKS_OPSET, Target
-
-# The largest magnitude of a row is clipped to the range in which fp16 has all of its 11 bits of precision.
-LARGEST_MIN, LARGEST_MAX = np.float32(np.finfo(np.float16).tiny), np.float32(np.finfo(np.float16).max)
 
 
 def quantize_dynamic(
@@ -47,7 +44,7 @@ def quantize_dynamic(
         assert isinstance(activation, PerRow), f"{projection.name} has no scale per token"
         zero = activation.zero_point
         zero_point = constant(graph, f"zero_point_{zero}", np.uint8(zero))
-        row_scale = _row_scale(graph, tape, x, zero)
+        row_scale = _row_scale(graph, tape, x, activation)
         weight, weight_scale = weights.get_columns(tape, same)
         # Both targets compute (u8(x / s) − zero) · s8(W) · scale(W) and multiply by s last. The order of the float
         # multiplications has to be the same for their results to be equal.
@@ -89,11 +86,12 @@ def _multiply_ort(
     return tape.op("MatMulIntegerToFloat", [quantized, weight, one, scale, zero], domain=ORT)
 
 
-def _row_scale(graph: ir.Graph, tape: ir.tape.Tape, x: ir.Value, zero: int) -> ir.Value:
+def _row_scale(graph: ir.Graph, tape: ir.tape.Tape, x: ir.Value, activation: PerRow) -> ir.Value:
     """Add the nodes that compute a scale s [.., 1] for each row of x [.., K], such that x / s + zero fits uint8.
 
     The scale follows from the largest magnitude of the row, which is rounded to fp16.
     """
+    zero, exponent = activation.zero_point, activation.exponent
     last = constant(graph, "axis_last", np.array([-1], np.int64))
     levels = 127 if zero == 128 else 255 - zero
     if zero == 128:
@@ -104,12 +102,16 @@ def _row_scale(graph: ir.Graph, tape: ir.tape.Tape, x: ir.Value, zero: int) -> i
         weight = constant(graph, f"levels_{levels}_over_{zero}", np.float32(-levels / zero))
         below = tape.op("Mul", [tape.op("ReduceMin", [x, last]), weight])
         largest = tape.op("Max", [tape.op("ReduceMax", [x, last]), below])
+    if exponent:
+        small = constant(graph, f"two_to_{-exponent}", np.float32(2.0**-exponent))
+        largest = tape.op("Mul", [largest, small])
     # The lower limit also gives a row of zeros a positive scale, with which it stays zero.
     largest = tape.op(
         "Clip", [largest, constant(graph, "largest_min", LARGEST_MIN), constant(graph, "largest_max", LARGEST_MAX)]
     )
     largest = tape.op("Cast", [tape.op("Cast", [largest], {"to": ir.DataType.FLOAT16})], {"to": ir.DataType.FLOAT})
-    return tape.op("Mul", [largest, constant(graph, f"one_over_{levels}", np.float32(1 / levels))])
+    name = f"one_over_{levels}" + (f"_times_two_to_{exponent}" if exponent else "")
+    return tape.op("Mul", [largest, constant(graph, name, np.float32(2.0**exponent / levels))])
 
 
 class _RowZeroPoints:

@@ -318,20 +318,26 @@ def test_float_channels_are_added_as_they_are(taken, tmp_path):
     assert np.abs(y - x[:, taken] @ weight[taken] - small).mean() < 0.03 * np.abs(small).mean()
 
 
-@pytest.mark.parametrize("zero_point", ROW_ZERO_POINTS)
-def test_rows_come_back_as_calibration_expects(zero_point, tmp_path):
+@pytest.mark.parametrize(
+    ("zero_point", "exponent"), [*((zero_point, 0) for zero_point in ROW_ZERO_POINTS), (128, 20), (16, -20)]
+)
+def test_rows_come_back_as_calibration_expects(zero_point, exponent, tmp_path):
     """With an identity weight, the output of int8-dynamic is its dequantized uint8 input."""
-    x = np.random.default_rng(6).standard_normal((40, 64)).astype(np.float32) * np.geomspace(1e-3, 1e3, 40)[:, None]
+    x = (
+        2.0**exponent
+        * np.random.default_rng(6).standard_normal((40, 64)).astype(np.float32)
+        * np.geomspace(1e-3, 1e3, 40)[:, None]
+    )
     x = np.where(x < 0, x * zero_point / 128, x).astype(np.float32)
     constant = ir.val("w", const_value=ir.tensor(np.eye(64, dtype=np.float32)))
     source, output = ir.val("x", ir.DataType.FLOAT, ["rows", 64]), ir.val("y", ir.DataType.FLOAT, ["rows", 64])
     model = model_of([ir.node("MatMul", [source, constant], outputs=[output], name="p")], [constant], source, output)
     eye = IntWeight(np.eye(64, dtype=np.int8), np.ones((1, 64), np.float32), np.zeros((1, 64), np.int8), Grid(8))
-    activation = PerRow(zero_point)
+    activation = PerRow(zero_point, exponent=exponent)
     quantize_dynamic(model, {"p": Decision(eye, activation, np.empty(0, np.int64), np.empty((0, 64), np.float32))})
     y, expected = evaluate(model, x, tmp_path), activation.restore(x)
     step = np.maximum(x.max(axis=1) / (255 - zero_point), -x.min(axis=1) / min(zero_point, 127))[:, None]
-    assert (np.abs(y - x) <= step / 2 + np.abs(x) * 2.0**-11 + 1e-9).all()
+    assert (np.abs(y - x) <= step / 2 + np.abs(x) * 2.0**-11 + 1e-9 * 2.0**exponent).all()
     # The fp16 scale moves a value by 2⁻¹² of itself, and sometimes to the next step.
     moved = np.abs(y - expected) > np.abs(expected) * 2.0**-11
     assert moved.mean() < 0.05 and (np.abs(y - expected)[moved] < 1.1 * np.broadcast_to(step, x.shape)[moved]).all()

@@ -4,6 +4,7 @@ import math
 from dataclasses import replace
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 
 from cuantiza.core.inputs.corpus import Source, load_splits
@@ -145,6 +146,32 @@ def test_outlier_channels_cost_nothing(name, calibrated, exact, windows, tmp_pat
     assert plain["twin"] > (8 if in_4_bits else 50) * plain["es-mini"]  # measured: 11; 350 and 440
     assert smoothed["twin"] < 1.5 * smoothed["es-mini"]
     assert smoothed["es-mini"] < plain["es-mini"] < (0.15 if in_4_bits else 0.01)
+
+
+@pytest.fixture(scope="module")
+def dead(tmp_path_factory):
+    """es-mini with every twentieth channel before the head at 0: only the embedding still reads these columns."""
+    model = graph_of(ES_MINI)
+    for part in ("weight", "bias"):
+        vector = model.graph.initializers[f"ln_f.{part}"]
+        values = vector.const_value.numpy().copy()
+        values[::20] = 0
+        vector.const_value = ir.tensor(values, name=vector.name)
+    return model
+
+
+@pytest.mark.parametrize(
+    "recipe", [SMOOTHED["int8-dynamic"], WeightOnly(8, 32, True, rounding="nearest", calibration=LITTLE)], ids=repr
+)
+def test_a_tied_head_leaves_the_embedding_what_it_reads(recipe, dead, windows, tmp_path):
+    """The head alone would smooth its unread channels to nothing, and the embedding would magnify what is left of them."""
+    exact, lost = runtime_of(dead.clone(), tmp_path).forward(windows[1]), []
+    for alphas in ((), recipe.smoothing):
+        model, ours = dead.clone(), replace(recipe, smoothing=alphas)
+        ours.rewrite()(model, decide(model, windows[0], ours.plan(), tmp_path))
+        parts = zip(exact, runtime_of(model, tmp_path).forward(windows[1]), windows[1], strict=True)
+        lost.append(np.mean([compare(p[:-1], [q[:-1]], ids[1:])[1][1].mean() for p, q, ids in parts]))
+    assert lost[1] < 1.2 * lost[0], lost
 
 
 def test_gptq_rounds_the_smoothed_weights_for_the_smoothed_inputs(twin, windows, tmp_path):

@@ -2,7 +2,8 @@
 
 A matmul reads Cast(W), which ONNX Runtime folds at load: the file is half as large, speed and memory are those of fp32.
 An embedding gathers 16-bit rows and casts only those. ONNX Runtime runs it that way, too, because it has Gather and
-Cast for both types. Vectors (biases, normalization) stay fp32, because they are only a thousandth of GPT-2's bytes.
+Cast for both types. All else stays fp32: vectors, because they are only a thousandth of GPT-2's bytes, and what positions
+are computed from (frequencies of a rotary embedding, slopes), because an error in it grows with the position.
 """
 
 from __future__ import annotations
@@ -14,22 +15,21 @@ import ml_dtypes
 import onnx_ir as ir
 
 from cuantiza.quantize.rewrite.edit import clean, replace_node
-from cuantiza.quantize.rewrite.find import find_embeddings
+from cuantiza.quantize.rewrite.find import find_embeddings, find_projections
 
 _TYPES = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 
 
 def store_half(model: ir.Model, dtype: Literal["fp16", "bf16"]) -> list[str]:
-    """Store the matrices of `model` (rank 2 and above) in 16 bits, in place; return the names of those that now are.
+    """Store the matrices of linear layers and embeddings of `model` in 16 bits, in place; return the names of those that now are.
 
     Values are rounded to nearest, ties to even, when the model is saved. A matrix with a value beyond the largest of
     `dtype` (65504 for fp16) stays fp32 and is not among the names.
     """
     graph = model.graph
+    read = {one.weight for one in find_projections(graph)} | {one.table for one in find_embeddings(graph)}
     matrices = [
-        value
-        for value in graph.initializers.values()
-        if value.dtype == ir.DataType.FLOAT and len(value.shape) > 1 and _fits(value.const_value, _TYPES[dtype])
+        value for value in graph.initializers.values() if value in read and _fits(value.const_value, _TYPES[dtype])
     ]
     halves = {matrix: _half(graph, matrix, dtype) for matrix in matrices}
     for embedding in find_embeddings(graph):

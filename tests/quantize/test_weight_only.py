@@ -299,3 +299,19 @@ def test_what_half_cannot_hold_stays_fp32(tmp_path):
     assert store_half(model, "bf16") == ["table", "w", "v"]
     x = session(save(model, tmp_path)).run(None, {"ids": IDS})[0]
     assert np.array_equal(x, to_bfloat16(values)[IDS])
+
+
+def test_half_leaves_what_positions_are_computed_from(fp32):
+    """Frequencies [1, 4, 1] and a matrix [T, T] of slopes, as exporters fold them, are of no linear layer or embedding."""
+    model = onnx_file.load(fp32)
+    before = store_half(onnx_file.load(fp32), "fp16")
+    logits_value = model.graph.outputs[0]
+    for name, shape in (("inv_freq", (1, 4, 1)), ("slopes", (3, 3))):
+        value = ir.val(name, const_value=ir.tensor(np.full(shape, 0.3, np.float32), name=name))
+        model.graph.register_initializer(value)
+        output = ir.val(f"{name}_read", ir.DataType.FLOAT, shape)
+        model.graph.append(ir.node("Mul", [value, value], outputs=[output]))
+        model.graph.outputs.append(output)
+    assert store_half(model, "fp16") == before and logits_value.name == "logits"
+    kept = model.graph.initializers
+    assert all(kept[name].dtype == ir.DataType.FLOAT for name in ("inv_freq", "slopes"))

@@ -15,7 +15,7 @@ from cuantiza.core.inputs.model_config import end_tokens, max_positions, read_co
 from cuantiza.core.inputs.tokenizer import load_tokenizer, markers, token_ids
 from cuantiza.core.run.runtime import Runtime
 from cuantiza.core.run.sampling import Sampling, generate, text_of
-from cuantiza.core.store.artifact import Artifact, open_artifact
+from cuantiza.core.store.artifact import Artifact, open_artifact, verify
 from cuantiza.core.store.digests import sha256_known
 
 if TYPE_CHECKING:  # templates take a while to load, and only a chat needs them
@@ -28,9 +28,14 @@ def load(artifact: str | Path | Artifact, threads: int | None = None) -> Model:
     A large file is not read again while nothing shows that it has changed since an earlier run read it, and what ONNX
     Runtime prepares is kept in the user's cache (docs/performance/cold-start.md).
 
-    Raises UserError where the artifact is not whole, or ONNX Runtime refuses its graph.
+    Raises UserError where the artifact is not whole, or another one has taken its place since it was opened, or ONNX
+    Runtime refuses its graph.
     """
-    return Model(artifact if isinstance(artifact, Artifact) else open_artifact(Path(artifact), sha256_known), threads)
+    if isinstance(artifact, Artifact):
+        verify(artifact, sha256_known)
+    else:
+        artifact = open_artifact(Path(artifact), sha256_known)
+    return Model(artifact, threads)
 
 
 class Model:

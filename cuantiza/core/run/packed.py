@@ -55,7 +55,7 @@ def open_packed(
     `options`, which makes a session's options. Whatever goes wrong with the copy, `model` itself can be opened instead.
     """
     try:
-        folder, parts = user_cache(), _parts(artifact, settings)
+        folder, parts = user_cache(), _parts(model, artifact, settings)
         entry = folder / "packed" / digest(parts)
         session = _opened(entry, parts, options)
         return session or (_made(model, folder, entry, parts, options) if _has_room(model, folder) else None)
@@ -69,17 +69,23 @@ def is_packed(session: ort.InferenceSession) -> bool:
     return bool(level == ort.GraphOptimizationLevel.ORT_DISABLE_ALL)
 
 
-def _parts(artifact: str, settings: dict[str, str]) -> dict[str, Any]:
+def _parts(model: Path, artifact: str, settings: dict[str, str]) -> dict[str, Any]:
     """Everything that a copy depends on. The number of threads is not among it: packing gives the same bytes."""
     switches = ("ORT_", "MLAS_")  # variables that choose between kernels begin so
     return {
         "schema": _SCHEMA,
         "artifact": artifact,
+        "files": _hashes(model),
         "onnxruntime": [ort.__version__, ort.get_build_info()],
         "processor": processor(),
         "settings": settings,
         "environment": {name: value for name, value in os.environ.items() if name.startswith(switches)},
     }
+
+
+def _hashes(model: Path) -> dict[str, str]:
+    """sha256 of the file `model` and of its external data, by name."""
+    return {file.name: sha256_known(file) for file in sorted(model.parent.glob(f"{model.name}*"))}
 
 
 def _opened(
@@ -130,7 +136,8 @@ def _made(
         for name, value in _SAVE.items():
             settings.add_session_config_entry(name, value)
         saved = ort.InferenceSession(str(model), settings, providers=["CPUExecutionProvider"])
-        if not _agree(saved, _mapped(work, options)):
+        # Another artifact may have taken this one's place since the key was made, and the copy would be wrong for ever.
+        if _hashes(model) != parts["files"] or not _agree(saved, _mapped(work, options)):
             return None
         del saved
         files = {

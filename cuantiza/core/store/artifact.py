@@ -131,9 +131,12 @@ def open_artifact(path: Path, sha256: Callable[[Path], str] = sha256_file) -> Ar
     return found
 
 
-def verify(found: Artifact) -> None:
-    """Read all of the files of `found`, unless this process did so. Raises UserError where one is not as it was."""
-    _check_files(found, sha256_once)
+def verify(found: Artifact, sha256: Callable[[Path], str] = sha256_once) -> None:
+    """Check the files of `found` again. Raises UserError where one is not as it was.
+
+    `sha256` reads them: by default all of each, unless this process did so.
+    """
+    _check_files(found, sha256)
 
 
 def _check_files(found: Artifact, sha256: Callable[[Path], str]) -> None:

@@ -97,9 +97,7 @@ def evaluate(
     if not published:
         raise UserError("--recipes: names no artifact; the first one is the baseline of the others")
     with ExitStack() as held:
-        for folder in dict.fromkeys(item.path.parent.resolve() for item in published):
-            if (folder / folders.LOCK).is_file():  # a copy from elsewhere has none, and no stage writes to it
-                held.enter_context(folders.locked(folder))
+        held.enter_context(folders.held(*(item.path.parent for item in published)))
         if output is not None:
             held.enter_context(folders.locked(output))
         held.enter_context(working("eval"))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from cuantiza.core.errors import UserError
 from cuantiza.core.inputs.corpus import Split
-from cuantiza.core.store import artifact, folders
+from cuantiza.core.store import artifact
 from cuantiza.core.store.artifact import Artifact
 from cuantiza.eval.compare.budgets import Budgets
 from cuantiza.eval.compare.decide import (
@@ -38,16 +38,6 @@ class Measure:
     window: int
     rounds: int
     threads: int
-
-
-@contextmanager
-def held(*paths: Path) -> Iterator[None]:
-    """Keep other stages from writing into `paths` meanwhile. No stage writes into a folder without a lock file."""
-    with ExitStack() as stack:
-        for folder in sorted({path.resolve() for path in paths}):  # in one order, or two processes wait for each other
-            if (folder / folders.LOCK).is_file():
-                stack.enter_context(folders.locked(folder))
-        yield
 
 
 def is_artifacts(folder: Path) -> bool:

@@ -11,10 +11,10 @@ from cuantiza.core.inputs.corpus import Source, load_test, scored
 from cuantiza.core.inputs.defaults import COMPARE_ROUNDS, CORPUS, LEAST_COMPARE_ROUNDS, TOKENS, WINDOW
 from cuantiza.core.machine.hardware import check_threads, cpu_name, default_threads
 from cuantiza.core.machine.progress import working
-from cuantiza.core.store import artifact
+from cuantiza.core.store import artifact, folders
 from cuantiza.eval.compare.budgets import Budgets, read_budgets
 from cuantiza.eval.compare.decide import FIRST_LEVEL, Comparison, compare_reports
-from cuantiza.eval.compare.folders import CONFIRMING_ROUNDS, Measure, compare_folders, held, is_artifacts
+from cuantiza.eval.compare.folders import CONFIRMING_ROUNDS, Measure, compare_folders, is_artifacts
 from cuantiza.eval.compare.reports import read_side
 
 
@@ -115,7 +115,7 @@ def _folders(
     base: Path, head: Path, budgets: Budgets, recipes: Sequence[str] | None, corpus: Source, how: Measure
 ) -> Comparison:
     split = load_test(corpus)
-    with held(base, head), working("compare"):
+    with folders.held(base, head), working("compare"):
         model, checks, new, notes = compare_folders(base, head, budgets, recipes, split, how)
     comparison = Comparison(model, str(base), str(head), "", checks, new, notes)
     if not comparison.judged:

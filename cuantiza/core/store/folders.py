@@ -14,7 +14,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -51,6 +51,20 @@ def locked(folder: Path) -> Iterator[None]:
                     (folder / LOCK).unlink()
                     for each in made:  # which NFS refuses as long as the lock is open
                         each.rmdir()
+
+
+@contextmanager
+def held(*paths: Path) -> Iterator[None]:
+    """Keep stages from writing into the folders `paths`, which the block only reads.
+
+    No stage writes into a folder without a lock file, such as a copy from elsewhere, or into one that is mounted
+    read-only.
+    """
+    with ExitStack() as stack:
+        for folder in sorted({path.resolve() for path in paths}):  # in one order, or two processes wait for each other
+            if (folder / LOCK).is_file() and os.access(folder / LOCK, os.W_OK):
+                stack.enter_context(locked(folder))
+        yield
 
 
 def _check(folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import shutil
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 
 from cuantiza.core.errors import UserError
 from cuantiza.core.store import folders
-from cuantiza.core.store.folders import locked, staging
+from cuantiza.core.store.folders import LOCK, held, locked, replace, staging
 
 from helpers import ROOT
 
@@ -158,3 +159,16 @@ def test_a_file_system_without_locks(
     with locked(tmp_path / "modelo"), staging(tmp_path / "modelo" / "fp32") as work:
         assert work.is_dir()
     assert "no locks" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_written_to_is_only_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody can write into a read-only mount. root may write anywhere else, so the answer of `access` is set here."""
+    with locked(tmp_path / "modelo"), staging(tmp_path / "modelo" / "fp32") as work:
+        (work / "model.onnx").touch()
+        replace(work, tmp_path / "modelo" / "fp32")
+    lock = tmp_path / "modelo" / LOCK
+    with held(tmp_path / "modelo"), lock.open("rb") as file, pytest.raises(BlockingIOError):
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    monkeypatch.setattr(folders.os, "access", lambda *_: False)
+    with held(tmp_path / "modelo"), lock.open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -317,7 +317,7 @@ def _keep_kl(options: Options, budget: float, attempt: Attempt) -> Mixed:
         lost = effect.kl_divergence
         unit = 10.0 ** (math.floor(math.log10(lost)) - 1)
         raise UserError(
-            f"max_kl is {budget}, and 8 bits in all matrices lose {lost:.3g} nats; give --max-kl "
+            f"max_kl is {budget}, and the finest choice of bits loses {lost:.3g} nats; give --max-kl "
             f"{math.ceil(lost / unit) * unit:.2g} or more, or take int8-weight"
         )
     return best[0]

@@ -39,6 +39,10 @@ class Calibration:
     def __post_init__(self) -> None:
         if min(self.windows, self.tokens, self.minimum) < 1:
             raise ValueError(f"calibration has {self}; give whole numbers from 1")
+        if self.minimum > self.windows:
+            raise ValueError(
+                f"calibration has windows {self.windows} and a minimum of {self.minimum}; give a minimum of at most as many"
+            )
 
 
 # The calibration of recipes with 8-bit weights and activations.

@@ -88,7 +88,7 @@ def with_budget(recipes: dict[str, Recipe], nats: float) -> dict[str, Recipe]:
     mixed = {name: recipe for name, recipe in recipes.items() if isinstance(recipe, MixedStaticInt8)}
     if not mixed:
         raise UserError(
-            f"--max-delta-ln-ppl {nats}: none of {', '.join(recipes)} has a budget; add int8-static-mixed to --recipes"
+            f"--max-delta-ln-ppl {nats}: none of {', '.join(recipes) or 'fp32'} has a budget; add int8-static-mixed to --recipes"
         )
     return recipes | {name: dataclasses.replace(recipe, max_delta_ln_ppl=nats) for name, recipe in mixed.items()}
 
@@ -103,7 +103,9 @@ def with_bits_budget(recipes: dict[str, Recipe], max_bytes: str | None, max_kl: 
     option = f"--max-bytes {max_bytes}" if max_kl is None else f"--max-kl {max_kl}"
     mixed = {name: recipe for name, recipe in recipes.items() if isinstance(recipe, MixedWeightOnly)}
     if not mixed:
-        raise UserError(f"{option}: none of {', '.join(recipes)} has such a budget; add int-mixed to --recipes")
+        raise UserError(
+            f"{option}: none of {', '.join(recipes) or 'fp32'} has such a budget; add int-mixed to --recipes"
+        )
     try:
         return recipes | {
             name: dataclasses.replace(recipe, max_bytes=max_bytes, max_kl=max_kl) for name, recipe in mixed.items()
@@ -158,21 +160,26 @@ def quantize_all(parent: Artifact, wanted: Sequence[Wanted], source: Source) -> 
             check_opset(opset, least_opset(item.wanted.recipe))
     layered = [item for item in missing if calibrates_together(item.wanted.recipe)]
     errors: list[UserError] = []
-    for group in _forms([item for item in missing if item not in layered]):
+    for group in [*_forms([item for item in missing if item not in layered]), *([layered] if layered else [])]:
         try:
-            if len(group) > 1:
-                made |= _make_together(parent, group, BothForms)
-            else:
-                made[group[0].wanted.target] = _make(parent, group[0])
+            made |= _make_group(parent, group)
         except UserError as error:  # which says nothing about the other recipes
             errors.append(error)
-    if layered:
+    if errors:
+        warn([str(error) for error in errors[:-1]])
+        raise errors[-1]
+    return [made[one.target] for one in wanted]
+
+
+def _make_group(parent: Artifact, group: list[_Missing]) -> dict[Path, Artifact]:
+    """Make the artifacts of `group`, which has more than one only where they are made together; return them by folder."""
+    if calibrates_together(group[0].wanted.recipe):
         from cuantiza.quantize.layers import Together
 
-        made |= _make_together(parent, layered, Together)
-    if errors:
-        raise errors[0]
-    return [made[one.target] for one in wanted]
+        return _make_together(parent, group, Together)
+    if len(group) > 1:
+        return _make_together(parent, group, BothForms)
+    return {group[0].wanted.target: _make(parent, group[0])}
 
 
 def _forms(missing: Sequence[_Missing]) -> list[list[_Missing]]:

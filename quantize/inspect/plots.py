@@ -57,7 +57,7 @@ def plot_sensitivity(found: Sensitivity, title: str, path: Path) -> None:
     rise.errorbar(
         [effect.delta_ln_ppl for effect in effects],
         places,
-        xerr=[effect.delta_ln_ppl_stderr for effect in effects],
+        xerr=[effect.delta_ln_ppl_stderr or 0 for effect in effects],  # a single window has none
         fmt="o",
         markersize=3,
         color="tab:blue",
@@ -86,7 +86,7 @@ def plot_histogram(
     edges = np.linspace(histogram.low, histogram.high, 257)
     counts, weights = (array.reshape(256, -1).sum(axis=1) for array in (histogram.counts, histogram.weights))
     axes.stairs(counts, edges, fill=True, color="tab:blue", alpha=0.5, label="elements")
-    weights *= counts.sum() / weights.sum()
+    weights *= counts.sum() / (weights.sum() or 1)  # a layer of zeros makes no error
     axes.stairs(weights, edges, color="tab:purple", linewidth=1, label="weight of their errors, to the same sum")
     for method, found in ranges.items():
         style = {"linewidth": 2.0} if method == chosen else {"linewidth": 1.2, "linestyle": "--"}

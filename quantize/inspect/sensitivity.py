@@ -34,7 +34,7 @@ class Effect:
 
     kl_divergence: float
     delta_ln_ppl: float
-    delta_ln_ppl_stderr: float
+    delta_ln_ppl_stderr: float | None
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ class Gauge:
             (before,), (after, kl, _) = compare(np.asarray(reference[:-1]), [logits[:-1]], window[1:])
             divergence.append(kl.mean())
             rise.append((after - before).mean())
-        stderr = float(np.std(rise, ddof=1)) / math.sqrt(len(rise)) if len(rise) > 1 else math.nan
+        stderr = float(np.std(rise, ddof=1)) / math.sqrt(len(rise)) if len(rise) > 1 else None
         return Effect(float(np.mean(divergence)), float(np.mean(rise)), stderr)
 
 

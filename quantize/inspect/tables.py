@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -45,7 +44,7 @@ def ranges_of(histogram: Histogram) -> dict[str, Range]:
         low, high = choose(histogram)
         step, zero_point = PerTensor(low, high).parameters
         outside = (x < low) | (x > high)
-        shares = [float(array[outside].sum() / array.sum()) for array in (histogram.counts, histogram.weights)]
+        shares = [float(array[outside].sum() / (array.sum() or 1)) for array in (histogram.counts, histogram.weights)]
         found[method] = Range(low, high, float(step), int(zero_point), *shares)
     return found
 
@@ -60,7 +59,7 @@ def sensitivity_table(found: Sensitivity, title: str) -> Table:
 
     def cells(effect: Effect, bar: str = "") -> list[str]:
         rise, stderr = round(effect.delta_ln_ppl, 5) + 0.0, effect.delta_ln_ppl_stderr  # no -0.00000
-        spread = "" if math.isnan(stderr) else f" ± {stderr:.5f}"  # a single window has none
+        spread = "" if stderr is None else f" ± {stderr:.5f}"  # a single window has none
         return [f"{effect.kl_divergence:.6f}", bar, f"{rise:.5f}{spread}"]
 
     for layer, effect in found.effects.items():
@@ -85,7 +84,7 @@ def histogram_table(histogram: Histogram, chosen: Range, title: str) -> Table:
     counts, weights = (array.reshape(_BARS, -1).sum(axis=1) for array in (histogram.counts, histogram.weights))
     lengths = np.log1p(counts) / np.log1p(counts.max())
     for low, high, count, weight, length in zip(
-        edges, edges[1:], counts, weights / weights.sum(), lengths, strict=False
+        edges, edges[1:], counts, weights / (weights.sum() or 1), lengths, strict=False
     ):
         inside = chosen.low <= (low + high) / 2 <= chosen.high
         bar = _bar(length) if inside else "░" * round(length * _BAR_WIDTH)

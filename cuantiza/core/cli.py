@@ -156,4 +156,4 @@ def check_numbers(args: argparse.Namespace, **least: int) -> None:
     for name, smallest in least.items():
         value = getattr(args, name)
         if not smallest <= value <= 10**9:
-            raise UserError(f"--{name.replace('_', '-')} {value}: give a number from {smallest} on")
+            raise UserError(f"--{name.replace('_', '-')} {value}: give a number from {smallest} to 1,000,000,000")

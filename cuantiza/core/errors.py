@@ -6,6 +6,7 @@ Stage packages import this module before all others, so it imports nothing that 
 from __future__ import annotations
 
 import errno
+import io
 import os
 import signal
 import sys
@@ -104,6 +105,8 @@ def run(main: Callable[[], int]) -> None:
     interrupt that.
     """
     _set_handlers(_stop)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that has no ñ shows ?, in place of a traceback
     try:
         status = main()
     except UserError as error:

@@ -123,6 +123,8 @@ def test_the_command(es_mini_fp32):
     assert greedy.stderr.startswith("12 tokens after ") and "tokens/s, greedy" in greedy.stderr
     piped = stage(*arguments, "--greedy", "--prompt", "-", input=PROMPT + "\n")
     assert piped.stdout == greedy.stdout
+    ascii_only = stage(*arguments, "--greedy", "--prompt", "El niño — sí", env={"PYTHONIOENCODING": "ascii"})
+    assert ascii_only.status == 0 and ascii_only.stdout.startswith("El ni?o ? s?"), ascii_only.stderr
     assert stage(*arguments, "--seed", 3).stdout == stage(*arguments, "--seed", 3).stdout != greedy.stdout
 
 
@@ -168,6 +170,8 @@ def test_odd_logits_and_prompts(es_mini_fp32):
     assert {draw(np.array([1, 5, 2, 0.5]), [], Sampling(temperature=1e-3), generator) for _ in range(9)} == {1}
     with pytest.raises(UserError, match="not numbers"):
         draw(np.array([1, np.nan]), [], Sampling(), generator)
+    with pytest.raises(UserError, match="not numbers"):
+        draw(np.array([1, np.inf, 2]), [], Sampling(), generator)
     command = [sys.executable, "-m", "cuantiza.generate", "--artifact", es_mini_fp32.path, "--prompt", "-"]
     done = subprocess.run(command, cwd=ROOT, input=b"hola \xff", capture_output=True)
     assert done.returncode == 2 and b"UTF-8" in done.stderr and b"Traceback" not in done.stderr

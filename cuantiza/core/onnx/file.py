@@ -53,6 +53,9 @@ def _without_data(proto: onnx.ModelProto) -> onnx.ModelProto:
     bare.graph.name = proto.graph.name
     for field in ("node", "input", "output", "value_info"):
         getattr(bare.graph, field).extend(getattr(proto.graph, field))
+    for value in bare.graph.output:  # ONNX Runtime runs a file that leaves these shapes out, and the checker wants one
+        if value.type.HasField("tensor_type"):
+            value.type.tensor_type.shape.SetInParent()
     given = {value.name for value in proto.graph.input}
     for tensor in proto.graph.initializer:
         if tensor.name not in given:

@@ -25,7 +25,8 @@ CHUNK = 256
 class Cache:
     """The keys and values of a batch's first `length` tokens. `Runtime.step` extends it; it belongs to that runtime.
 
-    `copy.copy(cache)` branches: both share the tokens so far, and later steps on one do not change the other.
+    `copy.copy(cache)` is for running a step again from the same tokens. Of a cache in place, both write the new keys and
+    values into one buffer, so only the one that stepped last may go on.
     """
 
     def __init__(self, past: list[ort.OrtValue], capacity: int, batch: int) -> None:

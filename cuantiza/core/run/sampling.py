@@ -49,10 +49,10 @@ def scores(logits: np.ndarray, before: list[int], sampling: Sampling) -> np.ndar
     """Process logits float32 [V], which follow the token ids `before`, by `sampling`; returns float64 [V].
 
     A token with −inf is never drawn. A temperature of 0 does not scale, as the likeliest token stays the same.
-    Raises UserError if a logit is NaN.
+    Raises UserError if a logit is NaN or infinite above 0.
     """
     left = logits.astype(np.float64)
-    if np.isnan(left).any():
+    if not (left < np.inf).all():
         raise UserError("the model's logits are not numbers; check it by `make eval` or `cuantiza eval`")
     repeating = _repeating(before, sampling.no_repeat_ngram)
     if len(set(repeating)) < len(left):  # a small vocabulary may have no token left that would not repeat

@@ -262,3 +262,15 @@ def test_truncated_model(es_mini_fp32: Artifact, tmp_path: Path) -> None:
         (tmp_path / "model.onnx").write_bytes(whole[:kept])
         with pytest.raises(UserError, match=r"model\.onnx: is not a (readable|valid) ONNX"):
             onnx_file.load(tmp_path / "model.onnx")
+
+
+def test_outputs_without_a_shape(tmp_path: Path) -> None:
+    """ONNX Runtime runs such a file, though the specification wants at least the rank."""
+    path = tmp_path / "model.onnx"
+    onnx_file.save(model_with({}), tmp_path)
+    proto = onnx.load(path)
+    for value in proto.graph.output:
+        value.type.tensor_type.ClearField("shape")
+    path.write_bytes(proto.SerializeToString())
+    onnx_file.check(path)
+    assert ort.InferenceSession(path).run(None, {"x": np.ones((2, 3), np.float32)})[0].shape == (2, 3)

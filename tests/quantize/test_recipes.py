@@ -147,7 +147,10 @@ def run(tmp_path, monkeypatch):
         ('{"type": "MixedWeightOnly", "max_bytes": "5MB", "max_kl": 1}', ["max_bytes and max_kl: give one of the two"]),
         ('{"type": "MixedWeightOnly", "max_bytes": "5 percent"}', ["max_bytes is 5 percent", "5MB", "0.16x"]),
         ('{"type": "MixedWeightOnly", "max_bytes": "0.16"}', ["max_bytes is 0.16;", "0.16x"]),
-        ('{"type": "MixedWeightOnly", "max_kl": 1, "calibration": {"windows": 2, "minimum": 2}}', ["windows 2", "3 or more"]),
+        (
+            '{"type": "MixedWeightOnly", "max_kl": 1, "calibration": {"windows": 2, "minimum": 2}}',
+            ["windows 2", "3 or more"],
+        ),
         ('{"type": "MixedWeightOnly", "max_kl": 0}', ["max_kl is 0", "above 0"]),
         ('{"type": "MixedWeightOnly", "max_kl": 1, "calibration": {"minimum": 2}}', ["minimum 2", "3 or more"]),
         ('{"type": "Half", "dtype": "fp8"}', ["dtype is 'fp8'; choose from fp16, bf16"]),

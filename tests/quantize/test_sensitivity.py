@@ -1,5 +1,6 @@
 """A budget returns linear layers to floating point, in the order of the KL that each causes alone."""
 
+import json
 from dataclasses import asdict
 
 import numpy as np
@@ -11,7 +12,8 @@ from cuantiza.export.stage import export
 from cuantiza.quantize import mixed
 from cuantiza.quantize.decide.blocks import split
 from cuantiza.quantize.inspect import sensitivity
-from cuantiza.quantize.inspect.sensitivity import Effect, Gauge, rank, within_budget
+from cuantiza.quantize.inspect.sensitivity import Effect, Gauge, Sensitivity, rank, within_budget
+from cuantiza.quantize.inspect.tables import sensitivity_table
 from cuantiza.quantize.layers import decide
 from cuantiza.quantize.recipes.registry import RECIPES
 from cuantiza.quantize.weights.rounding import round_to_nearest
@@ -44,6 +46,14 @@ class Additive:
 
 def nothing(model, decisions):
     """A rewrite that changes nothing."""
+
+
+def test_a_single_window_has_no_standard_error(es_mini_fp32, tmp_path):
+    gauge = Gauge(es_mini_fp32.model, np.arange(24)[None], tmp_path)
+    effect = gauge.effect(onnx_file.load(es_mini_fp32.model), {}, nothing)
+    assert json.loads(json.dumps(asdict(effect), allow_nan=False))["delta_ln_ppl_stderr"] is None
+    table = sensitivity_table(Sensitivity({"h.0": effect}, effect, effect, 1, 24), "title")
+    assert [*table.columns[3].cells] == ["0.00000"] * 3
 
 
 def test_the_ranking_is_by_kl():

@@ -141,13 +141,19 @@ def test_what_is_finished_before_an_error_is_published_and_not_made_again(
     assert (folder / "int8-dynamic").stat().st_ino == before
 
 
-def test_a_recipe_that_cannot_be_used_does_not_stop_the_others(fp32: Artifact, tmp_path: Path) -> None:
+def test_a_recipe_that_cannot_be_used_does_not_stop_the_others(
+    fp32: Artifact, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     tiny = dataclasses.replace(
         RECIPES["int-mixed"], max_bytes="9kB", calibration=dataclasses.replace(LITTLE, minimum=3)
     )
     with pytest.raises(UserError, match=r"^tiny: max_bytes are 9,000, .* all in 4 bits"):
         make(fp32, {"tiny": tiny, "int8-dynamic": quick("int8-dynamic")}, tmp_path / "made")
     assert (tmp_path / "made/int8-dynamic/manifest.json").is_file() and not (tmp_path / "made/tiny").exists()
+    less = dataclasses.replace(tiny, max_bytes="8kB")
+    with pytest.raises(UserError, match=r"^less: max_bytes are 8,000"):
+        make(fp32, {"tiny": tiny, "less": less}, tmp_path / "two")
+    assert "warning   tiny: max_bytes are 9,000" in capsys.readouterr().err
     both = {"tiny": tiny, "tiny-ort": dataclasses.replace(tiny, target="ort")}
     with pytest.raises(UserError, match=r"^tiny, tiny-ort: max_bytes are 9,000, .* all in 4 bits"):
         make(fp32, both, tmp_path / "both")

@@ -158,7 +158,7 @@ def _sniffed(file: Path, head: bytes) -> Kind:
     if encoding == "utf-8-sig" and b"\0" in head:
         raise NoText(f"{file}: is binary; give .txt, .jsonl or .parquet files")
     text = _decoded(head)
-    if text.startswith("<?xml") or text[:9].lower() in ("<!doctype", "<html>"):
+    if text.startswith("<?xml") or text[:9].lower().startswith(("<!doctype", "<html")):
         raise NoText(f"{file}: is markup; write its text to a .txt or .jsonl file")
     return _json_or_text(head)
 

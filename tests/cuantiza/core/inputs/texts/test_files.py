@@ -178,6 +178,8 @@ def test_other_encodings(tmp_path: Path) -> None:
         ("a.dat", b"\x01\x02\0\0\xff", "binary"),
         ("a.html", b"<!DOCTYPE html><p>uno", "pandoc"),
         ("pagina", b"<!DOCTYPE html><p>uno", "markup"),
+        ("pagina", b"<html><p>uno", "markup"),
+        ("pagina", b'\n<HTML lang="es"><p>uno', "markup"),
         ("a.parquet.gz", gzip.compress(b"PAR1", mtime=0), "unpack it first"),
     ],
 )

@@ -34,7 +34,8 @@ _HEAD = 1 << 16  # how many bytes of a file say what it holds
 _LINE = 128_000_000  # characters; a longer line would be read into memory whole, however small it is while packed
 # How a JSON array of objects or strings begins; a text may begin with a word in brackets as well.
 _ARRAY = re.compile(r'\[\s*(?:\{\s*"[^"\n]*"\s*:|"(?:[^"\\]|\\.)*(?:"\s*(?:,\s*["{]|\]\s*\Z)|\Z))')
-_FRAME = b"\x28\xb5\x2f\xfd"  # of zstd
+# How a file of zstd begins: with a frame, or with one that readers skip, as pzstd and seekable files have.
+_FRAME = re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18")
 _UTF16 = "looks like UTF-16 without a byte order mark; convert it, for example with `iconv -f utf-16le -t utf8`"
 _BY_PANDAS = (
     'is a table of text; write it as .jsonl, for example with `python -c "import pandas; '
@@ -102,7 +103,7 @@ def _unpacked(raw: io.BufferedReader[Any], file: Path) -> Any:
         return bz2.open(raw)
     if head.startswith(b"\xfd7zXZ\x00"):
         return lzma.open(raw)
-    if head.startswith(_FRAME):
+    if _FRAME.match(head):
         import pyarrow  # Python's own module for zstd is of 3.14
 
         return pyarrow.CompressedInputStream(raw, "zstd")

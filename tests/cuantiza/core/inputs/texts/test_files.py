@@ -76,6 +76,13 @@ def test_broken_packing(tmp_path: Path, suffix: str) -> None:
         read(written(tmp_path / f"b.txt{suffix}", PLAIN))
 
 
+def test_zstd_that_begins_with_a_frame_to_skip(tmp_path: Path) -> None:
+    """As pzstd writes it, which says the size of what follows there."""
+    skipped = b"\x50\x2a\x4d\x18\x04\0\0\0" + len(zstd(LINES)).to_bytes(4, "little")
+    for name in ("a.jsonl.zst", "a.jsonl"):
+        assert read(written(tmp_path / name, skipped + zstd(LINES))) == set(TEXTS)
+
+
 @pytest.mark.parametrize("name", ["LIBRO.TXT", "libro.text", "libro", "news.2020.es", "notas.md"])
 def test_names_of_plain_text(tmp_path: Path, name: str) -> None:
     assert read(written(tmp_path / name, PLAIN)) == set(TEXTS)

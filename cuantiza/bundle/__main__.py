@@ -16,7 +16,7 @@ from cuantiza.bundle.licence import licence_of
 from cuantiza.core.cli import Parser, add_folder, add_model
 from cuantiza.core.errors import UserError, run
 from cuantiza.core.inputs.checkpoints import checkpoint_digest, model_name, resolve_model
-from cuantiza.core.inputs.defaults import ARTIFACTS, DIST, REPORTS
+from cuantiza.core.inputs.defaults import ARTIFACTS, DIST, REPORTS, place
 from cuantiza.core.machine.progress import report as say
 from cuantiza.core.store import folders
 from cuantiza.eval.report.read import read_report
@@ -65,7 +65,7 @@ def _bundle(args: argparse.Namespace, name: str, source: Path, path: Path) -> No
         )
     report = read_report(path)
     rows = rows_of(report, artifacts, path)
-    hub_id = None if Path(args.model).is_dir() else args.model.split("@")[0]
+    hub_id = None if place(args.model).is_dir() else args.model.split("@")[0]
     target = args.output / name
     with folders.locked(args.output), folders.staging(target) as work:
         licence = licence_of(checkpoint, hub_id)

@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 import pytest
 
+from cuantiza.bundle.__main__ import main
 from cuantiza.core.errors import UserError
 from cuantiza.core.onnx import file as onnx_file
 from cuantiza.core.run.runtime import Runtime
@@ -218,6 +219,14 @@ def test_weights_beside_the_graph_get_names_of_their_own(built, tmp_path, monkey
     assert config["transformers.js_config"]["use_external_data_format"] == {"model.onnx": True, "model_fp16.onnx": True}
 
 
+def test_the_embedded_model_is_no_repository_from_elsewhere_either(built, tmp_path, monkeypatch):
+    artifacts, reports, bundle = built
+    monkeypatch.chdir(tmp_path)
+    assert main(["--artifacts", str(artifacts.parent), "--reports", str(reports)]) == 0
+    card = (tmp_path / "dist/es-mini/README.md").read_text(encoding="utf-8")
+    assert card == (bundle / "README.md").read_text(encoding="utf-8") and "models/es-mini" not in card
+
+
 def test_bad_input(built, tmp_path):
     artifacts, reports, _ = built
     options = ("--artifacts", artifacts.parent, "--output", tmp_path / "dist")
@@ -241,8 +250,6 @@ def test_bad_input(built, tmp_path):
 
 def test_names_are_checked_before_anything_is_opened(tmp_path, capsys):
     """Neither artifacts nor a report are there; make asks for the names before it measures for minutes."""
-    from cuantiza.bundle.__main__ import main
-
     assert main(["--names", "--recipes", "int4-weight", "fp32"]) == 0
     assert capsys.readouterr().out.split("\n") == ["fp32: onnx/model.onnx", "int4-weight: onnx/model_q4.onnx", ""]
     for more in ([], ["--names"], ["--artifacts", str(tmp_path)]):

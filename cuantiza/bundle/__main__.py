@@ -11,7 +11,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from cuantiza.bundle.card import card, rows_of
-from cuantiza.bundle.files import FIRST, assemble, check_names, graph_name, open_all
+from cuantiza.bundle.files import FIRST, assemble, check_names, check_target, graph_name, open_all
 from cuantiza.bundle.licence import licence_of
 from cuantiza.core.cli import Parser, add_folder, add_model
 from cuantiza.core.errors import UserError, run
@@ -69,6 +69,7 @@ def _bundle(args: argparse.Namespace, name: str, source: Path, path: Path) -> No
     target = args.output / name
     with folders.locked(args.output), folders.staging(target) as work:
         licence = licence_of(checkpoint, hub_id)
+        check_target(target, licence.files)
         assemble(artifacts, licence.files, card(report, rows, name, artifacts[0].path, licence, hub_id), work)
         work.chmod(0o755)
         folders.replace(work, target)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import onnx_ir as ir
@@ -21,6 +21,7 @@ DTYPES = {"fp32": "fp32", "int8-dynamic": "q8", "int8-static": "int8", "int4-wei
 _SUFFIXES = {"fp32": "", "q8": "_quantized", "int8": "_int8", "q4": "_q4", "fp16": "_fp16"}
 # By default, optimum looks only for the file name of this recipe, in any folder below the model's.
 FIRST = "fp32"
+CARD = "README.md"
 
 
 def graph_name(recipe: str) -> str:
@@ -54,6 +55,21 @@ def open_all(folder: Path, recipes: list[str]) -> list[Artifact]:
     return opened
 
 
+def check_target(target: Path, others: Iterable[str]) -> None:
+    """Raise UserError if `target`, which a bundle with the files `others` would replace, holds what no bundle has.
+
+    Graphs of any recipe may be there, since an earlier bundle may have had other recipes.
+    """
+    graphs = {f"onnx/{graph_name(recipe)}" for recipe in DTYPES}
+    ours = {CARD, *artifact.COMPANIONS, *others, *graphs, *(f"{name}_data" for name in graphs)}
+    there = [path for path in target.rglob("*") if path.is_symlink() or not path.is_dir()] if target.is_dir() else []
+    if foreign := sorted({str(path.relative_to(target)) for path in there} - ours):
+        raise UserError(
+            f"{target}: holds {foreign[0]!r}, which no bundle has and which would be lost; move it away, or choose another "
+            "output folder (DIST=, --output)"
+        )
+
+
 def assemble(artifacts: list[Artifact], others: dict[str, Path], card: str, folder: Path) -> None:
     """Fill the empty folder `folder` with onnx/, configurations, tokenizer, model card and `others`, files by name."""
     for name, path in others.items():  # first, so that none of them replaces a file of the bundle's own
@@ -74,4 +90,4 @@ def assemble(artifacts: list[Artifact], others: dict[str, Path], card: str, fold
     if external:
         config = read_config(first.path) | {"transformers.js_config": {"use_external_data_format": external}}
         (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    (folder / CARD).write_text(card, encoding="utf-8")

@@ -227,6 +227,25 @@ def test_the_embedded_model_is_no_repository_from_elsewhere_either(built, tmp_pa
     assert card == (bundle / "README.md").read_text(encoding="utf-8") and "models/es-mini" not in card
 
 
+@pytest.mark.parametrize("name", [".git/HEAD", "onnx/mine.onnx", "LICENSE"])
+def test_what_a_user_added_is_not_deleted(built, tmp_path, name):
+    """A bundle of other recipes is replaced, and so is a card that was edited."""
+    artifacts, reports, bundle = built
+    target = shutil.copytree(bundle, tmp_path / "dist/es-mini")
+    for lock in bundle.parent.glob(".*"):
+        shutil.copy(lock, target.parent)
+    (target / "README.md").write_text("edited", encoding="utf-8")
+    (target / name).parent.mkdir(exist_ok=True)
+    (target / name).write_text("mine", encoding="utf-8")
+    given = ["--artifacts", str(artifacts.parent), "--reports", str(reports), "--output", str(target.parent)]
+    with pytest.raises(UserError, match=rf"dist/es-mini: holds '{name}', .*DIST="):
+        main([*given, "--recipes", "int8-dynamic"])
+    assert (target / name).read_text(encoding="utf-8") == "mine" and (target / "onnx/model_q4.onnx").is_file()
+    (target / name).unlink()
+    assert main([*given, "--recipes", "int8-dynamic"]) == 0
+    assert not (target / "onnx/model_q4.onnx").exists() and "edited" not in (target / "README.md").read_text("utf-8")
+
+
 def test_bad_input(built, tmp_path):
     artifacts, reports, _ = built
     options = ("--artifacts", artifacts.parent, "--output", tmp_path / "dist")

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+from cuantiza.core.errors import UserError
 from cuantiza.core.machine.hardware import software
 from cuantiza.core.machine.progress import report as say
 from cuantiza.core.machine.progress import working
@@ -70,9 +71,9 @@ class Sweep:
         self.store = Store(self.work / "cells")
 
     def run(self) -> None:
-        """Build and measure the whole grid. Raises UserError if a corpus is empty.
+        """Build and measure the whole grid.
 
-        If a task fails, its cells go to `failed` and the others continue.
+        If a task fails, or a text is unfit for a model, its cells go to `failed` and the others continue.
         """
         self._export()
         self._quantize()
@@ -112,9 +113,15 @@ class Sweep:
             for name, model in self.grid.models.items()
         ]
         for task, cells, made in self._done(jobs):
-            self.made |= {cell: made for cell in cells if cell.recipe == BASELINE}
             for name, corpus in self.grid.corpora.items():
-                text = make_task(made.path, corpus.test, self.settings.tokens, self.settings.window)
+                try:
+                    text = make_task(made.path, corpus.test, self.settings.tokens, self.settings.window)
+                except UserError as error:
+                    say(f"text      {task.label} × {name}: failed ({error})")
+                    self.failed |= {cell: str(error) for cell in cells if cell.corpus == name}
+                    continue
+                # A baseline without a text is not put into `made`, so that no later step works on its cells.
+                self.made[Cell(task.label, BASELINE, name)] = made
                 self.texts[task.label, name] = text
 
     def _quantize(self) -> None:

@@ -200,6 +200,17 @@ def test_one_cell_that_fails_keeps_the_others(place: Path) -> None:
     assert "int8-dynamic × short" in (place / "short-report" / "sweep.md").read_text(encoding="utf-8")
 
 
+def test_a_text_that_is_unfit_for_a_model_keeps_the_others(place: Path) -> None:
+    (place / "letters.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
+    outputs = ["--work", place / "unfit", "--output", place / "unfit-report"]
+    result = stage(
+        "cuantiza.sweep", "--models", place / "one", "--recipes", "fp16", "--corpora", place / "letters.jsonl",
+        place / "backwards.jsonl", *SETTINGS, *outputs,
+    )  # fmt: skip
+    assert_user_error(result, "2 of 4 cells", "one × fp32 × letters", "fewer than 2 tokens")
+    assert {cell[1:] for cell in cells(place, "unfit")} == {("fp32", "backwards"), ("fp16", "backwards")}
+
+
 @pytest.mark.parametrize(
     ("options", "fragments"),
     [

@@ -46,9 +46,10 @@ model     = --model=$(call quote,$(MODEL))
 # RECIPE=mine.json makes an artifact named mine.
 artifact  = $(call quote,$(or $(ARTIFACT),$(OUT)/$(NAME)/$(if $(filter %.json,$(RECIPE)),$(notdir $(RECIPE:.json=)),$(RECIPE))))
 artifacts = --artifacts=$(call quote,$(OUT))
-corpus    = --corpus=$(call quote,$(CORPUS))$(call option, --corpus-config,$(CORPUS_CONFIG))$(call option, \
-            --corpus-split,$(CORPUS_SPLIT))$(call option, --corpus-column,$(CORPUS_COLUMN))$(call option, \
-            --corpus-by,$(CORPUS_BY))$(call option, --corpus-join,$(CORPUS_JOIN))
+corpus    = --corpus=$(call quote,$(CORPUS))$(reading)
+reading   = $(call option, --corpus-config,$(CORPUS_CONFIG))$(call option, --corpus-split,$(CORPUS_SPLIT))$(call option, \
+            --corpus-column,$(CORPUS_COLUMN))$(call option, --corpus-by,$(CORPUS_BY))$(call option, \
+            --corpus-join,$(CORPUS_JOIN))
 
 .DEFAULT_GOAL := help
 .PHONY: export quantize eval compare bundle generate demo sweep optimum ray js test lint clean help
@@ -90,7 +91,7 @@ demo: js $(if $(built),$(ready),quantize) ## a page that continues text in the b
 	@exec $(run) cuantiza.demo --artifact=$(artifact) --port=$(call quote,$(PORT)) $(call option,--build,$(BUILD))
 
 sweep: $(if $(RAY),ray,$(ready)) ## a grid of MODELS=, RECIPES= and CORPORA=, on a cluster with RAY=auto or host:port; SWEEP= for more options
-	@$(if $(RAY),$(RAY_VENV),$(VENV))/bin/python -m cuantiza.sweep --models $(or $(MODELS),$(call quote,$(MODEL))) --recipes $(RECIPES) --corpora $(or $(CORPORA),$(call quote,$(CORPUS))) \
+	@$(if $(RAY),$(RAY_VENV),$(VENV))/bin/python -m cuantiza.sweep --models $(or $(MODELS),$(call quote,$(MODEL))) --recipes $(RECIPES) --corpora $(or $(CORPORA),$(call quote,$(CORPUS)))$(reading) \
 	  $(call option,--ray,$(RAY)) --work=$(call quote,$(OUT)/sweep) --output=$(call quote,$(REPORTS)/sweep) $(SWEEP)
 
 # The recipe passes the file of pins, and an environment to stand on, whose packages are not installed again.

@@ -85,7 +85,8 @@ def test_a_text_that_is_joined_calibrates_and_is_scored_so(called: Callable[...,
 def test_other_goals_hand_on_what_they_are_given(called: Callable[..., list[dict]], odd: str) -> None:
     compare, = called("compare", BASE=odd, HEAD=f"{odd} 2", ARGS="--rounds 4")  # fmt: skip
     assert compare["words"] == ["-m", "cuantiza", "compare", odd, f"{odd} 2", "--rounds", "4"]
-    sweep, = called("sweep", MODEL=odd, CORPUS=f"{odd} 2", OUT=f"{odd} 3")  # fmt: skip
+    sweep, = called("sweep", MODEL=odd, CORPUS=f"{odd} 2", OUT=f"{odd} 3", CORPUS_COLUMN=odd, CORPUS_BY="line")  # fmt: skip
+    assert sweep["--corpus-column"] == odd and sweep["--corpus-by"] == "line"
     assert sweep["words"][3] == odd and f"{odd} 2" in sweep["words"] and sweep["--work"] == f"{odd} 3/sweep"
     emulation, = called("emulation", MODEL="owner/name", OUT=odd)  # fmt: skip
     assert emulation["--artifacts"] == f"{odd}/owner--name"

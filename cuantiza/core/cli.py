@@ -96,7 +96,6 @@ def add_threads(parser: argparse._ActionsContainer) -> None:
 
 def add_corpus(parser: argparse._ActionsContainer) -> None:
     """Add the options that name a corpus, which `source_of` reads."""
-    from cuantiza.core.inputs.texts.divide import BY
     from cuantiza.core.inputs.texts.files import SUFFIXES
 
     parser.add_argument(
@@ -106,6 +105,13 @@ def add_corpus(parser: argparse._ActionsContainer) -> None:
         help=f"file or folder of {', '.join(SUFFIXES)} or other text, packed or not, or hub data set id ({CORPUS}); "
         f"{SELF}: the model writes what calibrates it",
     )
+    add_reading(parser)
+
+
+def add_reading(parser: argparse._ActionsContainer) -> None:
+    """Add the options that say how a corpus is read, which `source_of` reads."""
+    from cuantiza.core.inputs.texts.divide import BY
+
     parser.add_argument("--corpus-config", metavar="NAME", help="configuration of a hub data set")
     parser.add_argument("--corpus-split", default="train", metavar="NAME", help="split of a data set (train)")
     parser.add_argument("--corpus-column", default="text", metavar="NAME", help="column of JSON and of tables (text)")
@@ -141,11 +147,17 @@ class _Corpus(argparse.Action):
         namespace.corpus, namespace.corpus_is_given = values, True
 
 
-def source_of(args: argparse.Namespace) -> Source:
-    """The corpus that the options of `add_corpus` name."""
+def source_of(args: argparse.Namespace, corpus: str | None = None) -> Source:
+    """The corpus that the options of `add_corpus` name; or `corpus`, read as those of `add_reading` say."""
     from cuantiza.core.inputs.corpus import Source
 
-    fields = (args.corpus, args.corpus_config, args.corpus_split, args.corpus_column, args.corpus_by)
+    fields = (
+        args.corpus if corpus is None else corpus,
+        args.corpus_config,
+        args.corpus_split,
+        args.corpus_column,
+        args.corpus_by,
+    )
     return Source(*fields, join=bool(args.corpus_join))
 
 

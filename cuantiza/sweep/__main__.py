@@ -9,7 +9,7 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
-from cuantiza.core.cli import Parser, add_folder, add_number, add_threads, check_numbers
+from cuantiza.core.cli import Parser, add_folder, add_number, add_reading, add_threads, check_numbers, source_of
 from cuantiza.core.errors import UserError, run
 from cuantiza.core.inputs.defaults import ARTIFACTS, CORPUS, MODEL, RECIPES, REPORTS, ROUNDS, TOKENS, WINDOW
 from cuantiza.core.machine.progress import report as say
@@ -22,7 +22,7 @@ from cuantiza.sweep.grid import read_grid
 def main(arguments: Sequence[str] | None = None) -> int:
     args = _arguments(arguments)
     settings = Settings(args.tokens, args.window, args.rounds, args.threads, args.shard)
-    grid = read_grid(args.models, args.recipes, args.corpora)
+    grid = read_grid(args.models, args.recipes, [source_of(args, corpus) for corpus in args.corpora])
     work = args.work.absolute()
     if work.resolve() == args.output.resolve():
         raise UserError(f"--output {args.output}: is the folder of --work; choose another one")
@@ -101,8 +101,9 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         nargs="*",
         default=[CORPUS],
         metavar="CORPUS",
-        help=f"files, folders or hub data set ids ({CORPUS})",
+        help=f"files, folders or hub data set ids ({CORPUS}); the options --corpus-* hold for all of them",
     )
+    add_reading(parser)
     parser.add_argument(
         "--ray",
         default=os.environ.get("RAY") or None,

@@ -58,7 +58,7 @@ class Grid:
         return recipe != BASELINE and calibration_of(self.recipes[recipe]) is not None
 
 
-def read_grid(models: list[str], recipes: list[str], corpora: list[str]) -> Grid:
+def read_grid(models: list[str], recipes: list[str], corpora: list[Source]) -> Grid:
     """Read the grid of MODELS=, RECIPES= and CORPORA=. Models and texts from the hub are downloaded.
 
     Raises UserError if one of them cannot be read, a model has no graph of ours, or two have the same name.
@@ -66,7 +66,7 @@ def read_grid(models: list[str], recipes: list[str], corpora: list[str]) -> Grid
     return Grid(
         _by_name("MODELS", models, [_model(given) for given in models]),
         _by_name("RECIPES", recipes, [get_recipe(given) for given in recipes if given != BASELINE]),
-        _by_name("CORPORA", corpora, [_corpus(given) for given in corpora]),
+        _by_name("CORPORA", [given.spec for given in corpora], [_corpus(given) for given in corpora]),
     )
 
 
@@ -96,9 +96,9 @@ def _model(given: str) -> tuple[str, Model]:
     return model.name, model
 
 
-def _corpus(given: str) -> tuple[str, Corpus]:
-    path = Path(given)
-    is_path = given != SELF and path.exists()
-    source = Source(str(path.absolute()) if is_path else given)
-    name = path.resolve().stem if is_path else given.replace("/", "--")
+def _corpus(given: Source) -> tuple[str, Corpus]:
+    path = Path(given.spec)
+    is_path = given.spec != SELF and path.exists()
+    source = replace(given, spec=str(path.absolute())) if is_path else given
+    name = path.resolve().stem if is_path else given.spec.replace("/", "--")
     return name, Corpus(source, load_calibration(source), load_test(source))

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cuantiza.core.errors import UserError, run
+from cuantiza.core.inputs.corpus import Source
 from cuantiza.core.machine.hardware import cpu_name
 from cuantiza.core.machine.progress import report as say
 from cuantiza.core.store import digests
@@ -106,7 +107,7 @@ def measure(rounds: int) -> dict:
 
 def one(models: list[str], workers: int, processors: list[int], work: Path) -> Run:
     """Run the grid from nothing with `workers` Ray workers; 0 means this process alone, without Ray."""
-    grid = read_grid(models, list(RECIPES), [str(ROOT / "corpus/es")])
+    grid = read_grid(models, list(RECIPES), [Source(str(ROOT / "corpus/es"))])
     work.mkdir()
     before = os.sched_getaffinity(0)
     try:

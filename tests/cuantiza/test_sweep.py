@@ -386,6 +386,6 @@ def test_the_page_of_the_speed_up_is_made_of_its_figures() -> None:
 
 def test_a_text_of_the_grid_may_be_what_each_model_writes() -> None:
     """It calibrates alone; what is scored is the embedded text, so that its cells compare with those of real text."""
-    corpora = read_grid(["models/es-mini"], ["int8-static"], ["corpus/es", "self"]).corpora
+    corpora = read_grid(["models/es-mini"], ["int8-static"], [Source("corpus/es"), Source("self")]).corpora
     assert corpora["self"].calibration.seed == 0 and corpora["es"].calibration == load_splits(Source())[0]
     assert corpora["self"].test == corpora["es"].test

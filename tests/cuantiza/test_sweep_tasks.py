@@ -7,8 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cuantiza.core.cli import source_of
+from cuantiza.core.inputs.corpus import Source
 from cuantiza.eval.measure.estimates import text_size
 from cuantiza.eval.measure.score import Scores
+from cuantiza.sweep.__main__ import _arguments
 from cuantiza.sweep.driver import Settings, Sweep
 from cuantiza.sweep.executor import Local
 from cuantiza.sweep.grid import Cell, read_grid
@@ -20,7 +23,7 @@ from cuantiza.sweep.tasks.measure import merge
 from cuantiza.sweep.tasks.parts import groups, shards
 from cuantiza.sweep.tasks.store import Store
 
-from helpers import CORPUS, ES_MINI, report_row
+from helpers import CORPUS, ES_MINI, assert_user_error, report_row, stage
 
 
 def scores(rng: np.random.Generator, document: np.ndarray, with_kl: bool) -> Scores:
@@ -101,7 +104,7 @@ def test_a_kept_cell_is_read_whole_or_not_at_all(tmp_path: Path) -> None:
 
 def test_a_cell_without_its_baseline_has_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """There would be nothing to compare it with, and the page is written all the same."""
-    grid = read_grid([str(ES_MINI)], ["fp16"], [str(CORPUS)])
+    grid = read_grid([str(ES_MINI)], ["fp16"], [Source(str(CORPUS))])
     sweep = Sweep(grid, Settings(100, 64, 1, 1, 100), tmp_path, Local())
     first, other = grid.cells
     for step in ("_export", "_quantize", "_score", "_time"):
@@ -110,3 +113,15 @@ def test_a_cell_without_its_baseline_has_no_result(tmp_path: Path, monkeypatch: 
     sweep.run()
     assert sweep.failed == {first: "gone", other: f"{first}, which it is compared with, has no result: gone"}
     assert not result(sweep).cells and "which it is compared with" in markdown(result(sweep))
+
+
+def test_options_of_texts_hold_for_all_of_them(tmp_path: Path) -> None:
+    """As in `cuantiza quantize` and `eval`. Before anything runs, a column that only one has is told."""
+    for name, column in (("uno", "cuerpo"), ("dos", "text")):
+        (tmp_path / f"{name}.jsonl").write_text("".join(f'{{"{column}": "{name} {n}"}}\n' for n in range(9)))
+    options = ("--corpora", tmp_path / "uno.jsonl", tmp_path / "dos.jsonl", "--corpus-column", "cuerpo")
+    outputs = ("--work", tmp_path / "work", "--output", tmp_path / "report")
+    assert_user_error(stage("cuantiza.sweep", *outputs, *options), "dos.jsonl: line 1", "CORPUS_COLUMN=")
+    args = _arguments([*map(str, options), "--corpus-by", "line", "--corpus-config", "es", "--corpus-split", "test"])
+    wanted = Source("a", "es", "test", "cuerpo", "line")
+    assert source_of(args, "a") == wanted and _arguments(["--corpus-join"]).corpus_join == 1

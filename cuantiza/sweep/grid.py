@@ -100,5 +100,7 @@ def _corpus(given: Source) -> tuple[str, Corpus]:
     path = Path(given.spec)
     is_path = given.spec != SELF and path.exists()
     source = replace(given, spec=str(path.absolute())) if is_path else given
-    name = path.resolve().stem if is_path else given.spec.replace("/", "--")
+    name = given.spec.replace("/", "--")
+    if is_path:
+        name = path.resolve().name if path.is_dir() else path.resolve().stem  # a folder v1.0 has no suffix
     return name, Corpus(source, load_calibration(source), load_test(source))

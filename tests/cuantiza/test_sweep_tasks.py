@@ -125,3 +125,13 @@ def test_options_of_texts_hold_for_all_of_them(tmp_path: Path) -> None:
     args = _arguments([*map(str, options), "--corpus-by", "line", "--corpus-config", "es", "--corpus-split", "test"])
     wanted = Source("a", "es", "test", "cuerpo", "line")
     assert source_of(args, "a") == wanted and _arguments(["--corpus-join"]).corpus_join == 1
+
+
+def test_versions_of_a_folder_of_texts_have_names_of_their_own(tmp_path: Path) -> None:
+    for name in ("v1.0", "v1.1"):
+        (tmp_path / name).mkdir()
+        for text in ("uno", "dos"):
+            (tmp_path / name / f"{text}.txt").write_text(f"{text} de {name}")
+    (tmp_path / "libro.txt").write_text("uno\n<|endoftext|>\ndos")
+    given = [Source(str(tmp_path / name)) for name in ("v1.0", "v1.1", "libro.txt")]
+    assert list(read_grid([str(ES_MINI)], ["fp16"], given).corpora) == ["v1.0", "v1.1", "libro"]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from cuantiza.core.errors import UserError
+from cuantiza.core.inputs.checkpoints import base_folder
 from cuantiza.core.machine.hardware import software
 from cuantiza.core.machine.progress import report as say
 from cuantiza.core.machine.progress import working
@@ -108,10 +109,11 @@ class Sweep:
             yield from work.count(self.executor.run(tasks))
 
     def _export(self) -> None:
-        jobs = [
-            (Export(name, model, self.work / "artifacts"), [cell for cell in self.grid.cells if cell.model == name])
-            for name, model in self.grid.models.items()
-        ]
+        jobs = []
+        for name, model in self.grid.models.items():
+            cwd = Path.cwd() if base_folder(model.folder) != model.folder else None
+            task = Export(name, model, self.work / "artifacts", cwd)
+            jobs.append((task, [cell for cell in self.grid.cells if cell.model == name]))
         for task, cells, made in self._done(jobs):
             for name, corpus in self.grid.corpora.items():
                 try:

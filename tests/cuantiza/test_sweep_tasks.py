@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from cuantiza.core.cli import source_of
+from cuantiza.core.errors import UserError
 from cuantiza.core.inputs.corpus import Source
 from cuantiza.eval.measure.estimates import text_size
 from cuantiza.eval.measure.score import Scores
@@ -18,6 +22,7 @@ from cuantiza.sweep.grid import Cell, read_grid
 from cuantiza.sweep.page import markdown
 from cuantiza.sweep.result import Cell as Done
 from cuantiza.sweep.result import front, result
+from cuantiza.sweep.tasks.build import Export
 from cuantiza.sweep.tasks.made import Made
 from cuantiza.sweep.tasks.measure import merge
 from cuantiza.sweep.tasks.parts import groups, shards
@@ -135,3 +140,26 @@ def test_versions_of_a_folder_of_texts_have_names_of_their_own(tmp_path: Path) -
     (tmp_path / "libro.txt").write_text("uno\n<|endoftext|>\ndos")
     given = [Source(str(tmp_path / name)) for name in ("v1.0", "v1.1", "libro.txt")]
     assert list(read_grid([str(ES_MINI)], ["fp16"], given).corpora) == ["v1.0", "v1.1", "libro"]
+
+
+def test_the_base_of_an_adapter_is_found_from_the_users_folder(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `cuantiza export` finds it, and without taking files of that folder for code."""
+    shutil.copytree(tiny_folder, tmp_path / "bases/tiny")
+    (adapter := tmp_path / "adapter").mkdir()
+    fields = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "base_model_name_or_path": "bases/tiny"}
+    (adapter / "adapter_config.json").write_text(json.dumps(fields))
+    shapes = {"A": (1, 32), "B": (96, 1)}
+    module = "base_model.model.transformer.h.0.attn.c_attn"
+    tensors = {f"{module}.lora_{part}.weight": np.ones(shape, np.float32) for part, shape in shapes.items()}
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    (tmp_path / "cuantiza.py").write_text("raise SystemExit('no code of ours')")
+    monkeypatch.chdir(tmp_path)
+    grid = read_grid(["adapter"], ["fp16"], [Source(str(CORPUS))])
+    sweep = Sweep(grid, Settings(100, 64, 1, 1, 100), tmp_path / "work", Local())
+    sweep._export()
+    assert not sweep.failed and [made.path.parent.name for made in sweep.made.values()] == ["adapter"]
+    task = Export("adapter", grid.models["adapter"], tmp_path / "work", tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=r"elsewhere: is not on .*in a folder that all machines see"):
+        task.run()

@@ -6,6 +6,8 @@ it needs a whole machine for itself.
 
 from __future__ import annotations
 
+import os
+import platform
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,18 +25,29 @@ from cuantiza.sweep.tasks.made import Made
 
 @dataclass(frozen=True)
 class Export:
-    """Export a checkpoint to the fp32 artifact `output`/<model>/fp32, as `python -m export` does."""
+    """Export a checkpoint to the fp32 artifact `output`/<model>/fp32, as `python -m export` does.
+
+    `cwd` is the folder from which an adapter's base is named; None for a model that is no adapter.
+    """
 
     kind: ClassVar[str] = "export"
     alone: ClassVar[bool] = True
     label: str
     model: Model
     output: Path
+    cwd: Path | None
 
     def run(self) -> Made:
-        arguments = ("--model", self.model.folder, "--output", self.output)
+        if self.cwd and not self.cwd.is_dir():
+            raise UserError(
+                f"{self.cwd}: is not on {platform.node()}, and the base of the adapter {self.model.folder} is named from there; "
+                "run the sweep in a folder that all machines see"
+            )
+        # With -P the child finds our code where this process did, and no file of the user's folder in its place.
+        command = [sys.executable, "-P", "-m", "cuantiza.export", "--model", self.model.folder, "--output", self.output]
+        paths = [str(Path(cuantiza.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
         try:
-            child.run([sys.executable, "-m", "cuantiza.export", *arguments], cwd=Path(cuantiza.__file__).parents[1])
+            child.run(command, cwd=self.cwd, environment={"PYTHONPATH": os.pathsep.join(paths)})
         except child.Failed as error:
             raise UserError(str(error)) from None
         return Made.of(self.output / self.model.folder.resolve().name / "fp32")

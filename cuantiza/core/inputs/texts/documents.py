@@ -116,14 +116,30 @@ def _texts_of(source: Source, seen: Seen) -> Iterator[Iterable[str]]:
                 + (f" and a configuration {source.config!r}" if source.config else "")
                 + "; give the files of that split alone, without CORPUS_SPLIT= and CORPUS_CONFIG="
             )
-        left = FILE_BYTES
-        for file, kind in _files(path, seen):
-            if left <= 0:
-                seen.longer = True
-                return
-            read = list(_texts(file, kind, source.column, left, seen))
-            left -= sum(len(text.encode()) for text in read)
-            yield read
+        yield from _texts_of_files(path, source.column, seen)
+
+
+def _texts_of_files(path: Path, column: str, seen: Seen) -> Iterator[list[str]]:
+    """The texts of each file. Of a folder, JSON without any text is left out, such as what datasets keeps beside its data.
+
+    Raises UserError where a file cannot be read, or where no file has a text.
+    """
+    left, without, any_text = FILE_BYTES, None, False
+    for file, kind in _files(path, seen):
+        if left <= 0:
+            seen.longer = True
+            return
+        try:
+            read = list(_texts(file, kind, column, left, seen))
+        except files.NoText as error:
+            without = without or error
+            seen.skipped.append(str(file.relative_to(path)))
+            continue
+        any_text = True
+        left -= sum(len(text.encode()) for text in read)
+        yield read
+    if without and not any_text:
+        raise without
 
 
 def _files(path: Path, seen: Seen) -> list[tuple[Path, files.Kind]]:
@@ -134,12 +150,7 @@ def _files(path: Path, seen: Seen) -> list[tuple[Path, files.Kind]]:
         return [(path, files.kind_of(path))]
     found: list[tuple[Path, files.Kind]] = []
     for file in visible(path):
-        # What datasets keeps beside its data, and other JSON that is no list of rows, is none of the texts.
-        if (
-            files.is_beside(file)
-            or not file.stat().st_size
-            or (files.suffix_of(file) == ".json" and rows.is_one_object(file))
-        ):
+        if files.is_beside(file) or not file.stat().st_size:
             seen.skipped.append(str(file.relative_to(path)))
             continue
         try:

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from cuantiza.core.errors import UserError
-from cuantiza.core.inputs.texts.files import read_lines, read_text
+from cuantiza.core.inputs.texts.files import NoText, read_lines, read_text
 
 Row = tuple[str, Any]  # where it is, and the value of its text column
-_CONFIGURATION = 10_000_000  # bytes; a larger JSON file is none
+# Among so many rows one must have the column. Of a large file, a mistyped name would else be told after all of it.
+_SEARCHED = 10_000
 _OTHER_COLUMN = "name another with CORPUS_COLUMN="
 
 
@@ -73,16 +74,24 @@ def without_column(name: str, column: str, names: Iterable[str]) -> UserError:
 
 
 def json_lines(file: Path, column: str) -> Iterator[Row]:
-    """Rows of a file with one JSON object, or one string, a line."""
+    """Rows of a file with one JSON object, or one string, a line. Raises UserError as `_columns` does."""
+    return _columns(_lines(file), column, file)
+
+
+def _lines(file: Path) -> Iterator[Row]:
     for number, line in read_lines(file):
+        row = _parsed(line) if line.strip() else None
+        if isinstance(row, list):
+            raise NoText(f"{file}: line {number} is a JSON array; name the file .json, or write one object a line")
         if line.strip():
-            yield f"line {number}", _column(_parsed(line), column, f"{file}: line {number}")
+            yield f"line {number}", row
 
 
 def json_file(file: Path, column: str, most: int) -> Iterator[Row]:
-    """Rows of a .json file: an array of objects or strings, or JSON lines under that name.
+    """Rows of a .json file: an array of objects or strings, one object with a text, or JSON lines under that name.
 
-    Raises UserError where it is one object, or has more than `most` bytes, which cannot be read in part.
+    Raises NoText where it is another object or value, and UserError as `_columns` does or where it is no JSON or has more
+    than `most` bytes, which cannot be read in part.
     """
     beginning = list(islice((line for _, line in read_lines(file) if line.strip()), 2))
     if len(beginning) == 2 and isinstance(_parsed(beginning[0]), dict | str):
@@ -100,17 +109,34 @@ def json_file(file: Path, column: str, most: int) -> Iterator[Row]:
     if isinstance(found, dict) and isinstance(found.get(column), str):
         found = [found]
     if not isinstance(found, list):
-        raise UserError(f"{file}: {_one_value(found, file)}")
-    for number, row in enumerate(found, 1):
-        yield f"item {number}", _column(row, column, f"{file}: item {number}")
+        raise NoText(f"{file}: {_one_value(found, file)}")
+    yield from _columns(((f"item {number}", row) for number, row in enumerate(found, 1)), column, file)
 
 
-def is_one_object(file: Path) -> bool:
-    """Whether a .json file is one object, such as a configuration, and no rows. False where it is broken JSON."""
-    beginning = list(islice((line for _, line in read_lines(file) if line.strip()), 2))
-    if not beginning or not beginning[0].lstrip().startswith("{") or (len(beginning) == 2 and _parsed(beginning[0])):
-        return False
-    return isinstance(_parsed(read_text(file, _CONFIGURATION)[0]), dict)
+def _columns(rows: Iterable[Row], column: str, file: Path) -> Iterator[Row]:
+    """The value of `column` in `rows` of JSON; None where an object lacks it that others have, as Spark writes null.
+
+    Raises NoText where no row, or none of the first ones, has a text, and UserError where another is no row of texts.
+    """
+    lacking: list[str] = []
+    first: Any = None
+    some = False
+    for place, row in rows:
+        if not isinstance(row, dict | str | tuple):
+            raise (UserError if some else NoText)(_without_text(row, column, f"{file}: {place}"))
+        lacks = isinstance(row, dict) and column not in row
+        if lacks and not some:
+            first = first if lacking else row
+            lacking.append(place)
+            if len(lacking) == _SEARCHED:
+                break
+            continue
+        value = None if lacks else _column(row, column, f"{file}: {place}")
+        yield from ((before, None) for before in lacking)
+        lacking, some = [], True
+        yield place, value
+    if lacking:
+        raise NoText(_without_text(first, column, f"{file}: {lacking[0]}"))
 
 
 def _parsed(line: str) -> Any:
@@ -126,6 +152,8 @@ def _one_value(found: Any, file: Path) -> str:
         return f"is one JSON {type(found).__name__}, not an array of objects; write one object a line, as .jsonl"
     inner = next((key for key, value in found.items() if isinstance(value, list)), None)
     what = f"is one JSON object with the keys {', '.join(map(repr, list(found)[:5]))}, not an array of objects; "
+    if inner is None and any(isinstance(value, str) for value in found.values()):
+        return what + "name the column of its text with CORPUS_COLUMN=, or write one object a line, as .jsonl"
     if inner is None:
         return what + "write one object a line, as .jsonl (pandas: orient='records', lines=True)"
     return what + (
@@ -135,27 +163,30 @@ def _one_value(found: Any, file: Path) -> str:
 
 
 def _column(row: Any, column: str, place: str) -> Any:
-    """The value of `column` in one row of JSON. Raises UserError where the row has none that `texts_of` knows."""
-    value = row.get(column, ()) if isinstance(row, dict) else row
+    """The text in `row`: a string, an object with `column`, or () for none. Raises UserError where `texts_of` knows none."""
+    value = row[column] if isinstance(row, dict) else row
     if isinstance(value, str) and _is_unicode(value):
         return value
-    if isinstance(row, dict) and (value is None or isinstance(value, float) or _is_conversation(value)):
-        return value
-    talks = [key for key, item in row.items() if _is_conversation(item)] if isinstance(row, dict) else []
-    if talks:
-        raise UserError(f"{place} has no text in {column!r}; {talks[0]!r} holds {_what(row[talks[0]])}")
     if row == ():
-        raise UserError(f"{place} is not JSON; each line has to be one whole object, or string")
+        raise UserError(
+            f"{place} is not JSON; each line has to be one whole object, or string (a file that is one array is named .json)"
+        )
     if isinstance(value, str):
         raise UserError(
             f"{place} has half of a surrogate pair (\\ud800 to \\udfff) in {column!r}; write that text again"
         )
-    if isinstance(row, dict) and column in row:
-        raise UserError(f"{place}: column {column!r} holds {_what(value)}")
+    if value is None or isinstance(value, float) or _is_conversation(value):
+        return value
+    raise UserError(f"{place}: column {column!r} holds {_what(value)}")
+
+
+def _without_text(row: Any, column: str, place: str) -> str:
+    """What is said of a row that is neither a string nor an object with `column`."""
+    talks = [key for key, item in row.items() if _is_conversation(item)] if isinstance(row, dict) else []
+    if talks:
+        return f"{place} has no text in {column!r}; {talks[0]!r} holds {_what(row[talks[0]])}"
     names = f" (it has {', '.join(map(repr, list(row)[:8]))})" if isinstance(row, dict) and row else ""
-    raise UserError(
-        f"{place} is not a JSON object with a text in {column!r}{names}; name its column with CORPUS_COLUMN="
-    )
+    return f"{place} is not a JSON object with a text in {column!r}{names}; name its column with CORPUS_COLUMN="
 
 
 def _is_unicode(text: str) -> bool:

@@ -87,6 +87,35 @@ def test_folder_of_files_without_suffix(tmp_path: Path) -> None:
     assert read(tmp_path) == set(TEXTS)
 
 
+def test_folder_with_one_object_a_file(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """As scrapes are saved. An object without a text stands beside them."""
+    for number, text in enumerate(TEXTS):
+        fields = {"id": number, "text": text}
+        (tmp_path / f"{number}.json").write_text(json.dumps(fields, indent=number % 2 or None), encoding="utf-8")
+    (tmp_path / "scrape.json").write_text('{"pages": 11, "text": null}')
+    assert read(tmp_path) == set(TEXTS)
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "1 file is left out" in said and "scrape.json" in said
+    with pytest.raises(UserError, match=r"0\.json: .* the keys 'id', 'text', .*CORPUS_COLUMN="):
+        read(tmp_path, column="cuerpo")
+
+
+def test_json_without_any_text_beside_texts(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    others = {"ids.json": "[1, 2, 3]", "metadata.jsonl": '{"file": "00.txt"}\n' * 9, "array.jsonl": '[{"id": 1}]'}
+    for name, content in others.items():
+        (folder / name).write_text(content)
+        (tmp_path / name).write_text(content)
+        with pytest.raises(UserError, match=name):
+            read(tmp_path / name)
+    assert read(folder) == set(TEXTS)
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "3 files are left out" in said and "array.jsonl, ids.json, metadata.jsonl" in said
+    shutil.rmtree(folder)
+    with pytest.raises(UserError, match=r"ids\.json: item 1 .*CORPUS_COLUMN="):
+        (tmp_path / "array.jsonl").unlink()
+        read(tmp_path)
+
+
 def test_folder_with_nothing_but_other_files(tmp_path: Path) -> None:
     (tmp_path / "a.pdf").write_bytes(b"%PDF-")
     with pytest.raises(UserError, match=r"holds no \.txt.*a\.pdf"):
@@ -139,6 +168,34 @@ def test_rows_without_text_are_left_out_and_counted(tmp_path: Path, name: str, c
     assert said.count("\n") == 1 and "1 row has no text (null) and is left out" in said and f" 6 of {name}" in said
     assert read(rows(tmp_path / name, [None, *TEXTS, None])) == set(TEXTS)
     assert "2 rows have no text" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+def test_objects_without_the_column_that_others_have(tmp_path: Path, name: str, capsys: pytest.CaptureFixture) -> None:
+    """Spark leaves out fields that are null."""
+    found = [{"id": 1}, {}, *({"id": 2, "text": text} for text in TEXTS), {"id": 3}]
+    lines = json.dumps(found) if name == "a.json" else "".join(json.dumps(row) + "\n" for row in found)
+    (tmp_path / name).write_text(lines)
+    assert read(tmp_path / name) == set(TEXTS)
+    said = capsys.readouterr().err
+    assert "3 rows have no text (null) and are left out, the first is " in said and f" 1 of {name}" in said
+    with pytest.raises(
+        UserError, match=r"1 is not a JSON object with a text in 'cuerpo' \(it has 'id'\); .*CORPUS_COLUMN="
+    ):
+        read(tmp_path / name, column="cuerpo")
+
+
+def test_a_mistyped_column_is_told_before_all_of_a_file_is_read(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'{"cuerpo": "a"}\n' * 20_000 + b"\xff")
+    with pytest.raises(UserError, match=r"line 1 .*'cuerpo'"):
+        read(tmp_path / "a.jsonl")
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+def test_an_array_under_the_name_of_lines(tmp_path: Path, indent: int | None) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps([{"text": text} for text in TEXTS], indent=indent))
+    with pytest.raises(UserError, match=r"line 1 is .*named? .*\.json"):
+        read(tmp_path / "a.jsonl")
 
 
 def test_missing_numbers_of_pandas_are_rows_without_text(tmp_path: Path) -> None:

@@ -126,7 +126,7 @@ def test_json_array(tmp_path: Path, indent: int | None) -> None:
         ({"version": 1, "data": [{"text": "a"}, {"text": "b"}]}, "['data']"),
         ({"text": {"0": "a", "1": "b"}}, "orient='records'"),
         ("una cadena", "is one JSON str"),
-        ([{"text": "a"}, {"cuerpo": "b"}], "item 2 .*'cuerpo'.*CORPUS_COLUMN="),
+        ([{"cuerpo": "a"}, {"cuerpo": "b"}], "item 1 .*'cuerpo'.*CORPUS_COLUMN="),
         ([{"text": "a"}, 3], "item 2"),
     ],
 )

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cuantiza.core.cli import Parser
-from cuantiza.core.errors import UserError, run
+from cuantiza.core.errors import run
 from cuantiza.core.inputs.corpus import INDEX, write_index
 from cuantiza.core.machine.progress import report
 
@@ -15,10 +15,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser("index", __doc__, "cuantiza index corpus/es")
     parser.add_argument("folder", type=Path, help=f"folder of the documents; its {INDEX} is written")
     folder = parser.parse_args(arguments).folder
-    if not any(folder.glob("*.txt")):
-        raise UserError(f"{folder}: holds no .txt file; give the folder of the documents")
-    write_index(folder)
-    report(f"index     {folder / INDEX}: written")
+    written = write_index(folder)
+    report(f"index     {folder / INDEX}: {'written' if written else 'up to date'}")
     return 0
 
 

@@ -8,7 +8,7 @@ import json
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cuantiza.core.errors import UserError
 from cuantiza.core.inputs.defaults import CORPUS, SELF, place
@@ -17,6 +17,7 @@ from cuantiza.core.inputs.texts.divide import divided
 from cuantiza.core.inputs.texts.files import read_text
 from cuantiza.core.machine.progress import report
 from cuantiza.core.store.digests import digest
+from cuantiza.core.store.folders import publish_texts
 
 if TYPE_CHECKING:
     import numpy as np
@@ -128,7 +129,7 @@ def scored(source: Source) -> Source:
 def load_splits(source: Source) -> tuple[Split, Split]:
     """(calibration, test) of `source`: a third of its documents is for calibration, the rest for the test.
 
-    A folder with an index.json is split as that file says, and its documents must match their sha256. Otherwise the
+    A folder with an index.json of ours is split as that file says, and its documents must match their sha256. Otherwise the
     third with the lowest sha256 calibrates, so that a document of a corpus is always on the same side; a document that
     occurs twice counts once. Raises UserError if there are fewer than two documents, or if a file cannot be read.
     """
@@ -142,10 +143,18 @@ def load_splits(source: Source) -> tuple[Split, Split]:
     return Split("calibration", tuple(calibration)), Split("test", tuple(test))
 
 
-def write_index(folder: Path) -> None:
-    """Write the index.json that fixes the split of the `.txt` documents in `folder`: every third name calibrates."""
+def write_index(folder: Path) -> bool:
+    """Write the index.json that fixes the split of the `.txt` documents in `folder`: every third name calibrates.
+
+    Returns whether it was written, or else was the same already. Raises UserError where there are no texts for both sides,
+    or where an index.json is there that is not ours.
+    """
     files = _listed(folder)
-    entries = [
+    if not files:
+        raise UserError(f"{folder}: holds no .txt file; give the folder of the documents")
+    if (path := folder / INDEX).exists() and not isinstance(_fields(path), dict):
+        raise UserError(f"{path}: was not written by `cuantiza index`, and would be lost; move it away first")
+    entries: list[dict[str, Any]] = [
         {
             "file": file.name,
             "split": "calibration" if number % 3 == 1 else "test",
@@ -154,7 +163,12 @@ def write_index(folder: Path) -> None:
         }
         for number, file in enumerate(files)
     ]
-    (folder / INDEX).write_text(json.dumps({"documents": entries}, indent=1) + "\n", encoding="utf-8")
+    if len({entry["split"] for entry in entries if entry["words"]}) < 2:
+        raise UserError(
+            f"{folder}: its {len(files)} .txt files have no text for calibration or none for the test, which need one each; "
+            "add texts, and remove empty files"
+        )
+    return publish_texts(folder, {INDEX: json.dumps({"documents": entries}, indent=1) + "\n"})
 
 
 def stream(tokens: list[list[int]], separator: int) -> np.ndarray:
@@ -171,7 +185,17 @@ def full_windows(tokens: np.ndarray, length: int) -> np.ndarray:
 
 
 def _has_index(source: Source) -> bool:
-    return (place(source.spec) / INDEX).is_file()
+    """Whether a folder has an index, which may be broken: an index.json of other programs says nothing of its texts."""
+    return (path := place(source.spec) / INDEX).is_file() and _fields(path) is not None
+
+
+def _fields(path: Path) -> dict[str, Any] | Exception | None:
+    """The fields of the index `path`, or why it is no JSON; None where it is JSON and no index of ours."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        return error
+    return found if isinstance(found, dict) and "documents" in found else None
 
 
 def _joined(split: Split) -> Split:
@@ -190,10 +214,11 @@ def _listed(folder: Path) -> list[Path]:
 def _indexed(folder: Path, by: str) -> tuple[list[str], list[str]]:
     again = f"write it again with `cuantiza index {folder}`"
     try:
-        entries = json.loads((folder / INDEX).read_text(encoding="utf-8"))["documents"]
-        wanted = [(Path(entry["file"]).name, str(entry["split"]), entry["sha256"]) for entry in entries]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{folder / INDEX}: broken index ({error}); {again}") from None
+        if not isinstance(fields := _fields(folder / INDEX), dict):
+            raise ValueError(fields)
+        wanted = [(Path(entry["file"]).name, str(entry["split"]), entry["sha256"]) for entry in fields["documents"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder / INDEX}: broken index ({error}); delete it and {again}") from None
     sides: dict[str, list[str]] = {"calibration": [], "test": []}
     for name, side, sha256 in wanted:
         file = folder / name

@@ -13,6 +13,7 @@ import pytest
 
 from cuantiza.core.errors import UserError
 from cuantiza.core.inputs.corpus import INDEX, Source, load_splits, write_index
+from cuantiza.index import main
 
 from helpers import ROOT
 
@@ -106,8 +107,42 @@ def test_broken_index(indexed: Path, change: Callable[[list], object]) -> None:
         sides(indexed)
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"documents": 3}', "\udcff"])
+@pytest.mark.parametrize("content", ["", "{", '{"documents": 3}', "\udcff"])
 def test_index_is_no_index(indexed: Path, content: str) -> None:
     (indexed / INDEX).write_bytes(content.encode("utf-8", "surrogateescape"))
-    with pytest.raises(UserError, match=r"cuantiza index"):
+    with pytest.raises(UserError, match=r"delete it and .*cuantiza index"):
         sides(indexed)
+
+
+@pytest.mark.parametrize("content", ['{"pages": ["a"]}', "[]", "{}", '{"pages'])
+def test_index_of_another_program(indexed: Path, content: str) -> None:
+    """It is no word on the split, and is never overwritten."""
+    (indexed / INDEX).write_text(content)
+    if content != '{"pages':
+        assert len(sides(indexed)[0]) == 2 and len(sides(indexed)[1]) == 5
+    with pytest.raises(UserError, match=r"index\.json: was not written by .* move it away"):
+        write_index(indexed)
+    assert (indexed / INDEX).read_text() == content
+
+
+@pytest.mark.parametrize("texts", [["uno"], ["uno", " "], ["uno", "", "dos"]])
+def test_index_of_too_few_texts(tmp_path: Path, texts: list[str]) -> None:
+    for number, text in enumerate(texts):
+        (tmp_path / f"{number}.txt").write_text(text)
+    with pytest.raises(UserError, match=r"for calibration or none for the test, .*add texts"):
+        write_index(tmp_path)
+    assert not (tmp_path / INDEX).exists()
+
+
+def test_index_of_names_in_capitals(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    for name in ("A.TXT", "B.TXT"):
+        (tmp_path / name).write_text(name)
+    assert main([str(tmp_path)]) == main([str(tmp_path)]) == 0
+    assert [line.split(": ")[1] for line in capsys.readouterr().err.splitlines()] == ["written", "up to date"]
+    assert sides(tmp_path) == (("B.TXT",), ("A.TXT",)) and {file.name for file in tmp_path.iterdir()} == {
+        "A.TXT",
+        "B.TXT",
+        INDEX,
+    }
+    with pytest.raises(UserError, match=r"holds no \.txt file; give"):
+        main([str(tmp_path / "none")])

@@ -43,8 +43,10 @@ NAME      = $(shell unset CDPATH; if cd -- $(call quote,$(MODEL)) 2> /dev/null; 
 run       = $(VENV)/bin/python -m
 ready     = $(VENV)/.stamp
 model     = --model=$(call quote,$(MODEL))
-# RECIPE=mine.json makes an artifact named mine.
-artifact  = $(call quote,$(or $(ARTIFACT),$(OUT)/$(NAME)/$(if $(filter %.json,$(RECIPE)),$(notdir $(RECIPE:.json=)),$(RECIPE))))
+# RECIPE=mine.json makes an artifact named mine, and a manifest one of its own name, as Python says.
+named     = $(if $(findstring .json,$(RECIPE)),$(shell $(VENV)/bin/python -c 'import sys; from cuantiza.core.store.artifact import \
+            name_by; print(name_by(sys.argv[1]))' $(call quote,$(RECIPE)) 2> /dev/null),$(RECIPE))
+artifact  = $(call quote,$(or $(ARTIFACT),$(OUT)/$(NAME)/$(named)))
 artifacts = --artifacts=$(call quote,$(OUT))
 corpus    = --corpus=$(call quote,$(CORPUS))$(reading)
 reading   = $(call option, --corpus-config,$(CORPUS_CONFIG))$(call option, --corpus-split,$(CORPUS_SPLIT))$(call option, \

@@ -31,7 +31,11 @@ def called(tmp_path: Path) -> Callable[..., list[dict]]:
     notes, venv = tmp_path / "notes", tmp_path / "venv"
     python = venv / "bin/python"
     python.parent.mkdir(parents=True)
-    note = f"import json, os, sys; print(json.dumps([sys.argv[1:], os.environ.get('PROMPT')]), file=open({str(notes)!r}, 'a'))"
+    note = (
+        "import json, os, sys\n"
+        f"if sys.argv[1] == '-c': os.execv({sys.executable!r}, [{sys.executable!r}, *sys.argv[1:]])\n"  # make asks for a name
+        f"print(json.dumps([sys.argv[1:], os.environ.get('PROMPT')]), file=open({str(notes)!r}, 'a'))"
+    )
     python.write_text(f"#!{sys.executable} -IS\n{note}\n")
     python.chmod(0o755)
     (venv / ".stamp").touch()  # newer than what it is made of
@@ -151,6 +155,30 @@ def test_an_artifact_that_is_there_is_not_built(called: Callable[..., list[dict]
 def test_make_names_a_model_as_python_does(called: Callable[..., list[dict]], spec: str) -> None:
     emulation, = called("emulation", MODEL=spec)  # fmt: skip
     assert emulation["--artifacts"] == f"artifacts/{model_name(spec)}"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "wanted"),
+    [
+        ("mis recetas/mi receta.json", "{}", "mi receta"),
+        ("it's/b.json $(touch ran).json", "{}", "b.json $(touch ran)"),
+        ("a/manifest.json", '{"name": "suya", "recipe": {}}', "suya"),
+        ("fp16.jsonette", "", "{path}"),
+    ],
+)
+def test_make_names_the_artifact_of_a_file_as_python_does(
+    called: Callable[..., list[dict]], tmp_path: Path, name: str, content: str, wanted: str
+) -> None:
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(content)
+    *_, quantize, generate = called("generate", RECIPE=str(path), OUT=f"{tmp_path}/o")
+    assert str(path) in quantize["words"]
+    assert generate["--artifact"] == f"{tmp_path}/o/es-mini/{wanted.format(path=path)}"
+    if wanted != "{path}":
+        (folder := tmp_path / "o/es-mini" / wanted).mkdir(parents=True)
+        (folder / "manifest.json").touch()
+        assert [note["module"] for note in called("demo", RECIPE=str(path), OUT=f"{tmp_path}/o")] == ["cuantiza.demo"]
 
 
 @pytest.mark.parametrize("name", ["MODEL", "RECIPES"])

@@ -153,6 +153,23 @@ def test_the_action_fails_on_a_regression(job: Job, folders: Callable[[int], Pat
     assert job.run("compare", **sides, budgets=str(ROOT / "budgets.toml")).returncode == 1
 
 
+def test_the_action_reads_args_as_a_shell_reads_words(job: Job) -> None:
+    told = job.folder / "told"
+    command = job.folder / "RUNNER_TEMP/cuantiza/bin/cuantiza"
+    command.write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" > "{told}"\n')
+    for args, words in (
+        ("--without-latency\n--corpus 'my texts/a.txt'\n", ["--without-latency", "--corpus", "my texts/a.txt"]),
+        ("--corpus \"$(touch ran) # $HOME\" ''", ["--corpus", "$(touch ran) # $HOME", ""]),
+        ("", []),
+    ):
+        done = job.run("compare", base="a", head="b", args=args)
+        assert done.returncode == 0, done.stderr
+        assert told.read_text().split("\n")[9:-1] == words and not (job.folder / "work/ran").exists()
+    told.unlink()
+    done = job.run("compare", base="a", head="b", args="--corpus 'my texts")
+    assert done.returncode == 2 and not told.exists() and "a quote that is not closed" in job.left("GITHUB_STEP_SUMMARY")
+
+
 def test_the_action_says_why_nothing_was_compared(job: Job, folders: Callable[[int], Path]) -> None:
     done = job.run("compare", base=str(folders(0)), head="elsewhere", args=QUICK)
     assert done.returncode == 2 and job.left("GITHUB_OUTPUT") == "status=2\n", done.stdout + done.stderr

@@ -57,6 +57,26 @@ def naming(place: object, given: object) -> Iterator[None]:
         raise
 
 
+@contextmanager
+def taken_for_hub_id(label: str) -> Iterator[None]:
+    """Raise UserError where the block lacks a package for the hub, since what `label` names may be a mistyped path."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if (install := _install(error)) is None:
+            raise
+        raise UserError(
+            f"{label}: is neither a file nor a folder here; if it is an id of the hub, that takes {error.name}, which is not "
+            f"installed: {install}"
+        ) from None
+
+
+def _install(error: ModuleNotFoundError) -> str | None:
+    """How to install what is missing; None if it is no module of an extra."""
+    extra = EXTRAS.get((error.name or "").split(".")[0])
+    return extra and f"`pip install 'cuantiza[{extra}]'` brings it"
+
+
 def unexpected(error: BaseException) -> str:
     """One line about an exception that nobody has foreseen: its type and what it says."""
     said = _one_line(error)
@@ -88,7 +108,7 @@ def end_quietly_while_loading() -> None:
 def is_told(error: Exception) -> bool:
     """Whether `run` tells `error` in one line that says how to mend it, with status 2."""
     if isinstance(error, ModuleNotFoundError):
-        return (error.name or "").split(".")[0] in EXTRAS
+        return _install(error) is not None
     return error.errno in MENDS if isinstance(error, OSError) else isinstance(error, UserError | MemoryError)
 
 
@@ -112,10 +132,9 @@ def run(main: Callable[[], int]) -> None:
     except UserError as error:
         status = _fail(_one_line(error))
     except ModuleNotFoundError as error:
-        extra = EXTRAS.get((error.name or "").split(".")[0])
-        if extra is None:
+        if (install := _install(error)) is None:
             raise
-        status = _fail(f"{error.name}: is not installed; `pip install 'cuantiza[{extra}]'` brings it")
+        status = _fail(f"{error.name}: is not installed; {install}")
     except MemoryError as error:
         status = _fail(unexpected(error))
     except KeyboardInterrupt:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cuantiza.core.errors import MENDS, UserError
+from cuantiza.core.errors import MENDS, UserError, taken_for_hub_id
 from cuantiza.core.inputs.defaults import place
 from cuantiza.core.inputs.model_config import read_object
 from cuantiza.core.inputs.model_types import described_file, other_format
@@ -129,7 +129,9 @@ def _base_on_hub(label: str, spec: str, revision: object) -> Path:
             f"write the base's folder or hub id there, in {ADAPTER[0]}"
         )
     version = match["revision"] or (revision if isinstance(revision, str) and revision else None)
-    return _cached(match["repo"], version) or _download(f"{label}: its base {spec}", match["repo"], version)
+    base = f"{label}: its base {spec}"
+    with taken_for_hub_id(base):
+        return _cached(match["repo"], version) or _download(base, match["repo"], version)
 
 
 def adapter_fields(folder: Path) -> dict[str, Any]:
@@ -182,7 +184,8 @@ def resolve_model(spec: str, weights: bool = True) -> Model:
     match = _HUB_ID.fullmatch(spec)
     if path.exists() or match is None or spec.startswith("."):
         raise _no_model(f"MODEL={spec}")
-    folder = _download(f"MODEL={spec}", match["repo"], match["revision"], weights)
+    with taken_for_hub_id(f"MODEL={spec}"):
+        folder = _download(f"MODEL={spec}", match["repo"], match["revision"], weights)
     base_folder(folder, f"MODEL={spec}")
     return Model(model_name(spec), folder)
 

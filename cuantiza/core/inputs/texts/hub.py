@@ -9,7 +9,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cuantiza.core.errors import UserError
+from cuantiza.core.errors import UserError, taken_for_hub_id
 from cuantiza.core.inputs.texts.rows import Row, Seen, bounded, texts_of, without_column
 from cuantiza.core.machine.progress import report
 from cuantiza.core.store.digests import digest
@@ -70,8 +70,9 @@ def hub_texts(source: Source, most: int, seen: Seen) -> list[str]:
     It is downloaded, or streamed where its files have more than `most` bytes; what was streamed is kept for later runs.
     Raises UserError where the hub has none of that name, configuration and split, or it has no text in that column.
     """
-    import datasets
-    import httpx2 as http
+    with taken_for_hub_id(f"CORPUS={source.spec}"):
+        import datasets
+        import httpx2 as http
 
     name, copy = f"CORPUS={source.spec}", _copy_of(source)
     if copy.is_file():

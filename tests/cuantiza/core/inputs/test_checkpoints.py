@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from cuantiza.core.errors import UserError
 from cuantiza.core.inputs.checkpoints import checkpoint_digest, model_name, resolve_model, weight_files
+from cuantiza.core.inputs.corpus import Source, load_splits
 from cuantiza.core.store.artifact import open_artifact
 
 from helpers import ES_MINI, ROOT, Result, assert_nothing_published, assert_user_error, copy_tokenizer, stage, tiny_gpt2
@@ -366,3 +367,21 @@ def test_what_a_tokenizer_is_made_of_is_downloaded_and_counts(
         (copy / name).write_bytes(b"changed")
         seen.add(checkpoint_digest(copy))
     assert len(seen) == len(more) + 1
+
+
+@pytest.mark.parametrize(
+    ("package", "read", "fragments"),
+    [
+        ("datasets", lambda: load_splits(Source("noveal.txt")), ("CORPUS=noveal.txt", "cuantiza[corpora]")),
+        ("httpx2", lambda: resolve_model("modles"), ("MODEL=modles", "cuantiza[export]")),
+        ("huggingface_hub", lambda: resolve_model("modles"), ("MODEL=modles", "cuantiza[export]")),
+    ],
+)
+def test_a_mistyped_path_is_told_before_a_missing_package(
+    monkeypatch: pytest.MonkeyPatch, package: str, read: Callable[[], object], fragments: tuple[str, str]
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)  # as where it is not installed
+    with pytest.raises(UserError, match="is neither a file nor a folder here; if it is an id of the hub") as raised:
+        read()
+    said = str(raised.value)
+    assert said.startswith(fragments[0]) and f"takes {package}, " in said and fragments[1] in said

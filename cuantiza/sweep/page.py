@@ -59,8 +59,11 @@ def headline(result: Result) -> str:
 def method(result: Result) -> list[str]:
     """The sentences that explain the columns."""
     places = {(cell.machine.cpu, cell.machine.threads) for cell in result.cells}
-    times = ""
+    times = machines = ""
     if result.cells:
+        machines = (
+            "Measured on " + "; ".join(f"{cpu}, {count(threads, 'thread')}" for cpu, threads in sorted(places)) + "."
+        )
         prefill, decode = (result.cells[0].usual(phase).at for phase in ("prefill", "decode"))
         times = (
             f"Prefill: {prefill} tokens. Decode: one token after {decode}. Median of {result.rounds} rounds in turns "
@@ -74,7 +77,7 @@ def method(result: Result) -> list[str]:
         "Last words: the share of sentences whose last word the model has right, in brackets the words that fp32 misses and this "
         "recipe has right (+), and the reverse (−) (docs/report.md).",
         times,
-        "Measured on " + "; ".join(f"{cpu}, {count(threads, 'thread')}" for cpu, threads in sorted(places)) + ".",
+        machines,
         "Versions: " + ", ".join(f"{name} {version}" for name, version in result.versions.items()) + ".",
     ]
 

@@ -118,6 +118,7 @@ def test_a_cell_without_its_baseline_has_no_result(tmp_path: Path, monkeypatch: 
     sweep.run()
     assert sweep.failed == {first: "gone", other: f"{first}, which it is compared with, has no result: gone"}
     assert not result(sweep).cells and "which it is compared with" in markdown(result(sweep))
+    assert "Measured on ." not in markdown(result(sweep))
 
 
 def test_options_of_texts_hold_for_all_of_them(tmp_path: Path) -> None:

@@ -11,14 +11,14 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 from cuantiza.core.errors import UserError
 from cuantiza.core.machine.child import run
 from cuantiza.core.store import artifact, digests
-from cuantiza.quantize.recipes.registry import RECIPES
+from cuantiza.quantize.recipes.registry import RECIPES, MixedWeightOnly, to_json
 from lab import ROOT
 from lab.bench import ours
 from lab.bench.child import ask, command, require
@@ -28,6 +28,8 @@ from lab.quality.peers import PEERS
 
 # A recipe for ONNX Runtime (-ort) counts only if its arithmetic differs from that of the portable recipe.
 OURS = [name for name in RECIPES if not name.endswith("-ort") or name in ("int8-weight-ort", "int4-weight-ort")]
+# What `int-mixed` may spend beside its own budget, as shares of fp32's file: from little above 4 bits to little below 8.
+BUDGETS = ("0.19x", "0.205x", "0.24x")
 # Recipes that call ONNX Runtime's own tools: they stand for that library.
 ONNX_RUNTIME = {
     "ort-dynamic": "`quantize_dynamic` as its documentation advises for transformers (our recipe `ort-dynamic`)",
@@ -42,7 +44,7 @@ class Row:
     """One row: `kind` of `module` (lab/bench/worker.py), run by the interpreter `python` on the files in `folder`.
 
     `bits` are those of most weights, and `how` says what was done to quantize. `recipe` is the recipe of ours that makes
-    the row's artifact; None for a peer's row.
+    the row's artifact, with the budget `max_bytes` where that is not its own; None for a peer's row.
     """
 
     name: str
@@ -54,6 +56,7 @@ class Row:
     how: str
     calibrated: bool = False
     recipe: str | None = None
+    max_bytes: str | None = None
 
     @property
     def is_ours(self) -> bool:
@@ -86,6 +89,7 @@ class Cost:
 def all_rows(artifacts: Path, folder: Path) -> list[Row]:
     """Ours, of which the artifacts are in the folder `artifacts`, and the peers', whose files go into `folder`."""
     rows = [_our_row(name, artifacts) for name in OURS]
+    rows += [_mixed_row(budget, artifacts) for budget in BUDGETS]
     pythons = {
         "peers": Path(os.environ.get("PEERS_PYTHON", ROOT / ".venv-peers/bin/python")),
         "optimum": Path(os.environ.get("OPTIMUM_PYTHON", ROOT / ".venv-optimum/bin/python")),
@@ -103,6 +107,12 @@ def _our_row(recipe: str, artifacts: Path) -> Row:
     if recipe in ONNX_RUNTIME:
         name, how = f"ONNX Runtime {recipe.removeprefix('ort-')}", ONNX_RUNTIME[recipe]
     return Row(name, recipe, ours.__name__, Path(sys.executable), artifacts / recipe, bits, how, recipe=recipe)
+
+
+def _mixed_row(budget: str, artifacts: Path) -> Row:
+    row = _our_row("int-mixed", artifacts)
+    how = f"the same with `--max-bytes {budget}`"
+    return replace(row, name=f"int-mixed {budget}", folder=artifacts / f"int-mixed-{budget}", how=how, max_bytes=budget)
 
 
 def select(rows: list[Row], patterns: list[str] | None) -> list[Row]:
@@ -127,6 +137,13 @@ def make(row: Row, checkpoint: Path, corpus: str, windows: Path, work: Path) -> 
 
 def _make_ours(row: Row, recipe: str, checkpoint: Path, corpus: str) -> Made:
     note = row.folder.with_name(f"{row.folder.name}.cost.json")
+
+    if row.max_bytes is not None:  # as a recipe of one's own, whose file names the artifact
+        mixed = RECIPES[recipe]
+        assert isinstance(mixed, MixedWeightOnly)
+        recipe = str(row.folder.with_name(f"{row.folder.name}.json"))
+        row.folder.parent.mkdir(parents=True, exist_ok=True)
+        Path(recipe).write_text(json.dumps(to_json(replace(mixed, max_bytes=row.max_bytes))), encoding="utf-8")
 
     def quantize() -> None:
         options = ("--recipes", recipe, "--model", checkpoint, "--output", row.folder.parent.parent, "--corpus", corpus)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,7 @@ from cuantiza.quantize.inspect.sensitivity import Effect, Gauge
 from cuantiza.quantize.layers import decide
 from cuantiza.quantize.rewrite.find import find_embeddings, find_projections, find_tables
 from cuantiza.quantize.rewrite.weight_only import choose_weights, quantize_weights
+from cuantiza.quantize.sensitivities import kept
 from cuantiza.quantize.weights.allocate import (
     Option,
     Options,
@@ -95,7 +97,8 @@ def spend(
     seen = _seen(windows)
     with folders.staging(work / "gauge") as folder:
         others = np.delete(seen, np.s_[:: EVERY - 1], axis=0)
-        options = _measure(path, original.clone(), shapes, choosing, others, plan, folder)
+        measure = partial(_measure, path, original.clone(), shapes, choosing, others, plan, folder)
+        options = kept(path, [choosing, others], plan, measure)
     with folders.staging(work / "gauge") as folder:
         gauge = Gauge(path, checking, folder)
 

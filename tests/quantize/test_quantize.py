@@ -318,16 +318,10 @@ def test_float_channels_are_added_as_they_are(taken, tmp_path):
     assert np.abs(y - x[:, taken] @ weight[taken] - small).mean() < 0.03 * np.abs(small).mean()
 
 
-@pytest.mark.parametrize(
-    ("zero_point", "exponent"), [*((zero_point, 0) for zero_point in ROW_ZERO_POINTS), (128, 20), (16, -20)]
-)
+@pytest.mark.parametrize(("zero_point", "exponent"), [*((zero, 0) for zero in ROW_ZERO_POINTS), (128, 20), (16, -20)])
 def test_rows_come_back_as_calibration_expects(zero_point, exponent, tmp_path):
     """With an identity weight, the output of int8-dynamic is its dequantized uint8 input."""
-    x = (
-        2.0**exponent
-        * np.random.default_rng(6).standard_normal((40, 64)).astype(np.float32)
-        * np.geomspace(1e-3, 1e3, 40)[:, None]
-    )
+    x = np.random.default_rng(6).standard_normal((40, 64)) * np.geomspace(1e-3, 1e3, 40)[:, None] * 2.0**exponent
     x = np.where(x < 0, x * zero_point / 128, x).astype(np.float32)
     constant = ir.val("w", const_value=ir.tensor(np.eye(64, dtype=np.float32)))
     source, output = ir.val("x", ir.DataType.FLOAT, ["rows", 64]), ir.val("y", ir.DataType.FLOAT, ["rows", 64])

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from neural_compressor.common import set_workspace
 from neural_compressor.torch import quantization as tool
 from neural_compressor.torch.export import export
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -44,6 +45,7 @@ def version() -> str:
 
 def prepare(kind: str, checkpoint: Path, ours: Path, folder: Path, calibration: Path) -> None:
     logging.disable_progress_bar()
+    set_workspace(str(folder / "workspace"))  # it would make one in the current folder
     windows = [torch.from_numpy(window[None]) for window in np.load(calibration)]
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, local_files_only=True).eval()
     conv1d_to_linear(model)

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -16,6 +17,9 @@ from cuantiza.core.onnx import file as onnx_file
 from cuantiza.core.run.runtime import Runtime
 from cuantiza.core.store.artifact import open_artifact
 from cuantiza.core.store.digests import sha256_file
+from cuantiza.quantize.recipes.registry import RECIPES as REGISTRY
+from cuantiza.quantize.recipes.registry import to_json
+from cuantiza.quantize.settings import Calibration
 
 from helpers import ES_MINI, ROOT, assert_user_error, stage
 
@@ -62,12 +66,15 @@ console.log(JSON.stringify([Array.from(inputs.input_ids.data, Number), out]));
 def built(tmp_path_factory):
     """(folder of the artifacts, folder of the reports, folder of the bundle)."""
     # The artifacts are not shared with other tests, since a test below needs some recipes to be missing.
-    artifacts, reports, dist = (tmp_path_factory.mktemp(name) for name in ("a", "r", "d"))
+    artifacts, reports, dist, quick = (tmp_path_factory.mktemp(name) for name in ("a", "r", "d", "q"))
     artifacts /= "es-mini"
+    for name in ("int8-dynamic", "int4-weight"):  # only the form of the graph matters here
+        recipe = replace(REGISTRY[name], rounding="nearest", calibration=Calibration(8, 32))
+        (quick / f"{name}.json").write_text(json.dumps(to_json(recipe)), encoding="utf-8")
     little = ("--tokens", 300, "--rounds", 1, "--without-torch")
     for arguments in (
         ("export", "--output", artifacts.parent),
-        ("quantize", "--recipes", *RECIPES, "--output", artifacts.parent),
+        ("quantize", "--recipes", *sorted(quick.iterdir()), "fp16", "--output", artifacts.parent),
         ("eval", "--recipes", "fp32", *RECIPES, "--artifacts", artifacts.parent, "--output", reports, *little),
         ("cuantiza.bundle", "--artifacts", artifacts.parent, "--reports", reports, "--output", dist),
     ):

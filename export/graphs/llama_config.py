@@ -31,7 +31,6 @@ SIZES = (
     "num_attention_heads",
     "num_key_value_heads",
     "head_dim",
-    "sliding_window",
 )
 # Where a layer has its norms: of the input of attention, of its output, of the input of the MLP, of its output.
 _BEFORE = ("input_layernorm", None, "post_attention_layernorm", None)
@@ -184,6 +183,9 @@ def parse_llama(fields: Mapping[str, Any], path: Path) -> LlamaConfig:
 
 
 def _parse(fields: Mapping[str, Any]) -> LlamaConfig:
+    # transformers takes a mistral file that says of each layer whether it slides for a ministral one.
+    alternating = fields["model_type"] == "mistral" and "layer_types" in fields
+    fields = {**fields, "model_type": "ministral"} if alternating else fields
     family, config = FAMILIES[fields["model_type"]], transformers_config(fields, SIZES)
 
     def flag(bias: bool | str) -> bool:
@@ -223,12 +225,17 @@ def _layer(config: Any, family: Family, number: int, head_dim: int) -> Layer:
     kind = config.layer_types[number] if family.windows == "layer_types" else "full_attention"
     if isinstance(parameters.get(kind), dict):
         parameters = parameters[kind]
+    trained = parameters.get("original_max_position_embeddings")
+    if parameters.get("rope_type") == "yarn" and parameters.get("factor") is None and trained:
+        parameters = {**parameters, "factor": config.max_position_embeddings / trained}
     slides = family.windows == "all" or kind == "sliding_attention"
-    if kind == "sliding_attention" and not config.sliding_window:
-        raise ValueError(f"layer_types[{number}] is {kind}, and sliding_window is {config.sliding_window}")
+    window = config.sliding_window if slides else None
+    if kind == "sliding_attention" and not window:
+        raise ValueError(f"layer_types[{number}] is {kind}, and sliding_window is {window}")
+    check_size("sliding_window", window)
     channels = int(head_dim * parameters.get("partial_rotary_factor", 1.0)) if family.partial else head_dim
     turned = getattr(config, "no_rope_layers", None) is None or config.no_rope_layers[number]
-    return Layer(rope(parameters, channels) if turned else None, config.sliding_window if slides else None)
+    return Layer(rope(parameters, channels) if turned else None, window)
 
 
 def explained(parse: Callable[[Mapping[str, Any]], T], fields: Mapping[str, Any], path: Path) -> T:
@@ -268,14 +275,18 @@ def transformers_config(fields: Mapping[str, Any], sizes: Iterable[str]) -> Any:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     for name in sizes:
-        value = fields.get(name)
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**31):
-            raise ValueError(f"{name} is {value!r} where a positive whole number is needed")
+        check_size(name, fields.get(name))
     for name in _LAYERS:
         if (layers := fields.get(name) or 0) > MOST_LAYERS:
             raise ValueError(f"{name} is {layers}, and no such model has more than {MOST_LAYERS}")
     transformers.logging.set_verbosity_error()
     return CONFIG_MAPPING[fields["model_type"]].from_dict(copy.deepcopy(dict(fields)))  # it changes what it gets
+
+
+def check_size(name: str, value: Any) -> None:
+    """Raise ValueError where the `value` of the field `name` is there and is no positive whole number."""
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**31):
+        raise ValueError(f"{name} is {value!r} where a positive whole number is needed")
 
 
 def activation_of(config: Any, field: str) -> str:

@@ -38,7 +38,7 @@ def convert(
         named = "BertTokenizer"
         warnings = (f"no file names the class of the tokenizer; {WORDS} is read as BertTokenizer's",)
     model = next((checkpoint / given for name, given in files.items() if name in SENTENCEPIECE), None)
-    if model is not None and (not isinstance(named, str) or named.removesuffix("Fast") in WITH_OWN_IDS):
+    if model is not None and (not isinstance(named, str) or _has_own_ids(named)):
         fields, settings = from_sentencepiece(model, settings)
         if named in ("T5Tokenizer", "T5TokenizerFast"):
             _add_extra_ids(fields, settings, config)
@@ -84,6 +84,16 @@ def convert(
     made = {key: value for key, value in made.items() if key != "added_tokens_decoder"}
     template = {"chat_template": settings["chat_template"]} if "chat_template" in settings else {}
     return fields, {**made, **template}, warnings
+
+
+def _has_own_ids(named: str) -> bool:
+    """Whether the ids of the tokenizer class `named` are those of its sentencepiece model.
+
+    A class that transformers does not know came with code of its own, and all such that we know of leave the ids as they are.
+    """
+    from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
+
+    return named.removesuffix("Fast") in WITH_OWN_IDS or tokenizer_class_from_name(named) is None
 
 
 def _add_extra_ids(fields: dict[str, Any], settings: dict[str, Any], config: dict[str, Any]) -> None:

@@ -12,7 +12,14 @@ from tokenizers.models import BPE, Unigram
 from cuantiza.core.errors import UserError
 
 # Classes of transformers whose token ids are the model's own. Others, such as XLMRobertaTokenizer, shift them.
-WITH_OWN_IDS = ("T5Tokenizer", "LlamaTokenizer", "GPTSw3Tokenizer", "GPT2Tokenizer", "PreTrainedTokenizer")
+WITH_OWN_IDS = (
+    "T5Tokenizer",
+    "LlamaTokenizer",
+    "CodeLlamaTokenizer",
+    "GPTSw3Tokenizer",
+    "GPT2Tokenizer",
+    "PreTrainedTokenizer",
+)
 _UNIGRAM, _BPE = 1, 2  # TrainerSpec.ModelType of sentencepiece_model.proto
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # SentencePiece.Type there
 # At the ends of the text, not of its lines, in the regular expressions of tokenizers and of JavaScript.

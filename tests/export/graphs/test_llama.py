@@ -24,7 +24,7 @@ from cuantiza.export.graphs import classic_config, llama, llama_weights
 from cuantiza.export.graphs.architectures import ARCHITECTURES
 from cuantiza.export.graphs.llama_config import FAMILIES, parse_llama
 
-from helpers import differences, edit_weights, saved, tiny_llama
+from helpers import differences, edit_config, edit_weights, saved, tiny_llama
 
 BIASES = {"attention_bias": True, "mlp_bias": True}
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
@@ -85,6 +85,38 @@ def test_logits_are_pytorchs(case: str, tmp_path: Path) -> None:
     model = tiny_llama(kind, **fields)
     onnx_file.save(build(saved(model, tmp_path / "checkpoint")), tmp_path)
     assert max(differences(model, Runtime(tmp_path / "model.onnx"))) < 1e-4
+
+
+def test_a_mistral_file_with_types_of_layers_is_ministrals(tmp_path: Path) -> None:
+    """So transformers reads it: only some of the layers slide."""
+    folder = saved(tiny_llama("mistral", sliding_window=7), tmp_path / "checkpoint")
+    edit_config(folder, layer_types=SLIDING)
+    onnx_file.save(build(folder), tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    assert type(model).__name__ == "MinistralForCausalLM"
+    assert max(differences(model, Runtime(tmp_path / "model.onnx"))) < 1e-4
+
+
+def test_a_tied_matrix_under_the_heads_name_alone(tmp_path: Path) -> None:
+    """Of two names of one tensor, safetensors' save_model keeps the first of the alphabet."""
+    model = tiny_llama("llama", tie_word_embeddings=True)
+    folder = saved(model, tmp_path / "checkpoint")
+    edit_weights(folder, lambda weights: weights.update({"lm_head.weight": weights.pop("model.embed_tokens.weight")}))
+    onnx_file.save(build(folder), tmp_path)
+    assert max(differences(model, Runtime(tmp_path / "model.onnx"))) < 1e-4
+
+
+def test_yarn_without_a_factor_has_that_of_the_lengths(tmp_path: Path) -> None:
+    length = tiny_llama().config.max_position_embeddings
+    model = tiny_llama("llama", rope_parameters=YARN | {"factor": length / 32})
+    edit_config(folder := saved(model, tmp_path / "checkpoint"), rope_parameters=YARN | {"factor": None})
+    onnx_file.save(build(folder), tmp_path)
+    assert max(differences(model, Runtime(tmp_path / "model.onnx"))) < 1e-4
+
+
+def test_a_window_that_no_layer_uses(tmp_path: Path) -> None:
+    config = tiny_llama("qwen2").config.to_dict() | {"use_sliding_window": False, "sliding_window": 0}
+    assert not any(layer.window for layer in parse_llama(config, tmp_path).layers)
 
 
 def test_every_family_has_a_case() -> None:
@@ -262,6 +294,7 @@ def test_weights_that_do_not_fit(
         ({"hidden_act": "laplace"}, "hidden_act 'laplace' is not one of"),
         ({"head_dim": 7}, "RoPE requires an even"),
         ({"rms_norm_eps": 0.0}, "rms_norm_eps"),
+        ({"model_type": "mistral", "sliding_window": 0}, "sliding_window is 0"),
         ({"num_hidden_layers": 2_000_000_000}, "no such model has more than"),
         ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "changes with the length of the text"),
         ({"rope_parameters": {"rope_type": "spiral"}}, "rope_type 'spiral' is not one of"),

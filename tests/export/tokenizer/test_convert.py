@@ -137,6 +137,8 @@ CASES = [
     ("rinna", "spiece.model", {"tokenizer_class": "T5Tokenizer", "extra_ids": 0}),
     ("t5", "spiece.model", {"tokenizer_class": "T5Tokenizer"}),
     ("llama", "tokenizer.model", {"tokenizer_class": "LlamaTokenizer"}),
+    ("llama", "tokenizer.model", {"tokenizer_class": "CodeLlamaTokenizer"}),
+    ("llama", "tokenizer.model", {"tokenizer_class": "YiTokenizer"}),  # which was code beside the checkpoint
     ("gpt-sw3", "spiece.model", {"tokenizer_class": "GPTSw3Tokenizer"}),
     ("rinna", "spiece.model", {}),
 ]

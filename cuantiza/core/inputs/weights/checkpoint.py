@@ -85,6 +85,10 @@ def read_by_names(folder: Path, fields: Mapping[str, Any], embedding: str, backb
     """
     tensors, adapter = read_merged(folder, fields)
     prefix = next((found for found in (backbone, "") if f"{found}{embedding}" in tensors), None)
+    if prefix is None and fields.get("tie_word_embeddings") and HEAD in tensors:
+        # Of two names of one tensor, safetensors' save_model keeps the first of the alphabet: the head's.
+        prefix = backbone if any(name.startswith(backbone) for name in tensors) else ""
+        tensors[f"{prefix}{embedding}"] = tensors.pop(HEAD)
     if prefix is None:
         raise UserError(
             f"{folder}: has no weight {backbone}{embedding}; its tensors are named {some(tensors)}; "

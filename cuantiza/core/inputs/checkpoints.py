@@ -116,6 +116,14 @@ def base_folder(folder: Path, label: str = "") -> Path:
     return base
 
 
+def is_base_of_working_folder(folder: Path) -> bool:
+    """Whether the checkpoint in `folder` is an adapter whose base is a folder seen from the working directory."""
+    base = base_folder(folder)
+    if base == folder or base.is_absolute():
+        return False
+    return base == Path(adapter_fields(folder)["base_model_name_or_path"])
+
+
 def tokenizer_folder(folder: Path) -> Path:
     """The folder with the tokenizer of the checkpoint in `folder`: an adapter may have one of its own, or its base's."""
     return folder if holds_vocabulary(names_in(folder)) else base_folder(folder)

@@ -152,7 +152,7 @@ def write_index(folder: Path) -> bool:
     files = _listed(folder)
     if not files:
         raise UserError(f"{folder}: holds no .txt file; give the folder of the documents")
-    if (path := folder / INDEX).exists() and not isinstance(_fields(path), dict):
+    if (path := folder / INDEX).exists() and not _is_ours(path):
         raise UserError(f"{path}: was not written by `cuantiza index`, and would be lost; move it away first")
     entries: list[dict[str, Any]] = [
         {
@@ -185,17 +185,31 @@ def full_windows(tokens: np.ndarray, length: int) -> np.ndarray:
 
 
 def _has_index(source: Source) -> bool:
-    """Whether a folder has an index, which may be broken: an index.json of other programs says nothing of its texts."""
-    return (path := place(source.spec) / INDEX).is_file() and _fields(path) is not None
-
-
-def _fields(path: Path) -> dict[str, Any] | Exception | None:
-    """The fields of the index `path`, or why it is no JSON; None where it is JSON and no index of ours."""
+    """Whether a folder has an index of ours, which may be broken: that of another program says nothing of its texts."""
+    path = place(source.spec) / INDEX
+    if not path.is_file():
+        return False
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        return error
-    return found if isinstance(found, dict) and "documents" in found else None
+        return _documents(path) is not None
+    except (ValueError, RecursionError):
+        return True
+
+
+def _is_ours(path: Path) -> bool:
+    try:
+        return _documents(path) is not None
+    except (ValueError, RecursionError):
+        return False
+
+
+def _documents(path: Path) -> list[dict[str, Any]] | None:
+    """The entries of the index `path`; None where it is JSON of another kind. Raises ValueError where it is no JSON."""
+    found = json.loads(path.read_text(encoding="utf-8"))
+    entries = found["documents"] if isinstance(found, dict) and found.keys() == {"documents"} else None
+    if not isinstance(entries, list):
+        return None
+    ours = not entries or any(isinstance(entry, dict) and "split" in entry for entry in entries)
+    return entries if ours else None
 
 
 def _joined(split: Split) -> Split:
@@ -214,10 +228,9 @@ def _listed(folder: Path) -> list[Path]:
 def _indexed(folder: Path, by: str) -> tuple[list[str], list[str]]:
     again = f"write it again with `cuantiza index {folder}`"
     try:
-        if not isinstance(fields := _fields(folder / INDEX), dict):
-            raise ValueError(fields)
-        wanted = [(Path(entry["file"]).name, str(entry["split"]), entry["sha256"]) for entry in fields["documents"]]
-    except (ValueError, KeyError, TypeError) as error:
+        entries = _documents(folder / INDEX) or []
+        wanted = [(Path(entry["file"]).name, str(entry["split"]), entry["sha256"]) for entry in entries]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{folder / INDEX}: broken index ({error}); delete it and {again}") from None
     sides: dict[str, list[str]] = {"calibration": [], "test": []}
     for name, side, sha256 in wanted:

@@ -122,9 +122,10 @@ def _texts_of(source: Source, seen: Seen) -> Iterator[Iterable[str]]:
 def _texts_of_files(path: Path, column: str, seen: Seen) -> Iterator[list[str]]:
     """The texts of each file. Of a folder, JSON without any text is left out, such as what datasets keeps beside its data.
 
-    Raises UserError where a file cannot be read, or where no file has a text.
+    Raises UserError where a file cannot be read, where no file has a text, or where most of what there is has its text in
+    another column.
     """
-    left, without, any_text = FILE_BYTES, None, False
+    left, elsewhere, without = FILE_BYTES, 0, None
     for file, kind in _files(path, seen):
         if left <= 0:
             seen.longer = True
@@ -132,13 +133,15 @@ def _texts_of_files(path: Path, column: str, seen: Seen) -> Iterator[list[str]]:
         try:
             read = list(_texts(file, kind, column, left, seen))
         except files.NoText as error:
-            without = without or error
+            if isinstance(error, files.OtherColumn):
+                elsewhere += file.stat().st_size
+            if without is None or (isinstance(error, files.OtherColumn) and not isinstance(without, files.OtherColumn)):
+                without = error
             seen.skipped.append(str(file.relative_to(path)))
             continue
-        any_text = True
         left -= sum(len(text.encode()) for text in read)
         yield read
-    if without and not any_text:
+    if without and (left == FILE_BYTES or elsewhere > FILE_BYTES - left):
         raise without
 
 

@@ -74,6 +74,10 @@ class NoText(UserError):
     """The file is none that a text can be read from. The message says what it is and how to mend that."""
 
 
+class OtherColumn(NoText):
+    """The file holds objects with texts, but none in the column that was asked for."""
+
+
 @contextmanager
 def opened(file: Path) -> Iterator[io.BufferedReader[Any]]:
     """Open `file` for reading, unpacked where its first bytes are those of gzip, bzip2, xz or zstd.

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cuantiza.core.errors import UserError
-from cuantiza.core.inputs.texts.files import NoText, read_lines, read_text
+from cuantiza.core.inputs.texts.files import NoText, OtherColumn, read_lines, read_text
 
 Row = tuple[str, Any]  # where it is, and the value of its text column
 # Among so many rows one must have the column. Of a large file, a mistyped name would else be told after all of it.
@@ -109,7 +109,7 @@ def json_file(file: Path, column: str, most: int) -> Iterator[Row]:
     if isinstance(found, dict) and isinstance(found.get(column), str):
         found = [found]
     if not isinstance(found, list):
-        raise NoText(f"{file}: {_one_value(found, file)}")
+        raise _kind(found)(f"{file}: {_one_value(found, file)}")
     yield from _columns(((f"item {number}", row) for number, row in enumerate(found, 1)), column, file)
 
 
@@ -136,7 +136,13 @@ def _columns(rows: Iterable[Row], column: str, file: Path) -> Iterator[Row]:
         lacking, some = [], True
         yield place, value
     if lacking:
-        raise NoText(_without_text(first, column, f"{file}: {lacking[0]}"))
+        raise _kind(first)(_without_text(first, column, f"{file}: {lacking[0]}"))
+
+
+def _kind(row: Any) -> type[NoText]:
+    """What is raised of a file whose first row is `row`, which lacks the column."""
+    values = row.values() if isinstance(row, dict) else ()
+    return OtherColumn if any(isinstance(value, str) or _is_conversation(value) for value in values) else NoText
 
 
 def _parsed(line: str) -> Any:

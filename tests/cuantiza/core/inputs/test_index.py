@@ -107,14 +107,23 @@ def test_broken_index(indexed: Path, change: Callable[[list], object]) -> None:
         sides(indexed)
 
 
-@pytest.mark.parametrize("content", ["", "{", '{"documents": 3}', "\udcff"])
+@pytest.mark.parametrize("content", ["", "{", "\udcff"])
 def test_index_is_no_index(indexed: Path, content: str) -> None:
     (indexed / INDEX).write_bytes(content.encode("utf-8", "surrogateescape"))
     with pytest.raises(UserError, match=r"delete it and .*cuantiza index"):
         sides(indexed)
 
 
-@pytest.mark.parametrize("content", ['{"pages": ["a"]}', "[]", "{}", '{"pages'])
+FOREIGN = (
+    '{"pages": ["a"]}',
+    '{"documents": 3}',
+    '{"documents": [{"id": 7}]}',
+    '{"documents": [], "version": 3}',
+    "[]",
+)
+
+
+@pytest.mark.parametrize("content", [*FOREIGN, '{"pages'])
 def test_index_of_another_program(indexed: Path, content: str) -> None:
     """It is no word on the split, and is never overwritten."""
     (indexed / INDEX).write_text(content)

@@ -101,7 +101,7 @@ def test_folder_with_one_object_a_file(tmp_path: Path, capsys: pytest.CaptureFix
 
 
 def test_json_without_any_text_beside_texts(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    others = {"ids.json": "[1, 2, 3]", "metadata.jsonl": '{"file": "00.txt"}\n' * 9, "array.jsonl": '[{"id": 1}]'}
+    others = {"ids.json": "[1, 2, 3]", "metadata.jsonl": '{"f": "0"}\n', "array.jsonl": '[{"id": 1}]'}
     for name, content in others.items():
         (folder / name).write_text(content)
         (tmp_path / name).write_text(content)
@@ -111,9 +111,17 @@ def test_json_without_any_text_beside_texts(folder: Path, tmp_path: Path, capsys
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and "3 files are left out" in said and "array.jsonl, ids.json, metadata.jsonl" in said
     shutil.rmtree(folder)
-    with pytest.raises(UserError, match=r"ids\.json: item 1 .*CORPUS_COLUMN="):
-        (tmp_path / "array.jsonl").unlink()
+    with pytest.raises(UserError, match=r"metadata\.jsonl: line 1 .*CORPUS_COLUMN="):
         read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "rows", ['{"content": "uno"}\n' * 200, '{"messages": [{"role": "user", "content": "uno"}]}\n' * 200]
+)
+def test_a_corpus_in_another_column_is_not_taken_for_the_note_beside_it(folder: Path, rows: str) -> None:
+    (folder / "shard.jsonl").write_text(rows)
+    with pytest.raises(UserError, match=r"shard\.jsonl: line 1 .*(content|messages)"):
+        read(folder)
 
 
 def test_folder_with_nothing_but_other_files(tmp_path: Path) -> None:

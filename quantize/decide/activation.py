@@ -18,7 +18,7 @@ RESIDUAL_STEPS, RESIDUAL_ZERO = 254, 128
 # The graph rounds the largest magnitude of a row to fp16 (quantize/rewrite/dynamic.py), after clipping it to the range in
 # which fp16 has all of its 11 bits.
 LARGEST_MIN, LARGEST_MAX = np.float32(np.finfo(np.float16).tiny), np.float32(np.finfo(np.float16).max)
-# Between this range and what calibration saw there is at least this factor.
+# The largest magnitude that calibration saw is at least by this factor below, and that of the usual row above.
 _SPARE = 4
 
 
@@ -41,29 +41,33 @@ class PerRow:
 
     def restore(self, x: np.ndarray) -> np.ndarray:
         """Quantize `x` [R, K] to uint8 and dequantize it again."""
-        above = 255 - self.zero_point
-        below = min(self.zero_point, above)
+        above, below = _levels(self.zero_point)
         scale = np.maximum(x.max(axis=1, keepdims=True) / above, -x.min(axis=1, keepdims=True) / below)
         unit = np.float32(2.0**self.exponent / above)
         scale = scale.clip(LARGEST_MIN * unit, LARGEST_MAX * unit)
         rounded = np.rint(x / scale).clip(-self.zero_point, above)
-        if self.bits == 16:
-            rounded += np.rint((x / scale - rounded) * RESIDUAL_STEPS) / RESIDUAL_STEPS
-        return rounded * scale
+        return _with_residual(x / scale, rounded, self.bits) * scale
 
 
-def row_exponent(rows: np.ndarray, largest: float) -> int:
-    """Return the `exponent` of PerRow for `rows` [R, K], a sample of those of which no magnitude is above `largest`.
+def fitting_row(rows: np.ndarray, low: float, high: float, zero_point: int = 128, bits: int = 8) -> PerRow:
+    """Return PerRow with the exponent that suits `rows` [R, K], a sample of those between `low` and `high`.
 
     fp16 has a range of 2^30, so nearly all activations fit as they are. The inputs of the last linear layer of a gated
     MLP, products of two activations, are those that may not.
     """
-    sizes = np.abs(rows).max(axis=1)
-    low = np.median(sizes[sizes > 0]) < _SPARE * LARGEST_MIN if sizes.any() else False
-    if _SPARE * largest <= LARGEST_MAX and not low:
-        return 0
+    above, below = _levels(zero_point)
+    largest = max(high, -low * above / below)
+    sizes = np.maximum(rows.max(axis=1), -rows.min(axis=1) * (above / below))
+    too_large = _SPARE * largest > LARGEST_MAX
+    too_small = bool(sizes.any()) and np.median(sizes[sizes > 0]) < _SPARE * LARGEST_MIN
     fitting = math.frexp(largest)[1] - math.frexp(float(LARGEST_MAX) / _SPARE)[1] + 1
-    return fitting if _SPARE * largest > LARGEST_MAX else min(fitting, 0)
+    return PerRow(zero_point, bits, fitting if too_large else min(fitting, 0) if too_small else 0)
+
+
+def _levels(zero_point: int) -> tuple[int, int]:
+    """How many integers there are above and below the zero point of a row; as many of both for 128."""
+    above = 255 - zero_point
+    return above, min(zero_point, above)
 
 
 @dataclass(frozen=True)
@@ -101,11 +105,15 @@ class PerTensor:
         """Quantize `x` [R, K] to uint8 and dequantize it again."""
         scale, zero = self.parameters
         below = float(zero)
-        rounded = np.rint(x / scale).clip(-below, 255 - below)
-        if self.bits == 16:
-            rest = np.rint((x / scale - rounded) * RESIDUAL_STEPS)
-            rounded += rest.clip(-RESIDUAL_ZERO, 255 - RESIDUAL_ZERO) / RESIDUAL_STEPS
-        return rounded * scale
+        return _with_residual(x / scale, np.rint(x / scale).clip(-below, 255 - below), self.bits) * scale
+
+
+def _with_residual(steps: np.ndarray, rounded: np.ndarray, bits: int) -> np.ndarray:
+    """Return the integers `rounded` of `steps`, for 16 `bits` with what a second uint8 tensor holds of the rest."""
+    if bits == 8:
+        return rounded
+    rest = np.rint((steps - rounded) * RESIDUAL_STEPS)
+    return rounded + rest.clip(-RESIDUAL_ZERO, 255 - RESIDUAL_ZERO) / RESIDUAL_STEPS
 
 
 Activation = PerRow | PerTensor

@@ -37,7 +37,7 @@ from cuantiza.core.inputs.tokenizer import encode, load_tokenizer, markers
 from cuantiza.core.machine.hardware import default_threads
 from cuantiza.core.machine.progress import track
 from cuantiza.quantize.decide import smooth
-from cuantiza.quantize.decide.activation import Activation, PerRow, PerTensor, matmul_error
+from cuantiza.quantize.decide.activation import Activation, PerTensor, matmul_error
 from cuantiza.quantize.decide.blocks import Block, Observed, observe, open_block, run_ahead, split
 from cuantiza.quantize.decide.decision import Decision, Job, Plan
 from cuantiza.quantize.decide.observations import Histogram
@@ -305,8 +305,8 @@ def _decide(
             too_coarse |= lost > error_limit(plan, strict=True)
             if name == projection.name:
                 details["values_error"] = lost
-        if too_coarse and isinstance(activation, PerRow):
-            activation = replace(activation, zero_point=PerRow.zero_point, bits=16)
+        if too_coarse and histogram is None:
+            activation = tensor.per_row(bits=16)
         elif too_coarse:
             highest, lowest = tensor.moments.high[keep].max(), tensor.moments.low[keep].min()
             activation = PerTensor.of_16_bits(float(max(highest, -lowest)))

@@ -97,9 +97,13 @@ def candidate(low: np.ndarray, high: np.ndarray, weight_max: np.ndarray, alpha: 
 
     `low` and `high` [K] are the smallest and largest value of each channel; `weight_max` [K] is max|W|.
     """
-    x_max = np.maximum(np.maximum(high, -low), _TINY)
-    scale = x_max**alpha / np.maximum(weight_max, _TINY) ** (1 - alpha)
+    scale = _above_zero(np.maximum(high, -low)) ** alpha / _above_zero(weight_max) ** (1 - alpha)
     return (scale / np.exp(np.mean(np.log(scale)))).astype(np.float32)
+
+
+def _above_zero(largest: np.ndarray) -> np.ndarray:
+    """Raise the magnitudes `largest` [K] of dead channels to a tiny share of the largest one."""
+    return np.maximum(largest, _TINY * largest.max() or 1.0)
 
 
 def apply(graph: ir.Graph, group: Group, smoothing: Smoothing) -> None:

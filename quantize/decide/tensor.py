@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from cuantiza.quantize.decide import smooth
-from cuantiza.quantize.decide.activation import ROW_ZERO_POINTS, PerRow, PerTensor, matmul_error, row_exponent
+from cuantiza.quantize.decide.activation import ROW_ZERO_POINTS, PerRow, PerTensor, fitting_row, matmul_error
 from cuantiza.quantize.decide.decision import Plan
 from cuantiza.quantize.decide.observations import Moments
 from cuantiza.quantize.decide.ranges import RANGES
@@ -52,6 +52,11 @@ class Tensor:
     def energy(self) -> np.ndarray:
         """Σₙ W² [K] of the weights after smoothing."""
         return self.weight_energy * self.smoothing.scale**2
+
+    def per_row(self, zero_point: int = PerRow.zero_point, bits: int = 8) -> PerRow:
+        """Return the quantization of each token with that zero point."""
+        low, high = float(self.moments.low.min()), float(self.moments.high.max())
+        return fitting_row(self.moments.rows, low, high, zero_point, bits)
 
     def output(self, rows: np.ndarray) -> np.ndarray:
         """Expected ‖x·W‖² [R] of `rows` [R, K] of x, with the part that the shift moved into the bias."""
@@ -141,9 +146,7 @@ def error_limit(plan: Plan, strict: bool) -> float:
 def row_activation(tensor: Tensor) -> tuple[PerRow, float]:
     """Return the quantization of each token of `tensor` to 8 bits, and its expected relative error."""
     rows, output = tensor.moments.rows, tensor.output(tensor.moments.rows)
-    largest = max(tensor.moments.high.max(), -tensor.moments.low.min())
-    exponent = row_exponent(rows, float(largest))
-    tried = [PerRow(zero, exponent=exponent) for zero in ROW_ZERO_POINTS]
+    tried = [tensor.per_row(zero) for zero in ROW_ZERO_POINTS]
     errors = {one: matmul_error(rows, one.restore(rows), tensor.energy, output) for one in tried}
     best = min(errors, key=errors.__getitem__)
     return best, errors[best]
@@ -175,7 +178,8 @@ def _search_smoothing(
         if is_static(plan):
             activations = _static_error(rows, low / scale, high / scale, after, output)
         elif plan.ranges == "row":
-            activations = matmul_error(rows, PerRow().restore(rows), after, output)
+            row = fitting_row(rows, float((low / scale).min()), float((high / scale).max()))
+            activations = matmul_error(rows, row.restore(rows), after, output)
         both = zip(weights, grids, strict=True)
         noise = sum(rounding_noise(weight * scale[:, None], grid) for weight, grid in both)
         embedding = float(np.sum(noise / scale**2) / (energy.sum() or 1.0)) if group.embedded else 0.0

@@ -82,7 +82,7 @@ def test_the_manifest_tells_what_was_decided_on_every_linear_layer(artifacts, na
     manifest = open_artifact(artifacts / name).manifest
     for projection, account in manifest.details["projections"].items():
         assert account.keys() == {"alpha", "relative_error", "bits"} | (
-            {"zero_point"} if name == "int8-dynamic" else {"low", "high"}
+            {"zero_point", "exponent"} if name == "int8-dynamic" else {"low", "high"}
         ) | ({"values_error"} if projection.endswith("c_attn") else set()), (
             projection
         )  # es-mini needs no float_channels

@@ -80,8 +80,19 @@ def quantized(x, activation, target, folder, bias):
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("target", ["portable", "ort"])
-@pytest.mark.parametrize("activation", [PerRow(bits=16), PerTensor(-600, 600, 16)], ids=["row", "tensor"])
-def test_the_graph_computes_what_restore_says(x, activation, target, bias, tmp_path):
+@pytest.mark.parametrize(
+    ("activation", "size"),
+    [
+        (PerRow(bits=16), 1),
+        (PerTensor(-600, 600, 16), 1),
+        (PerRow(bits=16), 2**13),
+        (PerRow(bits=16, exponent=8), 2**13),
+    ],
+    ids=["row", "tensor", "row-clipped", "row-with-exponent"],
+)
+def test_the_graph_computes_what_restore_says(x, activation, size, target, bias, tmp_path):
+    """Where `size` is 2^13, one value is 2,457,600, which is clipped to 65,504 unless an exponent makes room for it."""
+    x = (x * size).astype(np.float32)
     found, wanted = quantized(x, activation, target, tmp_path, bias)
     # A token's scale is rounded to fp16 in the graph, which moves the fine integers by one at most.
     assert np.abs(found - wanted).max() < 2e-5 * np.abs(wanted).max()

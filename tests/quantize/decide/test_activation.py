@@ -3,7 +3,15 @@
 import numpy as np
 import pytest
 
-from cuantiza.quantize.decide.activation import LARGEST_MAX, LARGEST_MIN, PerRow, PerTensor, matmul_error, row_exponent
+from cuantiza.quantize.decide.activation import (
+    LARGEST_MAX,
+    LARGEST_MIN,
+    ROW_ZERO_POINTS,
+    PerRow,
+    PerTensor,
+    fitting_row,
+    matmul_error,
+)
 
 
 @pytest.mark.parametrize("low, high", [(-1.0, 3.0), (0.5, 2.0), (-7.0, -2.0), (0.0, 0.0), (-1e-30, 1e30)])
@@ -27,17 +35,24 @@ def test_matmul_error_is_the_error_of_the_matmul(activation):
     assert matmul_error(x, x, energy, (x * x) @ energy) == 0
 
 
+@pytest.mark.parametrize("zero_point", ROW_ZERO_POINTS)
 @pytest.mark.parametrize("size", [0.0, 1e-30, 1e-9, 1e-5, 1.0, 1e4, 1e5, 1e9, 1e30])
-def test_rows_of_any_size_keep_their_steps(size):
+def test_rows_of_any_size_keep_their_steps(size, zero_point):
     """The exponent is 0 for rows that fit, and brings others into the range in which fp16 is precise."""
-    x = (size * np.random.default_rng(0).uniform(-1, 1, (20, 64))).astype(np.float32)
-    largest = float(np.abs(x).max())
-    exponent = row_exponent(x, largest)
-    assert (exponent != 0) == (size not in (0.0, 1.0, 1e4))
-    if exponent:
-        assert LARGEST_MIN * 8 < largest * 2.0**-exponent < LARGEST_MAX / 4
-    restored = PerRow(exponent=exponent).restore(x)
-    assert (np.abs(restored - x) <= np.abs(x).max(axis=1, keepdims=True) / 254 * (1 + 1e-4)).all()
+    above, below = 255 - zero_point, min(zero_point, 127)
+    x = (size * np.random.default_rng(0).uniform(-below / above, 1, (20, 64))).astype(np.float32)
+    activation = fitting_row(x, float(x.min()), float(x.max()), zero_point)
+    assert (activation.exponent != 0) == (size not in (0.0, 1.0, 1e4))
+    if activation.exponent:
+        assert LARGEST_MIN * 8 < x.max() * 2.0**-activation.exponent < LARGEST_MAX / 4
+    step = np.maximum(x.max(axis=1) / above, -x.min(axis=1) / below)[:, None]
+    assert (np.abs(activation.restore(x) - x) <= step / 2 * (1 + 1e-4)).all()
+
+
+def test_a_negative_value_that_few_integers_stand_for_counts_as_what_it_takes():
+    """With zero point 8 there are 8 integers for it and 247 for a positive one, so its row's scale is 31 times as large."""
+    rows = np.array([[1.0, 2.0, -0.01]], np.float32)
+    assert fitting_row(rows, -9000, 9000, 128).exponent == 0 < fitting_row(rows, -9000, 9000, 8).exponent
 
 
 def test_a_row_beyond_fp16_is_clipped_as_the_graph_does():

@@ -174,6 +174,29 @@ def test_a_tied_head_leaves_the_embedding_what_it_reads(recipe, dead, windows, t
     assert lost[1] < 1.2 * lost[0], lost
 
 
+@pytest.mark.parametrize("power", [-24, 20])
+def test_values_beyond_fp16_are_smoothed_and_rounded_as_others(power, calibrated, windows, tmp_path):
+    """A power of two more in the values of attention and less in the linear layer that reads them changes no digit of fp32."""
+    recipe, model = SMOOTHED["int8-dynamic"], graph_of(ES_MINI)
+    for name, value in model.graph.initializers.items():
+        array = value.const_value.numpy().copy() if ".attn." in name else None
+        if name.endswith(("c_attn.weight", "c_attn.bias")):
+            array[..., array.shape[-1] * 2 // 3 :] *= 2.0**power
+        elif name.endswith("attn.c_proj.weight"):
+            array /= 2.0**power
+        value.const_value = value.const_value if array is None else ir.tensor(array, name=name)
+    decisions = decide(model, windows[0], recipe.plan(), tmp_path)
+    usual, expected = calibrated("es-mini", recipe)
+    usual = usual.clone()
+    for layer, decision in decisions.items():
+        assert (decision.activation.exponent != 0) == layer.endswith("attn.c_proj")
+        assert decision.details["relative_error"] < 1.3 * expected[layer].details["relative_error"]
+    for graph, found in ((model, decisions), (usual, expected)):
+        recipe.rewrite()(graph, found)
+    logits = [runtime_of(graph, tmp_path).forward(windows[1]) for graph in (model, usual)]
+    assert np.abs(logits[0] - logits[1]).mean() < 0.02 * logits[1].std()
+
+
 def test_gptq_rounds_the_smoothed_weights_for_the_smoothed_inputs(twin, windows, tmp_path):
     """On the inputs of the smoothed graph, GPTQ's matmul error is well below that of rounding to nearest."""
     model, last = graph_of(twin[0]), "h.0.mlp.c_fc"

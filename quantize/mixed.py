@@ -27,10 +27,10 @@ from cuantiza.core.onnx import file as onnx_file
 from cuantiza.core.store import artifact, folders
 from cuantiza.quantize.decide.decision import Decision, Plan
 from cuantiza.quantize.inspect.sensitivity import Effect, Gauge
+from cuantiza.quantize.known_options import known_options
 from cuantiza.quantize.layers import decide
 from cuantiza.quantize.rewrite.find import find_embeddings, find_projections, find_tables
 from cuantiza.quantize.rewrite.weight_only import choose_weights, quantize_weights
-from cuantiza.quantize.sensitivities import kept
 from cuantiza.quantize.weights.allocate import (
     Option,
     Options,
@@ -98,7 +98,7 @@ def spend(
     with folders.staging(work / "gauge") as folder:
         others = np.delete(seen, np.s_[:: EVERY - 1], axis=0)
         measure = partial(_measure, path, original.clone(), shapes, choosing, others, plan, folder)
-        options = kept(path, [choosing, others], plan, measure)
+        options = known_options(path, [choosing, others], plan, measure)
     with folders.staging(work / "gauge") as folder:
         gauge = Gauge(path, checking, folder)
 

@@ -138,7 +138,8 @@ def quantize_all(parent: Artifact, wanted: Sequence[Wanted], source: Source) -> 
     Recipes that quantize linear layers calibrate together, on the text `source`, and have the same bytes as if each had
     done so alone. Every artifact is published as soon as it is finished. Raises UserError, before anything is made, if a
     file of `parent` is not as it was published, or if its opset is too low for a recipe. Raises one, too, if a recipe
-    cannot be used; one that calibrates by itself, or not at all, does not stop the others.
+    cannot be used; one that calibrates by itself, or not at all, does not stop the others. Where several cannot, the last
+    is raised and the others are printed.
     """
     made: dict[Path, Artifact] = {}
     missing: list[_Missing] = []
@@ -166,7 +167,8 @@ def quantize_all(parent: Artifact, wanted: Sequence[Wanted], source: Source) -> 
         except UserError as error:  # which says nothing about the other recipes
             errors.append(error)
     if errors:
-        warn([str(error) for error in errors[:-1]])
+        for other in errors[:-1]:
+            report(f"failed    {other}")
         raise errors[-1]
     return [made[one.target] for one in wanted]
 

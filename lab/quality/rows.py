@@ -18,6 +18,7 @@ from pathlib import Path
 from cuantiza.core.errors import UserError
 from cuantiza.core.machine.child import run
 from cuantiza.core.store import artifact, digests
+from cuantiza.core.store.user_cache import OFF, VARIABLE
 from cuantiza.quantize.recipes.registry import RECIPES, MixedWeightOnly, to_json
 from lab import ROOT
 from lab.bench import ours
@@ -111,7 +112,7 @@ def _our_row(recipe: str, artifacts: Path) -> Row:
 
 def _mixed_row(budget: str, artifacts: Path) -> Row:
     row = _our_row("int-mixed", artifacts)
-    how = f"the same with `--max-bytes {budget}`"
+    how = f"recipe `int-mixed` with `--max-bytes {budget}`"
     return replace(row, name=f"int-mixed {budget}", folder=artifacts / f"int-mixed-{budget}", how=how, max_bytes=budget)
 
 
@@ -147,7 +148,9 @@ def _make_ours(row: Row, recipe: str, checkpoint: Path, corpus: str) -> Made:
 
     def quantize() -> None:
         options = ("--recipes", recipe, "--model", checkpoint, "--output", row.folder.parent.parent, "--corpus", corpus)
-        run(command(Path(sys.executable), "quantize", *options), timeout=TIMEOUT_S, cwd=ROOT)
+        # Without a cache, in which another budget of int-mixed would find what was measured for the first.
+        environment = {VARIABLE: OFF}
+        run(command(Path(sys.executable), "quantize", *options), timeout=TIMEOUT_S, cwd=ROOT, environment=environment)
 
     known = _read(note)
     if row.folder.exists():

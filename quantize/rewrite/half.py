@@ -2,8 +2,8 @@
 
 A matmul reads Cast(W), which ONNX Runtime folds at load: the file is half as large, speed and memory are those of fp32.
 An embedding gathers 16-bit rows and casts only those. ONNX Runtime runs it that way, too, because it has Gather and
-Cast for both types. All else stays fp32: vectors, because they are only a thousandth of GPT-2's bytes, and what positions
-are computed from (frequencies of a rotary embedding, slopes), because an error in it grows with the position.
+Cast for both types. All else stays fp32: vectors, because they are only a thousandth of GPT-2's bytes, and constants of another
+use, such as frequencies of a rotary embedding and slopes, whose error would grow with the position.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ library.
 
 from __future__ import annotations
 
+import os
 import platform
 import re
 import subprocess
@@ -86,3 +87,8 @@ def _sysctl() -> str:
         return subprocess.run(command, capture_output=True, text=True, timeout=10, check=False).stdout
     except (OSError, subprocess.SubprocessError):
         return ""
+
+
+def kernel_switches() -> dict[str, str]:
+    """The variables of the environment that choose between ONNX Runtime's kernels."""
+    return {name: value for name, value in os.environ.items() if name.startswith(("ORT_", "MLAS_"))}

@@ -16,7 +16,6 @@ KEY/weights.bin   its weights, as they were and packed
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict
@@ -27,10 +26,10 @@ import numpy as np
 import onnxruntime as ort
 
 from cuantiza.core import contract
-from cuantiza.core.machine.instructions import processor
+from cuantiza.core.machine.instructions import kernel_switches, processor
 from cuantiza.core.store import entries
 from cuantiza.core.store.artifact import File
-from cuantiza.core.store.digests import digest, sha256_file, sha256_known
+from cuantiza.core.store.digests import digest, graph_hashes, sha256_file, sha256_known
 from cuantiza.core.store.user_cache import user_cache
 
 _SCHEMA = "cuantiza/packed/1"
@@ -71,21 +70,15 @@ def is_packed(session: ort.InferenceSession) -> bool:
 
 def _parts(model: Path, artifact: str, settings: dict[str, str]) -> dict[str, Any]:
     """Everything that a copy depends on. The number of threads is not among it: packing gives the same bytes."""
-    switches = ("ORT_", "MLAS_")  # variables that choose between kernels begin so
     return {
         "schema": _SCHEMA,
         "artifact": artifact,
-        "files": _hashes(model),
+        "files": graph_hashes(model, sha256_known),
         "onnxruntime": [ort.__version__, ort.get_build_info()],
         "processor": processor(),
         "settings": settings,
-        "environment": {name: value for name, value in os.environ.items() if name.startswith(switches)},
+        "environment": kernel_switches(),
     }
-
-
-def _hashes(model: Path) -> dict[str, str]:
-    """sha256 of the file `model` and of its external data, by name."""
-    return {file.name: sha256_known(file) for file in sorted(model.parent.glob(f"{model.name}*"))}
 
 
 def _opened(
@@ -137,7 +130,7 @@ def _made(
             settings.add_session_config_entry(name, value)
         saved = ort.InferenceSession(str(model), settings, providers=["CPUExecutionProvider"])
         # Another artifact may have taken this one's place since the key was made, and the copy would be wrong for ever.
-        if _hashes(model) != parts["files"] or not _agree(saved, _mapped(work, options)):
+        if graph_hashes(model, sha256_known) != parts["files"] or not _agree(saved, _mapped(work, options)):
             return None
         del saved
         files = {

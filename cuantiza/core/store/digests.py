@@ -19,7 +19,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -67,6 +67,11 @@ def sha256_known(path: Path) -> str:
     if os.environ.get(HASH_ALL) or path.stat().st_size < LEAST_BYTES:
         return sha256_file(path)
     return _recorded(path, read_record("file", os.path.realpath(path))) or sha256_file(path)
+
+
+def graph_hashes(model: Path, sha256: Callable[[Path], str]) -> dict[str, str]:
+    """What `sha256` says of the ONNX file `model` and of its external data beside it, by name."""
+    return {file.name: sha256(file) for file in sorted(model.parent.glob(f"{model.name}*"))}
 
 
 def _recorded(path: Path, record: dict[str, Any] | None) -> str | None:

@@ -14,7 +14,7 @@ from cuantiza.core.errors import UserError
 from cuantiza.core.inputs.corpus import Source, load_splits
 from cuantiza.core.onnx import file as onnx_file
 from cuantiza.core.store.artifact import Artifact
-from cuantiza.core.store.user_cache import VARIABLE
+from cuantiza.core.store.user_cache import OFF, VARIABLE
 from cuantiza.export.stage import export
 from cuantiza.quantize import mixed, stage
 from cuantiza.quantize.decide.calibrate import calibration_windows
@@ -22,10 +22,8 @@ from cuantiza.quantize.inspect.sensitivity import Gauge
 from cuantiza.quantize.recipes.budget.int_mixed import MixedWeightOnly, bytes_of
 from cuantiza.quantize.recipes.registry import RECIPES, DynamicInt8
 from cuantiza.quantize.rewrite.weight_only import quantize_weights
-from cuantiza.quantize.sensitivities import kept
 from cuantiza.quantize.settings import Calibration
 from cuantiza.quantize.stage import Wanted, opened, quantize_all, with_bits_budget
-from cuantiza.quantize.weights.allocate import Option
 from cuantiza.quantize.weights.follow import with_embedding
 from cuantiza.quantize.weights.gptq import descend
 from cuantiza.quantize.weights.rounding import Grid, round_to_nearest
@@ -33,6 +31,12 @@ from cuantiza.quantize.weights.rounding import Grid, round_to_nearest
 from helpers import CORPUS, copy_tokenizer, tiny_llama
 
 LITTLE = Calibration(windows=10, tokens=64, minimum=10)
+
+
+@pytest.fixture(autouse=True)
+def no_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache would know for one test what was measured in another."""
+    monkeypatch.setenv(VARIABLE, OFF)
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +92,6 @@ def test_a_budget_in_bytes_is_kept_and_used_up(make, fp32):
 
 def test_both_forms_spend_the_budget_once(fp32, tmp_path, monkeypatch, capfd):
     """In one command, or where the portable form lies beside it, the other form has the bytes that it has alone."""
-    monkeypatch.setenv(VARIABLE, "off")  # which would know what was measured for the first of them
     forms = {
         name: MixedWeightOnly("0.19x", target=target, calibration=LITTLE)
         for name, target in (("mine", "portable"), ("mine-ort", "ort"))
@@ -115,7 +118,6 @@ def test_both_forms_spend_the_budget_once(fp32, tmp_path, monkeypatch, capfd):
 
 def test_another_budget_takes_what_was_measured_for_the_first(make, monkeypatch, tmp_path, capfd):
     budgets = {"first": {"max_bytes": "0.19x"}, "second": {"max_bytes": "0.2x"}, "third": {"max_kl": 0.02}}
-    monkeypatch.setenv(VARIABLE, "off")
     alone = {name: make(f"{name}-alone", **budget) for name, budget in budgets.items()}
     assert capfd.readouterr().err.count("sensitivity:") == 3
     monkeypatch.setenv(VARIABLE, str(tmp_path / "caches"))
@@ -127,23 +129,6 @@ def test_another_budget_takes_what_was_measured_for_the_first(make, monkeypatch,
         assert (size, details) == alone[name][:2]
         files = [(tmp_path / folder / "model.onnx").read_bytes() for folder in (name, f"{name}-alone")]
         assert files[0] == files[1]
-
-
-@pytest.mark.parametrize("change", ["model", "windows", "plan"])
-def test_what_was_measured_counts_for_the_same_model_text_and_plan(change, monkeypatch, tmp_path):
-    monkeypatch.setenv(VARIABLE, str(tmp_path / "caches"))
-    (path := tmp_path / "model.onnx").write_bytes(b"one")
-    windows, plan = [np.arange(6).reshape(2, 3)], MixedWeightOnly("0.2x").plan()
-    found = {"w": [Option(mixed.BASE, 10, 0.1), Option(mixed.OTHERS[0], 8, 1 / 3)]}
-    assert kept(path, windows, plan, lambda: found) == found
-    assert kept(path, windows, plan, lambda: pytest.fail("measured again")) == found
-    if change == "model":
-        path.write_bytes(b"two")
-    elif change == "windows":
-        windows = [np.arange(6).reshape(3, 2)]
-    else:
-        plan = replace(plan, alphas=(0.5,))
-    assert kept(path, windows, plan, dict) == {}
 
 
 def test_a_budget_in_kl_is_kept_with_fewer_bytes_than_8_bits(make, fp32):

@@ -153,7 +153,7 @@ def test_a_recipe_that_cannot_be_used_does_not_stop_the_others(
     less = dataclasses.replace(tiny, max_bytes="8kB")
     with pytest.raises(UserError, match=r"^less: max_bytes are 8,000"):
         make(fp32, {"tiny": tiny, "less": less}, tmp_path / "two")
-    assert "warning   tiny: max_bytes are 9,000" in capsys.readouterr().err
+    assert "failed    tiny: max_bytes are 9,000" in capsys.readouterr().err
     both = {"tiny": tiny, "tiny-ort": dataclasses.replace(tiny, target="ort")}
     with pytest.raises(UserError, match=r"^tiny, tiny-ort: max_bytes are 9,000, .* all in 4 bits"):
         make(fp32, both, tmp_path / "both")

@@ -1,4 +1,4 @@
-"""Keep what each matrix costs in bits, so that another budget for the same model and text need not measure it again.
+"""Keep what each matrix costs on each grid, so that another budget for the same model and text need not measure it again.
 
 Measuring takes most of the time of `int-mixed`, and does not depend on the budget. What is kept is a record of the user's
 cache (cuantiza/core/store/records.py), under a key of everything that decides it: an artifact has the same bytes with it
@@ -14,10 +14,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 
 from cuantiza.core.machine.hardware import default_threads
-from cuantiza.core.machine.instructions import processor
+from cuantiza.core.machine.instructions import kernel_switches, processor
 from cuantiza.core.machine.progress import report
 from cuantiza.core.store import digests
 from cuantiza.core.store.records import read_record, write_record
@@ -28,16 +27,17 @@ from cuantiza.quantize.weights.rounding import Grid
 _KIND = "sensitivities"
 
 
-def kept(path: Path, windows: list[np.ndarray], plan: Plan, measure: Callable[[], Options]) -> Options:
+def known_options(path: Path, windows: list[np.ndarray], plan: Plan, measure: Callable[[], Options]) -> Options:
     """Return what `measure()` did or would return for the ONNX file `path`, which it measures by `plan` on `windows`."""
     key = json.dumps(
         {
-            "files": {file.name: digests.sha256_file(file) for file in sorted(path.parent.glob(f"{path.name}*"))},
+            "files": digests.graph_hashes(path, digests.sha256_once),
             "windows": [[one.shape, hashlib.sha256(one.tobytes()).hexdigest()] for one in windows],
             "plan": repr(plan),
             "code": digests.code_digest("cuantiza.quantize.mixed"),
-            # Sums depend on the processor and on how many threads they are split among.
-            "machine": [processor(), default_threads(), np.__version__, onnxruntime.__version__],
+            "versions": digests.versions("numpy", "onnx", "onnx-ir", "onnxruntime"),
+            # Sums depend on the processor, on how many threads they are split among, and on the kernels.
+            "machine": [processor(), default_threads(), kernel_switches()],
         }
     )
     known = read_record(_KIND, key)

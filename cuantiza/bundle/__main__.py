@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 
 from cuantiza.bundle.card import card, rows_of
@@ -49,9 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise UserError(
             f"{source}: is not there; run `make export quantize eval`, or `cuantiza` with each of these, first"
         )
-    # The artifacts must not be replaced while they are copied. If there is no lock, the folder came from elsewhere, and
-    # no stage writes to it.
-    with folders.locked(source) if (source / folders.LOCK).exists() else nullcontext():
+    with folders.held(source):  # the artifacts must not be replaced while they are copied
         _bundle(args, name, source, path)
     return 0
 

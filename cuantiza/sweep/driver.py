@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from cuantiza.core.errors import UserError
-from cuantiza.core.inputs.checkpoints import base_folder
+from cuantiza.core.inputs.checkpoints import is_base_of_working_folder
 from cuantiza.core.machine.hardware import software
 from cuantiza.core.machine.progress import report as say
 from cuantiza.core.machine.progress import working
@@ -111,7 +111,7 @@ class Sweep:
     def _export(self) -> None:
         jobs = []
         for name, model in self.grid.models.items():
-            cwd = Path.cwd() if base_folder(model.folder) != model.folder else None
+            cwd = Path.cwd() if is_base_of_working_folder(model.folder) else None
             task = Export(name, model, self.work / "artifacts", cwd)
             jobs.append((task, [cell for cell in self.grid.cells if cell.model == name]))
         for task, cells, made in self._done(jobs):

@@ -167,9 +167,7 @@ def test_the_action_reads_args_as_a_shell_reads_words(job: Job) -> None:
         assert told.read_text().split("\n")[9:-1] == words and not (job.folder / "work/ran").exists()
     told.unlink()
     done = job.run("compare", base="a", head="b", args="--corpus 'my texts")
-    assert (
-        done.returncode == 2 and not told.exists() and "a quote that is not closed" in job.left("GITHUB_STEP_SUMMARY")
-    )
+    assert done.returncode == 2 and not told.exists() and "No closing quotation" in job.left("GITHUB_STEP_SUMMARY")
 
 
 def test_the_action_says_why_nothing_was_compared(job: Job, folders: Callable[[int], Path]) -> None:

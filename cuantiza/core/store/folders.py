@@ -62,7 +62,7 @@ def held(*paths: Path) -> Iterator[None]:
     """
     with ExitStack() as stack:
         for folder in sorted({path.resolve() for path in paths}):  # in one order, or two processes wait for each other
-            if (folder / LOCK).is_file() and os.access(folder / LOCK, os.W_OK):
+            if (folder / LOCK).is_file() and not os.statvfs(folder).f_flag & os.ST_RDONLY:
                 stack.enter_context(locked(folder))
         yield
 

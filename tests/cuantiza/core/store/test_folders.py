@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import os
 import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -162,13 +164,13 @@ def test_a_file_system_without_locks(
 
 
 def test_a_folder_that_cannot_be_written_to_is_only_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody can write into a read-only mount. root may write anywhere else, so the answer of `access` is set here."""
+    """Nobody can write into a read-only mount. To mount takes rights that tests need not have, so its flag is set here."""
     with locked(tmp_path / "modelo"), staging(tmp_path / "modelo" / "fp32") as work:
         (work / "model.onnx").touch()
         replace(work, tmp_path / "modelo" / "fp32")
     lock = tmp_path / "modelo" / LOCK
     with held(tmp_path / "modelo"), lock.open("rb") as file, pytest.raises(BlockingIOError):
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    monkeypatch.setattr(folders.os, "access", lambda *_: False)
+    monkeypatch.setattr(folders.os, "statvfs", lambda _: SimpleNamespace(f_flag=os.ST_RDONLY))
     with held(tmp_path / "modelo"), lock.open("rb") as file:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -116,7 +116,9 @@ class Remote:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._process.terminate()
+        # Not SIGTERM, which a child ignores if it was started while this process did: a library may have swallowed the
+        # exception of a Ctrl-C, after which signals are ignored.
+        self._process.kill()
         self._process.join()
         self._here.close()
         self._said.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,8 @@ import pytest
 
 from cuantiza.core.errors import TRACEBACK, UserError
 from cuantiza.core.machine.process import ChildError, Remote, isolated
+
+from helpers import ROOT
 
 
 class Odd(Exception):
@@ -209,3 +212,19 @@ def test_shared_memory_is_given_back() -> None:
         assert held()[0] == 3
         del kept
         assert held() == before and before[0] == 0
+
+
+STARTED_WHILE_IGNORED = """
+import signal, sys
+sys.path.insert(0, sys.argv[1])
+from cuantiza.core.machine.process import isolated
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+print(isolated(len, "four"))
+"""
+
+
+def test_a_child_that_ignores_signals_is_ended():
+    done = subprocess.run(
+        [sys.executable, "-c", STARTED_WHILE_IGNORED, ROOT], capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stdout) == (0, "4\n"), done.stderr

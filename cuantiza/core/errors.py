@@ -28,6 +28,7 @@ MENDS = _DISK_FULL | _FORBIDDEN | _NO_SUCH_PLACE | _TOO_LARGE | _BROKEN_DISK
 _OURS = ("cuantiza", "export", "quantize", "eval", "lab")  # packages that `python -m` runs
 _STOPS = {signal.SIGINT, signal.SIGTERM}
 _IGNORED = {number for number in _STOPS if signal.getsignal(number) is signal.SIG_IGN}
+_came: list[int] = []  # the signals that `_stop` was called for
 
 
 # Which extra of the distribution brings a module that cuantiza runs without.
@@ -124,6 +125,7 @@ def run(main: Callable[[], int]) -> None:
     and SIGTERM with 143, both through `finally`, so that temporary folders are removed; a second signal does not
     interrupt that.
     """
+    _came.clear()
     _set_handlers(_stop)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that has no ñ shows ?, in place of a traceback
@@ -160,8 +162,15 @@ def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())
 
 
+def raise_again() -> None:
+    """Raise what a signal raised already, where a library swallowed it: nothing is begun after a signal."""
+    if _came:
+        _stop(_came[0], None)
+
+
 def _stop(number: int, _frame: FrameType | None) -> NoReturn:
     _set_handlers(signal.SIG_IGN)
+    _came.append(number)
     if number == signal.SIGINT:
         raise KeyboardInterrupt
     sys.exit(128 + number)

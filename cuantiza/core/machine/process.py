@@ -21,7 +21,7 @@ from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any, NoReturn
 
-from cuantiza.core.errors import EXTRAS, MENDS, TRACEBACK, UserError, unexpected
+from cuantiza.core.errors import EXTRAS, MENDS, TRACEBACK, UserError, raise_again, unexpected
 from cuantiza.core.machine.progress import working
 from cuantiza.core.machine.shared import Message, pack, receive, send
 
@@ -151,6 +151,7 @@ def _start(process: BaseProcess) -> None:
     Otherwise a Ctrl-C while the child imports its modules, before `_serve`, would print the child's own traceback. So
     would one that kept this process from telling the child what to do: the child would find nothing to read.
     """
+    raise_again()
     if not hasattr(signal, "pthread_sigmask"):
         process.start()
         return

@@ -104,6 +104,28 @@ def test_a_second_signal_does_not_break_off_the_cleaning(number: int, status: in
     assert (done.returncode, done.stdout, done.stderr) == (status, "cleaned\n", "")
 
 
+SWALLOWED = """
+import os, signal, sys, time
+sys.path.insert(0, sys.argv[1])
+from cuantiza.core.errors import run
+from cuantiza.core.machine.process import isolated
+def main():
+    try:
+        os.kill(os.getpid(), int(sys.argv[2]))
+        time.sleep(60)
+    except BaseException:
+        pass
+    print(isolated(len, "four"))
+run(main)
+"""
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_what_a_library_swallows_ends_the_run_where_it_would_begin_something(number: int, status: int) -> None:
+    done = subprocess.run([sys.executable, "-c", SWALLOWED, ROOT, str(int(number))], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (status, "", "")
+
+
 AT_THE_END = """
 import os, signal, sys, threading, time
 sys.path.insert(0, sys.argv[1])

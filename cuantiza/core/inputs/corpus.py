@@ -152,7 +152,7 @@ def write_index(folder: Path) -> bool:
     files = _listed(folder)
     if not files:
         raise UserError(f"{folder}: holds no .txt file; give the folder of the documents")
-    if (path := folder / INDEX).exists() and not _is_ours(path):
+    if (path := folder / INDEX).exists() and not _is_ours(path, if_broken=False):
         raise UserError(f"{path}: was not written by `cuantiza index`, and would be lost; move it away first")
     entries: list[dict[str, Any]] = [
         {
@@ -187,19 +187,15 @@ def full_windows(tokens: np.ndarray, length: int) -> np.ndarray:
 def _has_index(source: Source) -> bool:
     """Whether a folder has an index of ours, which may be broken: that of another program says nothing of its texts."""
     path = place(source.spec) / INDEX
-    if not path.is_file():
-        return False
+    return path.is_file() and _is_ours(path, if_broken=True)
+
+
+def _is_ours(path: Path, *, if_broken: bool) -> bool:
+    """Whether `path` is an index of ours; `if_broken` where it is no JSON and nobody can tell."""
     try:
         return _documents(path) is not None
     except (ValueError, RecursionError):
-        return True
-
-
-def _is_ours(path: Path) -> bool:
-    try:
-        return _documents(path) is not None
-    except (ValueError, RecursionError):
-        return False
+        return if_broken
 
 
 def _documents(path: Path) -> list[dict[str, Any]] | None:

@@ -91,17 +91,38 @@ def evaluate(
     output = None if output is None else Path(output)
     paths = [path.path if isinstance(path, Artifact) else Path(path) for path in _several(artifacts)]
     once = {path.resolve(): path for path in reversed(paths)}
-    published = [
-        artifact.open_artifact(once[path], digests.sha256_known) for path in dict.fromkeys(map(Path.resolve, paths))
-    ]
-    if not published:
+    if not once:
         raise UserError("--recipes: names no artifact; the first one is the baseline of the others")
     with ExitStack() as held:
-        held.enter_context(folders.held(*(item.path.parent for item in published)))
+        held.enter_context(folders.held(*(path.parent for path in once)))  # a stage that writes there ends first
+        published = _open([once[path] for path in dict.fromkeys(map(Path.resolve, paths))])
         if output is not None:
             held.enter_context(folders.locked(output))
         held.enter_context(working("eval"))
         return _evaluate(published, corpus, settings, [*map(Path, _several(onnx))], checkpoint, output, language)
+
+
+def _open(paths: list[Path]) -> list[Artifact]:
+    """Open artifacts to compare. Raises UserError where two have one name, or they were not made from one fp32 artifact."""
+    published = [artifact.open_artifact(path, digests.sha256_known) for path in paths]
+    first, named = published[0], {item.manifest.name: item for item in reversed(published)}
+    for item in published:
+        if (same := named[item.manifest.name]) is not item:
+            raise UserError(
+                f"{same.path} and {item.path}: both are artifacts named {item.manifest.name!r} by their manifests; "
+                "compare folders of artifacts by `cuantiza compare`"
+            )
+        if _fp32_of(item) != _fp32_of(first):
+            raise UserError(
+                f"{item.path}: was not made from the same fp32 artifact as {first.path}; run `make quantize` or "
+                "`cuantiza quantize` again"
+            )
+    return published
+
+
+def _fp32_of(item: Artifact) -> str:
+    """The digest of the fp32 artifact that `item` was made from, or its own."""
+    return item.manifest.parent or item.digest
 
 
 def _several(given: str | Path | Artifact | Sequence[Any]) -> Sequence[Any]:
@@ -144,6 +165,7 @@ def _evaluate(
         if known:
             say(f"quality   {' '.join(known)}: kept from an earlier run")
         report = measure(
+            published[0].manifest.model,
             subjects,
             published[0].path,
             test,
@@ -201,6 +223,8 @@ def _made_from(exported: Artifact) -> str | None:
 def _foreign(path: Path) -> Subject:
     """Make the subject of an ONNX file, or of a folder that holds one. Raises UserError if there is none."""
     from cuantiza.eval.measure.engines import Subject
+
+    path = path.resolve()  # "." has no name of its own
 
     files = [path, path / "model.onnx", path / "onnx" / "model.onnx"]
     file = next((file for file in files if file.is_file()), None)

@@ -16,8 +16,12 @@ import numpy as np
 
 from cuantiza.core import contract
 from cuantiza.core.inputs.weights.pytorch import call_once_alone
+from cuantiza.core.onnx import file as onnx_file
+from cuantiza.core.store import artifact
 
 if TYPE_CHECKING:
+    import onnx_ir as ir
+
     from cuantiza.core.run.runtime import Runtime
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -213,3 +217,26 @@ def edit_weights(folder: Path, change: Callable[[dict], None]) -> None:
     weights = load_file(folder / "model.safetensors")
     change(weights)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def variant(source: artifact.Artifact, folder: Path, change: Callable[[ir.Model], None]) -> artifact.Artifact:
+    """An artifact at folder/<recipe> whose graph is `source`'s with `change` made to it."""
+    model = onnx_file.load(source.model)
+    change(model)
+    work = folder / "work"
+    work.mkdir(parents=True)
+    artifact.copy_companions(source.path, work)
+    onnx_file.save(model, work)
+    told = source.manifest
+    return artifact.publish(
+        work,
+        folder / told.name,
+        name=told.name,
+        model=told.model,
+        recipe=told.recipe,
+        inputs=told.inputs,
+        parent=told.parent,
+        calibration=told.calibration,
+        versions=told.versions,
+        details=told.details,
+    )

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from jinja2 import Environment
 
 WIDTH = 120
+_LARGEST = 1e15  # from about 2^53 on, floats do not tell whole numbers apart
 _THIN = "\N{NARROW NO-BREAK SPACE}"
 _FIXED = re.compile(r"[#|<!]|\[\^|```")  # headings, tables, HTML, pictures, footnotes, code: a block that is not filled
 
@@ -70,8 +71,12 @@ def environment(folder: Path) -> Environment:
 
 
 def number(value: float, digits: int, language: str) -> str:
-    """`value` with `digits` decimals, as English (en: 12,622.5) or Spanish (es: 12 622,5) writes it. The minus is −."""
-    text = f"{round(value, digits) + 0.0:,.{digits}f}"  # + 0.0: never -0
+    """`value` with `digits` decimals, as English (en: 12,622.5) or Spanish (es: 12 622,5) writes it. The minus is −.
+
+    Where floats no longer tell whole numbers apart, it has an exponent (1.01e+304).
+    """
+    form = ",.{}f" if not abs(value) > _LARGEST else ".{}e"
+    text = f"{round(value, digits) + 0.0:{form.format(digits)}}"  # + 0.0: never -0
     if language == "es":
         whole, _, decimals = text.partition(".")
         # Four digits stay together in Spanish (Ortografía de la lengua española, 2010).

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import math
+import sys
 import tomllib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cuantiza.core.errors import UserError
 
+_LARGEST = sys.float_info.max  # TOML's whole numbers may be larger
 _UNITS = {"quality": "nats", "size": "percent", "latency": "percent"}
 
 
@@ -69,6 +70,6 @@ def _shares(path: Path, prefix: str, fields: dict) -> dict[str, float]:
     for key, value in fields.items():
         if key not in _UNITS:
             raise UserError(f"{path}: {prefix}{key} is not a budget; there are {', '.join(_UNITS)}")
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= _LARGEST:
             raise UserError(f"{path}: {prefix}{key} is {str(value)[:40]!r}; give a number of {_UNITS[key]} from 0 on")
     return {key: value / 100 if _UNITS[key] == "percent" else float(value) for key, value in fields.items()}

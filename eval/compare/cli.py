@@ -69,6 +69,9 @@ def _compare(arguments: Sequence[str] | None) -> int:
     args = parser().parse_args(arguments)
     if args.output.is_dir():
         raise UserError(f"--output {args.output}: is a folder; name a file, such as {args.output / 'compare.md'}")
+    above = next(folder for folder in args.output.absolute().parents if folder.exists())
+    if not above.is_dir():
+        raise UserError(f"--output {args.output}: {above} is a file; choose another place")
     from cuantiza.eval.compare.stage import compare
 
     comparison = compare(

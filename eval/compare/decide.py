@@ -30,6 +30,9 @@ STANDARD_ERRORS = 2.0
 FALSE_ALARMS, FIRST_LEVEL = 0.01, 0.1
 # Times are compared only if the machines agree in these fields. The size of the memory does not change times.
 _MACHINE = ("cpu", "processors", "threads", "system")
+ONE_DOCUMENT = (
+    "a single document gives no standard error of quality; score two or more (--tokens of the evaluation, CORPUS=)"
+)
 NOT_FINITE = Interval(math.inf, math.inf, math.inf)
 
 
@@ -129,9 +132,7 @@ def check_quality(recipe: str, base: float, head: float, delta: Estimate, budget
     if not math.isfinite(delta.value):
         return Check(recipe, "ln perplexity", "nats", base, head, NOT_FINITE, budget, "not finite")
     if delta.stderr is None:
-        raise UserError(
-            "a single document gives no standard error of quality; score two or more (--tokens of the evaluation, CORPUS=)"
-        )
+        raise UserError(ONE_DOCUMENT)
     reach = STANDARD_ERRORS * delta.stderr
     change = Interval(delta.value, delta.value - reach, delta.value + reach)
     return Check(recipe, "ln perplexity", "nats", base, head, change, budget, note)
@@ -198,11 +199,13 @@ def compare_reports(
     for name in names:
         ours, theirs, budget = head.rows[name], base.rows[name], budgets.of(name)
         counts = np.asarray(base.report.corpus.document_tokens)
-        sums, total = np.subtract(ours.nll_by_document, theirs.nll_by_document), counts.sum()
+        total = counts.sum()
         means = (sum(theirs.nll_by_document) / total, sum(ours.nll_by_document) / total)
+        with np.errstate(invalid="ignore"):  # of what is not finite
+            delta = mean_by_document(np.subtract(ours.nll_by_document, theirs.nll_by_document), counts)
         answers = [marks(row.last_words.right) for row in (theirs, ours) if row.last_words is not None]
         note = answers_note(*answers) if len(answers) == 2 else ""
-        checks.append(check_quality(name, *means, mean_by_document(sums, counts), budget.quality, note))
+        checks.append(check_quality(name, *means, delta, budget.quality, note))
         checks.append(check_size(name, theirs.bytes, ours.bytes, budget.size))
         if name in timed:
             checks += _report_latency(base, head, name, FALSE_ALARMS / figures, budget.latency)

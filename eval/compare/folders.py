@@ -16,6 +16,7 @@ from cuantiza.core.store.artifact import Artifact
 from cuantiza.eval.compare.budgets import Budgets
 from cuantiza.eval.compare.decide import (
     FIRST_LEVEL,
+    ONE_DOCUMENT,
     Check,
     answers_note,
     check_latency,
@@ -77,6 +78,8 @@ def compare_folders(
             raise UserError(
                 f"{base} and {head}: their tokenizers or contexts differ, so likelihoods are not of the same tokens; compare artifacts of one model"
             )
+        if len(tasks[0].documents) < 2:
+            raise UserError(ONE_DOCUMENT)
         for name, both in different.items():
             checks[name] = _quality_and_size(name, both, tasks[0], budgets, how.threads)
         if how.rounds:
@@ -162,7 +165,7 @@ def _latency(
 
 
 def _notes(pairs: dict[str, tuple[Artifact, Artifact]]) -> list[str]:
-    """Say which artifacts were made from other inputs in head than in base."""
+    """Say which artifacts were made from other inputs in head than in base, or not from the fp32 artifact beside them."""
     notes = []
     for name, (base, head) in pairs.items():
         theirs, ours = base.manifest, head.manifest
@@ -171,4 +174,7 @@ def _notes(pairs: dict[str, tuple[Artifact, Artifact]]) -> list[str]:
         )
         if changed:
             notes.append(f"{name}: made from other inputs ({', '.join(changed)})")
+        for side, item, fp32 in zip(("BASE", "HEAD"), (base, head), pairs.get("fp32", ()), strict=False):
+            if item.manifest.parent not in (None, fp32.digest):
+                notes.append(f"{name}: in {side}, it was not made from the fp32 artifact beside it")
     return notes

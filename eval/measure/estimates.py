@@ -59,8 +59,13 @@ def mean_by_document(sums: np.ndarray, counts: np.ndarray) -> Estimate:
 def perplexity(scores: Scores) -> Estimate:
     """Perplexity: exp of the mean negative log-likelihood, with its standard error by the delta method."""
     mean = mean_per_token(scores.nll, scores.document)
-    value = math.exp(mean.value) if mean.value < 700 else math.inf
+    value = _exp(mean.value)
     return Estimate(value, None if mean.stderr is None else value * mean.stderr)
+
+
+def _exp(nats: float) -> float:
+    """Return exp(nats); inf where floats end, or for what is not a number."""
+    return math.exp(nats) if nats < 700 else math.inf
 
 
 def llama_cpp_perplexity(scores: Scores) -> Estimate:
@@ -71,7 +76,7 @@ def llama_cpp_perplexity(scores: Scores) -> Estimate:
     over documents. It is None for a single token, and where likelihoods are not finite.
     """
     nll = scores.nll
-    value = math.exp(mean) if (mean := float(nll.mean())) < 700 else math.inf
+    value = _exp(float(nll.mean()))
     if len(nll) < 2 or not math.isfinite(value):
         return Estimate(value, None)
     return Estimate(value, value * math.sqrt(float(nll.var()) / (len(nll) - 1)))
@@ -88,8 +93,8 @@ def quality(scores: Scores, size: TextSize, baseline: Scores | None) -> dict:
         "perplexity": ppl.value,
         "perplexity_stderr": ppl.stderr,
         "bits_per_byte": total / math.log(2) / size.bytes,
-        "word_perplexity": math.exp(min(total / size.words, 700)),
-        "byte_perplexity": math.exp(min(total / size.bytes, 700)),
+        "word_perplexity": _exp(total / size.words),
+        "byte_perplexity": _exp(total / size.bytes),
         "delta_ln_ppl": 0.0,
         "delta_ln_ppl_stderr": 0.0,
         "kl_divergence": 0.0,

@@ -113,6 +113,8 @@ def measure_quality(
                     _check(first, remote, item.name, task)
                 label = "quality   " + " ".join(item.name for item in [baseline, *group])
                 scores = score(track(task.rolling, label, len(task.rolling)), [first, *remotes])
+                if not np.isfinite(scores[0].nll).all():
+                    raise ChildError(f"{baseline.name}: gives logits that are not numbers", baseline.name)
                 if baseline.name not in rows:
                     alone = _alone(baseline, first, task) | {"key_error": _key_error(first, first, task)}
                     rows[baseline.name] = _quality(scores[0], None, task) | alone
@@ -157,7 +159,8 @@ def _key_error(baseline: Remote, remote: Remote, task: Task) -> list[float] | No
     if theirs is None or ours is None or [item.shape for item in theirs] != [item.shape for item in ours]:
         return None
     pairs = zip(theirs, ours, strict=True)
-    return [float(np.linalg.norm(own - base) / np.linalg.norm(base)) for base, own in pairs]
+    # A layer without keys, as pruning leaves it, has all of them 0, and then the error is absolute.
+    return [float(np.linalg.norm(own - base) / (np.linalg.norm(base) or 1.0)) for base, own in pairs]
 
 
 def _groups(subjects: list[Subject]) -> list[list[Subject]]:

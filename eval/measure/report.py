@@ -18,6 +18,7 @@ from cuantiza.eval.report.schema import SCHEMA, Corpus, Inputs, LeftOut, PaperNa
 
 
 def measure(
+    model: str,
     subjects: list[Subject],
     baseline: Path,
     test: Split,
@@ -36,7 +37,7 @@ def measure(
     known: dict[str, dict] | None = None,
     keep: Callable[[dict[str, dict]], None] = lambda rows: None,
 ) -> Report:
-    """Return the report on `subjects`. All are compared with the first, the artifact in the folder `baseline`.
+    """Return the report on `subjects`, forms of `model`. All are compared with the first, the artifact in `baseline`.
 
     `test` is the split of the corpus `source`, divided `by` document, line or article, or `joined` to one text; `papers`
     are further protocols; `inputs` is everything that the report depends on. A subject that cannot be measured is left
@@ -45,7 +46,7 @@ def measure(
     """
     names = [subject.name for subject in subjects]
     if clash := next((name for name in names if names.count(name) > 1), None):
-        raise UserError(f"--onnx: two artifacts are called {clash!r}; rename one of the files")
+        raise UserError(f"--onnx: two rows would be called {clash!r}; rename one of the files")
     task = make_task(baseline, test, tokens, window, papers)
     missing = list(left_out)
     subjects, done = list(subjects), dict(known or {})
@@ -87,7 +88,7 @@ def measure(
     )
     return Report(
         schema=SCHEMA,
-        model=baseline.parent.name,
+        model=model,
         corpus=corpus,
         machine=inputs.machine,
         versions=inputs.versions,

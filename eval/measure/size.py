@@ -28,11 +28,13 @@ def companion_bytes(folder: Path) -> int:
 
 
 def loaded_bytes(subject: Subject) -> int:
-    """Estimate how many bytes of weights a subject loads: those of the weight files in its folder."""
-    folder = subject.path.parent if subject.path.is_file() else subject.path
-    weights = (".onnx", ".data", ".bin", ".safetensors")
-    return sum(file.stat().st_size for file in folder.iterdir() if file.suffix in weights)
+    """Estimate how many bytes of weights a subject loads: those of its ONNX file, or of a checkpoint's weight files."""
+    if subject.path.is_file():
+        return sum(file.stat().st_size for file in inference_files(subject.path))
+    return sum(file.stat().st_size for file in subject.path.iterdir() if file.suffix in (".bin", ".safetensors"))
 
 
 def _companions(folder: Path) -> list[Path]:
-    return [folder / name for name in COMPANIONS if (folder / name).is_file()]
+    """List the configuration and tokenizer files in `folder`. transformers.js has them above a folder `onnx`."""
+    found = [folder / name for name in COMPANIONS if (folder / name).is_file()]
+    return _companions(folder.parent) if not found and folder.name == "onnx" else found

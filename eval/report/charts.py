@@ -98,11 +98,13 @@ class Dot:
 def tradeoff(rows: Sequence[Measured], labels: dict, language: str) -> str:
     """Draw size against Δ ln perplexity. A dot's area is proportional to decoded tokens/s, down to a least size.
 
-    Dots at one place are drawn side by side, and smaller ones above larger ones, so that none hides another.
+    Dots at one place are drawn side by side, and smaller ones above larger ones, so that none hides another. A row whose
+    likelihoods are not finite has none.
     """
     errors = [row.delta_ln_ppl_stderr or 0 for row in rows]
-    bottom = min(row.delta_ln_ppl - error for row, error in zip(rows, errors, strict=True))
-    top = max(2 * _LINEAR, *(row.delta_ln_ppl + error for row, error in zip(rows, errors, strict=True)))
+    ends = [row.delta_ln_ppl + sign * error for row, error in zip(rows, errors, strict=True) for sign in (-1, 1)]
+    finite = [end for end in ends if math.isfinite(end)]
+    bottom, top = min(finite), max(2 * _LINEAR, *finite)
     x_axis = _linear_axis(labels["size_axis"], 0, max(row.bytes for row in rows) / 1e6 * 1.08, language)
     area = _area(x_axis, _symlog_axis(labels["delta_axis"], bottom, top, language), WIDTH - 8)
     speeds = [row.usual("decode").tokens_per_second for row in rows]
@@ -116,6 +118,7 @@ def tradeoff(rows: Sequence[Measured], labels: dict, language: str) -> str:
                 max(3.0, 10 * math.sqrt(speed / max(speeds))),
             )
             for index, (row, speed) in enumerate(zip(rows, speeds, strict=True))
+            if math.isfinite(row.delta_ln_ppl)
         ],
         area.right,
     )
@@ -175,7 +178,11 @@ def latency(rows: Sequence[Row], labels: dict, language: str) -> str:
 
 def layers(rows: Sequence[Row], labels: dict, language: str) -> str | None:
     """Draw the relative error of the keys against the layer; None if no row has such an error."""
-    shown = [(index, row.name, row.key_error) for index, row in enumerate(rows) if row.key_error and any(row.key_error)]
+    shown = [
+        (index, row.name, row.key_error)
+        for index, row in enumerate(rows)
+        if row.key_error and any(row.key_error) and all(map(math.isfinite, row.key_error))
+    ]
     if not shown:
         return None
     series = [

@@ -31,11 +31,12 @@ LABELS = {
         "words_note": "Last words: the share of {words} sentences whose last word is the likeliest one, each of its tokens, after "
         "all that precedes it in the window. In brackets: the words that {first} misses and the row has right (+), and the reverse "
         "(−). p is the probability of flips at least as uneven by chance (McNemar's exact test, two-sided).",
-        "llama_short": "llama.cpp's protocol scores windows of {window} tokens, and this text is shorter than one.",
+        "llama_short": "llama.cpp's protocol scores nothing here: the text is shorter than its windows of {window} tokens, or they are too "
+        "short.",
         "transformers_note": "The windows of transformers' documentation on perplexity: the same text as one stream without a start "
         "token; {windows} windows of {window} tokens, {stride} apart, each scored on what follows the one before, {scored} tokens. "
         "In brackets: the rise over {first}, paired; ± is one standard error over windows.",
-        "paper_short": "The protocol `{name}` scores nothing here: the text is shorter than one of its windows.",
+        "paper_short": "The protocol `{name}` scores nothing here: the text is shorter than one of its windows, or they are too short.",
         "gptq_note": "GPTQ's windows: the same stream in {windows} full windows of {window} tokens, one after the other, scored on "
         "all but the first token of each, {scored} tokens.",
         "shapes": "All latencies",
@@ -101,11 +102,12 @@ LABELS = {
         "words_note": "Últimas palabras: en qué parte de {words} oraciones la última palabra es la más probable, en todos sus "
         "tokens, tras todo lo que la precede en la ventana. Entre paréntesis: las palabras que {first} falla y la fila acierta (+), y "
         "al revés (−). p es la probabilidad de cambios al menos tan desiguales por azar (prueba exacta de McNemar, bilateral).",
-        "llama_short": "El protocolo de llama.cpp evalúa ventanas de {window} tokens, y este texto es más corto que una.",
+        "llama_short": "El protocolo de llama.cpp no evalúa nada aquí: el texto es más corto que sus ventanas de {window} tokens, o estas "
+        "son demasiado cortas.",
         "transformers_note": "Las ventanas de la documentación de transformers sobre perplejidad: el mismo texto, seguido y sin token "
         "inicial; {windows} ventanas de {window} tokens, una cada {stride}, y de cada una se evalúa lo que sigue a la anterior, "
         "{scored} tokens. Entre paréntesis, el aumento respecto a {first}, pareado; ± es un error estándar entre ventanas.",
-        "paper_short": "El protocolo `{name}` no evalúa nada aquí: el texto es más corto que una de sus ventanas.",
+        "paper_short": "El protocolo `{name}` no evalúa nada aquí: el texto es más corto que una de sus ventanas, o estas son demasiado cortas.",
         "gptq_note": "Las ventanas de GPTQ: el mismo texto en {windows} ventanas llenas de {window} tokens, una tras otra; de cada una "
         "se evalúa todo menos el primer token, {scored} tokens.",
         "shapes": "Todas las latencias",

@@ -222,7 +222,10 @@ def test_the_pages_have_every_latency_and_both_protocols(fields, language):
                 shown = (number(step["p50_ms"], 2, language), number(step["p90_ms"], 2, language))
                 assert " / ".join(shown) in text
         assert ("decode @1023" if language == "en" else "token tras 1023") in text
-    said = {"en": ("7 disjoint windows", "shorter than one"), "es": ("7 ventanas disjuntas", "más corto que una")}
+    said = {
+        "en": ("7 disjoint windows", "shorter than its windows"),
+        "es": ("7 ventanas disjuntas", "más corto que sus ventanas"),
+    }
     for index, pages in enumerate(texts):
         assert all(said[language][index] in page and said[language][1 - index] not in page for page in pages)
 

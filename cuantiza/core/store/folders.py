@@ -23,6 +23,7 @@ from cuantiza.core.errors import UserError, naming
 LOCK = ".cuantiza.lock"
 _ours = threading.local()  # .folders: those that this thread holds
 _HELD = (errno.EAGAIN, errno.EACCES)  # what file systems answer where another process has the lock
+_NOT_OURS = (errno.EACCES, errno.EPERM, errno.EROFS)  # another user's folder, or a read-only mount
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # Lustre without -o flock, NFS without a lock server
 
 
@@ -57,13 +58,21 @@ def locked(folder: Path) -> Iterator[None]:
 def held(*paths: Path) -> Iterator[None]:
     """Keep stages from writing into the folders `paths`, which the block only reads.
 
-    No stage writes into a folder without a lock file, such as a copy from elsewhere, or into one that is mounted
-    read-only.
+    No stage writes into a folder without a lock file, such as a copy from elsewhere. Of a folder that belongs to another
+    user, or is mounted read-only, the lock is shared with others who read it.
     """
     with ExitStack() as stack:
         for folder in sorted({path.resolve() for path in paths}):  # in one order, or two processes wait for each other
-            if (folder / LOCK).is_file() and not os.statvfs(folder).f_flag & os.ST_RDONLY:
+            if not (folder / LOCK).is_file():
+                continue
+            try:
                 stack.enter_context(locked(folder))
+            except OSError as error:
+                if error.errno not in _NOT_OURS:
+                    raise
+                with suppress(PermissionError):  # nor may it be read
+                    lock = stack.enter_context((folder / LOCK).open("rb"))
+                    _hold(lock, folder, fcntl.LOCK_SH)
         yield
 
 
@@ -109,16 +118,16 @@ def _held(folder: Path) -> tuple[BinaryIO, list[Path]]:
         lock.close()
 
 
-def _hold(lock: BinaryIO, folder: Path) -> None:
-    """Wait until this process alone holds `lock`, a file of `folder`."""
+def _hold(lock: BinaryIO, folder: Path, how: int = fcntl.LOCK_EX) -> None:
+    """Wait until this process holds `lock`, a file of `folder`: alone, or by LOCK_SH with others who only read."""
     try:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, how | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno not in _HELD:
                 raise
             print(f"waiting for another run to finish with {folder}", file=sys.stderr)
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            fcntl.flock(lock, how)
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise

@@ -216,6 +216,18 @@ def edited(change) -> dict:
     return fields
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_likelihoods_of_a_report_that_are_not_finite_are_a_regression(written, compare, value):
+    head = edited(lambda r: r["artifacts"][1]["nll_by_document"].__setitem__(3, value))
+    result = compare(written("base", report(1)), written("head", head), "--without-latency")
+    assert result.status == 1 and "not finite" in result.stdout and not result.stderr
+
+
+def test_a_page_that_could_not_be_written_is_known_before_anything_is_measured(written, compare, tmp_path):
+    (tmp_path / "out").touch()
+    assert_user_error(compare(written("a", report(1)), written("b", report(2))), f"{tmp_path / 'out'} is a file")
+
+
 @pytest.mark.parametrize(
     "change, fragments",
     [
@@ -234,7 +246,6 @@ def edited(change) -> dict:
         (lambda r: r["artifacts"][1].update(bytes="7"), ("artifacts[1].bytes is '7'",)),
         (lambda r: r["artifacts"][1].update(bytes=True), ("artifacts[1].bytes is 'True'",)),
         (lambda r: r["artifacts"][1].update(bytes=10**4000), ("artifacts[1].bytes",)),
-        (lambda r: r["artifacts"][1]["nll_by_document"].__setitem__(3, math.inf), ("nll_by_document[3] is 'inf'",)),
         (lambda r: r["artifacts"][1]["nll_by_document"].__setitem__(3, 1e300), ("nll_by_document[3] is '1e+300'",)),
         (
             lambda r: r["artifacts"][1]["decode"][0]["samples_ns"].__setitem__(0, 0),
@@ -325,6 +336,7 @@ def test_budgets_of_a_recipe_that_is_not_there_are_named(written, compare, tmp_p
         ("quality = 0.1\nsize = 1", ("names no latency", "percent")),
         ("quality = -1\nsize = 1\nlatency = 1", ("quality is '-1'", "nats")),
         ("quality = nan\nsize = 1\nlatency = 1", ("quality is 'nan'",)),
+        (f"quality = 1{400 * '0'}\nsize = 1\nlatency = 1", ("quality is '1000",)),
         ("quality = true\nsize = 1\nlatency = 1", ("quality is 'True'",)),
         ("quality = 1\nsize = '1'\nlatency = 1", ("size is '1'", "percent")),
         ("quality = 1\nsize = 1\nlatency = inf", ("latency is 'inf'",)),

@@ -17,40 +17,16 @@ import pytest
 
 from cuantiza.core.inputs.corpus import Source, load_splits
 from cuantiza.core.machine.process import Remote
-from cuantiza.core.onnx import file as onnx_file
 from cuantiza.core.store import artifact, folders
 from cuantiza.eval.compare.latency import Pair, measure_pairs
 from cuantiza.eval.measure.engines import Engine, Subject
 from cuantiza.eval.measure.quality import make_task
 from cuantiza.eval.measure.score import score
 
-from helpers import CORPUS, assert_user_error, stage
+from helpers import CORPUS, assert_user_error, stage, variant
 
 TOKENS = 2500
 QUICK = ("--tokens", TOKENS)
-
-
-def variant(source: artifact.Artifact, folder: Path, change: Callable[[ir.Model], None]) -> artifact.Artifact:
-    """An artifact at folder/<recipe> whose graph is `source`'s with `change` made to it."""
-    model = onnx_file.load(source.model)
-    change(model)
-    work = folder / "work"
-    work.mkdir(parents=True)
-    artifact.copy_companions(source.path, work)
-    onnx_file.save(model, work)
-    told = source.manifest
-    return artifact.publish(
-        work,
-        folder / told.name,
-        name=told.name,
-        model=told.model,
-        recipe=told.recipe,
-        inputs=told.inputs,
-        parent=told.parent,
-        calibration=told.calibration,
-        versions=told.versions,
-        details=told.details,
-    )
 
 
 def renamed(model: ir.Model) -> None:

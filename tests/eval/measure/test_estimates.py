@@ -163,6 +163,13 @@ def test_llama_cpps_uncertainty_is_left_out_where_there_is_none(nll):
     assert llama_cpp_perplexity(Scores(np.zeros(len(nll), int), np.array(nll), np.ones(len(nll), bool))).stderr is None
 
 
+def test_a_perplexity_beyond_floats_is_infinite():
+    """A document of Chinese has hardly any white space, so it is one word."""
+    scores = Scores(np.zeros(300, int), np.full(300, 3.0), np.zeros(300, bool))
+    row = quality(scores, TextSize(900, 1), None)
+    assert row["word_perplexity"] == math.inf and row["perplexity"] == pytest.approx(math.e**3)
+
+
 def test_bits_per_byte_and_word_perplexity_follow_from_the_sum():
     size = text_size(("¡Qué año!", "dos palabras"))
     assert size == TextSize(bytes=len("¡Qué año!dos palabras".encode()), words=4)

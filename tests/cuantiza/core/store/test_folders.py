@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -163,14 +162,26 @@ def test_a_file_system_without_locks(
     assert "no locks" in capsys.readouterr().err
 
 
-def test_a_folder_that_cannot_be_written_to_is_only_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody can write into a read-only mount. To mount takes rights that tests need not have, so its flag is set here."""
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS])
+def test_of_a_folder_that_cannot_be_written_to_the_lock_is_shared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """Another user's folder, or a read-only mount. Tests may have the rights to write anywhere, so the answer is given here."""
     with locked(tmp_path / "modelo"), staging(tmp_path / "modelo" / "fp32") as work:
         (work / "model.onnx").touch()
         replace(work, tmp_path / "modelo" / "fp32")
     lock = tmp_path / "modelo" / LOCK
     with held(tmp_path / "modelo"), lock.open("rb") as file, pytest.raises(BlockingIOError):
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    monkeypatch.setattr(folders.os, "statvfs", lambda _: SimpleNamespace(f_flag=os.ST_RDONLY))
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    whole = Path.open
+
+    def refuse(self: Path, mode: str = "r", *args: object, **options: object) -> object:
+        if mode == "ab":
+            raise OSError(number, os.strerror(number), str(self))
+        return whole(self, mode, *args, **options)
+
+    monkeypatch.setattr(Path, "open", refuse)
     with held(tmp_path / "modelo"), lock.open("rb") as file:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        with pytest.raises(BlockingIOError):  # but no stage may write meanwhile
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -34,27 +34,40 @@ def settle_class(
     file's own normalizer and pre-tokenizer. If that changes anything, the class becomes the one that reads the file.
     """
     made, warnings = _prefix_space(settings, fields)
+    chosen, left, sure = _choose(made, fields, config)
+    if not sure:
+        built, same, _ = _asked(chosen, fields, config)
+        if not same and built not in _PLAIN:
+            return chosen, (*warnings, _told_of_auto(built, fields, config))
+    return chosen, warnings if left is None else (*warnings, _told(left, fields))
+
+
+def _choose(
+    settings: dict[str, Any], fields: dict[str, Any], config: dict[str, Any]
+) -> tuple[dict[str, Any], str | None, bool]:
+    """`settings` with the class to name, the one that was left as it does not keep to the file, and whether AutoTokenizer
+    of transformers 5 is sure to take the class to name.
+
+    For some model types, such as qwen2, it takes a class of its own whatever is named. GPT-2 is none of them.
+    """
+    is_gpt2 = config.get("model_type", "gpt2") == "gpt2"
     named = settings.get("tokenizer_class") or config.get("tokenizer_class")
     if not isinstance(named, str):
-        named = _GPT2[0] if config.get("model_type", "gpt2") == "gpt2" else None
+        named = _GPT2[0] if is_gpt2 else None
     if named in _PLAIN:
-        return _plain(made, fields, config), warnings
+        return _plain(settings, fields, config), None, is_gpt2
     if named in _GPT2:
-        words = _words(fields)
-        defaults = {key: _END for key in ("bos_token", "eos_token", "unk_token") if key not in made and _END in words}
-        if _gpt2s(fields, made) and (
-            _END in words or all(key in made for key in ("bos_token", "eos_token", "unk_token"))
-        ):
-            return {**made, **defaults, "tokenizer_class": named}, warnings
-        if not _gpt2s(fields, made):
-            warnings += (_told(named, fields),)
-        return _plain({**made, **defaults}, fields, config), warnings
-    built, same, defaults = _asked(made, fields, config)
+        words, ends = _words(fields), ("bos_token", "eos_token", "unk_token")
+        defaults = {key: _END for key in ends if key not in settings and _END in words}
+        same = _gpt2s(fields, settings)
+        if same and (_END in words or all(key in settings for key in ends)):
+            return {**settings, **defaults, "tokenizer_class": named}, None, is_gpt2
+        return _plain({**settings, **defaults}, fields, config), None if same else named, is_gpt2
+    built, same, defaults = _asked(settings, fields, config)
     if same and built not in _PLAIN:
-        return {**made, "model_input_names": _INPUTS}, warnings
-    if not same:
-        warnings = (*warnings, _told(named or "the model's type", fields))
-    return _plain({**defaults, **made}, fields, config), warnings
+        return {**settings, "model_input_names": _INPUTS}, None, True
+    left = None if same else named or "the model's type"
+    return _plain({**defaults, **settings}, fields, config), left, is_gpt2 or same
 
 
 def _plain(settings: dict[str, Any], fields: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
@@ -122,18 +135,33 @@ def _words(fields: dict[str, Any]) -> set[str]:
 
 
 def _told(named: str, fields: dict[str, Any]) -> str:
-    kinds = [part.get("type") for key in ("normalizer", "pre_tokenizer") if isinstance(part := fields.get(key), dict)]
-    kinds += [fields["model"].get("type", "BPE")]
     return (
-        f"transformers 5 builds the tokenizer of {named} otherwise than {OWN} describes it ({', '.join(map(str, kinds))}); "
+        f"transformers 5 builds the tokenizer of {named} otherwise than {OWN} describes it ({_kinds(fields)}); "
         f"the artifact names {PLAIN} instead, which keeps to the file"
     )
+
+
+def _told_of_auto(built: str, fields: dict[str, Any], config: dict[str, Any]) -> str:
+    """The warning where AutoTokenizer takes `built` ("" for a class that fails) in spite of the class that is named."""
+    return (
+        f"AutoTokenizer of transformers 5 takes {built or 'another class'} for the model type {config.get('model_type')}, whatever "
+        f"class the artifact names, and so does not split text as {OWN} says ({_kinds(fields)}); load the tokenizer by "
+        f"{PLAIN}.from_pretrained, which keeps to the file"
+    )
+
+
+def _kinds(fields: dict[str, Any]) -> str:
+    """The kinds of the parts of tokenizer.json's `fields`."""
+    kinds = [part.get("type") for key in ("normalizer", "pre_tokenizer") if isinstance(part := fields.get(key), dict)]
+    return ", ".join(map(str, [*kinds, fields["model"].get("type", "BPE")]))
 
 
 def _asked(
     settings: dict[str, Any], fields: dict[str, Any], config: dict[str, Any]
 ) -> tuple[str, bool, dict[str, Any]]:
-    """The class that transformers 5 takes, whether it keeps to `fields`, and the special tokens that it assumes."""
+    """The class that AutoTokenizer of transformers 5 takes ("" if that fails), whether it keeps to `fields`, and the special
+    tokens that it assumes.
+    """
     from transformers import AutoTokenizer
     from transformers.utils import logging
 

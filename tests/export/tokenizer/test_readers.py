@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from cuantiza.core.inputs.tokenizer import load_tokenizer, token_ids
 from cuantiza.core.onnx.genai_config import GENAI_CONFIG, genai_config, tokenizer_warning
@@ -212,3 +213,27 @@ def test_which_tokenizers_genai_cannot_read(folders: dict[str, Path]) -> None:
     }
     assert {name for name, warning in told.items() if warning} == {"metaspace", "prefix", "lower"}
     assert "Metaspace, BPE" in str(told["metaspace"])
+
+
+@pytest.mark.parametrize("named", [None, "PreTrainedTokenizerFast", "GPT2Tokenizer", "Qwen2Tokenizer"])
+def test_a_model_type_for_which_autotokenizer_takes_no_class_that_is_named(tmp_path: Path, named: str | None) -> None:
+    source, made = tmp_path / "source", tmp_path / "made"
+    made.mkdir()
+    copy_tokenizer(source, ("tokenizer.json",))
+    edit(source / "tokenizer_config.json", **({"tokenizer_class": named} if named else {}))
+    (warning,) = write_tokenizer(source, made, 8192, {"model_type": "qwen2", "vocab_size": 8192})
+    edit(made / "config.json", model_type="qwen2")
+    auto = AutoTokenizer.from_pretrained(made)
+    assert type(auto).__name__ == "Qwen2Tokenizer" and "takes Qwen2Tokenizer for the model type qwen2" in warning
+    assert [auto(text)["input_ids"] for text in TEXTS] != expected(made)
+    plain = PreTrainedTokenizerFast.from_pretrained(made)  # as the warning says
+    assert [plain(text)["input_ids"] for text in TEXTS] == expected(made)
+
+
+@pytest.mark.parametrize("named", ["PreTrainedTokenizerFast", "GPT2Tokenizer"])
+def test_a_model_type_for_which_autotokenizer_takes_the_class_that_is_named(tmp_path: Path, named: str) -> None:
+    source, made = tmp_path / "source", tmp_path / "made"
+    made.mkdir()
+    copy_tokenizer(source, ("tokenizer.json",))
+    edit(source / "tokenizer_config.json", tokenizer_class=named)
+    assert write_tokenizer(source, made, 8192, {"model_type": "llama", "vocab_size": 8192}) == ()

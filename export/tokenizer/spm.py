@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE, Unigram
 
 from cuantiza.core.errors import UserError
@@ -43,17 +43,23 @@ def from_sentencepiece(path: Path, settings: dict[str, Any]) -> tuple[dict[str, 
     pieces = [(piece.piece, piece.score) for piece in proto.pieces]
     if trained.model_type not in (_UNIGRAM, _BPE):
         raise UserError(f"{path}: is a sentencepiece model of words or characters; only unigram and BPE are converted")
+    # What transformers' Llama classes call legacy is a space before each part of a text that special tokens divide.
+    once = settings.get("legacy") is False and trained.model_type == _BPE and proto.normalizer_spec.add_dummy_prefix
     try:
-        tokenizer = _tokenizer(proto, pieces)
+        tokenizer = _tokenizer(proto, pieces, once)
     except Exception as error:  # the Rust library raises bare Exception, for example for an unk_id that no piece has
         raise UserError(f"{path}: is a broken sentencepiece model ({error}); take the original file") from None
-    _compare(path, tokenizer)
+    _compare(path, tokenizer, once)
     named = {key: pieces[number][0] for key, number in _special_ids(trained).items() if 0 <= number < len(pieces)}
     return json.loads(tokenizer.to_str()), {**named, **settings}
 
 
-def _tokenizer(proto: Any, pieces: list[tuple[str, float]]) -> Tokenizer:
-    """The tokenizer that `proto` describes, whose `pieces` are texts with scores. Raises Exception if it is broken."""
+def _tokenizer(proto: Any, pieces: list[tuple[str, float]], once: bool) -> Tokenizer:
+    """The tokenizer that `proto` describes, whose `pieces` are texts with scores. Raises Exception if it is broken.
+
+    `once`: the space that comes before a text does not come after a special token amid it, and not before another space,
+    as in transformers' Llama classes where legacy is false.
+    """
     trained, normalized = proto.trainer_spec, proto.normalizer_spec
     unknown = pieces[trained.unk_id][0] if 0 <= trained.unk_id < len(pieces) else None
     model: Unigram | BPE
@@ -69,9 +75,12 @@ def _tokenizer(proto: Any, pieces: list[tuple[str, float]]) -> Tokenizer:
         steps.append(normalizers.Precompiled(normalized.precompiled_charsmap))
     if normalized.remove_extra_whitespaces:
         steps += [normalizers.Replace(Regex(_OUTER_SPACES), ""), normalizers.Replace(Regex(" {2,}"), " ")]
-    if normalized.add_dummy_prefix:
-        steps.append(normalizers.Prepend("▁"))
-    tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
+    if once:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    else:
+        steps += [normalizers.Prepend("▁")] * normalized.add_dummy_prefix + [normalizers.Replace(" ", "▁")]
+    if steps:
+        tokenizer.normalizer = normalizers.Sequence(steps)
     parts: list[decoders.Decoder] = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     tokenizer.decoder = decoders.Sequence(
         [*parts, *([decoders.Strip(" ", 1, 0)] if normalized.add_dummy_prefix else [])]
@@ -120,8 +129,11 @@ def _merges(vocabulary: dict[str, int], words: list[str]) -> list[tuple[str, str
     return merges
 
 
-def _compare(path: Path, tokenizer: Tokenizer) -> None:
-    """Raise UserError if `tokenizer` splits a text otherwise than sentencepiece itself."""
+def _compare(path: Path, tokenizer: Tokenizer, once: bool) -> None:
+    """Raise UserError if `tokenizer` splits a text otherwise than sentencepiece itself.
+
+    A first space is left out for sentencepiece where it takes the place of the one that comes before a text (`once`).
+    """
     from sentencepiece import SentencePieceProcessor
 
     try:
@@ -131,7 +143,7 @@ def _compare(path: Path, tokenizer: Tokenizer) -> None:
             f"{path}: is not a sentencepiece model ({error}); take the file of the original checkpoint"
         ) from None
     for text in _TEXTS:
-        ours, theirs = tokenizer.encode(text, add_special_tokens=False).ids, own.encode(text)
+        ours, theirs = tokenizer.encode(text, add_special_tokens=False).ids, own.encode(text.removeprefix(" ") if once else text)
         if ours != theirs:
             place = next((i for i, pair in enumerate(zip(ours, theirs, strict=False)) if pair[0] != pair[1]), 0)
             raise UserError(

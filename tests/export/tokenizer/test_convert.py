@@ -182,6 +182,23 @@ def test_a_sentencepiece_model(
 
 
 @needs_sentencepiece
+def test_a_llama_without_a_space_after_special_tokens(
+    checkpoint: Path, written: Callable[..., tuple], models: Path
+) -> None:
+    """Where legacy is false, a space comes before the text alone, as transformers has it for the same files."""
+    shutil.copy(models / "llama.model", checkpoint / "tokenizer.model")
+    settings = {"tokenizer_class": "LlamaTokenizer", "legacy": False}
+    (checkpoint / "tokenizer_config.json").write_text(json.dumps(settings))
+    theirs = AutoTokenizer.from_pretrained(checkpoint)
+    folder, warnings = written(800)
+    ours = load_tokenizer(folder)
+    assert warnings == () and "▁" not in ours.encode("el</s>la").tokens
+    for text in (*TEXTS, "el</s>la", "el </s> la<s>\nlos", "<s>el", "  el  </s>  la", ""):
+        assert token_ids(ours, text) == theirs(text, add_special_tokens=False)["input_ids"], text
+        assert ours.decode(token_ids(ours, text), skip_special_tokens=False) == theirs.decode(token_ids(ours, text))
+
+
+@needs_sentencepiece
 @pytest.mark.parametrize("file", ["sentencepiece.bpe.model", "spiece.model"])
 def test_a_class_that_shifts_the_ids(checkpoint: Path, written: Callable[..., tuple], models: Path, file: str) -> None:
     """XLMRobertaTokenizer puts four tokens of fairseq first, and knows its model by the first of these names only."""

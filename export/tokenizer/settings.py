@@ -57,6 +57,9 @@ def tidy(fields: dict[str, Any], path: Path) -> dict[str, Any]:
     lists = [fields.pop(key) for key in _LISTS if isinstance(fields.get(key), list)]
     if more := list(dict.fromkeys(content(item, _LISTS[0], path) for items in lists for item in items)):
         fields[_LISTS[0]] = more
+    for key in _LISTS:  # an object of names and tokens, which stays one
+        if isinstance(fields.get(key), dict):
+            fields[key] = {name: content(item, f"{name} of {key}", path) for name, item in fields[key].items()}
     return fields
 
 
@@ -70,8 +73,12 @@ def content(token: Any, key: str, path: Path) -> str:
 
 def special_tokens(settings: dict[str, Any]) -> list[str]:
     """The texts of all special tokens that `settings` names, each once."""
-    more = settings.get("additional_special_tokens") or []
-    return list(dict.fromkeys([*(settings[key] for key in NAMED if settings.get(key) is not None), *more]))
+    named = [settings[key] for key in NAMED if settings.get(key) is not None]
+    groups = [settings[key] for key in _LISTS if settings.get(key)]
+    # transformers numbers those of an object first, as they have names.
+    groups.sort(key=lambda group: not isinstance(group, dict))
+    more = [text for group in groups for text in (group.values() if isinstance(group, dict) else group)]
+    return list(dict.fromkeys([*named, *more]))
 
 
 def write_json(path: Path, fields: dict[str, Any]) -> None:

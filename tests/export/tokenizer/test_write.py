@@ -332,6 +332,20 @@ def test_leftovers_of_the_process_that_saved_it(checkpoint: Path, written: Calla
     same_ids(folder, "<a>")
 
 
+def test_special_tokens_that_an_object_names(checkpoint: Path, written: Callable[..., tuple]) -> None:
+    extra = {"image_token": "<img>", "audio_token": {"content": "<audio>", **FLAGS}}
+    edit(checkpoint / "tokenizer_config.json", extra_special_tokens=extra, additional_special_tokens=["<a>"])
+    folder, warnings = written(8195)
+    assert warnings == () and token_ids(load_tokenizer(folder), "<img><audio><a>") == [8192, 8193, 8194]
+    same_ids(folder, "Hola <img> y <audio>, <a>.")
+    assert AutoTokenizer.from_pretrained(folder).image_token == "<img>"
+    folder, (warning,) = written(8193)
+    assert "'<audio>' (8193), '<a>' (8194)" in warning and token_ids(load_tokenizer(folder), "<img>") == [8192]
+    edit(checkpoint / "tokenizer_config.json", extra_special_tokens={"image_token": 7})
+    with pytest.raises(UserError, match="image_token of extra_special_tokens is 7 where the text of a token is needed"):
+        written(8195)
+
+
 def test_every_recipe_and_the_bundle_have_the_same_tokenizer(
     make_gpt2: Callable[..., Path], exported: Callable[..., Artifact], tmp_path: Path
 ) -> None:

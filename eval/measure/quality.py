@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from cuantiza.core.errors import UserError
 from cuantiza.core.inputs.corpus import Split
 from cuantiza.core.inputs.model_config import end_tokens, max_positions, read_config, start_token
-from cuantiza.core.inputs.tokenizer import load_tokenizer, markers, parts, take, token_ids
+from cuantiza.core.inputs.tokenizer import load_tokenizer, markers, parts, say_other_markers, take, token_ids
 from cuantiza.core.machine.hardware import memory_bytes
 from cuantiza.core.machine.process import ChildError, Remote
 from cuantiza.core.machine.progress import track
@@ -77,6 +77,8 @@ def make_task(folder: Path, test: Split, tokens: int, window: int, papers: Seque
     marked = () if test.joined else markers(tokenizer, {start, *end_tokens(folder)})
     whole = [part for text in sorted(test.documents, key=digest) for part in parts(text, marked)]
     taken = [item for item in take(tokenizer, whole, tokens) if item.ids]
+    if not test.joined:
+        say_other_markers(tokenizer, taken, test.name)
     documents, texts = [item.ids for item in taken], tuple(item.text for item in taken)
     if sum(map(len, documents)) < 2:
         raise UserError("CORPUS=: its test split has fewer than 2 tokens; give more text")

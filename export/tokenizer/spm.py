@@ -143,7 +143,10 @@ def _compare(path: Path, tokenizer: Tokenizer, once: bool) -> None:
             f"{path}: is not a sentencepiece model ({error}); take the file of the original checkpoint"
         ) from None
     for text in _TEXTS:
-        ours, theirs = tokenizer.encode(text, add_special_tokens=False).ids, own.encode(text.removeprefix(" ") if once else text)
+        ours, theirs = (
+            tokenizer.encode(text, add_special_tokens=False).ids,
+            own.encode(text.removeprefix(" ") if once else text),
+        )
         if ours != theirs:
             place = next((i for i, pair in enumerate(zip(ours, theirs, strict=False)) if pair[0] != pair[1]), 0)
             raise UserError(

@@ -33,7 +33,7 @@ from cuantiza.core.errors import UserError
 from cuantiza.core.inputs.corpus import Split, full_windows, stream
 from cuantiza.core.inputs.defaults import SELF
 from cuantiza.core.inputs.model_config import end_tokens, max_positions, read_config, start_token
-from cuantiza.core.inputs.tokenizer import encode, load_tokenizer, markers
+from cuantiza.core.inputs.tokenizer import load_tokenizer, markers, say_other_markers, take
 from cuantiza.core.machine.hardware import default_threads
 from cuantiza.core.machine.progress import track
 from cuantiza.quantize.decide import smooth
@@ -70,7 +70,10 @@ def calibration_windows(folder: Path, split: Split, calibration: Calibration) ->
         return own_windows(folder, split.seed, calibration.windows, length)
     tokenizer, start = load_tokenizer(folder), start_token(folder)
     marked = () if split.joined else markers(tokenizer, {start, *end_tokens(folder)})
-    tokens = stream(encode(tokenizer, split.documents, length * calibration.windows, marked), start)
+    taken = take(tokenizer, split.documents, length * calibration.windows, marked)
+    if not split.joined:
+        say_other_markers(tokenizer, taken, split.name)
+    tokens = stream([item.ids for item in taken], start)
     windows = full_windows(tokens, length)[: calibration.windows]
     if len(windows) < calibration.minimum:
         raise UserError(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +13,8 @@ from typing import Any
 from tokenizers import Encoding, Tokenizer
 
 from cuantiza.core.errors import UserError
-from cuantiza.core.inputs.texts.divide import divided_at
+from cuantiza.core.inputs.texts.divide import SEPARATOR, divided_at, other_markers
+from cuantiza.core.machine.progress import report
 
 # Characters that few vocabularies have.
 RARE = "\0 a ñ 中 \U0010ffff"
@@ -88,6 +91,24 @@ def take(
             encoded.append(_beginning(tokenizer, text, enough - count, max(_SLACK, enough // 4)))
         count += len(encoded[-1].ids)
     return encoded
+
+
+def say_other_markers(tokenizer: Tokenizer, documents: Iterable[Encoded], split: str) -> None:
+    """Warn of documents of the `split` of a corpus with a marker that ends one for other tokenizers, but is no token here."""
+    found = Counter(mark for item in documents for mark in other_markers(item.text))
+    for mark, count in found.items():
+        if tokenizer.token_to_id(mark) is None:
+            have = f"1 {split} document has" if count == 1 else f"{count:,} {split} documents have"
+            _say_once(
+                f"warning   CORPUS: {have} {mark}, which the model's tokenizer reads as text; if it ends a document, put a line "
+                f"{SEPARATOR} in the place of each"
+            )
+
+
+@functools.cache
+def _say_once(line: str) -> None:
+    """Report `line`, also where several recipes calibrate on the same text."""
+    report(line)
 
 
 def encode(

@@ -81,6 +81,20 @@ def test_markers_of_the_models_own_tokenizer(tmp_path: Path) -> None:
     assert not {8192, 8193} & {token for ids in marked.documents for token in ids}
 
 
+@pytest.mark.parametrize("mark", ["</s>", "<|im_end|>", "<|eot_id|>", "[SEP]", "<eos>"])
+def test_markers_of_another_tokenizer_are_named(mark: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """They are text here, so one file whose documents they end is one document."""
+    texts = tuple(f"{mark}\n".join(f"Un texto de {name}, el {number}." for number in range(9)) for name in "ab")
+    make_task(ES_MINI, Split("test", texts), 10**6, 512)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(
+        f"warning   CORPUS: 2 test documents have {mark}, which the model's tokenizer reads as text; if"
+    )
+    make_task(ES_MINI, Split("test", ("\n".join(texts),), joined=True), 10**6, 512)
+    make_task(ES_MINI, Split("test", texts), 10**6, 512)
+    assert capsys.readouterr().err == ""  # a joined text is read as it is, and each line is said once
+
+
 def test_a_document_about_markers_is_one_and_the_split_counts_parts(es_mini: Path) -> None:
     """The model's own start token, inside a sentence, is text; at the end of a sentence it divides."""
     about = "El marcador <|endoftext|> separa los textos."

@@ -330,6 +330,14 @@ def test_windows_are_full_and_of_the_calibration_split(splits):
         calibration_windows(ES_MINI, Split("short", ("Una frase corta.",)), LITTLE)
 
 
+def test_markers_of_another_tokenizer_are_named_once(splits, capsys):
+    marked = Split("calibration", tuple(f"{text}</s>" for text in splits[0].documents))
+    for _ in range(2):
+        calibration_windows(ES_MINI, marked, LITTLE)
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert "calibration documents have </s>, which the model's tokenizer reads as text" in line
+
+
 def test_min_max_holds_what_the_calibration_showed(windows, tmp_path):
     """The range of the first linear layer is exactly that of its input, the first LayerNorm's output, computed here."""
     model = graph_of(ES_MINI)

@@ -12,6 +12,8 @@ BY = ("document", "line", "article")
 # Scripts write the markers in capitals and with spaces inside as well.
 _NAMES = r"(?i:<\| ?(?:start|end)oftext ?\|>)"
 _FEW = 3
+# What ends a document in texts that were prepared for other tokenizers.
+_OTHERS = re.compile(r"</s>|\[(?:EOS|SEP)\]|<\|?(?:eos|eot_id|im_end|end_of_text|endofdoc)\|?>", re.IGNORECASE)
 # A title of level one as WikiText writes it: ` = Title = `; those below are ` = = Section = = `.
 _TITLE = re.compile(r"^ ?= (?!=)[^\n]*(?<![= ]) = ?$", re.MULTILINE)
 # An article as WikiExtractor writes it, unless it is told to write JSON.
@@ -95,6 +97,11 @@ class _Markers:
 def speaks_of_markers(text: str) -> bool:
     """Whether a document has a marker amid its text, where it did not divide."""
     return "<|" in text and bool(_Markers.of(_NAMES).marker.search(text))
+
+
+def other_markers(text: str) -> list[str]:
+    """What ends a document for other tokenizers, as `text` writes it: each once, in the order of the text."""
+    return list(dict.fromkeys(_OTHERS.findall(text)))
 
 
 def _articles(texts: Iterable[str]) -> Iterator[str]:

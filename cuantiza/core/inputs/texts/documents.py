@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +10,15 @@ from typing import TYPE_CHECKING
 from cuantiza.core.errors import UserError
 from cuantiza.core.inputs.defaults import place
 from cuantiza.core.inputs.texts import files, hub, rows
-from cuantiza.core.inputs.texts.divide import BY, SEPARATOR, divided, has_titles, is_list_of_lines, speaks_of_markers
+from cuantiza.core.inputs.texts.divide import (
+    BY,
+    SEPARATOR,
+    divided,
+    has_titles,
+    is_list_of_lines,
+    other_markers,
+    speaks_of_markers,
+)
 from cuantiza.core.inputs.texts.rows import Seen
 from cuantiza.core.machine.progress import report, working
 
@@ -24,8 +31,6 @@ FILE_BYTES, HUB_BYTES = 128_000_000, 32_000_000
 # What stands between two texts that are joined.
 BETWEEN = "\n\n"
 _EXAMPLES = 3
-# What ends a document in texts that were prepared for other tokenizers.
-_OTHER_MARKER = re.compile(r"</s>|\[(?:EOS|SEP)\]|<\|?(?:eos|end_of_text|endofdoc)\|?>", re.IGNORECASE)
 # Rows of which so many are blank are probably the lines of longer texts.
 _BLANK = 0.1
 
@@ -197,8 +202,8 @@ def _too_few(source: Source, documents: list[str], seen: Seen) -> str:
     line = f"CORPUS={source.spec}: has {len(documents)} non-empty documents{why} where calibration and test need one each; "
     if source.by == "document" and documents and has_titles(documents):
         return line + "its articles are documents of their own with CORPUS_BY=article (--corpus-by article)"
-    if documents and (marker := _OTHER_MARKER.search(documents[0])):
-        return f"{line}if {marker[0]} ends a document of it, put a line {SEPARATOR} in the place of each"
+    if documents and (found := other_markers(documents[0])):
+        return f"{line}if {found[0]} ends a document of it, put a line {SEPARATOR} in the place of each"
     if any(map(speaks_of_markers, documents)):
         return f"{line}a marker amid a sentence is text; put {SEPARATOR} on a line of its own where it ends a document"
     if source.by == "document" and documents and is_list_of_lines(documents[0]):

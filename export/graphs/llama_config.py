@@ -43,6 +43,11 @@ _AROUND = (
 )
 
 
+# Matrices that some families store as one: those of queries, keys and values, and those of an MLP with a gate.
+_QKV, _GATE_UP = "self_attn.qkv_proj", "mlp.gate_up_proj"
+TOGETHER = {_QKV: ("q_proj", "k_proj", "v_proj"), _GATE_UP: ("gate_proj", "up_proj")}
+
+
 @dataclass(frozen=True)
 class Family:
     """What transformers' code says of a model type.
@@ -51,7 +56,7 @@ class Family:
     `head_norm` says of what queries and keys are normed: each "head", the "whole" of them, or None. With
     `unit_offset`, norms multiply by 1 + weight. The rotary embedding turns `partial`ly if only some channels of a head,
     and with `neighbours` it turns channels 2i and 2i + 1 instead of i and i + r/2. `windows` says which layers have a sliding window: "none", "all" where
-    there is one, or as "layer_types" says.
+    there is one, or as "layer_types" says. `together` names the matrices of a layer that are stored as one.
     """
 
     qkv_bias: bool | str = "attention_bias"
@@ -65,6 +70,7 @@ class Family:
     partial: bool = False
     neighbours: bool = False
     windows: str = "none"
+    together: tuple[str, ...] = ()
     scales: Callable[[Any], dict[str, Any]] = lambda config: {}
 
 
@@ -111,13 +117,14 @@ FAMILIES = {
         windows="layer_types",
         scales=_gemma2,
     ),
-    "glm": Family(output_bias=False, mlp_bias=False, partial=True, neighbours=True),
+    "glm": Family(output_bias=False, mlp_bias=False, partial=True, neighbours=True, together=(_GATE_UP,)),
     "glm4": Family(
         output_bias=False,
         mlp_bias=False,
         norms=("input_layernorm", "post_self_attn_layernorm", "post_attention_layernorm", "post_mlp_layernorm"),
         partial=True,
         neighbours=True,
+        together=(_GATE_UP,),
     ),
     "granite": Family(scales=_granite),
     "helium": Family(output_bias=False, neighbours=True),
@@ -126,7 +133,9 @@ FAMILIES = {
     "mistral": Family(qkv_bias=False, output_bias=False, mlp_bias=False, windows="all"),
     "olmo2": Family(mlp_bias=False, norms=_AFTER, head_norm="whole"),
     "olmo3": Family(mlp_bias=False, norms=_AFTER, head_norm="whole", windows="layer_types"),
-    "phi3": Family(qkv_bias=False, output_bias=False, mlp_bias=False, partial=True, windows="all"),
+    "phi3": Family(
+        qkv_bias=False, output_bias=False, mlp_bias=False, partial=True, windows="all", together=(_QKV, _GATE_UP)
+    ),
     "qwen2": Family(qkv_bias=True, output_bias=False, mlp_bias=False, windows="layer_types"),
     "qwen3": Family(mlp_bias=False, head_norm="head", windows="layer_types"),
     "seed_oss": Family(output_bias="attention_out_bias"),

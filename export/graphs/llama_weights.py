@@ -12,13 +12,11 @@ from dataclasses import replace
 import numpy as np
 
 from cuantiza.core.inputs.weights.files import Weight
-from cuantiza.export.graphs.llama_config import LlamaConfig
+from cuantiza.export.graphs.llama_config import TOGETHER, LlamaConfig
 from cuantiza.export.graphs.parts import changed
 from cuantiza.export.graphs.rope import paired
 
 EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
-# Layers that some families store as one matrix, one below the other.
-_TOGETHER = {"self_attn.qkv_proj": ("q_proj", "k_proj", "v_proj"), "mlp.gate_up_proj": ("gate_proj", "up_proj")}
 
 
 def shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
@@ -76,19 +74,21 @@ def arranged(config: LlamaConfig, weights: Mapping[str, Weight]) -> dict[str, We
 
 
 def _apart(config: LlamaConfig, weights: Mapping[str, Weight]) -> dict[str, Weight]:
-    """`weights` with those that a family stores as one under the names of their parts."""
+    """`weights` with those that the family stores as one, one below the other, under the names of their parts."""
     wanted = shapes(config)
     found: dict[str, Weight] = {}
     for name, weight in weights.items():
-        layer, together = next(((name.split(key)[0], key) for key in _TOGETHER if f".{key}." in name), ("", ""))
+        layer, together = next(
+            ((name.split(key)[0], key) for key in config.family.together if f".{key}." in name), ("", "")
+        )
         if not together:
             found[name] = weight
             continue
         group, kind, start = together.split(".")[0], name.rpartition(".")[2], 0
-        for part in _TOGETHER[together]:
+        for part in TOGETHER[together]:
             own = f"{layer}{group}.{part}.{kind}"
             # What is left over goes to the last part, whose shape is then refused.
-            rows = wanted.get(own, (0,))[0] if part != _TOGETHER[together][-1] else weight.shape[0] - start
+            rows = wanted.get(own, (0,))[0] if part != TOGETHER[together][-1] else weight.shape[0] - start
             found[own] = _rows(weight, start, start + rows)
             start += rows
     return found

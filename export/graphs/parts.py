@@ -20,6 +20,7 @@ from onnx_ir import DataType
 from cuantiza.core import contract
 from cuantiza.core.errors import UserError
 from cuantiza.core.inputs.weights.files import Weight, check_finite
+from cuantiza.core.inputs.weights.layout import some
 
 _END = 2**63 - 1  # as the end of a Slice: the end of the axis, however long it is
 
@@ -65,14 +66,16 @@ def weight(
     name: str,
     shape: tuple[int, ...],
     turned: bool = False,
+    unread: Collection[str] = (),
 ) -> ir.Value:
     """The initializer of `weights`[name], which config.json says has `shape`. It is read only when the model is saved.
 
     With `turned`, the initializer is the transpose. Raises UserError where the weight is missing, has another shape, or
-    (when it is read) is not finite; the message names `folder`.
+    (when it is read) is not finite; the message names `folder`, and those `unread` weights that may be in its place.
     """
     if name not in weights:
-        raise UserError(f"{folder}: has no weight {name}; take the files of the original checkpoint")
+        besides = f", but {some(unread)}" if unread else ""
+        raise UserError(f"{folder}: has no weight {name}{besides}; take the files of the original checkpoint")
     source = weights[name]
     if source.shape != shape:
         transpose = ", which is its transpose" if source.shape == shape[::-1] != shape else ""
@@ -102,7 +105,9 @@ class Modules:
 
     def weight(self, name: str, turned: bool = False) -> ir.Value:
         """The initializer of a weight, or of its transpose. Raises UserError as the function `weight` does."""
-        return weight(self.builder, self.weights, self.folder, name, self.shapes[name], turned)
+        module = name.rpartition(".")[0].rpartition(".")[0]
+        unread = [other for other in self.weights if other.startswith(f"{module}.") and other not in self.shapes]
+        return weight(self.builder, self.weights, self.folder, name, self.shapes[name], turned, unread)
 
     def linear(self, x: ir.Value, name: str) -> ir.Value:
         """The linear layer `name` of x [.., K]: [.., N]. It has a bias where `shapes` have one."""

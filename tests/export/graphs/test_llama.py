@@ -259,6 +259,12 @@ def without_a_layer(tensors: dict) -> None:
         del tensors[name]
 
 
+def together(tensors: dict) -> None:
+    """As models of another family and vLLM store queries, keys and values."""
+    at = "model.layers.1.self_attn."
+    tensors[f"{at}qkv_proj.weight"] = torch.cat([tensors.pop(f"{at}{name}_proj.weight") for name in "qkv"])
+
+
 def infinite(tensors: dict) -> None:
     tensors["model.norm.weight"][3] = np.inf
 
@@ -272,6 +278,7 @@ def infinite(tensors: dict) -> None:
         (reshaped, "is its transpose"),
         (one_more_layer, "has a weight layers.4.mlp.up_proj.weight where config.json says num_hidden_layers 4"),
         (without_a_layer, "no weight layers.2.*"),
+        (together, "no weight layers.1.self_attn.q_proj.weight, but layers.1.self_attn.qkv_proj.weight; take"),
         (infinite, "norm.weight holds NaN or infinities"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

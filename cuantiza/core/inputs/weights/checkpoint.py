@@ -16,7 +16,7 @@ from cuantiza.core.inputs.checkpoints import base_folder, files_to_read
 from cuantiza.core.inputs.weights import adapters
 from cuantiza.core.inputs.weights.files import Weight, read_tensors
 from cuantiza.core.inputs.weights.heads import check_task, left_out, with_head
-from cuantiza.core.inputs.weights.layout import EMBEDDING, HEAD, arrange, some
+from cuantiza.core.inputs.weights.layout import EMBEDDING, HEAD, arrange, canonical_module, some
 from cuantiza.core.inputs.weights.quantized import check_floats, check_not_quantized
 
 # What old checkpoints store and no model learns: causal masks, what they are filled with, and rotary embeddings.
@@ -63,6 +63,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     dtypes = _dtypes(weights)
     eight = [name for name in dtypes if name.startswith("float8")]
     if eight:
+        _check_no_scales(layout.others, base)
         warnings.append(
             f"the checkpoint's weights have 8 bits ({', '.join(eight)}); what that rounding lost stays lost"
         )
@@ -70,7 +71,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     if adapter is not None:
         weights = adapters.merge(weights, adapter, tied)
         warnings.append(_merged(adapter, folder, base))
-    repaired = layout.repaired or bool(eight) or adapter is not None or _index_is_bare(base)
+    repaired = layout.repaired or bool(eight) or adapter is not None or index_is_bare(base)
     return Checkpoint(fields, weights, dtypes, tuple(warnings), repaired)
 
 
@@ -153,10 +154,20 @@ def read_for_transformers(folder: Path, fields: Mapping[str, Any]) -> dict[str, 
     return tensors
 
 
-def _index_is_bare(folder: Path) -> bool:
+def index_is_bare(folder: Path) -> bool:
     """Whether the index of the shards lacks `metadata`, without which transformers does not read it."""
     index = next((name for name in files_to_read(folder) if name.endswith(".index.json")), None)
     return index is not None and "metadata" not in json.loads((folder / index).read_text(encoding="utf-8"))
+
+
+def _check_no_scales(others: Mapping[str, Weight], folder: Path) -> None:
+    """Raise UserError if one of `others`, which are no part of a GPT-2 of 8-bit floats, lies beside a weight of it."""
+    for name in others:
+        if any(canonical_module(name.rsplit(".", parts)[0]) for parts in (1, 2)):
+            raise UserError(
+                f"{folder}: is already quantized (it has weights of 8 bits, and beside one of them {name}, as a scale is); "
+                "give the checkpoint before it was quantized, and cuantiza makes a small one of it"
+            )
 
 
 def _dtypes(weights: Mapping[str, Weight]) -> tuple[str, ...]:

@@ -34,6 +34,8 @@ _FLOATS = {
     "F8_E4M3": ml_dtypes.float8_e4m3fn,
     "F8_E5M2": ml_dtypes.float8_e5m2,
 }
+# The end of the name under which torch's quantized layers keep a tuple of the packed weight and the bias.
+PACKED = "._packed_params._packed_params"
 # The keys under which training scripts keep the weights among their other state: Lightning, nanoGPT, DeepSpeed.
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
 
@@ -181,11 +183,13 @@ def _read_bin(path: Path) -> dict[str, Weight]:
         return Weight(shape, dtype, lambda: tensor.detach().to(torch.float32).contiguous().numpy())
 
     prefix, state = _unwrap(state)
-    return {
-        prefix + name: weight(name, tensor)
-        for name, tensor in state.items()
-        if isinstance(name, str) and isinstance(tensor, torch.Tensor)
-    }
+    found = {}
+    for name, value in state.items():
+        if isinstance(name, str) and isinstance(value, torch.Tensor):
+            found[prefix + name] = weight(name, value)
+        elif isinstance(name, str) and name.endswith(PACKED):
+            found[prefix + name] = _no_floats(path, name, (), type(value).__name__)
+    return found
 
 
 def _unwrap(state: dict[Any, Any]) -> tuple[str, dict[Any, Any]]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cuantiza.core.errors import UserError
-from cuantiza.core.inputs.weights.files import Weight
+from cuantiza.core.inputs.weights.files import PACKED, Weight
 
 # The ends of the names of tensors that hold scales, zero points or packed integers, and who writes them.
 _WRITERS = {
@@ -26,7 +26,7 @@ _WRITERS = {
     "HQQ": (".W_q",),
     "EETQ": (".weight_scales",),
     "AQLM": (".codes", ".codebooks"),
-    "PyTorch": ("._packed_params._packed_params", "._packed_params.dtype"),
+    "PyTorch": (PACKED,),
 }
 _ADVICE = "give the checkpoint before it was quantized, and cuantiza makes a small one of it"
 

@@ -148,6 +148,25 @@ def test_weights_are_quantized(written: Callable[..., Path], state: State, name:
     assert said in str(error.value)
 
 
+@pytest.mark.parametrize("end", ["scale_weight", "weight.scale"])
+def test_scales_of_8_bits_under_another_name(written: Callable[..., Path], state: State, end: str) -> None:
+    """Without the scales, whose names nobody knows beforehand, the weights would be other ones."""
+    at = "transformer.h.0.attn.c_attn"
+    state[f"{at}.weight"] = state[f"{at}.weight"].to(torch.float8_e4m3fn)
+    with pytest.raises(
+        UserError, match=rf"already quantized \(it has weights of 8 bits, and .* {at}\.{end}, as a scale"
+    ):
+        read_checkpoint(written(state | {f"{at}.{end}": torch.ones(1)}))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_model_that_pytorch_quantized(written: Callable[..., Path], model) -> None:
+    """quantize_dynamic packs weight and bias of each nn.Linear, here of the head, into a tuple."""
+    small = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8)
+    with pytest.raises(UserError, match=r"already quantized \(PyTorch: it has lm_head\._packed_params"):
+        read_checkpoint(written(small.state_dict(), "bin"))
+
+
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8])
 def test_an_integer_head_is_not_replaced_by_the_embedding(
     written: Callable[..., Path], state: State, dtype: torch.dtype, refused: Callable[..., str]

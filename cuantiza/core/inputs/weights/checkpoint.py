@@ -104,7 +104,8 @@ def read_by_names(folder: Path, fields: Mapping[str, Any], embedding: str, backb
             "give the checkpoint before it was quantized"
         )
     warnings = () if adapter is None else (_merged(adapter, folder, base_folder(folder)),)
-    return Checkpoint(dict(fields), weights, dtypes, warnings, adapter is not None)
+    repaired = adapter is not None or index_is_bare(base_folder(folder))
+    return Checkpoint(dict(fields), weights, dtypes, warnings, repaired)
 
 
 def read_merged(folder: Path, fields: Mapping[str, Any]) -> tuple[dict[str, Weight], adapters.Adapter | None]:

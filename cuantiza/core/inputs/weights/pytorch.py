@@ -11,7 +11,7 @@ from cuantiza.core.errors import UserError
 from cuantiza.core.inputs.checkpoints import base_folder
 from cuantiza.core.inputs.gpt2_config import canonical_fields, is_gpt2
 from cuantiza.core.inputs.weights.adapters import read_adapter, read_fields
-from cuantiza.core.inputs.weights.checkpoint import read_checkpoint, read_merged
+from cuantiza.core.inputs.weights.checkpoint import index_is_bare, read_checkpoint, read_merged
 from cuantiza.core.inputs.weights.files import Weight
 
 
@@ -56,11 +56,12 @@ def pytorch_loader(
         def load_other() -> Any:
             configuration = transformers.AutoConfig.from_pretrained(config or base_folder(folder), **local)
             family = transformers.AutoModelForCausalLM
-            if read_adapter(folder) is None:
+            if read_adapter(folder) is None and not index_is_bare(folder):
                 return family.from_pretrained(folder, config=configuration, **options, **local).eval()
-            weights, _ = read_merged(folder, given)
-            configuration.vocab_size = given["vocab_size"]
-            configuration.tie_word_embeddings = "lm_head.weight" not in weights
+            weights, adapter = read_merged(folder, given)
+            if adapter is not None:
+                configuration.vocab_size = given["vocab_size"]
+                configuration.tie_word_embeddings = "lm_head.weight" not in weights
             # A value head, or another tensor that the model does not read, is left out as it is without an adapter.
             return filled(family._model_mapping[type(configuration)], configuration, weights, "unexpected_keys")
 

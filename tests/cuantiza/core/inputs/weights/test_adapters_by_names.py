@@ -77,6 +77,17 @@ def factors(name: str, inputs: int = 32, outputs: int = 24) -> dict[str, torch.T
     return {f"{name}.{part}": torch.randn(shape, generator=generator) / 4 for part, shape in shapes.items()}
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_index_without_metadata(tied: bool, tmp_path: Path) -> None:
+    """transformers refuses it, so the reference gets the weights that are read here, as it does with an adapter."""
+    model = tiny_llama(tie_word_embeddings=tied)
+    model.save_pretrained(tmp_path, max_shard_size="200KB")
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index["weight_map"]}))
+    with torch.inference_mode():
+        assert torch.equal(pytorch_loader(tmp_path)()(IDS).logits, model(IDS).logits)
+
+
 QUERIES = "base_model.model.model.layers.1.self_attn.q_proj"
 
 

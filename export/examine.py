@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 from cuantiza.core.errors import UserError
 from cuantiza.core.inputs.checkpoints import base_folder, tokenizer_folder
 from cuantiza.core.inputs.gpt2_config import canonical_fields, odd_fields
-from cuantiza.core.inputs.model_types import check_model_type, refuse_other_formats
+from cuantiza.core.inputs.model_types import check_model_type, own_code, refuse_other_formats
 from cuantiza.core.inputs.special_tokens import SpecialTokens, resolve_special_tokens
 from cuantiza.core.inputs.tokenizer import load_tokenizer
 from cuantiza.core.inputs.weights.adapters import read_fields
@@ -63,7 +63,7 @@ def examine(folder: Path, work: Path, exporter: str, opset: int = 21, weights: b
     faults: list[str] = []
     kind = architecture(fields) if exporter == "graph" else None
     config, checkpoint, graph, tokenizer, tokens = None, None, None, None, None
-    warnings = [*odd_fields(given)]
+    warnings = [*odd_fields(given), *own_code(fields)]
     with _kept(faults):
         if kind is not None:
             config = kind.parse(given, base / "config.json")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from cuantiza.core.errors import UserError
-from cuantiza.core.inputs.model_types import GRAPH_TYPES, OPTIMUM_TYPES, check_model_type
+from cuantiza.core.inputs.model_types import GRAPH_TYPES, OPTIMUM_TYPES, check_model_type, own_code
 
 from helpers import Result, assert_nothing_published, assert_user_error, edit_config
 
@@ -34,7 +34,10 @@ NAMED = [
     ({"model_type": "gtp2"}, "none that transformers knows"),
     ({"model_type": 7}, "none that transformers knows"),
     ({"hidden_size": 32}, "has no model_type"),
-    ({"architectures": ["GPTJForCausalLM"]}, "GPTJForCausalLM"),
+    ({"architectures": ["GPTJForCausalLM"]}, 'are GPTJForCausalLM; add "model_type": "gptj"'),
+    ({"architectures": ["LlamaForCausalLM"]}, 'add "model_type": "llama"'),
+    ({"architectures": ["Gemma3ForCausalLM"]}, 'add "model_type": "gemma3_text"'),
+    ({"architectures": ["MyModel"]}, 'are MyModel; if the model is a GPT-2, add "model_type": "gpt2"'),
 ]
 
 
@@ -47,6 +50,33 @@ def test_what_no_exporter_takes(fields: dict, said: str, exporter: str) -> None:
     assert line.startswith(f"{PATH}: ") and said in line and "\n" not in line
     # Where the other exporter is named, it is for another model.
     assert "EXPORTER=optimum exports it" not in line
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"architectures": ["MyGPT2ForCausalLM"]}, "names MyGPT2ForCausalLM, which"),
+        ({"auto_map": {"AutoModelForCausalLM": "modeling_my.MyGPT2"}}, "names MyGPT2, which"),
+        ({"architectures": ["GPT2LMHeadModel"], "auto_map": {"AutoModel": "ana/x--modeling.GPT2Model"}}, None),
+        ({"architectures": ["GPT2DoubleHeadsModel"], "auto_map": {"AutoConfig": "configuration.MyConfig"}}, None),
+        ({"architectures": "GPT2", "auto_map": ["x"]}, None),
+        ({}, None),
+    ],
+    ids=str,
+)
+def test_code_of_its_own_is_named(fields: dict, said: str | None) -> None:
+    found = own_code({"model_type": "gpt2", **fields})
+    assert found == () if said is None else said in found[0] and "exported as the gpt2 that model_type says" in found[0]
+
+
+@pytest.mark.parametrize("kind", GRAPH_TYPES)
+def test_the_classes_of_transformers_are_not_code_of_its_own(kind: str) -> None:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CLASSES
+
+    assert own_code({"model_type": kind, "architectures": [CLASSES[kind]]}) == ()
+    if kind != "gpt2":  # which is known by that class
+        with pytest.raises(UserError, match=f'add "model_type": "{kind}"'):
+            check_model_type({"architectures": [CLASSES[kind]]}, PATH, "graph")
 
 
 @pytest.mark.parametrize("kind", GRAPH_TYPES)

@@ -103,11 +103,13 @@ def check_model_type(fields: dict[str, Any], path: Path, exporter: str) -> None:
     if fields.get("is_encoder_decoder") is True or str(kind).endswith("encoder-decoder"):
         raise UserError(f"{path}: model_type {kind!r} {_encoder_decoder(fields)}")
     if kind in (None, ""):
-        names = fields.get("architectures")
-        raise UserError(
-            f"{path}: has no model_type{f', and its architectures are {names}' if names else ''}; "
-            'if the model is a GPT-2, add "model_type": "gpt2"'
+        names = _architectures(fields)
+        known = next(
+            (kind for kind in (*GRAPH_TYPES, *OPTIMUM_TYPES) if any(_is_of(name, kind) for name in names)), None
         )
+        add = f'add "model_type": "{known}"' if known else 'if the model is a GPT-2, add "model_type": "gpt2"'
+        declared = f", and its architectures are {', '.join(names)}" if names else ""
+        raise UserError(f"{path}: has no model_type{declared}; {add}")
     if exporter == "optimum" and _graph_takes(fields):
         raise UserError(f"{path}: model_type is {kind!r}, which optimum does not export; leave EXPORTER=optimum out")
     if _optimum_takes(fields):
@@ -116,6 +118,28 @@ def check_model_type(fields: dict[str, Any], path: Path, exporter: str) -> None:
             "EXPORTER=optimum exports it"
         )
     raise UserError(f"{path}: model_type {kind!r} {_KNOWN.get(str(kind)) or _described(str(kind))}")
+
+
+def own_code(fields: dict[str, Any]) -> tuple[str, ...]:
+    """Return a sentence where config.json (`fields`) names classes of models that transformers does not have.
+
+    Their code lies beside the checkpoint, or nowhere, and is not run.
+    """
+    kind, mapped = str(fields.get("model_type")), fields.get("auto_map")
+    mapped = mapped if isinstance(mapped, dict) else {}
+    code = [mapped.get(key) for key in ("AutoModelForCausalLM", "AutoModel")]
+    classes = [*_architectures(fields), *(name.rpartition(".")[2] for name in code if isinstance(name, str))]
+    names = [name for name in dict.fromkeys(classes) if not _is_of(name, kind)]
+    if names:  # importing transformers takes seconds
+        import transformers
+
+        names = [name for name in names if name not in dir(transformers)]
+    if not names:
+        return ()
+    return (
+        f"config.json names {', '.join(names)}, which transformers does not have; code of its own is not run, and the model "
+        f"is exported as the {kind} that model_type says",
+    )
 
 
 def other_format(names: set[str]) -> str | None:
@@ -186,6 +210,18 @@ def refuse_other_formats(folder: Path) -> None:
         raise UserError(
             f"{folder}: has no config.json, but {nested[-1].parent} has {nested[-1].name}; give that folder"
         )
+
+
+def _architectures(fields: dict[str, Any]) -> list[str]:
+    """The names of classes in `architectures`."""
+    found = fields.get("architectures")
+    return [name for name in found if isinstance(name, str)] if isinstance(found, list) else []
+
+
+def _is_of(name: str, kind: str) -> bool:
+    """Whether `name` is what transformers calls the class of language models of type `kind`, or of their backbone."""
+    flat = kind.removesuffix("_text").replace("_", "")
+    return name.lower().replace("_", "") in (f"{flat}forcausallm", f"{flat}lmheadmodel", f"{flat}model")
 
 
 def _graph_takes(fields: dict[str, Any]) -> bool:

@@ -16,6 +16,8 @@ _TASKS = {
     "classifier": "ForTokenClassification",
     "qa_outputs": "ForQuestionAnswering",
 }
+# What the classes of such models are called, and of those that judge texts, whose heads have many names.
+_CLASSES = (*_TASKS.values(), "ForMultipleChoice", "RewardModel", "ForScore")
 # Heads that are trained together with the language model's, or beside it.
 _BESIDE = {
     "multiple_choice_head": "the multiple-choice head of a GPT2DoubleHeadsModel",
@@ -42,7 +44,7 @@ def check_task(fields: Mapping[str, Any], names: Collection[str], folder: Path) 
     task = next((_TASKS[module] for module, name in head.items() if name), None)
     declared = fields.get("architectures")
     architecture = declared[0] if isinstance(declared, list) and declared and isinstance(declared[0], str) else ""
-    if not architecture.endswith(tuple(_TASKS.values())):
+    if not architecture.endswith(_CLASSES):
         if task is None:
             return
         if not architecture or "LM" in architecture:

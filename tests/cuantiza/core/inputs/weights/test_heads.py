@@ -37,6 +37,22 @@ def test_other_tasks(folder: Path, model, name: str, tensor: str, declared: bool
     assert f"is a {name}" in str(error.value) and tensor in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("name", ["GPT2ForRewardModel", "GPT2RewardModel"])
+def test_a_reward_model_is_refused(folder: Path, name: str) -> None:
+    """A model that judges texts, by a class of nobody's library, whose head may lie in another file."""
+    edit_config(folder, architectures=[name])
+    with pytest.raises(
+        UserError, match=rf"is a {name} \(architectures in config\.json says so\), and only language models"
+    ):
+        read_checkpoint(folder)
+
+
+def test_the_export_warns_of_code_of_its_own(folder: Path, export_here: Callable[..., Result], tmp_path: Path) -> None:
+    edit_config(folder, architectures=["MyGPT2ForCausalLM"], auto_map={"AutoModelForCausalLM": "modeling_my.MyGPT2"})
+    result = export_here("--model", folder, "--output", tmp_path / "artifacts")
+    assert result.status == 0 and "names MyGPT2ForCausalLM, MyGPT2, which transformers" in result.stderr, result.stderr
+
+
 def test_a_classifier_is_refused_by_the_export(folder: Path, model, refused: Callable[..., str]) -> None:
     transformers.GPT2ForSequenceClassification(model.config).save_pretrained(folder)
     refused("is a GPT2ForSequenceClassification", "score.weight", "language model")

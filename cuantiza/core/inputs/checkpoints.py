@@ -92,13 +92,13 @@ def has_all_weights(folder: Path) -> bool:
 def base_folder(folder: Path, label: str = "") -> Path:
     """The folder that holds the weights and the config.json of the checkpoint in `folder`.
 
-    It is `folder` itself, unless that holds an adapter alone: then it is the base that adapter_config.json names as a
+    It is `folder` itself, unless that holds an adapter and no model: then it is the base that adapter_config.json names as a
     folder (seen from `folder`, or from the working directory) or as a hub id, which is taken from the hub's cache, or
     else downloaded. Raises UserError where that base cannot be found or is an adapter itself; the line names `label`, or
     the file adapter_config.json.
     """
     path = folder / ADAPTER[0]
-    if not path.is_file() or weight_files({file.name for file in folder.iterdir()}):
+    if not _lacks_base({file.name for file in folder.iterdir()}):
         return folder
     fields, label = adapter_fields(folder), label or str(path)
     spec = fields.get("base_model_name_or_path")
@@ -114,6 +114,13 @@ def base_folder(folder: Path, label: str = "") -> Path:
             f"{label}: its base {spec} has a LoRA adapter itself; merge that one first with peft's merge_and_unload"
         )
     return base
+
+
+def _lacks_base(names: set[str]) -> bool:
+    """Whether files `names` are an adapter without its base. Weights without a config.json are none: trl keeps a value
+    head so.
+    """
+    return ADAPTER[0] in names and not (weight_files(names) and CONFIGS[0] in names)
 
 
 def is_base_of_working_folder(folder: Path) -> bool:
@@ -249,7 +256,7 @@ def _download(label: str, repo: str, revision: str | None, wanted: bool = True) 
                 f"{label}: has no safetensors and no pytorch_model.bin (TensorFlow and Flax weights are not read); "
                 "convert it with transformers' save_pretrained first"
             )
-        if weights:
+        if weights and not _lacks_base(names):
             vocabulary_files(names, label)  # raises before gigabytes are downloaded
         if not wanted and ADAPTER[0] not in names:
             weights = []
@@ -306,7 +313,8 @@ def _cached(repo: str, revision: str | None) -> Path | None:
             if (folder / main).is_file():
                 found = snapshot(*index_shards(folder / main)) if main.endswith(".index.json") else folder
                 # A cache without a listing, as older versions of the library made it, gives a folder unchecked.
-                whole = main == ADAPTER[0] or (has_all_weights(found) and (found / CONFIGS[0]).is_file())
+                config = (found / CONFIGS[0]).is_file() or (found / ADAPTER[0]).is_file()  # or the base's
+                whole = main == ADAPTER[0] or (has_all_weights(found) and config)
                 return found if whole else None
     except LocalEntryNotFoundError:
         pass

@@ -15,7 +15,7 @@ from cuantiza.core.errors import UserError
 from cuantiza.core.inputs.checkpoints import base_folder, files_to_read
 from cuantiza.core.inputs.weights import adapters
 from cuantiza.core.inputs.weights.files import Weight, read_tensors
-from cuantiza.core.inputs.weights.heads import check_task, left_out, with_head
+from cuantiza.core.inputs.weights.heads import are_heads, check_task, left_out, with_head
 from cuantiza.core.inputs.weights.layout import EMBEDDING, HEAD, arrange, canonical_module, some
 from cuantiza.core.inputs.weights.quantized import check_floats, check_not_quantized
 
@@ -70,7 +70,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     adapter = adapters.read_adapter(folder)
     if adapter is not None:
         weights = adapters.merge(weights, adapter, tied)
-        warnings.append(_merged(adapter, folder, base))
+        warnings += [_merged(adapter, folder, base), *_beside_adapter(folder, base)]
     repaired = layout.repaired or bool(eight) or adapter is not None or index_is_bare(base)
     return Checkpoint(fields, weights, dtypes, tuple(warnings), repaired)
 
@@ -103,9 +103,9 @@ def read_by_names(folder: Path, fields: Mapping[str, Any], embedding: str, backb
             f"{folder}: has weights of 8 bits ({', '.join(eight)}), which transformers does not read as they are; "
             "give the checkpoint before it was quantized"
         )
-    warnings = () if adapter is None else (_merged(adapter, folder, base_folder(folder)),)
-    repaired = adapter is not None or index_is_bare(base_folder(folder))
-    return Checkpoint(dict(fields), weights, dtypes, warnings, repaired)
+    base = base_folder(folder)
+    warnings = [] if adapter is None else [_merged(adapter, folder, base), *_beside_adapter(folder, base)]
+    return Checkpoint(dict(fields), weights, dtypes, tuple(warnings), adapter is not None or index_is_bare(base))
 
 
 def read_merged(folder: Path, fields: Mapping[str, Any]) -> tuple[dict[str, Weight], adapters.Adapter | None]:
@@ -133,6 +133,20 @@ def _merged(adapter: adapters.Adapter, folder: Path, base: Path) -> str:
     if base == folder:
         return f"{what} the weights beside it; if those are merged already, remove adapter_config.json and that file"
     return f"{what} its base {adapters.base_name(adapter, base)}"
+
+
+def _beside_adapter(folder: Path, base: Path) -> list[str]:
+    """Say what is left out of weights that lie beside an adapter in `folder`, where its base is elsewhere.
+
+    Raises UserError where they are more than the heads that trl keeps there.
+    """
+    tensors = read_tensors(folder) if base != folder and files_to_read(folder) else {}
+    if not are_heads(tensors):
+        raise UserError(
+            f"{folder}: has weights ({some(tensors)}) beside its adapter, but no config.json; put the config.json of their "
+            f"model there, or take {', '.join(files_to_read(folder))} away if the adapter's base is {base}"
+        )
+    return left_out(tensors)
 
 
 def read_for_transformers(folder: Path, fields: Mapping[str, Any]) -> dict[str, Weight]:

@@ -79,6 +79,11 @@ def left_out(others: Collection[str]) -> list[str]:
     return warnings
 
 
+def are_heads(names: Collection[str]) -> bool:
+    """Whether all of `names` are tensors of heads that are trained beside a language model, which an export leaves out."""
+    return {*names} == {name for module in _BESIDE for name in _under(module, names)}
+
+
 def _under(module: str, names: Collection[str]) -> list[str]:
     """Those of `names` that are tensors of `module`, with any prefix."""
     return sorted(name for name in names if re.match(rf"(?:.*\.)?{module}\d*\.", name))

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from cuantiza.core.errors import UserError
 from cuantiza.core.inputs.model_config import read_config
 from cuantiza.core.inputs.weights.adapters import read_fields
-from cuantiza.core.inputs.weights.checkpoint import read_merged
+from cuantiza.core.inputs.weights.checkpoint import read_by_names, read_merged
 from cuantiza.core.inputs.weights.pytorch import pytorch_loader
 from cuantiza.core.store.artifact import Artifact
 
@@ -89,6 +89,26 @@ def test_an_index_without_metadata(tied: bool, tmp_path: Path) -> None:
 
 
 QUERIES = "base_model.model.model.layers.1.self_attn.q_proj"
+
+
+def test_a_value_head_beside_an_adapter(tmp_path: Path) -> None:
+    """As trl writes a policy: the adapter, a pytorch_model.bin of the head alone, and the base elsewhere."""
+    base = saved(tiny_llama(), tmp_path / "base")
+    folder = write_adapter(tmp_path / "ppo", base, factors(QUERIES))
+    alone = read_by_names(folder, read_fields(folder), "embed_tokens.weight")
+    torch.save({"v_head.summary.weight": torch.ones(1, 32)}, folder / "pytorch_model.bin")
+    found = read_by_names(folder, read_fields(folder), "embed_tokens.weight")
+    merged, head = found.warnings
+    assert (
+        merged,
+    ) == alone.warnings and head == "the export leaves out a value head, as trl adds (v_head.summary.weight)"
+    np.testing.assert_array_equal(
+        found.weights["layers.1.self_attn.q_proj.weight"].read(),
+        alone.weights["layers.1.self_attn.q_proj.weight"].read(),
+    )
+    torch.save({"model.norm.weight": torch.ones(32)}, folder / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"has weights \(model\.norm\.weight\) beside its adapter, but no config\.json"):
+        read_by_names(folder, read_fields(folder), "embed_tokens.weight")
 
 
 @pytest.mark.parametrize("name", [QUERIES, "base_model.model.layers.1.self_attn.q_proj"], ids=["head", "backbone"])

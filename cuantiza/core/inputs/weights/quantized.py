@@ -41,7 +41,7 @@ def check_not_quantized(fields: Mapping[str, Any], tensors: Mapping[str, Weight]
             f"{folder}: is already quantized ({_method(declared)}, says quantization_config in config.json); {_ADVICE}{instead}"
         )
     for name, weight in tensors.items():
-        if writer := next((writer for writer, ends in _WRITERS.items() if name.endswith(ends)), None):
+        if writer := _writer(name, tensors):
             raise UserError(f"{folder}: is already quantized ({writer}: it has {name}, {weight.dtype}); {_ADVICE}")
 
 
@@ -53,10 +53,20 @@ def check_floats(weights: Mapping[str, Weight], folder: Path) -> None:
         raise UserError(f"{folder}: is already quantized ({odd[0]} is {weights[odd[0]].dtype}{count}); {_ADVICE}")
 
 
+def _writer(name: str, tensors: Mapping[str, Weight]) -> str | None:
+    """Who writes a tensor of this `name` among `tensors` of a quantized model; None for one that says nothing."""
+    module, _, end = name.rpartition(".")
+    if end in ("scales", "biases") and {f"{module}.scales", f"{module}.biases"} <= tensors.keys():
+        return "MLX"
+    return next((writer for writer, ends in _WRITERS.items() if name.endswith(ends)), None)
+
+
 def _method(declared: Any) -> str:
     if not isinstance(declared, dict):
         return "by an unknown method"
     if isinstance(method := declared.get("quant_method"), str):
         return method
+    if {"bits", "group_size"} <= declared.keys() <= {"bits", "group_size", "mode"}:
+        return f"MLX, {declared['bits']} bits"
     bits = next((bits for bits in (4, 8) if declared.get(f"load_in_{bits}bit")), None)
     return f"bitsandbytes, {bits} bits" if bits else "by an unknown method"

@@ -120,6 +120,7 @@ CONFIGS = {
     "fp8": {"quant_method": "fp8"},
     "torchao": {"quant_method": "torchao", "quant_type": "int4_weight_only"},
     "bitsandbytes, 4 bits": {"load_in_4bit": True},
+    "MLX, 4 bits": {"group_size": 64, "bits": 4},
 }
 
 
@@ -141,6 +142,14 @@ QUANTIZED: dict[str, tuple[dict[str, torch.Tensor], str]] = {
             "c_attn.weight.quant_state.bitsandbytes__nf4": torch.ones(9, dtype=torch.uint8),
         },
         "bitsandbytes",
+    ),
+    "mlx": (
+        {
+            "c_attn.weight": torch.ones(96, 4, dtype=torch.uint8),
+            "c_attn.scales": torch.ones(1),
+            "c_attn.biases": torch.ones(1),
+        },
+        "(MLX: it has",
     ),
     "gptq": ({"c_attn.qweight": torch.ones(4, 96, dtype=torch.int32), "c_attn.scales": torch.ones(1, 96)}, "GPTQ"),
     "compressed": ({"c_attn.weight_packed": torch.ones(96, 4, dtype=torch.int32)}, "compressed-tensors"),

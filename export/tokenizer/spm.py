@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ _UNIGRAM, _BPE = 1, 2  # TrainerSpec.ModelType of sentencepiece_model.proto
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # SentencePiece.Type there
 # At the ends of the text, not of its lines, in the regular expressions of tokenizers and of JavaScript.
 _OUTER_SPACES = r"(?<![\s\S]) +| +(?![\s\S])"
+# A token in base64 and its id, in the first of many such lines.
+_TIKTOKEN = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n")
 _TEXTS = (
     "¿Dónde está el camión? ¡Qué vergüenza, Ñuñoa!",
     " dos  espacios\ty un tabulador, 1987, 3,5 % y 20 °C…\n\nOtro párrafo  ",
@@ -98,9 +101,14 @@ def read_model(path: Path) -> Any:
     from google.protobuf.message import DecodeError
     from sentencepiece import sentencepiece_model_pb2
 
-    proto = sentencepiece_model_pb2.ModelProto()
+    proto, data = sentencepiece_model_pb2.ModelProto(), path.read_bytes()
+    if _TIKTOKEN.match(data):
+        raise UserError(
+            f"{path}: is a list of tokens in tiktoken's form, as Llama 3 has it, and no sentencepiece model; "
+            "take the tokenizer.json of the model in transformers' format"
+        )
     try:
-        proto.ParseFromString(path.read_bytes())
+        proto.ParseFromString(data)
         if not proto.pieces:
             raise DecodeError("it has no pieces")
     except DecodeError as error:

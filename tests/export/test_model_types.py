@@ -127,6 +127,13 @@ def only(folder: Path, *names: str, keep: tuple[str, ...] = ("config.json",)) ->
         (("model.onnx",), "exported already"),
         (("onnx/decoder_model.onnx",), "exported already"),
         (("model.onnx", "manifest.json"), "an artifact"),
+        (("openvino_model.xml", "openvino_model.bin"), "openvino_model.xml, a model in the format of OpenVINO"),
+        (("model.bin", "vocabulary.json"), "model.bin and vocabulary.json, a model in the format of CTranslate2"),
+        (("rank0.safetensors",), "rank0.safetensors, a model in the format of TensorRT-LLM"),
+        (
+            ("params.json", "consolidated.00.pth"),
+            "params.json and consolidated.00.pth, a model in the format of its maker",
+        ),
         (("model_index.json", "unet/diffusion_pytorch_model.safetensors"), "diffusers"),
         (("modules.json", "model.safetensors"), "sentence-transformers"),
         (("hparams.json", "model.ckpt.index", "encoder.json"), "TensorFlow"),
@@ -139,6 +146,11 @@ def test_folders_of_other_formats(
 ) -> None:
     only(folder, *names, keep=keep)
     refused(str(folder), said)
+
+
+def test_a_file_of_torch_without_a_config(folder: Path, refused: Callable[..., str]) -> None:
+    only(folder, "ckpt.pt", keep=())
+    refused(str(folder), "no weights but ckpt.pt, as torch saved it", "rename ckpt.pt to pytorch_model.bin")
 
 
 @pytest.mark.parametrize("place", ["checkpoint-500", "snapshots/0123abc"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,16 @@ _KINDS = (
     (("CTC", "AUDIO_CLASSIFICATION", "TEXT_TO_WAVEFORM", "TEXT_TO_SPECTROGRAM"), "is a model of sound"),
 )
 _UNREAD = {".h5": "TensorFlow", ".msgpack": "Flax", ".ot": "rust-bert", ".tflite": "TensorFlow", ".nemo": "NeMo"}
+# Files, or the beginnings of their names, that only another program's models have, all together, and what those are.
+_PROGRAMS = (
+    (("openvino_model.xml",), "OpenVINO"),
+    (("model.bin", "vocabulary."), "CTranslate2"),
+    (("model.bin", "shared_vocabulary."), "CTranslate2"),
+    (("rank0.",), "TensorRT-LLM"),
+    (("params.json", "consolidated."), "its maker's own code, as Meta and Mistral publish them beside others"),
+)
+# The weights that transformers reads, whole or in shards.
+_WEIGHTS = re.compile(r"(?:model(?:-\d+-of-\d+)?\.safetensors|pytorch_model(?:-\d+-of-\d+)?\.bin)")
 _SAVE = "save the model with transformers' save_pretrained, or choose a repository that has safetensors"
 
 
@@ -158,6 +169,12 @@ def other_format(names: set[str]) -> str | None:
 
     if "manifest.json" in names and "model.onnx" in names:
         return "is an artifact that was exported already; give the checkpoint that it was made of"
+    for parts, program in _PROGRAMS:
+        files = [next((name for name in sorted(names) if name.startswith(part)), "") for part in parts]
+        if all(files):
+            return (
+                f"has {' and '.join(files)}, a model in the format of {program}; give the model in transformers' format"
+            )
     if "model_index.json" in names:
         return "is a pipeline of diffusers, which makes pictures; only language models are exported"
     if "modules.json" in names or "config_sentence_transformers.json" in names:
@@ -193,7 +210,7 @@ def refuse_other_formats(folder: Path) -> None:
     What lacks weights or a configuration for another reason is left to those who read them.
     """
     names = {file.name for file in folder.iterdir()}
-    weights = [name for name in names if name.endswith((".safetensors", ".bin"))]
+    weights = any(map(_WEIGHTS.fullmatch, names))
     config = "config.json" in names
     if not weights or not config:
         inside = {f"{file.parent.name}/{file.name}" for file in folder.glob("*/*")}
@@ -206,9 +223,16 @@ def refuse_other_formats(folder: Path) -> None:
     nested = sorted(
         (path for place in places for path in folder.glob(place)), key=lambda path: (len(path.parent.name), path)
     )
-    if not config and not weights and nested:
+    if config or weights:
+        return
+    if nested:
         raise UserError(
             f"{folder}: has no config.json, but {nested[-1].parent} has {nested[-1].name}; give that folder"
+        )
+    if found := next((name for name in sorted(names) if name.endswith((".pt", ".pth", ".ckpt"))), None):
+        raise UserError(
+            f"{folder}: has no config.json and no weights but {found}, as torch saved it; save the model with transformers' "
+            f"save_pretrained, or, if it is a GPT-2 such as nanoGPT's, rename {found} to pytorch_model.bin and write its sizes to a config.json"
         )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import pickle
+import re
 import struct
 import warnings
 import zipfile
@@ -23,8 +24,11 @@ import numpy as np
 from cuantiza.core.errors import UserError
 from cuantiza.core.inputs.checkpoints import files_to_read
 
-# Weights in formats, or under names, that are not read.
+# Weights in formats that are not read, and in those that are, but under other names than the state of a training has.
 _UNREAD = (".h5", ".msgpack", ".ot", ".pt", ".pth", ".ckpt", ".gguf", ".npz")
+_OTHER_NAME = re.compile(
+    r"(?!adapter_model|training_args|optimizer|scheduler|scaler|random_states|rng_state).*\.(?:safetensors|bin)"
+)
 # The dtypes of safetensors that hold floats. Others are integers or packed, and mean nothing without their scales.
 _FLOATS = {
     "F64": np.float64,
@@ -80,14 +84,19 @@ def _no_weights(folder: Path) -> UserError:
     inside = [name for name in files if (folder / name).is_dir() and files_to_read(folder / name)]
     shards = [name for name in files if "-of-" in name and name.endswith((".safetensors", ".bin"))]
     unread = [name for name in files if name.endswith(_UNREAD)]
+    renamed = [name for name in files if _OTHER_NAME.fullmatch(name)]
     advice = "save the model with transformers' save_pretrained"
     if inside:
         advice = f"give the folder that has them: {', '.join(inside)}"
     elif shards:
         advice = f"download the index of {shards[0]} too"
+    elif renamed:
+        ours = "model.safetensors" if renamed[0].endswith(".safetensors") else "pytorch_model.bin"
+        advice = f"if transformers wrote {renamed[0]}, rename it to {ours}; else {advice}"
+        unread = [*renamed, *unread]
     elif any(name.endswith((".pt", ".pth", ".ckpt")) for name in unread):
         advice += ", or rename the file that torch saved it in to pytorch_model.bin"
-    only = f", only {', '.join(unread)}, which cannot be read" if unread else ""
+    only = f", only {', '.join(unread)}, which {'is' if len(unread) == 1 else 'are'} not read" if unread else ""
     return UserError(f"{folder}: has no model.safetensors and no pytorch_model.bin{only}; {advice}")
 
 

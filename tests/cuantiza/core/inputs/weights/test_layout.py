@@ -247,7 +247,16 @@ def test_one_transposed_layer_is_a_mistake(
     [
         ("checkpoint-500/model.safetensors", "give the folder that has them: checkpoint-500"),
         ("model-00001-of-00002.safetensors", "index of model-00001-of-00002.safetensors"),
-        ("ckpt.pt", "rename the file"),
+        ("ckpt.pt", "only ckpt.pt, which is not read; .* rename the file"),
+        (
+            "consolidated.safetensors",
+            "only consolidated.safetensors, which is not read; if transformers wrote consolidated",
+        ),
+        (
+            "model.fp16.safetensors",
+            "if transformers wrote model.fp16.safetensors, rename it to model.safetensors; else",
+        ),
+        ("optimizer.bin", "no pytorch_model.bin; save the model"),
     ],
 )
 def test_weights_lie_elsewhere(folder: Path, place: str, said: str) -> None:

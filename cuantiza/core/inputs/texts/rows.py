@@ -36,6 +36,7 @@ def texts_of(rows: Iterable[Row], name: str, column: str, seen: Seen) -> Iterato
 
     Raises UserError, which begins with `name`, where a row holds something else than text.
     """
+    some = False
     for place, value in rows:
         seen.rows += 1
         if value is None or value != value:  # a missing value may be NaN
@@ -43,9 +44,15 @@ def texts_of(rows: Iterable[Row], name: str, column: str, seen: Seen) -> Iterato
             seen.first_null = seen.first_null or f"{place} of {Path(name).name}"
         elif isinstance(value, str):
             seen.blank += not value or value.isspace()
+            some = True
             yield value
+        elif some and not _is_conversation(value):  # it is the column of the texts, and a row of it is wrong
+            raise UserError(
+                f"{name}: {place}: column {column!r} holds {type(value).__name__}, and text in the rows before; write this one "
+                "as text, or null for none"
+            )
         else:
-            raise UserError(f"{name}: column {column!r} holds {_what(value)}")
+            raise UserError(f"{name}: {place}: column {column!r} holds {_what(value)}")
 
 
 def bounded(texts: Iterable[str], most: int, seen: Seen) -> Iterator[str]:
@@ -169,7 +176,7 @@ def _one_value(found: Any, file: Path) -> str:
 
 
 def _column(row: Any, column: str, place: str) -> Any:
-    """The text in `row`: a string, an object with `column`, or () for none. Raises UserError where `texts_of` knows none."""
+    """What `row`, a string or an object with `column`, has as its text. Raises UserError where it is () or no Unicode."""
     value = row[column] if isinstance(row, dict) else row
     if isinstance(value, str) and _is_unicode(value):
         return value
@@ -181,9 +188,7 @@ def _column(row: Any, column: str, place: str) -> Any:
         raise UserError(
             f"{place} has half of a surrogate pair (\\ud800 to \\udfff) in {column!r}; write that text again"
         )
-    if value is None or isinstance(value, float) or _is_conversation(value):
-        return value
-    raise UserError(f"{place}: column {column!r} holds {_what(value)}")
+    return value
 
 
 def _without_text(row: Any, column: str, place: str) -> str:

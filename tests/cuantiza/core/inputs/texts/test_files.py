@@ -137,6 +137,21 @@ def test_other_json(tmp_path: Path, content: object, fragment: str) -> None:
             read(file)
 
 
+@pytest.mark.parametrize("value", [1987, 1.5, True, [], {}], ids=repr)
+def test_one_row_that_is_no_text(tmp_path: Path, value: object) -> None:
+    """The column is right where other rows have their text there, so no other is to be named."""
+    kind = type(value).__name__
+    lines = [json.dumps({"text": item}) for item in (*TEXTS, value)]
+    file = written(tmp_path / "a.jsonl", "\n".join(lines).encode())
+    with pytest.raises(
+        UserError, match=rf"line {len(lines)}: column 'text' holds {kind}, and text .*; write this"
+    ) as raised:
+        read(file)
+    assert "CORPUS_COLUMN" not in str(raised.value)
+    with pytest.raises(UserError, match=rf"line 1: column 'text' holds {kind}, not text; name another"):
+        read(written(tmp_path / "b.jsonl", "\n".join(lines[::-1]).encode()))
+
+
 def test_command_that_is_named_for_an_object_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import shlex
     import subprocess

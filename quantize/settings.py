@@ -9,8 +9,9 @@ from cuantiza.core.errors import UserError
 
 # How weights are rounded to integers: quantize/weights/rounding.py and quantize/weights/gptq.py.
 Rounding = Literal["gptq", "nearest"]
-# Where activations stay in float, also "descent": quantize/weights/follow.py.
-WeightRounding = Literal["descent", "gptq", "nearest"]
+# Where activations stay in float, also "descent", which goes on after GPTQ, and "follow", by which each layer also makes up
+# for what earlier ones lost: quantize/weights/follow.py.
+WeightRounding = Literal["follow", "descent", "gptq", "nearest"]
 # How the range of an activation is chosen from its histogram: quantize/decide/ranges.py.
 Ranges = Literal["min-max", "percentile", "entropy", "mse"]
 # Which operators the graph uses: standard ones for any runtime, or the fewest and fastest ones for ONNX Runtime on a

@@ -2,7 +2,7 @@
 
 Each block of the fp32 model runs on the windows once, and is smoothed by the activations that were seen. For static ranges,
 the smoothed block runs again, and histograms of its activations are collected. Then the weights of the block are rounded.
-With rounding "descent", that takes into account what the blocks and layers before lost by rounding (follow.py). Of the
+With rounding "follow", that takes into account what the blocks and layers before lost by rounding (follow.py). Of the
 activations only sums, histograms and a sample are kept, and for each window the values that blocks start from, of as
 many blocks as are worked on.
 
@@ -48,7 +48,7 @@ from cuantiza.quantize.own_text import own_windows
 from cuantiza.quantize.rewrite.find import Projection, find_embeddings, find_tables, is_head
 from cuantiza.quantize.settings import Calibration
 from cuantiza.quantize.weights.follow import on_disk, round_block, with_embedding
-from cuantiza.quantize.weights.gptq import Each, gptq
+from cuantiza.quantize.weights.gptq import Each, descend, gptq
 from cuantiza.quantize.weights.rounding import Grid, IntWeight, round_to_nearest
 
 # How many jobs decide on a block at the same time. The long rounding of one layer keeps one processor busy; another job
@@ -185,7 +185,9 @@ class _JobRunner:
     def needs_gram(self, number: int) -> bool:
         """Whether the Gram matrices of the inputs of block `number` decide how its weights are rounded."""
         plan, block = self.job.plan, self._blocks[number]
-        return plan.rounding == "gptq" and any(_is_rounded(p, self._tables, plan) for p in block.projections)
+        return plan.rounding in ("gptq", "descent") and any(
+            _is_rounded(p, self._tables, plan) for p in block.projections
+        )
 
     def decide(self, number: int, seen: Observed, windows: np.ndarray, before: list) -> None:
         """Smooth block `number` of the job's model by what was `seen` of it in fp32, and decide on its linear layers.
@@ -207,7 +209,7 @@ class _JobRunner:
                 smooth.apply(model.graph, tensor.group, tensor.smoothing)
         histograms = _histograms(model, block, windows, before, tensors, self._work, pool) if is_static(plan) else {}
         weights: dict[str, IntWeight] = {}
-        if plan.rounding == "descent":
+        if plan.rounding == "follow":
             grids = {p.name: _grid(p, tables, plan) for p in block.projections if _is_rounded(p, tables, plan)}
             streams = list(zip(before, self._rounded, strict=True))
             shared = {p.name: found for tensor in tensors for p, found in _shared(model.graph, tensor, grids)}
@@ -343,15 +345,20 @@ def _round(
     """
     part = weight if keep.all() else weight[keep]
     inputs = np.flatnonzero(keep)
-    if plan.rounding != "gptq":
+
+    def by_gram(some: np.ndarray, of: np.ndarray) -> IntWeight:
+        if plan.rounding == "descent":
+            return descend(some, of[kept], plan.grid, each)
+        return gptq(some, of[kept], plan.grid, inputs, each)
+
+    if gram is None or plan.rounding == "nearest":
         rounded = round_to_nearest(part, plan.grid, inputs=inputs)
     else:
         kept = np.ix_(keep, keep)
-        rounded = gptq(part, gram[kept], plan.grid, inputs, each)
+        rounded = by_gram(part, gram)
         if of_values is not None:
             channels = of_values.channels
-            values = gptq(part[:, channels], of_values.averaged.gram[kept], plan.grid, inputs, each)
-            rounded = rounded.with_channels(channels, values)
+            rounded = rounded.with_channels(channels, by_gram(part[:, channels], of_values.averaged.gram))
     if keep.all():
         return rounded
     q = np.zeros(weight.shape, rounded.q.dtype)

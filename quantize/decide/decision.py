@@ -22,8 +22,9 @@ class Plan:
     """The choices of a recipe that calibration follows.
 
     `grid` says which integers the weights become, except those of the matrices (initializers) that `grids`
-    names, which have grids of their own. `rounding` says how they are rounded: "gptq"; "descent", which is GPTQ and more
-    (follow.py), without float channels; else to nearest.
+    names, which have grids of their own. `rounding` says how they are rounded: "gptq"; "descent", which goes on after GPTQ
+    (gptq.descend); "follow", by which each layer also makes up for what earlier ones lost (follow.py), without float
+    channels; else to nearest.
     `alphas` are the exponents that smoothing tries; without any there is no smoothing. `ranges` says how activations
     get their range: "row" for each token at run time, a name of RANGES for a static one, None where they stay in
     floating point. `float_channels` is the largest number of channels of a tensor that may stay in floating point.
@@ -48,7 +49,7 @@ class Plan:
 
     def alone(self) -> Plan:
         """Return the plan for layers that are quantized one at a time, and need not make up for others."""
-        return replace(self, rounding="gptq") if self.rounding == "descent" else self
+        return replace(self, rounding="gptq") if self.rounding == "follow" else self
 
 
 @dataclass(frozen=True)

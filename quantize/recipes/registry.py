@@ -37,7 +37,7 @@ PORTABLE: dict[str, DynamicInt8 | StaticInt8 | WeightOnly | Half] = {
     "int8-dynamic": DynamicInt8(),
     "int8-static": StaticInt8(),
     "int8-weight": WeightOnly(8, block=32, symmetric=True, table_block=32, scale_bits=8),
-    "int4-weight": WeightOnly(4, block=32, symmetric=False, scale_bits=8, rounding="descent"),
+    "int4-weight": WeightOnly(4, block=32, symmetric=False, scale_bits=8, rounding="follow"),
     "fp16": Half("fp16"),
     "bf16": Half("bf16"),
 }

@@ -45,7 +45,7 @@ class WeightOnly:
     table_bits: Literal[4, 8] = 8
     table_block: int | None = None
     scale_bits: Literal[8, 32] = 32
-    rounding: WeightRounding = "gptq"
+    rounding: WeightRounding = "descent"
     smoothing: tuple[float, ...] = ALPHAS
     target: Target = "portable"
     calibration: Calibration = _CALIBRATION

@@ -1,7 +1,7 @@
 """Follow the rounded model: run it beside the fp32 model, so that each linear layer can make up for what earlier ones lost.
 
 A linear layer reads x in the fp32 model, and y in the model whose earlier layers are rounded. Its target is x·W. The matrix
-that predicts the target from y best is W + (Σ yᵀy)⁻¹ · Σ yᵀ(x − y) · W, and rounding it with the Gram matrix Σ yᵀy makes
+that predicts the target from y best is W + (Σ yᵀy)⁻¹ · Σ yᵀ(x − y) · W, by ridge regression, and rounding it with the Gram matrix Σ yᵀy makes
 the error of the target small, since the rest of that error does not depend on the rounded weights. GPTAQ
 (arXiv 2504.02692) has this correction.
 
@@ -22,7 +22,7 @@ import onnx_ir as ir
 
 from cuantiza.quantize.decide.blocks import Block, open_block, run_ahead
 from cuantiza.quantize.decide.values import Values, averaged
-from cuantiza.quantize.weights.gptq import Each, descend
+from cuantiza.quantize.weights.gptq import Each, descend, regression
 from cuantiza.quantize.weights.rounding import Grid, IntWeight
 
 # Columns of a Gram matrix that are one task: a fixed number, so that sums do not depend on the number of threads.
@@ -30,6 +30,10 @@ _PANEL = 512
 # The weight of an embedding beside the head that shares its matrix, in mean energies of the head's inputs. Of 0, 0.03,
 # 0.1, 0.3, 1 and 3, this gives es-mini the least KL: 22 % less than 0 in 4 bits, with blocks of 32.
 EMBEDDING = 1.0
+# The damping of the regression. It is far above that of GPTQ, because what x − y has in common with y in the calibration
+# tokens is chance for the most part. int4-weight's KL, es-mini on chapters of novels that calibrate nothing here: 0.00597 at
+# 0.01, 0.00568 at 0.1, 0.00556 at 0.3.
+RIDGE = 0.3
 
 
 def round_block(
@@ -94,7 +98,9 @@ def with_embedding(gram: np.ndarray, power: np.ndarray) -> np.ndarray:
 
 
 def _round(matrix: np.ndarray, gram: np.ndarray, cross: np.ndarray, grid: Grid, each: Each) -> IntWeight:
-    return descend(matrix, gram, grid, cross @ matrix, each)
+    if np.isfinite(gram).all():
+        matrix = matrix + regression(gram, cross @ matrix, RIDGE)
+    return descend(matrix, gram, grid, each)
 
 
 def _sums(

@@ -103,13 +103,17 @@ def _partners(order: np.ndarray, inputs: np.ndarray) -> np.ndarray:
     return np.where(partner < 0, -1, np.argsort(order)[partner])
 
 
-def descend(
-    weight: np.ndarray, gram: np.ndarray, grid: Grid, missing: np.ndarray | None = None, each: Each = map
-) -> IntWeight:
-    """Round `weight` [K, N] as `gptq` does, and better: from two starts, coordinate by coordinate downhill.
+def regression(gram: np.ndarray, target: np.ndarray, damping: float) -> np.ndarray:
+    """Return the matrix [K, N] by which x gives m best: ridge regression, for `gram` [K, K] = Σ xᵀx and `target` Σ xᵀm.
 
-    `missing` [K, N] = Σ xᵀm says what the matmul lacks: its output should be x·W + m. What of m can be computed from x, by
-    ridge regression with the damped Hessian, is added to W before rounding.
+    `damping` is the share of the mean of the Gram matrix's diagonal that is added to the diagonal.
+    """
+    factor = _damped_factor(_hessian(gram), damping * _mean_energy(gram))
+    return factor.T @ (factor @ target)
+
+
+def descend(weight: np.ndarray, gram: np.ndarray, grid: Grid, each: Each = map) -> IntWeight:
+    """Round `weight` [K, N] as `gptq` does, and better: from two starts, coordinate by coordinate downhill.
 
     Each channel starts from GPTQ in the inputs' order, where each block takes its scale when its turn comes, and from
     GPTQ in the order of the inputs' energy, with scales chosen before. `_downhill` lowers the error of both, and the better
@@ -121,8 +125,6 @@ def descend(
     damping = DAMPING * _mean_energy(gram)
     orders = np.arange(len(weight)), np.argsort(-gram.diagonal(), kind="stable")
     factors = [_damped_factor(_hessian(_ordered(gram, order)), damping) for order in orders]
-    if missing is not None:
-        weight = weight + factors[0].T @ (factors[0] @ missing)
     hessian = _hessian(gram).astype(np.float32)
     hessian[np.diag_indices(len(hessian))] += damping
 

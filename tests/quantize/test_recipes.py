@@ -37,7 +37,7 @@ OWN = (
 def changed(recipe, path=()):
     """Yield copies of `recipe`, each with one of its numbers, choices or lists changed."""
     others = {"nearest": "gptq", "gptq": "nearest", "mse": "entropy", "portable": "ort", "ort": "portable"}
-    others |= {"fp16": "bf16", "bf16": "fp16", "descent": "gptq", "0.16x": "5MB"}
+    others |= {"fp16": "bf16", "bf16": "fp16", "descent": "gptq", "follow": "descent", "0.16x": "5MB"}
     for field in dataclasses.fields(recipe):
         value = getattr(recipe, field.name)
         if dataclasses.is_dataclass(value):

@@ -71,7 +71,7 @@ class MixedWeightOnly:
         from cuantiza.quantize.decide.decision import Plan
         from cuantiza.quantize.mixed import BASE
 
-        return Plan(BASE, "descent", ALPHAS, table=BASE)
+        return Plan(BASE, "follow", ALPHAS, table=BASE)
 
     def rewrite(self) -> Rewrite:
         """Return the pass that writes decisions of that plan into a graph."""

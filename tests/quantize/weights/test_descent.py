@@ -20,7 +20,7 @@ from cuantiza.quantize.recipes.registry import RECIPES
 from cuantiza.quantize.rewrite.weight_only import choose_weights
 from cuantiza.quantize.settings import Calibration
 from cuantiza.quantize.weights import gptq
-from cuantiza.quantize.weights.gptq import DAMPING, descend
+from cuantiza.quantize.weights.gptq import DAMPING, descend, regression
 from cuantiza.quantize.weights.rounding import STEPS, Grid, round_to_nearest
 
 from helpers import CORPUS, ES_MINI
@@ -105,21 +105,21 @@ def test_threads_change_nothing(layer, monkeypatch):
 
 
 def test_a_layer_makes_up_for_what_its_inputs_lost(layer):
-    """The inputs have lost a part that the others still tell; with `missing`, the weights of these bring it back."""
+    """The inputs have lost a part that the others still tell; a regression gives these weights that bring it back."""
     weight, x = layer
     y = x.copy()
     y[:, ::10] *= 0.9
     gram, missing = y.T @ y, y.T @ ((x - y) @ weight)
     errors = [
-        np.linalg.norm(y @ descend(weight, gram, Grid(4, 16, False, 8), part).dequantize() - x @ weight)
-        for part in (missing, None)
+        np.linalg.norm(y @ descend(better, gram, Grid(4, 16, False, 8)).dequantize() - x @ weight)
+        for better in (weight + regression(gram, missing, DAMPING), weight)
     ]
     assert errors[0] < 0.5 * errors[1]
 
 
 def test_huge_inputs_round_to_nearest(layer):
     gram = np.full((INPUTS, INPUTS), np.inf, np.float32)
-    rounded, nearest = (descend(layer[0], gram, GRIDS[0], gram[:, :CHANNELS]), round_to_nearest(layer[0], GRIDS[0]))
+    rounded, nearest = descend(layer[0], gram, GRIDS[0]), round_to_nearest(layer[0], GRIDS[0])
     assert np.array_equal(rounded.q, nearest.q)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -94,7 +95,7 @@ def evaluate(
     if not once:
         raise UserError("--recipes: names no artifact; the first one is the baseline of the others")
     with ExitStack() as held:
-        held.enter_context(folders.held(*(path.parent for path in once)))  # a stage that writes there ends first
+        held.enter_context(folders.held(*(path.parent for path in paths)))  # a stage that writes there ends first
         published = _open([once[path] for path in dict.fromkeys(map(Path.resolve, paths))])
         if output is not None:
             held.enter_context(folders.locked(output))
@@ -224,7 +225,7 @@ def _foreign(path: Path) -> Subject:
     """Make the subject of an ONNX file, or of a folder that holds one. Raises UserError if there is none."""
     from cuantiza.eval.measure.engines import Subject
 
-    path = path.resolve()  # "." has no name of its own
+    path = Path(os.path.normpath(path.absolute()))  # "." has no name of its own; a link of the hub's cache keeps its
 
     files = [path, path / "model.onnx", path / "onnx" / "model.onnx"]
     file = next((file for file in files if file.is_file()), None)

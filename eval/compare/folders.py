@@ -174,7 +174,15 @@ def _notes(pairs: dict[str, tuple[Artifact, Artifact]]) -> list[str]:
         )
         if changed:
             notes.append(f"{name}: made from other inputs ({', '.join(changed)})")
-        for side, item, fp32 in zip(("BASE", "HEAD"), (base, head), pairs.get("fp32", ()), strict=False):
-            if item.manifest.parent not in (None, fp32.digest):
+        for side, item in (("BASE", base), ("HEAD", head)):
+            if item.manifest.parent not in (None, _fp32_beside(item)):
                 notes.append(f"{name}: in {side}, it was not made from the fp32 artifact beside it")
     return notes
+
+
+def _fp32_beside(item: Artifact) -> str | None:
+    """The digest of the fp32 artifact beside `item`; where there is none, that of the one that `item` was made from."""
+    try:
+        return artifact.open_artifact(item.path.with_name("fp32")).digest
+    except UserError:
+        return item.manifest.parent

@@ -78,7 +78,7 @@ def make_task(folder: Path, test: Split, tokens: int, window: int, papers: Seque
     whole = [part for text in sorted(test.documents, key=digest) for part in parts(text, marked)]
     taken = [item for item in take(tokenizer, whole, tokens) if item.ids]
     if not test.joined:
-        say_other_markers(tokenizer, taken, test.name)
+        say_other_markers(tokenizer, taken, test.name, test.sha256)
     documents, texts = [item.ids for item in taken], tuple(item.text for item in taken)
     if sum(map(len, documents)) < 2:
         raise UserError("CORPUS=: its test split has fewer than 2 tokens; give more text")
@@ -112,7 +112,7 @@ def measure_quality(
             with ExitStack() as stack:
                 remotes = [stack.enter_context(Remote(Engine, item, threads, label=item.name)) for item in group]
                 for item, remote in zip(group, remotes, strict=True):
-                    _check(first, remote, item.name, task)
+                    _check(first, remote, baseline.name, item.name, task)
                 label = "quality   " + " ".join(item.name for item in [baseline, *group])
                 scores = score(track(task.rolling, label, len(task.rolling)), [first, *remotes])
                 if not np.isfinite(scores[0].nll).all():
@@ -135,8 +135,8 @@ def _quality(scores: Scores, baseline: Scores | None, task: Task) -> dict:
     return quality(scores, task.size, baseline) | {"last_words": compared(scores, baseline, task.words)}
 
 
-def _check(baseline: Remote, remote: Remote, name: str, task: Task) -> None:
-    """Raises ChildError if the logits of `remote` cannot be compared with the baseline's."""
+def _check(baseline: Remote, remote: Remote, first: str, name: str, task: Task) -> None:
+    """Raises ChildError, with the name of the one at fault, if logits of `remote` cannot be compared with the baseline's."""
     ids = task.real_tokens(min(KEY_TOKENS, task.window))
     theirs, ours = baseline.call("logits", ids), remote.call("logits", ids)
     if theirs.shape != ours.shape:
@@ -145,8 +145,9 @@ def _check(baseline: Remote, remote: Remote, name: str, task: Task) -> None:
             "the same vocabulary",
             name,
         )
-    if not np.isfinite(ours).all():
-        raise ChildError(f"{name}: gives logits that are not numbers", name)
+    for label, logits in ((first, theirs), (name, ours)):
+        if not np.isfinite(logits).all():
+            raise ChildError(f"{label}: gives logits that are not numbers", label)
 
 
 def _key_error(baseline: Remote, remote: Remote, task: Task) -> list[float] | None:

@@ -72,7 +72,7 @@ def calibration_windows(folder: Path, split: Split, calibration: Calibration) ->
     marked = () if split.joined else markers(tokenizer, {start, *end_tokens(folder)})
     taken = take(tokenizer, split.documents, length * calibration.windows, marked)
     if not split.joined:
-        say_other_markers(tokenizer, taken, split.name)
+        say_other_markers(tokenizer, taken, split.name, split.sha256)
     tokens = stream([item.ids for item in taken], start)
     windows = full_windows(tokens, length)[: calibration.windows]
     if len(windows) < calibration.minimum:
@@ -344,17 +344,17 @@ def _round(
     `gram` [K, K] is that of the inputs; for the channels that are values of attention, `of_values` has another.
     """
     part = weight if keep.all() else weight[keep]
-    inputs = np.flatnonzero(keep)
+    inputs, kept = np.flatnonzero(keep), np.ix_(keep, keep)
 
     def by_gram(some: np.ndarray, of: np.ndarray) -> IntWeight:
         if plan.rounding == "descent":
             return descend(some, of[kept], plan.grid, each)
         return gptq(some, of[kept], plan.grid, inputs, each)
 
-    if gram is None or plan.rounding == "nearest":
+    if plan.rounding == "nearest":
         rounded = round_to_nearest(part, plan.grid, inputs=inputs)
     else:
-        kept = np.ix_(keep, keep)
+        assert gram is not None  # as `needs_gram` wants it
         rounded = by_gram(part, gram)
         if of_values is not None:
             channels = of_values.channels

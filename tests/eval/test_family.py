@@ -86,19 +86,25 @@ def test_what_a_running_stage_replaces_is_opened_after_it(
 
 
 def test_a_baseline_without_numbers_is_refused_and_no_other_is_blamed(
-    fp32: Artifact, quantized: Artifact, tmp_path: Path
+    fp32: Artifact, quantized: Artifact, tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:
-    """From its 40th position on, which the first tokens do not show."""
+    """From its first position on, or from its 40th, which few tokens do not show."""
 
-    def late(model: ir.Model) -> None:
-        table = model.graph.initializers["wpe.weight"]
-        rows = table.const_value.numpy().copy()
-        rows[40:] = np.nan
-        table.const_value = ir.tensor(rows, name=table.name)
+    def without(start: int) -> Callable[[ir.Model], None]:
+        def change(model: ir.Model) -> None:
+            table = model.graph.initializers["wpe.weight"]
+            rows = table.const_value.numpy().copy()
+            rows[start:] = np.nan
+            table.const_value = ir.tensor(rows, name=table.name)
 
-    broken = variant(fp32, tmp_path / "small", late)
-    with pytest.raises(UserError, match="fp32: gives logits that are not numbers"):
-        measure([broken.path], tmp_path / "reports")
+        return change
+
+    broken = {start: variant(fp32, tmp_path / str(start), without(start)) for start in (40, 0)}
+    shutil.copytree(quantized.path, tmp_path / "theirs")
+    for start in (40, 0):
+        with pytest.raises(UserError, match="fp32: gives logits that are not numbers"):
+            measure([broken[start].path], tmp_path / "reports", onnx=tmp_path / "theirs")
+    assert "left out" not in capfd.readouterr().err
 
 
 def test_a_layer_whose_keys_are_zero_is_reported(fp32: Artifact, tmp_path: Path) -> None:
@@ -126,6 +132,16 @@ def test_a_row_that_is_not_finite_is_left_out_of_the_plots(fp32: Artifact, quant
     nan = float("nan")
     fields["artifacts"][1] |= {"delta_ln_ppl": nan, "delta_ln_ppl_stderr": nan, "key_error": [nan, nan]}
     assert '="nan"' not in render(Report.model_validate(fields))
+
+
+def test_a_link_of_the_hub_s_cache_keeps_its_name(fp32: Artifact, quantized: Artifact, tmp_path: Path) -> None:
+    """There, a file is a link to a blob whose name is its hash, and tokenizer and configuration lie beside the link."""
+    shutil.copytree(quantized.path, tmp_path / "theirs")
+    model = tmp_path / "theirs/model.onnx"
+    model.rename(tmp_path / "5f3c")
+    model.symlink_to(tmp_path / "5f3c")
+    row = measure([fp32.path], tmp_path / "reports", onnx=model).artifacts[1]
+    assert row.name == "model" and row.bytes == onnx_bytes(quantized.model)["bytes"]
 
 
 def test_a_folder_of_transformers_js_is_counted_whole(fp32: Artifact, tmp_path: Path) -> None:

@@ -9,7 +9,13 @@ from pathlib import Path
 import pytest
 
 from cuantiza.core.errors import UserError
-from cuantiza.core.inputs.model_types import GRAPH_TYPES, OPTIMUM_TYPES, check_model_type, own_code
+from cuantiza.core.inputs.model_types import (
+    GRAPH_TYPES,
+    OPTIMUM_TYPES,
+    check_model_type,
+    own_code,
+    refuse_other_formats,
+)
 
 from helpers import Result, assert_nothing_published, assert_user_error, edit_config
 
@@ -59,6 +65,8 @@ def test_what_no_exporter_takes(fields: dict, said: str, exporter: str) -> None:
         ({"auto_map": {"AutoModelForCausalLM": "modeling_my.MyGPT2"}}, "names MyGPT2, which"),
         ({"architectures": ["GPT2LMHeadModel"], "auto_map": {"AutoModel": "ana/x--modeling.GPT2Model"}}, None),
         ({"architectures": ["GPT2DoubleHeadsModel"], "auto_map": {"AutoConfig": "configuration.MyConfig"}}, None),
+        ({"architectures": ["TFGPT2LMHeadModel"]}, None),
+        ({"architectures": ["PeftModelForCausalLM"]}, None),
         ({"architectures": "GPT2", "auto_map": ["x"]}, None),
         ({}, None),
     ],
@@ -146,6 +154,18 @@ def test_folders_of_other_formats(
 ) -> None:
     only(folder, *names, keep=keep)
     refused(str(folder), said)
+
+
+@pytest.mark.parametrize("index", ["model.safetensors.index.json", "pytorch_model.bin.index.json"])
+def test_shards_of_any_names_are_weights(folder: Path, index: str) -> None:
+    """Beside them may lie forms of the same model for other programs."""
+    only(folder, index, "shard-1.safetensors", "q4.gguf", "flax_model.msgpack", keep=("config.json",))
+    refuse_other_formats(folder)
+
+
+def test_the_state_of_a_training_is_no_model(folder: Path, refused: Callable[..., str]) -> None:
+    only(folder, "optimizer.pt", "rng_state_0.pth", "training_args.bin", keep=("tokenizer.json",))
+    assert "rename" not in refused(str(folder), "has no config.json")
 
 
 def test_a_file_of_torch_without_a_config(folder: Path, refused: Callable[..., str]) -> None:

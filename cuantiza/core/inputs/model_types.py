@@ -98,8 +98,10 @@ _PROGRAMS = (
     (("rank0.",), "TensorRT-LLM"),
     (("params.json", "consolidated."), "its maker's own code, as Meta and Mistral publish them beside others"),
 )
-# The weights that transformers reads, whole or in shards.
-_WEIGHTS = re.compile(r"(?:model(?:-\d+-of-\d+)?\.safetensors|pytorch_model(?:-\d+-of-\d+)?\.bin)")
+# The weights that transformers reads, whole or in shards, which may have any names in their index.
+_WEIGHTS = re.compile(r"(?:model(?:-\d+-of-\d+)?\.safetensors|pytorch_model(?:-\d+-of-\d+)?\.bin)(?:\.index\.json)?")
+# What a training needs to go on, and a model does not.
+TRAINING_STATE = re.compile(r"(?:training_args|optimizer|scheduler|scaler|random_states|rng_state)")
 _SAVE = "save the model with transformers' save_pretrained, or choose a repository that has safetensors"
 
 
@@ -140,6 +142,7 @@ def own_code(fields: dict[str, Any]) -> tuple[str, ...]:
     mapped = mapped if isinstance(mapped, dict) else {}
     code = [mapped.get(key) for key in ("AutoModelForCausalLM", "AutoModel")]
     classes = [*_architectures(fields), *(name.rpartition(".")[2] for name in code if isinstance(name, str))]
+    classes = [name.removeprefix("TF").removeprefix("Flax") for name in classes if not name.startswith("Peft")]
     names = [name for name in dict.fromkeys(classes) if not _is_of(name, kind)]
     if names:  # importing transformers takes seconds
         import transformers
@@ -229,7 +232,10 @@ def refuse_other_formats(folder: Path) -> None:
         raise UserError(
             f"{folder}: has no config.json, but {nested[-1].parent} has {nested[-1].name}; give that folder"
         )
-    if found := next((name for name in sorted(names) if name.endswith((".pt", ".pth", ".ckpt"))), None):
+    if found := next(
+        (name for name in sorted(names) if name.endswith((".pt", ".pth", ".ckpt")) and not TRAINING_STATE.match(name)),
+        None,
+    ):
         raise UserError(
             f"{folder}: has no config.json and no weights but {found}, as torch saved it; save the model with transformers' "
             f"save_pretrained, or, if it is a GPT-2 such as nanoGPT's, rename {found} to pytorch_model.bin and write its sizes to a config.json"

@@ -93,21 +93,25 @@ def take(
     return encoded
 
 
-def say_other_markers(tokenizer: Tokenizer, documents: Iterable[Encoded], split: str) -> None:
-    """Warn of documents of the `split` of a corpus with a marker that ends one for other tokenizers, but is no token here."""
+def say_other_markers(tokenizer: Tokenizer, documents: Iterable[Encoded], split: str, sha256: str) -> None:
+    """Warn of documents of a `split` of a corpus with a marker that ends one for other tokenizers, but is no token here.
+
+    The split has this `sha256`; each line is told once for it.
+    """
     found = Counter(mark for item in documents for mark in other_markers(item.text))
     for mark, count in found.items():
         if tokenizer.token_to_id(mark) is None:
             have = f"1 {split} document has" if count == 1 else f"{count:,} {split} documents have"
             _say_once(
                 f"warning   CORPUS: {have} {mark}, which the model's tokenizer reads as text; if it ends a document, put a line "
-                f"{SEPARATOR} in the place of each"
+                f"{SEPARATOR} in the place of each",
+                sha256,
             )
 
 
 @functools.cache
-def _say_once(line: str) -> None:
-    """Report `line`, also where several recipes calibrate on the same text."""
+def _say_once(line: str, sha256: str) -> None:
+    """Report `line` once, although several recipes calibrate on the text of this `sha256`."""
     report(line)
 
 

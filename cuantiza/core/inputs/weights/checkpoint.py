@@ -162,6 +162,11 @@ def read_for_transformers(folder: Path, fields: Mapping[str, Any]) -> dict[str, 
     tensors = read_tensors(folder)
     check_not_quantized(fields, tensors, folder)
     check_task(fields, tensors, folder)
+    if index_is_bare(folder):
+        raise UserError(
+            f"{folder}: the index of its shards has no `metadata`, which transformers needs; export it without EXPORTER=optimum, "
+            "or save the model again with save_pretrained"
+        )
     if fields.get("model_type") == "gpt2" and read_checkpoint(folder).repaired:
         raise UserError(
             f"{folder}: is a GPT-2 whose weights transformers does not read as they are; export it without EXPORTER=optimum"

@@ -23,12 +23,11 @@ import numpy as np
 
 from cuantiza.core.errors import UserError
 from cuantiza.core.inputs.checkpoints import files_to_read
+from cuantiza.core.inputs.model_types import TRAINING_STATE
 
-# Weights in formats that are not read, and in those that are, but under other names than the state of a training has.
+# Weights in formats that are not read, and in those that are, but under other names.
 _UNREAD = (".h5", ".msgpack", ".ot", ".pt", ".pth", ".ckpt", ".gguf", ".npz")
-_OTHER_NAME = re.compile(
-    r"(?!adapter_model|training_args|optimizer|scheduler|scaler|random_states|rng_state).*\.(?:safetensors|bin)"
-)
+_OTHER_NAME = re.compile(r"(?!adapter_model).*\.(?:safetensors|bin)")
 # The dtypes of safetensors that hold floats. Others are integers or packed, and mean nothing without their scales.
 _FLOATS = {
     "F64": np.float64,
@@ -80,7 +79,7 @@ def read_tensors(folder: Path) -> dict[str, Weight]:
 
 def _no_weights(folder: Path) -> UserError:
     """Say what `folder` has instead of weights that can be read."""
-    files = sorted(file.name for file in folder.iterdir())
+    files = sorted(file.name for file in folder.iterdir() if not TRAINING_STATE.match(file.name))
     inside = [name for name in files if (folder / name).is_dir() and files_to_read(folder / name)]
     shards = [name for name in files if "-of-" in name and name.endswith((".safetensors", ".bin"))]
     unread = [name for name in files if name.endswith(_UNREAD)]

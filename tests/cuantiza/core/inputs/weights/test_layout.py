@@ -257,6 +257,7 @@ def test_one_transposed_layer_is_a_mistake(
             "if transformers wrote model.fp16.safetensors, rename it to model.safetensors; else",
         ),
         ("optimizer.bin", "no pytorch_model.bin; save the model"),
+        ("optimizer.pt", "no pytorch_model.bin; save the model with transformers' save_pretrained$"),
     ],
 )
 def test_weights_lie_elsewhere(folder: Path, place: str, said: str) -> None:

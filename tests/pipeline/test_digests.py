@@ -174,7 +174,7 @@ def test_every_module_that_measures_is_in_the_reports_digest(fp32: Artifact, tin
         versions=software(),
         **settings,
     )
-    call = functools.partial(measure, subjects, fp32.path, test, str(CORPUS), inputs, **settings, threads=1)
+    call = functools.partial(measure, "tiny", subjects, fp32.path, test, str(CORPUS), inputs, **settings, threads=1)
     found = loaded_by([call], tmp_path)
     assert {"cuantiza.eval.measure.torch_engine", "cuantiza.eval.measure.latency"} <= found
     assert found <= code_files("cuantiza.eval.measure.report").keys()

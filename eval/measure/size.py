@@ -28,7 +28,7 @@ def companion_bytes(folder: Path) -> int:
 
 
 def loaded_bytes(subject: Subject) -> int:
-    """Estimate how many bytes of weights a subject loads: those of its ONNX file, or of a checkpoint's weight files."""
+    """Estimate how many bytes a subject loads: all files that its ONNX file needs, or a checkpoint's weight files."""
     if subject.path.is_file():
         return sum(file.stat().st_size for file in inference_files(subject.path))
     return sum(file.stat().st_size for file in subject.path.iterdir() if file.suffix in (".bin", ".safetensors"))

@@ -225,9 +225,8 @@ def _foreign(path: Path) -> Subject:
     """Make the subject of an ONNX file, or of a folder that holds one. Raises UserError if there is none."""
     from cuantiza.eval.measure.engines import Subject
 
-    path = Path(
-        os.path.normpath(path.absolute())
-    )  # "." has no name of its own; a link of the hub's cache keeps its own
+    # "." has no name of its own. A link of the hub's cache keeps its name, which resolving it would lose.
+    path = Path(os.path.normpath(path.absolute()))
     files = [path, path / "model.onnx", path / "onnx" / "model.onnx"]
     file = next((file for file in files if file.is_file()), None)
     if file is None:
